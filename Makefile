@@ -1,0 +1,62 @@
+# `make compare` and `make test` do all of their own set-up on a fresh machine: a virtual environment in .venv and this
+# package in it, with the GPU extra where there is an NVIDIA GPU.
+#
+#   make compare                            TP against EP on what is here
+#   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
+#   make compare ARGS="tokens=[8,512] iters=50"
+#   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
+
+PYTHON ?= python3
+VENV ?= .venv
+LAYER ?= 0
+ARGS ?=
+PIP_ARGS ?=
+OUT ?= results/compare.json
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+EXTRAS := $(if $(GPU),gpu,)
+DEMO := .demo-checkpoint
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: compare test lint gpu-test clean
+
+compare: $(VENV)/.ready
+ifdef CHECKPOINT
+	$(BIN)/moe-dist compare --checkpoint "$(CHECKPOINT)" --layer $(LAYER) --out "$(OUT)" $(ARGS)
+else
+	$(BIN)/moe-dist demo-checkpoint $(DEMO)
+	$(BIN)/moe-dist compare --checkpoint $(DEMO) --layer $(LAYER) --out "$(OUT)" $(ARGS)
+endif
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+# Not in CI, which has no GPU.
+gpu-test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+# Editable installs: code changes need no new installation, changed dependencies do.
+$(VENV)/.ready: pyproject.toml
+	@echo "Installing into $(VENV) ($(if $(GPU),with the GPU extra,no NVIDIA GPU here: CPU only)); the first time takes minutes."
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(if $(EXTRAS),$(EXTRAS)$(COMMA),)test]"
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+COMMA := ,

@@ -1,0 +1,64 @@
+"""The contract of a backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_dist.reference import Numerics
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec
+from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.weights import ExpertWeights
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one rank would compute, known before any weight is loaded."""
+
+    spec: MoESpec
+    width: int  # this rank's slice of the intermediate size
+    num_local: int  # experts on this rank
+    device: str  # cpu or cuda
+    capability: tuple[int, int] | None  # of the CUDA device, else None
+    payload: str  # what token rows arrive as: none (unquantized, nothing travelled), bf16, fp32 or fp8
+
+
+class Backend(ABC):
+    """One rank's expert computation.
+
+    `payloads`: the forms of rows it takes. `numerics`: where it rounds beyond the prescribed quantization, which the
+    oracle follows. `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal
+    bits.
+    """
+
+    payloads: ClassVar[frozenset[str]]
+    numerics: ClassVar[Numerics]
+    capturable: ClassVar[bool]
+    deterministic: ClassVar[bool]
+
+    def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
+        self.spec, self.out_dtype, self.stages = spec, out_dtype, stages
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, problem: Problem) -> Support:
+        """Whether it computes this exactly as asked; the reason if not. Loads nothing heavy."""
+
+    @classmethod
+    def available(cls, device: str) -> Support:
+        """Whether it can run on this machine at all, for `doctor`."""
+        return Support(True)
+
+    @abstractmethod
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Take the shard over, in the canonical form; called once, before any forward."""
+
+    @abstractmethod
+    def forward(self, rows: TokenRows) -> Tensor:
+        """The weighted sum over the local experts of each row, [R, H] in `out_dtype`, summed in float32; zero for a
+        row without a local slot. R may be zero."""

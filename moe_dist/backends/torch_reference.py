@@ -1,0 +1,101 @@
+"""Backend `torch`: plain torch, on CPU and GPU, exact about where it quantizes. For correctness, not for speed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends.base import Backend, Problem
+from moe_dist.quantization import QuantizedRows, dequantize_rows, quantize_rows
+from moe_dist.reference import Numerics
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec
+from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.weights import ExpertWeights, activate
+
+CACHE_BYTES = 2 << 30  # dequantized weights are kept up to this size and made anew in every step beyond it
+
+
+class TorchBackend(Backend):
+    """Rows are grouped by expert, each expert is two float32 matmuls on dequantized weights."""
+
+    payloads = frozenset({"none", "bf16", "fp32", "fp8"})
+    numerics = Numerics()
+    capturable = False  # group sizes are read back to the host
+    deterministic = True
+
+    def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
+        super().__init__(spec, out_dtype, stages)
+        self._weights: ExpertWeights | None = None
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keep = False
+
+    @classmethod
+    def supports(cls, problem: Problem) -> Support:
+        return Support(True)
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._cache.clear()
+        self._keep = 4 * (weights.w13_eFH.numel() + weights.w2_eHi.numel()) <= CACHE_BYTES
+
+    def forward(self, rows: TokenRows) -> Tensor:
+        if self._weights is None:
+            raise RuntimeError("prepare() comes before forward()")
+        x_RH = self._inputs(rows, self._weights)
+        y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+        groups = self._by_expert(rows) if self._weights.width else []
+        hidden = [(slot, row, weight, self._hidden(x_RH[row], slot)) for slot, row, weight in groups]
+        if hidden and self.spec.quantized:
+            inputs = self._requantize([h for *_, h in hidden], [slot for slot, *_ in hidden], self._weights)
+        else:
+            inputs = [h for *_, h in hidden]
+        with self.stages("gemm2"):
+            for (slot, row, weight, _), h in zip(hidden, inputs, strict=True):
+                y_RH.index_add_(0, row, h @ self._dense(slot)[1].T * weight[:, None])
+        return y_RH.to(self.out_dtype)
+
+    def _inputs(self, rows: TokenRows, weights: ExpertWeights) -> Tensor:
+        """GEMM1's input as float32 values: what FP8 holds, or the rows as they are."""
+        with self.stages("quantize"):
+            if isinstance(rows.x, QuantizedRows):
+                return dequantize_rows(rows.x, weights.a13)
+            if not self.spec.quantized:
+                return rows.x.float()
+            return dequantize_rows(quantize_rows(rows.x, self.spec.quant, weights.a13), weights.a13)
+
+    def _by_expert(self, rows: TokenRows) -> list[tuple[int, Tensor, Tensor]]:
+        """(slot, row indices, weights) for each slot that has rows."""
+        flat = rows.slots_RK.flatten().long()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat + 1, minlength=1).tolist()
+        top_k, weights = rows.slots_RK.shape[1], rows.weights_RK.flatten()
+        pieces = torch.split(order, counts)[1:]  # the first piece are the pairs that are not here
+        return [(slot, piece // top_k, weights[piece]) for slot, piece in enumerate(pieces) if len(piece)]
+
+    def _hidden(self, x: Tensor, slot: int) -> Tensor:
+        with self.stages("gemm1"):
+            gate_up = x @ self._dense(slot)[0].T
+        with self.stages("activation"):
+            return activate(gate_up, self.spec.activation)
+
+    def _requantize(self, hidden: list[Tensor], slots: list[int], weights: ExpertWeights) -> list[Tensor]:
+        """GEMM2's inputs through FP8. All experts' rows together are the tensor of a dynamic per-tensor scale."""
+        with self.stages("quantize"):
+            sizes = [len(h) for h in hidden]
+            static = None
+            if weights.a2 is not None:
+                per_slot = weights.a2[torch.tensor(slots, device=weights.device)]
+                static = per_slot.repeat_interleave(torch.tensor(sizes, device=weights.device))[:, None]
+            rows = quantize_rows(torch.cat(hidden), self.spec.quant, static)
+            return list(torch.split(dequantize_rows(rows, static), sizes))
+
+    def _dense(self, slot: int) -> tuple[Tensor, Tensor]:
+        if self._weights is None:
+            raise RuntimeError("prepare() comes before forward()")
+        if slot in self._cache:
+            return self._cache[slot]
+        dense = self._weights.dequantized(slot)
+        if self._keep:
+            self._cache[slot] = dense
+        return dense

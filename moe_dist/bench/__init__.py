@@ -1,0 +1,1 @@
+"""Cases to rows: what is measured, how it is checked, how it is written down."""

@@ -1,0 +1,293 @@
+"""What every rank does for one case: weights, inputs, a check against the oracle, then the clock."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import Case
+from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
+from moe_dist.comm import Comm
+from moe_dist.layer import MoELayer, Router
+from moe_dist.placement import Placement
+from moe_dist.plan import Machine, Plan
+from moe_dist.reference import Numerics, oracle_partial
+from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.runtime.context import RankContext
+from moe_dist.spec import ParallelSpec, split_bounds
+from moe_dist.stages import Stages
+from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_width
+
+STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One rank's findings. `times_us`: one entry an iteration. `stages_us`: medians. Errors are the whole group's."""
+
+    times_us: list[float]
+    stages_us: dict[str, float]
+    bytes_sent: int
+    rows: int
+    active_experts: int
+    err_oracle: float | None
+    err_exact: float | None
+    max_memory: int | None
+    payload: str
+    combine_dtype: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokens of the whole group, `bounds[r]` being rank r's run of them (all of them where tokens are replicated)."""
+
+    x_TH: Tensor
+    routing: Routing
+    bounds: list[tuple[int, int]]
+    rank: int
+    sharded: bool
+
+    def mine(self) -> tuple[Tensor, Routing]:
+        if not self.sharded:
+            return self.x_TH, self.routing
+        start, stop = self.bounds[self.rank]
+        return self.x_TH[start:stop].contiguous(), self.routing.rows(start, stop)
+
+
+def measure(context: RankContext, case: Case) -> RankResult:
+    """Runs on every rank of the group; collective."""
+    comm = context.comm
+    plan = case.plan(Machine.detect(comm.device.type))
+    shard, shared, router = _weights(context, case, plan)
+    context.progress(f"{case.label}: inputs")
+    inputs = make_inputs(case, plan, comm, router)
+    stages = Stages(device=comm.device)
+    layer = MoELayer(plan, shard, comm, shared=shared, stages=stages)
+
+    x_TH, routing = inputs.mine()
+    bucket = max(stop - start for start, stop in inputs.bounds)
+    groups_TK = _serving_groups(layer, plan, inputs)
+    err_oracle = err_exact = None
+    if case.check:
+        context.progress(f"{case.label}: checking against the oracle")
+        y_TH = layer(x_TH, routing, max_tokens_per_rank=bucket)
+        err_oracle, err_exact = _errors(layer, plan, inputs, shard, shared, groups_TK, y_TH)
+    context.progress(f"{case.label}: timing")
+    times, sent = _timed(layer, x_TH, routing, bucket, case)
+    here_TK = groups_TK == comm.rank // plan.placement.tp
+    return RankResult(
+        times_us=times,
+        stages_us=_staged(layer, x_TH, routing, bucket, case, stages),
+        bytes_sent=sent,
+        rows=int(here_TK.sum()),
+        active_experts=int(inputs.routing.ids_TK[here_TK].unique().numel()),
+        err_oracle=err_oracle,
+        err_exact=err_exact,
+        max_memory=torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else None,
+        payload=plan.payload,
+        combine_dtype=plan.combine_dtype,
+    )
+
+
+def _weights(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, ExpertWeights | None, Router | None]:
+    """This rank's shard, made once for all cases of one placement; the previous placement's is dropped first."""
+    key = f"{case.model!r} {case.source!r} {case.parallel!r}"
+    if context.memo.get("weights_key") != key:
+        context.memo.clear()
+        gc.collect()
+        context.memo["weights"] = _load(context, case, plan)
+        context.memo["weights_key"] = key
+    weights: tuple[ExpertWeights, ExpertWeights | None, Router | None] = context.memo["weights"]
+    return weights
+
+
+def _load(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, ExpertWeights | None, Router | None]:
+    comm, source, placement = context.comm, case.source, plan.placement
+    total, done = len(placement.experts_of(comm.rank)), 0
+
+    def seen() -> None:
+        nonlocal done
+        done += 1
+        context.progress(f"{case.model.name} {case.parallel.label}: expert {done} of {total}")
+
+    slice_of_shared = _shared_slice(plan, comm.rank)
+    shared = router = None
+    if source.checkpoint is None or source.layer is None:
+        shard = shard_from(
+            lambda expert: random_expert(case.model, expert, source.seed, comm.device), placement, comm.rank, seen
+        )
+        if slice_of_shared is not None:
+            whole = random_expert(case.model.shared_spec(), case.model.num_experts, source.seed, comm.device)
+            shared = slice_width(whole, *slice_of_shared)
+    else:
+        shard = load_shard(source.checkpoint, source.layer, placement, comm.rank, comm.device, seen)
+        stored = load_router(source.checkpoint, source.layer, comm.device)
+        router = Router(plan, stored.gate_EH, stored.bias_E)
+        if slice_of_shared is not None:
+            shared = load_shared_shard(source.checkpoint, source.layer, *slice_of_shared, comm.device)
+    shard.check_finite()
+    return shard, shared, router
+
+
+def _shared_slice(plan: Plan, rank: int) -> tuple[int, int] | None:
+    """Which columns of the shared expert `rank` holds."""
+    spec = plan.spec
+    if spec.shared_experts == "none":
+        return None
+    if spec.shared_experts == "replicated":
+        return 0, spec.shared_intermediate
+    grid = ParallelSpec(tp=plan.placement.world, allow_empty_shards=plan.parallel.allow_empty_shards)
+    return Placement.build(spec.shared_spec(), grid).slice_of(rank)
+
+
+def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
+    """Dense Gaussian tokens drawn from the seed, the same on every rank; routing by the case's skew."""
+    work, spec = case.workload, plan.spec
+    generator = torch.Generator(comm.device).manual_seed(work.seed + 1)
+    x_TH = torch.randn(work.tokens, spec.hidden, generator=generator, device=comm.device).to(spec.torch_dtype)
+    if work.skew == "router" and router is not None:
+        routing = router(x_TH)
+    else:
+        routing = synthetic_routing(spec, work.tokens, work.skew, work.seed).to(comm.device)
+    sharded = work.token_layout == "sharded"
+    bounds = split_bounds(work.tokens, comm.world) if sharded else [(0, work.tokens)] * comm.world
+    return Inputs(x_TH, routing, bounds, comm.rank, sharded)
+
+
+def _serving_groups(layer: MoELayer, plan: Plan, inputs: Inputs) -> Tensor:
+    rows, sources = layer.exchange.identify(inputs.bounds if inputs.sharded else inputs.bounds[:1])
+    device = inputs.x_TH.device
+    sources = None if sources is None else sources.to(device)
+    return plan.placement.serving_groups(inputs.routing.ids_TK, rows.to(device), sources)
+
+
+def _errors(
+    layer: MoELayer,
+    plan: Plan,
+    inputs: Inputs,
+    shard: ExpertWeights,
+    shared: ExpertWeights | None,
+    groups_TK: Tensor,
+    y_TH: Tensor,
+) -> tuple[float, float]:
+    """The group's relative L2 error against the oracle and against the exact layer. Each rank computes its own partial
+    in float32 and they are added up: the check holds at sizes where no device could hold the whole layer."""
+    numerics = BACKENDS.get(plan.backend).numerics
+    sources = layer.exchange.quantized_together(inputs.bounds if inputs.sharded else inputs.bounds[:1])
+    start, stop = inputs.bounds[inputs.rank]
+
+    def error(kind: Numerics | None) -> float:
+        expected = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, kind)
+        return _group_error(layer.comm, y_TH, expected[start:stop])
+
+    return error(numerics), error(None)
+
+
+def _expected(
+    comm: Comm,
+    plan: Plan,
+    inputs: Inputs,
+    shard: ExpertWeights,
+    shared: ExpertWeights | None,
+    groups_TK: Tensor,
+    sources: list[tuple[int, int]],
+    numerics: Numerics | None,
+) -> Tensor:
+    spec, x, rank = plan.spec, inputs.x_TH, comm.rank
+    partial = oracle_partial(
+        x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics
+    )  # fmt: skip
+    if shared is not None and (spec.shared_experts == "tp" or rank == 0):
+        alone = Placement.build(spec.shared_spec(), ParallelSpec())
+        everyone = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
+        one = Routing(everyone, torch.ones_like(everyone, dtype=torch.float32))
+        if spec.shared_experts == "replicated":  # each rank feeds it the tokens as they came, before any exchange
+            sources = inputs.bounds if inputs.sharded else inputs.bounds[:1]
+        partial += oracle_partial(x, one, shared, spec.shared_spec(), alone, 0, sources, everyone.long(), numerics)
+    return comm.all_reduce(partial)
+
+
+def _group_error(comm: Comm, measured: Tensor, expected: Tensor) -> float:
+    """||measured - expected|| / ||expected|| over all ranks' tokens, the same on every rank; NaN counts as infinite."""
+    difference = (measured.double() - expected.double()).square().sum()
+    squares = comm.all_reduce(torch.stack([difference, expected.double().square().sum()])).tolist()
+    if not all(value == value and value != float("inf") for value in squares):
+        return float("inf")
+    if squares[1] == 0:
+        return 0.0 if squares[0] == 0 else float("inf")
+    return float((squares[0] / squares[1]) ** 0.5)
+
+
+def _timed(layer: MoELayer, x: Tensor, routing: Routing, bucket: int, case: Case) -> tuple[list[float], int]:
+    """Microseconds of each iteration on this rank, all ranks starting together, and the bytes it sent in a step."""
+    comm = layer.comm
+    for _ in range(case.warmup):
+        layer(x, routing, max_tokens_per_rank=bucket)
+    times, sent = [], 0
+    for _ in range(case.iters):
+        comm.barrier()
+        before = comm.bytes_sent
+        clock = _Clock(comm.device)
+        layer(x, routing, max_tokens_per_rank=bucket)
+        times.append(clock.stop_us())
+        sent = comm.bytes_sent - before
+    return times, sent
+
+
+class _Clock:
+    """Starts at once: CUDA events on a GPU, the process's clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            torch.cuda.synchronize()
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._begin.record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop_us(self) -> float:
+        if not self._cuda:
+            return (time.perf_counter() - self._start) * 1e6
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) * 1e3
+
+
+def _staged(layer: MoELayer, x: Tensor, routing: Routing, bucket: int, case: Case, stages: Stages) -> dict[str, float]:
+    """Median microseconds of each stage over a few further steps."""
+    totals: list[dict[str, float]] = []
+    stages.on = True
+    for _ in range(min(case.iters, STAGE_ITERS)):
+        layer.comm.barrier()
+        layer(x, routing, max_tokens_per_rank=bucket)
+        totals.append(stages.totals_us())
+    stages.on = False
+    return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
+
+
+def merge(results: list[RankResult]) -> dict[str, Any]:
+    """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank."""
+    iterations = [max(times) for times in zip(*(result.times_us for result in results), strict=True)]
+    slowest = max(results, key=lambda result: sum(result.stages_us.values()))
+    first = results[0]
+    return {
+        "times_us": iterations,
+        "stages_us": slowest.stages_us,
+        "bytes_sent": max(result.bytes_sent for result in results),
+        "rows_per_rank": [result.rows for result in results],
+        "active_experts": max(result.active_experts for result in results),
+        "active_per_rank": [result.active_experts for result in results],
+        "err_oracle": first.err_oracle,
+        "err_exact": first.err_exact,
+        "max_memory": max((result.max_memory or 0) for result in results) or None,
+        "payload_dtype": first.payload,
+        "combine_dtype": first.combine_dtype,
+    }

@@ -1,0 +1,183 @@
+"""The one form in which everything measured is written, with its provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.bench.case import Case
+from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
+from moe_dist.placement import imbalance
+from moe_dist.plan import Machine, Plan
+from moe_dist.routing import skew_label
+
+Row = dict[str, Any]
+
+# Relative L2 error. Against the oracle, which quantizes as the backend does; against the exact float32 layer on
+# dequantized weights, where the cost of quantizing shows. One scale for a whole tensor costs more than one per group.
+ORACLE_TOLERANCE = 1e-2
+EXACT_TOLERANCE = {"none": 5e-3, "fp8_block": 5e-2, "fp8_channel": 5e-2, "fp8_tensor_static": 6e-2,
+                   "fp8_tensor_dynamic": 6e-2}  # fmt: skip
+FEWEST_FOR_P99 = 100
+
+
+def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Row:
+    """One measured case. Every label comes from the plan that ran."""
+    spec, placement, work = plan.spec, plan.placement, case.workload
+    times, rows = sorted(merged["times_us"]), merged["rows_per_rank"]
+    p50 = quantile(times, 0.5)
+    sharded = plan.token_layout == "sharded"
+    row: Row = {
+        "model": spec.name,
+        "hidden": spec.hidden,
+        "intermediate": spec.intermediate,
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "activation": spec.activation,
+        "shared_experts": spec.shared_experts,
+        "quant": spec.quant_label,
+        "tp": placement.tp,
+        "ep": placement.ep,
+        "world": placement.world,
+        "placement": plan.parallel.label,
+        "layer": "whole",
+        "exchange": plan.exchange,
+        "backend": plan.backend,
+        "token_layout": plan.token_layout,
+        "global_tokens": work.tokens,
+        "tokens_per_rank": -(-work.tokens // placement.world) if sharded else work.tokens,
+        "skew": skew_label(work.skew),
+        "seed": work.seed,
+        "iters": len(times),
+        "graph": False,
+        "runtime": runtime,
+        "payload_dtype": plan.payload,
+        "combine_dtype": plan.combine_dtype,
+        "p50_us": p50,
+        "p99_us": quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,
+        "floor_us": floor_us(spec, placement, rows, merged["active_per_rank"], plan.machine.name),
+        "err_oracle": merged["err_oracle"],
+        "err_exact": merged["err_exact"],
+        "active_experts": merged["active_experts"],
+        "imbalance": imbalance(rows),
+        "rows_per_rank": rows,
+        "bytes_sent": merged["bytes_sent"],
+        "stages_us": {name: round(value, 1) for name, value in merged["stages_us"].items()},
+        "max_memory": merged["max_memory"],
+        "chosen_by": "name",
+    }
+    return row | _rates(plan, merged, p50) | {"ok": within_tolerance(row, spec.quant)}
+
+
+def _rates(plan: Plan, merged: dict[str, Any], p50: float | None) -> Row:
+    """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent."""
+    if not p50:
+        return {"tflops": None, "hbm_gbps": None, "link_gbps": None}
+    placement, spec = plan.placement, plan.spec
+    ranks = range(placement.world)
+    flops = max(rank_flops(spec, placement, rank, merged["rows_per_rank"][rank]) for rank in ranks)
+    weights = max(rank_weight_bytes(spec, placement, rank, merged["active_per_rank"][rank]) for rank in ranks)
+    return {
+        "tflops": flops / p50 / 1e6,
+        "hbm_gbps": weights / p50 / 1e3,
+        "link_gbps": merged["bytes_sent"] / p50 / 1e3,
+    }
+
+
+def within_tolerance(row: Row, quant: str) -> bool | None:
+    """Whether the row's errors are allowed; None if it was not checked."""
+    if row["err_oracle"] is None:
+        return None
+    return bool(row["err_oracle"] <= ORACLE_TOLERANCE and row["err_exact"] <= EXACT_TOLERANCE[quant])
+
+
+def quantile(ordered: list[float], q: float) -> float | None:
+    """The nearest-rank quantile of sorted values."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
+
+
+def provenance(machine: Machine) -> dict[str, Any]:
+    """Date, commit, command and machine, as every results file carries them."""
+    gpu = machine.device == "cuda"
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "command": " ".join(["moe-dist", *sys.argv[1:]]),
+        "machine": {
+            "gpu": machine.name if gpu else None,
+            "cpu": None if gpu else machine.name,
+            "cores": os.cpu_count(),
+            "count": machine.devices,
+            "driver": _driver() if gpu else None,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "triton": _version("triton"),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
+            "flashinfer": _version("flashinfer-python"),
+        },
+    }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with +changes if files differ from it; from MOE_DIST_COMMIT where a Ray job
+    runs in a copy without its history."""
+    if given := os.environ.get("MOE_DIST_COMMIT"):
+        return given
+    here = Path(__file__).parent
+    head = _git(here, "rev-parse", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an error that is none becomes null, and the row's `ok` says that it failed."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_results(path: Path, machine: Machine, rows: list[Row], refused: list[dict[str, str]]) -> None:
+    """Write the file whole or not at all: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = _finite({**provenance(machine), "rows": rows, "refused": refused})
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)

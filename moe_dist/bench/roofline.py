@@ -1,0 +1,52 @@
+"""The least time a rank's share can take: the larger of arithmetic over peak rate and weight bytes over bandwidth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_dist.placement import Placement
+from moe_dist.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Measured ceilings of one device: dense FP8 and bf16 matmul in FLOP/s, device copy in bytes/s."""
+
+    fp8_flops: float
+    bf16_flops: float
+    bandwidth: float
+
+
+# Only what was measured on the device itself; a device that is not here gets no floor rather than a datasheet's.
+# H200: torch._scaled_mm and bf16 matmul of 8192³ and a device-to-device copy, November 2026.
+PEAKS = {"NVIDIA H200": Peaks(1422e12, 788e12, 4.29e12)}
+
+
+def rank_flops(spec: MoESpec, placement: Placement, rank: int, rows: int) -> float:
+    """Multiply-adds count two; `rows` are (token, expert) pairs."""
+    width = placement.width_of(rank)
+    return 2.0 * rows * spec.hidden * (spec.w13_rows(width) + width)
+
+
+def rank_weight_bytes(spec: MoESpec, placement: Placement, rank: int, active_experts: int) -> float:
+    """Bytes of the experts that have rows, scales not counted."""
+    width = placement.width_of(rank)
+    itemsize = 1 if spec.quantized else spec.torch_dtype.itemsize
+    return float(active_experts * spec.hidden * (spec.w13_rows(width) + width) * itemsize)
+
+
+def floor_us(
+    spec: MoESpec, placement: Placement, rows_per_rank: list[int], active_per_rank: list[int], device: str
+) -> float | None:
+    """The largest rank's floor in microseconds, exchange not counted; None for a device without measured peaks."""
+    peaks = PEAKS.get(device)
+    if peaks is None:
+        return None
+    rate = peaks.fp8_flops if spec.quantized else peaks.bf16_flops
+    return 1e6 * max(
+        max(
+            rank_flops(spec, placement, rank, rows) / rate,
+            rank_weight_bytes(spec, placement, rank, active) / peaks.bandwidth,
+        )
+        for rank, (rows, active) in enumerate(zip(rows_per_rank, active_per_rank, strict=True))
+    )

@@ -1,0 +1,106 @@
+"""Cases through groups of ranks: start each world size once, measure, collect rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.results import Row, make_row
+from moe_dist.checkpoint import check_layer
+from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
+from moe_dist.plan import Machine, Plan
+from moe_dist.runtime.context import Group
+
+Shown = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """`refused`: cases of a sweep that can't run, each with its reason; they are shown, never dropped in silence."""
+
+    rows: list[Row] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    places: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Something ran and every row is within tolerance."""
+        return bool(self.rows) and all(row["ok"] is not False for row in self.rows)
+
+
+def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case, Plan]], list[dict[str, str]]]:
+    """Everything that can be checked before a process starts. What can't run comes back with its reason."""
+    planned, refused = [], []
+    for case in cases:
+        try:
+            planned.append((case, case.plan(machine)))
+        except (UnsupportedError, ConfigError) as error:
+            refused.append({"case": case.label, "reason": str(error)})
+    for case in {case.source.checkpoint: case for case, _ in planned}.values():
+        if case.source.checkpoint is not None and case.source.layer is not None:
+            check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none")
+    if planned:
+        _check_memory([plan for _, plan in planned], machine)
+    return planned, refused
+
+
+def _check_memory(plans: list[Plan], machine: Machine) -> None:
+    """Weights, and on a CPU the whole group's in one memory, must fit before any is made."""
+    if machine.device == "cuda":
+        largest = max(plan.weight_bytes(rank) for plan in plans for rank in range(plan.placement.world))
+        available, what = machine.memory or 0, "GPU memory"
+    else:
+        largest = max(sum(plan.weight_bytes(rank) for rank in range(plan.placement.world)) for plan in plans)
+        available, what = _available_memory(), "memory"
+    if largest > 0.9 * available:
+        gib = f"{largest / 2**30:.1f} GiB of weights", f"{available / 2**30:.1f} GiB"
+        raise ResourceError(what, *gib, "Choose a smaller model or more ranks.")
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def run_cases(
+    planned: list[tuple[Case, Plan]],
+    start_group: Callable[[int], Group],
+    timeout_s: float,
+    shown: Shown,
+    row_done: Callable[[Row], None],
+) -> Outcome:
+    """Measure in order; consecutive cases of one world size share a group. Any rank's failure ends the run."""
+    outcome = Outcome()
+    for world, share in groupby(planned, key=lambda pair: pair[1].placement.world):
+        shown(f"starting {world} ranks")
+        with closing(start_group(world)) as group:
+            outcome.places[world] = list(group.describe())
+            for case, plan in share:
+                results = group.run(measure, case, timeout_s=timeout_s, shown=shown)
+                row = make_row(case, plan, merge(results), group.runtime)
+                outcome.rows.append(row)
+                row_done(row)
+    return outcome
+
+
+def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], Group]:
+    """How this experiment's ranks are started. The runtime's library is imported only when it is chosen."""
+
+    def start(world: int) -> Group:
+        if experiment.runtime == "torchrun":
+            from moe_dist.runtime.torchrun_group import TorchrunGroup
+
+            return TorchrunGroup(world, machine.device, experiment.ray.collective_timeout_s)
+        from moe_dist.runtime.ray_group import RayGroup
+
+        return RayGroup(world, machine.device, experiment.ray)
+
+    return start

@@ -1,0 +1,148 @@
+"""Rows as people read them: one table for what may be compared, and a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from moe_dist.bench.results import Row
+
+TIE = 1.05  # closer than this is called a tie: single runs differ by as much
+COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
+
+
+def comparable(row: Row) -> tuple[Any, ...]:
+    """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
+    keys = ("model", "quant", "activation", "shared_experts", "world", "token_layout", "global_tokens", "skew", "seed")
+    return tuple(row[key] for key in keys)
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    ordered = sorted(rows, key=lambda row: [str(part).zfill(12) for part in comparable(row)])
+    return [sorted(group, key=_speed) for _, group in groupby(ordered, key=comparable)]
+
+
+def _speed(row: Row) -> float:
+    return row["p50_us"] if row["p50_us"] is not None else float("inf")
+
+
+def tables(rows: Iterable[Row]) -> list[Table]:
+    return [_table(group) for group in groups(rows)]
+
+
+def _table(rows: list[Row]) -> Table:
+    first = rows[0]
+    title = (
+        f"{first['model']} {first['quant']} (hidden {first['hidden']}, intermediate {first['intermediate']}, "
+        f"{first['num_experts']} experts, top-{first['top_k']}) · {first['world']} ranks · "
+        f"{first['global_tokens']} {first['token_layout']} tokens · routing {first['skew']}"
+    )
+    if first["shared_experts"] != "none":
+        title += f" · shared expert {first['shared_experts']}"
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    converts = any(row["stages_us"].get("convert") for row in rows)
+    floors = any(row["floor_us"] is not None for row in rows)
+    for name in ("placement", "exchange", "backend", "payload"):
+        table.add_column(name)
+    numbers = ["p50 µs", "p99 µs", "dispatch", *["convert"] * converts, "compute", "combine"]
+    for name in [*numbers, *["floor", "×floor"] * floors, "rows max/mean", "sent/rank", "err oracle", "err exact"]:
+        table.add_column(name, justify="right")
+    table.add_column("ok")
+    for row in rows:
+        table.add_row(*_cells(row, converts, floors))
+    return table
+
+
+def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
+    stages = row["stages_us"]
+    cells = [row["placement"], row["exchange"], row["backend"], row["payload_dtype"]]
+    cells += [_number(row["p50_us"]), _number(row["p99_us"]), _number(stages.get("dispatch"))]
+    if converts:
+        cells.append(_number(stages.get("convert")))
+    cells += [_number(sum(stages[name] for name in COMPUTE) if stages else None), _number(stages.get("combine"))]
+    if floors:
+        floor = row["floor_us"]
+        cells += [_number(floor), f"{row['p50_us'] / floor:.2f}" if floor and row["p50_us"] else "-"]
+    cells += [f"{row['imbalance']:.2f}", size(row["bytes_sent"])]
+    cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
+    return [*cells, {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _error(row: Row, key: str) -> str:
+    return "-" if row[key] is None else f"{row[key]:.1e}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def refused_table(refused: list[dict[str, str]]) -> Table:
+    table = Table(title="Not run, and why", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("case")
+    table.add_column("reason")
+    for item in refused:
+        table.add_row(item["case"], item["reason"])
+    return table
+
+
+def family(row: Row) -> str:
+    if row["tp"] > 1 and row["ep"] > 1:
+        return "TPxEP"
+    return "TP" if row["tp"] > 1 else "EP" if row["ep"] > 1 else "single"
+
+
+def verdict(rows: Iterable[Row]) -> list[str]:
+    """For each comparable group: the fastest row of the fastest family against the best of every other family.
+
+    Rows that failed their check don't compete.
+    """
+    return [sentence for group in groups(rows) if (sentence := _sentence(group))]
+
+
+def _sentence(rows: list[Row]) -> str | None:
+    sound = [row for row in rows if row["ok"] is not False and row["p50_us"] is not None]
+    best: dict[str, Row] = {}
+    for row in sound:
+        best.setdefault(family(row), row)
+    if len(best) < 2:
+        return None
+    winner, *others = best.values()
+    where = f"{winner['model']}, {winner['world']} ranks, {winner['global_tokens']} {winner['token_layout']} tokens"
+    rivals = [f"{_who(row)} {row['p50_us'] / winner['p50_us']:.2f}x" for row in others]
+    tied = others[0]["p50_us"] / winner["p50_us"] < TIE
+    said = "no clear winner, ahead by a hair" if tied else "fastest"
+    return f"{where}, {winner['skew']}: {said} {_who(winner)} ({winner['p50_us']:,.0f} µs); " + ", ".join(rivals)
+
+
+def _who(row: Row) -> str:
+    return f"{row['placement']} {row['exchange']} {row['backend']}"
+
+
+def last_line(rows: list[Row]) -> str:
+    """Which family won where, in one line."""
+    wins: dict[str, list[str]] = {}
+    for group in groups(rows):
+        sound = [row for row in group if row["ok"] is not False and row["p50_us"] is not None]
+        rivals = {family(row): row for row in reversed(sound)}
+        if len(rivals) < 2:
+            continue
+        first, second = sorted(rivals.values(), key=_speed)[:2]
+        name = "a tie" if _speed(second) / _speed(first) < TIE else family(first)
+        place = f"{first['world']} ranks × {first['global_tokens']} {first['token_layout']} {first['skew']}"
+        wins.setdefault(name, []).append(place)
+    if not wins:
+        return "Verdict: nothing to compare; it takes rows of two placements with equal tokens and layout."
+    parts = [f"{name} in {len(places)} ({'; '.join(places)})" for name, places in sorted(wins.items())]
+    return f"Verdict: of {sum(map(len, wins.values()))} comparisons, fastest was " + ", ".join(parts) + "."

@@ -1,0 +1,292 @@
+"""The command `moe-dist`. Exit codes: 0 fine, 1 a number out of tolerance, 2 bad input, 3 too little machine,
+4 a rank failed, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist import checkpoint
+from moe_dist.bench.case import Experiment
+from moe_dist.bench.results import provenance, write_results
+from moe_dist.bench.runner import Outcome, group_starter, plan_cases, run_cases
+from moe_dist.bench.table import last_line, refused_table, size, tables, verdict
+from moe_dist.config import find_model, model_names, override, read_yaml, resolve_models
+from moe_dist.doctor import examine
+from moe_dist.errors import MoeDistError, RankFailure, ResourceError, UnsupportedError
+from moe_dist.plan import Machine, Plan
+from moe_dist.progress import Reporter
+from moe_dist.spec import TOKEN_LAYOUTS
+
+OK, OUT_OF_TOLERANCE, BAD_INPUT, TOO_SMALL, RANK_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.command(args)
+        return code
+    except MoeDistError as error:
+        _report(error, args.json)
+        return RANK_FAILED if isinstance(error, RankFailure) else TOO_SMALL if isinstance(error, ResourceError) else 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _report(error: MoeDistError, as_json: bool) -> None:
+    if not _speaks():
+        return
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    Console(stderr=True).print(f"moe-dist: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def _speaks() -> bool:
+    """Under torchrun every rank runs this program, and only the first one prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _console() -> Console:
+    console = Console(quiet=not _speaks())
+    return console if console.is_terminal else Console(width=170, quiet=not _speaks())
+
+
+def doctor(args: argparse.Namespace) -> int:
+    found = examine()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return OK
+    console = _console()
+    machine = found["machine"]
+    console.print(f"{machine['name']}, {machine['cores']} cores, {machine['devices']} CUDA devices", highlight=False)
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
+    console.print(f"Python {found['python']}, {versions}, nvcc {'yes' if found['nvcc'] else 'no'}", highlight=False)
+    for kind in ("backends", "exchanges"):
+        table = Table(kind[:-1], "usable here", "what to know", header_style="bold")
+        for name, answer in found[kind].items():
+            table.add_row(name, "[green]yes[/]" if answer["ok"] else "[red]no[/]", answer["reason"])
+        console.print(table)
+    return OK
+
+
+def plan(args: argparse.Namespace) -> int:
+    experiment = _single(args)
+    machine = Machine.detect(experiment.device)
+    (case,) = experiment.cases()
+    made = case.plan(machine)
+    if args.json:
+        print(json.dumps(made.as_dict() | {"wire_bytes": made.wire_bytes(case.workload.tokens)}, indent=1))
+        return OK
+    console = _console()
+    _print_plan(console, made, case.workload.tokens)
+    return OK
+
+
+def _print_plan(console: Console, made: Plan, tokens: int) -> None:
+    spec, world = made.spec, made.placement.world
+    shared = "" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
+    console.print(
+        f"{spec.name} {spec.quant_label}{shared} as {made.parallel.label}, {made.token_layout} tokens: exchange"
+        f" {made.exchange}, backend {made.backend}, rows travel as {made.payload}, partial sums as {made.combine_dtype}"
+        + (", with a change of token layout around it" if made.converts_layout else ""),
+        highlight=False,
+    )
+    ranks = Table("rank", "experts", "slice of intermediate", "weights", header_style="bold")
+    for rank in range(world):
+        start, stop = made.placement.slice_of(rank)
+        experts = len(made.placement.experts_of(rank))
+        ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
+    console.print(ranks)
+    share = -(-tokens // world) if made.token_layout == "sharded" else tokens
+    console.print(
+        f"{tokens} tokens: at most {made.most_rows(share)} rows and about {size(made.scratch_bytes(share))} of scratch"
+        f" on a rank, at most {size(made.wire_bytes(tokens))} sent by one; CUDA graph: "
+        + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
+        highlight=False,
+    )
+    choices = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
+    for choice in made.choices:
+        taken = "yes" if choice.chosen else ""
+        choices.add_row(choice.kind, choice.name, "yes" if choice.possible else "no", taken, choice.reason)
+    console.print(choices)
+
+
+def run(args: argparse.Namespace) -> int:
+    return _measure(_single(args), args, sweep=False)
+
+
+def compare(args: argparse.Namespace) -> int:
+    if args.file and "=" in args.file:  # no file, the first override stands in its place
+        args.file, args.overrides = None, [args.file, *args.overrides]
+    config = override(read_yaml(args.file) if args.file else {}, args.overrides)
+    return _measure(_experiment(config, args), args, sweep=True)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Every placement and exchange of one model at its real shapes, numbers only."""
+    config: dict[str, Any] = {
+        "name": "check",
+        "placements": ["tp", "ep"],
+        "worlds": [args.world],
+        "exchanges": ["local"] if args.world == 1 else ["all_reduce", "ag_rs", "all_to_all"],
+        "backends": args.backend,
+        "tokens": args.tokens,
+        "skews": args.skew,
+        "iters": 0,
+        "warmup": 0,
+    }
+    return _measure(_experiment(override(config, args.overrides), args), args, sweep=True)
+
+
+def demo_checkpoint(args: argparse.Namespace) -> int:
+    made = checkpoint.make_checkpoint(args.directory, model_type=args.model_type, seed=args.seed)
+    print(json.dumps({"checkpoint": str(made)}) if args.json else f"checkpoint of random weights: {made}")
+    return OK
+
+
+def _single(args: argparse.Namespace) -> Experiment:
+    """The experiment of one configuration, for `plan` and `run`."""
+    parallel = f"tp{args.tp}xep{args.ep}"
+    config: dict[str, Any] = {
+        "name": "run",
+        "worlds": [args.tp * args.ep],
+        "placements": [parallel],
+        "exchanges": [args.exchange or ("local" if args.tp * args.ep == 1 else "ag_rs")],
+        "backends": [args.backend],
+        "tokens": [args.tokens],
+        "token_layouts": [args.token_layout],
+        "skews": [args.skew],
+        "payload": args.payload,
+        "iters": args.iters,
+    }
+    return _experiment(override(config, args.overrides), args)
+
+
+def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
+    """Flags over the file's keys. Without any model the small embedded default is taken."""
+    if args.checkpoint:
+        found = checkpoint.read_config(args.checkpoint)
+        found.require_moe_layer(args.layer)
+        config["source"] = {"checkpoint": str(Path(args.checkpoint).absolute()), "layer": args.layer}
+        config["models"] = [found.spec.model_dump()]
+    elif args.model:
+        config["models"] = [args.model]
+    elif "models" not in config:
+        config["models"] = [find_model("tiny").model_dump()]
+    for key in ("runtime", "device"):
+        if getattr(args, key) is not None:
+            config[key] = getattr(args, key)
+    return Experiment(**resolve_models(config))
+
+
+def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> int:
+    machine = Machine.detect(experiment.device)
+    cases = list(experiment.cases())
+    planned, refused = plan_cases(cases, machine)
+    if not planned or (refused and not sweep):
+        reasons = list(dict.fromkeys(item["reason"] for item in refused))
+        raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
+    with Reporter(len(planned), quiet=not _speaks()) as reporter:
+        outcome = run_cases(
+            planned,
+            group_starter(experiment, machine),
+            experiment.case_timeout_s,
+            reporter.shown,
+            lambda _: reporter.step(),
+        )
+    outcome.refused = refused
+    if args.out and _speaks():
+        write_results(Path(args.out), machine, outcome.rows, refused)
+    if args.json and _speaks():
+        print(json.dumps({**provenance(machine), "rows": outcome.rows, "refused": refused}))
+    elif not args.json:
+        _print_outcome(outcome, args, sweep)
+    return OK if outcome.ok else OUT_OF_TOLERANCE
+
+
+def _print_outcome(outcome: Outcome, args: argparse.Namespace, sweep: bool) -> None:
+    console = _console()
+    for table in tables(outcome.rows):
+        console.print(table)
+    if outcome.refused:
+        console.print(refused_table(outcome.refused))
+    failed = [row for row in outcome.rows if row["ok"] is False]
+    if failed:
+        console.print(f"{len(failed)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
+    if args.out:
+        console.print(f"results: {args.out}", highlight=False)
+    timed = [row for row in outcome.rows if row["p50_us"] is not None]
+    if not timed:
+        passed = sum(row["ok"] is True for row in outcome.rows)
+        console.print(f"{passed} of {len(outcome.rows)} cases agree with the oracle.", highlight=False)
+    elif sweep:
+        for sentence in verdict(timed):
+            console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+        console.print(last_line(timed), style="bold", highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moe-dist", description="Compare distributed FP8 MoE layers.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return sub
+
+    command("doctor", doctor, "what this machine has, and what can run on it")
+    for name, function, text in (
+        ("plan", plan, "what would run, and why not something else; loads no weights"),
+        ("run", run, "measure one configuration"),
+    ):
+        sub = command(name, function, text)
+        _model_flags(sub)
+        _grid_flags(sub)
+        if name == "run":
+            sub.add_argument("--out", help="write the results file here")
+    sub = command("compare", compare, "placements × exchanges × backends × tokens × skews, side by side")
+    sub.add_argument("file", nargs="?", help="experiment file (YAML); without one, the small embedded default")
+    _model_flags(sub)
+    sub.add_argument("--out", help="write the results file here")
+    sub = command("check", check, "numbers against the oracle at a model's real shapes")
+    _model_flags(sub)
+    sub.add_argument("--world", type=int, default=2, help="ranks (default 2)")
+    sub.add_argument("--tokens", type=int, nargs="+", default=[1, 16], help="global tokens")
+    sub.add_argument("--backend", nargs="+", default=["torch"])
+    sub.add_argument("--skew", nargs="+", default=["uniform", "single"])
+    sub.add_argument("--out", help="write the results file here")
+    sub = command("demo-checkpoint", demo_checkpoint, "write a small checkpoint of random weights to try things on")
+    sub.add_argument("directory")
+    sub.add_argument("--model-type", default="qwen3_moe", choices=("qwen3_moe", "deepseek_v3"))
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _model_flags(sub: argparse.ArgumentParser) -> None:
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument("--model", help=f"one of {', '.join(model_names())}, or a YAML file; random weights")
+    source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
+    sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
+
+
+def _grid_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--tp", type=int, default=1)
+    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--exchange", help="default: local on one rank, ag_rs on more")
+    sub.add_argument("--backend", default="torch")
+    sub.add_argument("--tokens", type=int, default=64, help="global tokens of a step (default 64)")
+    sub.add_argument("--token-layout", default="sharded", choices=TOKEN_LAYOUTS)
+    sub.add_argument("--skew", default="uniform")
+    sub.add_argument("--payload", default="auto")
+    sub.add_argument("--iters", type=int, default=100)

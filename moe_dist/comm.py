@@ -1,0 +1,167 @@
+"""The process group: every collective of moe_dist goes through `Comm`, which counts it, bounds it and names it when it
+fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+
+from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.quantization import FP8
+
+R = TypeVar("R")
+
+
+class Comm:
+    """A rank's end of the group.
+
+    `sequence` counts this rank's collectives. `bytes_sent` adds up what this rank must send to others by the leanest
+    algorithm of each collective: (W-1) times its part for an all-gather, (W-1)/W of the input for a reduce-scatter,
+    twice that for an all-reduce, the rows for other ranks for an all-to-all.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        cpu_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.world, self.device = rank, world, device
+        self._group, self._cpu_group = group, cpu_group
+        self.sequence = 0
+        self.bytes_sent = 0
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> Comm:
+        """One rank alone: no process group is needed."""
+        return cls(0, 1, torch.device(device))
+
+    @classmethod
+    def join(cls, rank: int, world: int, store: Store | None, device: torch.device, timeout_s: float) -> Comm:
+        """Form the default process group with the other ranks, through `store` (None: torchrun's own).
+
+        Raises RankFailure when the others don't come within `timeout_s`, which also bounds every later collective.
+        """
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except Exception as error:
+            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, _short(error)) from error
+        return cls.from_group(device, timeout_s=timeout_s)
+
+    @classmethod
+    def from_group(
+        cls, device: torch.device | str, group: dist.ProcessGroup | None = None, timeout_s: float = 60.0
+    ) -> Comm:
+        """Use a process group that this process has already (default: the default one). Collective when it is NCCL's:
+        all ranks of the group must call it, because small agreements get a gloo group of their own."""
+        if not dist.is_initialized():
+            raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
+        group = group or dist.group.WORLD
+        cpu_group = group
+        if dist.get_backend(group) != "gloo":
+            ranks = dist.get_process_group_ranks(group)
+            cpu_group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return cls(dist.get_rank(group), dist.get_world_size(group), torch.device(device), group, cpu_group)
+
+    def leave(self) -> None:
+        """Destroy the default process group; ranks that wait in a collective of it get an error at once."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def all_gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order."""
+        if self.world == 1:
+            return list(parts)
+        return [self._run("all_gather", partial(self._all_gather, part)) for part in parts]
+
+    def _all_gather(self, part: Tensor) -> Tensor:
+        wire = _wire(part)
+        out = wire.new_empty(self.world * wire.shape[0], *wire.shape[1:])
+        dist.all_gather_into_tensor(out, wire, group=self._group)
+        self.bytes_sent += wire.nbytes * (self.world - 1)
+        return out.view(part.dtype)
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        """[world·n, ...] on every rank to this rank's [n, ...] of the sum."""
+        if self.world == 1:
+            return rows
+        out = rows.new_empty(rows.shape[0] // self.world, *rows.shape[1:])
+        self._run("reduce_scatter", lambda: dist.reduce_scatter_tensor(out, rows.contiguous(), group=self._group))
+        self.bytes_sent += rows.nbytes * (self.world - 1) // self.world
+        return out
+
+    def all_reduce(self, rows: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            self._run("all_reduce", lambda: dist.all_reduce(rows, group=self._group))
+            self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
+        return rows
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Rows [sum(send), ...] grouped by destination to rows [sum(receive), ...] grouped by source."""
+        if self.world == 1:
+            return rows
+        wire = _wire(rows)
+        out = wire.new_empty(sum(receive), *wire.shape[1:])
+        self._run(
+            "all_to_all",
+            lambda: dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group),
+        )
+        row_bytes = wire[:1].nbytes if len(wire) else 0
+        self.bytes_sent += row_bytes * (len(wire) - send[self.rank])
+        return out.view(rows.dtype)
+
+    def exchange_counts(self, counts: Sequence[int]) -> list[int]:
+        """How many rows each rank will send here, from how many this rank will send to each. On the CPU group."""
+        if self.world == 1:
+            return list(counts)
+        sent, received = torch.tensor(counts), torch.empty(self.world, dtype=torch.int64)
+        self._run("exchange_counts", lambda: dist.all_to_all_single(received, sent, group=self._cpu_group))
+        return received.tolist()
+
+    def agree_max(self, value: int) -> int:
+        """The largest `value` of any rank, agreed on the CPU group."""
+        if self.world == 1:
+            return value
+        agreed = torch.tensor(value)
+        self._run("agree_max", lambda: dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._cpu_group))
+        return int(agreed)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self._run("barrier", lambda: dist.barrier(group=self._cpu_group))
+
+    def _run(self, op: str, call: Callable[[], R]) -> R:
+        self.sequence += 1
+        try:
+            return call()
+        except Exception as error:
+            raise RankFailure(self.rank, op, self.sequence, _short(error)) from error
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """FP8 crosses a collective as bytes: gloo refuses it, and a refusal would poison the next barrier."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
+
+
+def _short(error: Exception) -> str:
+    """The first line of a library's message, without its C++ stack."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -1,0 +1,74 @@
+"""The errors that moe_dist raises on purpose. Every one survives pickling, so Ray can carry it to the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+class MoeDistError(Exception):
+    """Base class. Not a ValueError, so that pydantic passes it on untouched instead of wrapping it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(cls: type[MoeDistError], args: tuple[Any, ...], state: dict[str, Any]) -> MoeDistError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(MoeDistError):
+    """A value that can't work. Names the field, the value, the rule it breaks and what is legal."""
+
+    def __init__(self, field: str, value: object, rule: str, legal: object = None) -> None:
+        self.field, self.value, self.rule, self.legal = field, value, rule, legal
+        text = f"{field} = {value!r}: {rule}"
+        if legal is not None:
+            text += f" (legal: {listed(legal)})"
+        super().__init__(text)
+
+
+class UnsupportedError(MoeDistError):
+    """A legal request that nothing here can serve. `reasons` says why, one line each."""
+
+    def __init__(self, what: str, reasons: Iterable[str], supported: object = None) -> None:
+        self.what, self.reasons, self.supported = what, tuple(reasons), supported
+        text = f"{what} is not supported: " + "; ".join(self.reasons)
+        if supported is not None:
+            text += f" (supported: {listed(supported)})"
+        super().__init__(text)
+
+
+class CheckpointError(MoeDistError):
+    """A checkpoint on disk that is missing, truncated, inconsistent or holds NaN."""
+
+    def __init__(self, path: object, problem: str) -> None:
+        self.path, self.problem = str(path), problem
+        super().__init__(f"checkpoint {path}: {problem}")
+
+
+class ResourceError(MoeDistError):
+    """The machine or the Ray cluster is too small. Says what is short, by how much, and what helps."""
+
+    def __init__(self, resource: str, needed: object, available: object, hint: str) -> None:
+        self.resource, self.needed, self.available, self.hint = resource, needed, available, hint
+        super().__init__(f"not enough {resource}: {needed} needed, {available} available. {hint}")
+
+
+class RankFailure(MoeDistError):
+    """A rank failed, died or did not answer in time. `seq` counts that rank's collectives; -1 if none was running."""
+
+    def __init__(self, rank: int, op: str, seq: int, cause: str) -> None:
+        self.rank, self.op, self.seq, self.cause = rank, op, seq, cause
+        super().__init__(f"rank {rank} failed in {op} (sequence number {seq}): {cause}")
+
+
+def listed(values: object) -> str:
+    """Legal values as a reader wants them: a sequence joined by commas, anything else as it is."""
+    if isinstance(values, (list, tuple, set, frozenset)):
+        items = sorted(map(str, values)) if isinstance(values, (set, frozenset)) else map(str, values)
+        return ", ".join(items)
+    return str(values)

@@ -1,0 +1,16 @@
+"""How tokens reach the ranks that hold their experts, and how the partial outputs come back."""
+
+from moe_dist.exchange.base import Exchange, Handle
+from moe_dist.registry import Registry
+
+EXCHANGES: Registry[Exchange] = Registry(
+    "exchange",
+    {
+        "local": "moe_dist.exchange.replicated:Local",
+        "all_reduce": "moe_dist.exchange.replicated:AllReduce",
+        "ag_rs": "moe_dist.exchange.ag_rs:AllGatherReduceScatter",
+        "all_to_all": "moe_dist.exchange.all_to_all:AllToAll",
+    },
+)
+
+__all__ = ["EXCHANGES", "Exchange", "Handle"]

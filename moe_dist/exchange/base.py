@@ -1,0 +1,137 @@
+"""The contract of an exchange."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_dist.comm import Comm
+from moe_dist.errors import ConfigError
+from moe_dist.placement import Placement
+from moe_dist.quantization import Activations, QuantizedRows, quantize_rows, scale_columns
+from moe_dist.routing import Routing
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec, TokenLayout
+from moe_dist.stages import NO_STAGES, Stages
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What combine needs of its dispatch: the number of this rank's tokens, and the exchange's own notes."""
+
+    tokens: int
+    notes: Any = None
+
+
+class Exchange(ABC):
+    """One rank's exchange. `dispatch` and `combine` are collective: every rank calls both, with zero tokens too.
+
+    `payload` is the dtype that token rows travel in: "fp8" quantizes them at their source, "bf16" or "fp32" sends them
+    as they are, "none" where tokens are on every rank already and nothing is sent. `static_scale` is the activations'
+    scale for fp8_tensor_static.
+    """
+
+    token_layout: ClassVar[TokenLayout]
+    capturable: ClassVar[bool]  # can be captured in a CUDA graph: static shapes, no host sync
+    every_token: ClassVar[bool]  # brings every token to every rank
+    needs_bucket: ClassVar[bool]  # all ranks must pad to one agreed number of tokens
+
+    def __init__(
+        self,
+        comm: Comm,
+        placement: Placement,
+        spec: MoESpec,
+        payload: str,
+        static_scale: Tensor | None = None,
+        stages: Stages = NO_STAGES,
+    ) -> None:
+        self.comm, self.placement, self.spec = comm, placement, spec
+        self.payload, self.static_scale, self.stages = payload, static_scale, stages
+
+    @classmethod
+    def supports(cls, spec: MoESpec, placement: Placement) -> Support:
+        """Whether it serves this placement. Every exchange but `local` serves all of them."""
+        return Support(True)
+
+    @classmethod
+    @abstractmethod
+    def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
+        """Most bytes one rank sends in a step of `tokens` global tokens, evenly sharded; for plans."""
+
+    @abstractmethod
+    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
+        """This rank's tokens [T, H] to the rows [R, H] that it must compute."""
+
+    @abstractmethod
+    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
+        """Partial sums of the computed rows to this rank's finished tokens [T, H], in the dtype of `y_RH`."""
+
+    def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        """(row on its source, source rank or None) of every global token, where `bounds[r]` is rank r's run of them:
+        what decides which copy of an expert serves it. The oracle asks."""
+        rows = torch.cat([torch.arange(stop - start) for start, stop in bounds])
+        sources = torch.cat([torch.full((stop - start,), rank) for rank, (start, stop) in enumerate(bounds)])
+        return rows, sources
+
+    def quantized_together(self, bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The runs of global tokens that share a dynamic per-tensor scale. The oracle asks."""
+        return list(bounds) if self.payload == "fp8" else [(bounds[0][0], bounds[-1][1])]
+
+    def to_payload(self, x: Activations) -> Activations:
+        """Quantize at the source if the payload is FP8 and that has not been done."""
+        if self.payload != "fp8" or isinstance(x, QuantizedRows):
+            return x
+        with self.stages("quantize"):
+            return quantize_rows(x, self.spec.quant, self.static_scale)
+
+    def check_bucket(self, tokens: int, bucket: int | None) -> int:
+        """The bucket to pad to. Raises ConfigError where tokens would not fit: none is ever dropped."""
+        if bucket is None or tokens > bucket:
+            rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
+            raise ConfigError("max_tokens_per_rank", bucket, rule, f"{tokens} and more")
+        return bucket
+
+
+def gather_tokens(comm: Comm, x: Activations, routing: Routing, bucket: int) -> tuple[Activations, Routing]:
+    """Pad to `bucket` rows with id -1 and weight 0, and collect everybody's: [world·bucket, ...] in rank order."""
+    parts = [*parts_of(x), routing.ids_TK, routing.weights_TK]
+    fills = [0.0] * (len(parts) - 2) + [-1, 0]
+    gathered = comm.all_gather([pad_rows(part, bucket, fill) for part, fill in zip(parts, fills, strict=True)])
+    return activations_of(x, gathered[:-2]), Routing(gathered[-2], gathered[-1])
+
+
+def pad_rows(rows: Tensor, size: int, fill: float) -> Tensor:
+    if rows.shape[0] == size:
+        return rows
+    padded = rows.new_empty(size, *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    # FP8 has no fill on every device; its zero is the zero byte.
+    (padded.view(torch.uint8) if rows.dtype.itemsize == 1 else padded)[rows.shape[0] :].fill_(fill)
+    return padded
+
+
+def parts_of(x: Activations) -> list[Tensor]:
+    """The tensors that a row consists of."""
+    if isinstance(x, Tensor):
+        return [x]
+    return [x.values_RH] if x.scales_RS is None else [x.values_RH, x.scales_RS]
+
+
+def activations_of(like: Activations, parts: list[Tensor]) -> Activations:
+    """The inverse of `parts_of`, for rows of the same kind as `like`."""
+    if isinstance(like, Tensor):
+        return parts[0]
+    return QuantizedRows(parts[0], parts[1] if len(parts) > 1 else None)
+
+
+def payload_row_bytes(spec: MoESpec, payload: str) -> int:
+    """Bytes of one dispatched row with its scales, its K ids (or slots) and its K weights."""
+    if payload == "fp8":
+        values = spec.hidden + 4 * scale_columns(spec.quant, spec.hidden)
+    else:
+        values = spec.hidden * spec.torch_dtype.itemsize
+    return values + 8 * spec.top_k

@@ -1,0 +1,54 @@
+"""Exchanges for tokens that every rank has already: nothing to dispatch, the partial sums are added up."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_dist.exchange.base import Exchange, Handle
+from moe_dist.placement import Placement
+from moe_dist.quantization import Activations
+from moe_dist.routing import Routing
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec, TokenLayout
+
+
+class AllReduce(Exchange):
+    """Every rank computes its part of every token; one all-reduce adds the parts."""
+
+    token_layout: ClassVar[TokenLayout] = "replicated"
+    capturable = True
+    needs_bucket = False
+    every_token = True
+
+    @classmethod
+    def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
+        return 2 * tokens * spec.hidden * combine_itemsize * (placement.world - 1) // placement.world
+
+    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
+        with self.stages("dispatch"):
+            rows_T = torch.arange(routing.tokens, device=routing.ids_TK.device)
+            groups_TK = self.placement.serving_groups(routing.ids_TK, rows_T, None)
+            slots_TK = self.placement.local_slots(routing.ids_TK, groups_TK, self.comm.rank)
+            return TokenRows(x, slots_TK, routing.weights_TK), Handle(routing.tokens)
+
+    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
+        with self.stages("combine"):
+            return self.comm.all_reduce(y_RH)
+
+    def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        return torch.arange(bounds[-1][1]), None
+
+
+class Local(AllReduce):
+    """One rank alone: no collective at all."""
+
+    @classmethod
+    def supports(cls, spec: MoESpec, placement: Placement) -> Support:
+        return Support(placement.world == 1, "" if placement.world == 1 else f"one rank only, not {placement.world}")
+
+    @classmethod
+    def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
+        return 0

@@ -1,0 +1,275 @@
+"""Spec and machine to a plan: what will run, what it weighs, and why each other choice was not taken."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_dist.backends import BACKENDS, Backend, Problem
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.exchange import EXCHANGES, Exchange
+from moe_dist.exchange.base import payload_row_bytes
+from moe_dist.placement import Placement
+from moe_dist.rows import Support
+from moe_dist.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
+
+PAYLOADS = ("auto", "unquantized", "fp8")
+COMBINE_DTYPES = ("bf16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on: `device` cpu or cuda, the GPUs' compute capability and memory in bytes each."""
+
+    device: str
+    devices: int
+    name: str
+    capability: tuple[int, int] | None = None
+    memory: int | None = None
+
+    @classmethod
+    def detect(cls, device: str = "auto") -> Machine:
+        """This process's machine. Raises ConfigError for cuda where torch sees none."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError("device", device, "unknown", ("auto", "cpu", "cuda"))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device", device, "torch sees no CUDA device here", ("auto", "cpu"))
+        if device == "cpu" or not torch.cuda.is_available():
+            return cls("cpu", 1, _cpu_name())
+        properties = torch.cuda.get_device_properties(0)
+        capability = (properties.major, properties.minor)
+        return cls("cuda", torch.cuda.device_count(), properties.name, capability, properties.total_memory)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+class Choice(NamedTuple):
+    """One name of one kind (exchange, backend), whether it could run here, and whether it was taken."""
+
+    kind: str
+    name: str
+    possible: bool
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that passed every check. `payload` is what rows really travel as: none, bf16, fp32 or fp8."""
+
+    spec: MoESpec
+    parallel: ParallelSpec
+    placement: Placement
+    token_layout: TokenLayout
+    exchange: str
+    backend: str
+    payload: str
+    combine_dtype: str
+    machine: Machine
+    choices: tuple[Choice, ...]
+
+    @property
+    def converts_layout(self) -> bool:
+        return self.placement.world > 1 and EXCHANGES.get(self.exchange).token_layout != self.token_layout
+
+    @property
+    def capturable(self) -> Support:
+        """Whether the whole step can be captured in a CUDA graph."""
+        reasons = [
+            f"{kind} {name} is not capturable"
+            for kind, name, cls in (
+                ("exchange", self.exchange, EXCHANGES.get(self.exchange)),
+                ("backend", self.backend, BACKENDS.get(self.backend)),
+            )
+            if not cls.capturable
+        ]
+        if self.machine.device != "cuda":
+            reasons.append("CUDA graphs need CUDA")
+        return Support(not reasons, "; ".join(reasons))
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the partial sums that cross in combine."""
+        return DTYPES[self.combine_dtype]
+
+    def weight_bytes(self, rank: int) -> int:
+        """Bytes of `rank`'s shard, scales included."""
+        spec, width = self.spec, self.placement.width_of(rank)
+        rows, H = spec.w13_rows(width), spec.hidden
+        itemsize = 1 if spec.quantized else spec.torch_dtype.itemsize
+        scales = {
+            "none": 0,
+            "fp8_block": -(-H // BLOCK) * -(-width // BLOCK) * (3 if spec.gated else 2),
+            "fp8_channel": rows + H,
+        }.get(spec.quant, 3 if spec.gated else 2)
+        if spec.quant == "fp8_tensor_static":
+            scales += 1
+        return len(self.placement.experts_of(rank)) * ((rows + width) * H * itemsize + 4 * scales)
+
+    def most_rows(self, max_tokens_per_rank: int) -> int:
+        """Worst case of (token, expert) pairs on one rank: world × T × min(K, e), tile padding not counted."""
+        tokens = max_tokens_per_rank * (self.placement.world if self.token_layout == "sharded" else 1)
+        most_local = max(len(self.placement.experts_of(rank)) for rank in range(self.placement.world))
+        return tokens * min(self.spec.top_k, most_local)
+
+    def scratch_bytes(self, max_tokens_per_rank: int) -> int:
+        """An estimate of one rank's worst-case scratch: gathered rows, GEMM1 and GEMM2 outputs and the partial sums."""
+        tokens = max_tokens_per_rank * (self.placement.world if self.token_layout == "sharded" else 1)
+        width = max(self.placement.width_of(rank) for rank in range(self.placement.world))
+        pair = 2 * (self.spec.w13_rows(width) + width + self.spec.hidden)
+        row = payload_row_bytes(self.spec, self.payload) + self.spec.hidden * self.out_dtype.itemsize
+        return self.most_rows(max_tokens_per_rank) * pair + tokens * row
+
+    def wire_bytes(self, tokens: int) -> int:
+        """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), without a
+        change of layout around it."""
+        exchange = EXCHANGES.get(self.exchange)
+        return exchange.wire_bytes(self.spec, self.placement, tokens, self.payload, self.out_dtype.itemsize)
+
+    def as_dict(self) -> dict[str, Any]:
+        world = range(self.placement.world)
+        return {
+            "model": self.spec.model_dump(),
+            "tp": self.parallel.tp,
+            "ep": self.parallel.ep,
+            "placement": self.parallel.label,
+            "slices": [list(self.placement.slice_of(rank)) for rank in world],
+            "experts": [len(self.placement.experts_of(rank)) for rank in world],
+            "token_layout": self.token_layout,
+            "exchange": self.exchange,
+            "backend": self.backend,
+            "payload_dtype": self.payload,
+            "combine_dtype": self.combine_dtype,
+            "weight_bytes": [self.weight_bytes(rank) for rank in world],
+            "capturable": self.capturable._asdict(),
+            "machine": asdict(self.machine),
+            "choices": [choice._asdict() for choice in self.choices],
+        }
+
+
+def make_plan(
+    spec: MoESpec,
+    parallel: ParallelSpec,
+    *,
+    exchange: str,
+    backend: str,
+    token_layout: TokenLayout = "sharded",
+    payload: str = "auto",
+    combine_dtype: str | None = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """Check everything that can be checked before a weight is loaded or a process started.
+
+    A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced.
+    `payload` auto sends FP8 where the model is FP8 and the backend takes it. `combine_dtype` defaults to the model's.
+    """
+    machine = machine or Machine.detect()
+    if payload not in PAYLOADS:
+        raise ConfigError("payload", payload, "unknown", PAYLOADS)
+    combine = combine_dtype or spec.dtype
+    if combine not in COMBINE_DTYPES:
+        raise ConfigError("combine_dtype", combine, "unknown", COMBINE_DTYPES)
+    exchange_class, backend_class = EXCHANGES.get(exchange), BACKENDS.get(backend)
+    placement = Placement.build(spec, parallel)
+
+    travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
+    choices = _choices(spec, placement, token_layout, exchange, backend, travels, payload, machine)
+    refused = [choice for choice in choices if choice.chosen and not choice.possible]
+    if refused:
+        what = " and ".join(f"{choice.kind} {choice.name}" for choice in refused)
+        fit = [choice.name for choice in choices if choice.possible and choice.kind == refused[0].kind]
+        raise UnsupportedError(f"{what} under {parallel.label}", [choice.reason for choice in refused], fit or "none")
+    _check_shared(spec, exchange_class, parallel)
+    return Plan(
+        spec, parallel, placement, token_layout, exchange, backend, travels, combine, machine, tuple(choices)
+    )  # fmt: skip
+
+
+def _travelling(
+    spec: MoESpec,
+    placement: Placement,
+    token_layout: str,
+    exchange: type[Exchange],
+    backend: type[Backend],
+    payload: str,
+) -> str:
+    """The dtype that rows travel in. Raises ConfigError if the one asked for can't be."""
+    if placement.world == 1 or token_layout == exchange.token_layout == "replicated":
+        if payload == "fp8":
+            raise ConfigError("payload", payload, "no token row travels here", ("auto", "unquantized"))
+        return "none"
+    if payload == "fp8" and not spec.quantized:
+        raise ConfigError("payload", payload, "the model is not quantized", ("auto", "unquantized"))
+    takes_fp8 = spec.quantized and "fp8" in backend.payloads
+    if payload == "fp8" and not takes_fp8:
+        raise ConfigError("payload", payload, "the backend does not take rows already quantized", backend.payloads)
+    if payload != "unquantized" and takes_fp8:
+        return "fp8"
+    if spec.quant == "fp8_tensor_dynamic":
+        rule = "a dynamic per-tensor scale belongs to the source rank and travels only with FP8 rows"
+        raise ConfigError("payload", payload, rule, ("fp8",))
+    return spec.dtype
+
+
+def _choices(
+    spec: MoESpec,
+    placement: Placement,
+    token_layout: str,
+    exchange: str,
+    backend: str,
+    travels: str,
+    payload: str,
+    machine: Machine,
+) -> list[Choice]:
+    """Every registered exchange and backend, with what speaks against it."""
+    choices = []
+    for name in EXCHANGES.names():
+        candidate = EXCHANGES.get(name)
+        support = candidate.supports(spec, placement)
+        reason = support.reason
+        if support.ok and name != exchange:
+            converted = candidate.token_layout != token_layout and placement.world > 1
+            reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
+        choices.append(Choice("exchange", name, support.ok, name == exchange, reason))
+    for name in BACKENDS.names():
+        support = _backend_support(spec, placement, BACKENDS.get(name), travels, payload, machine)
+        reason = "not asked for" if support.ok and name != backend else support.reason
+        choices.append(Choice("backend", name, support.ok, name == backend, reason))
+    return choices
+
+
+def _backend_support(
+    spec: MoESpec, placement: Placement, backend: type[Backend], travels: str, payload: str, machine: Machine
+) -> Support:
+    """It must run here and serve every rank's own slice."""
+    available = backend.available(machine.device)
+    if not available.ok:
+        return available
+    if travels not in backend.payloads and not (payload == "auto" and spec.dtype in backend.payloads):
+        return Support(False, f"takes rows as {', '.join(sorted(backend.payloads))}, not {travels}")
+    shapes = {(placement.width_of(rank), len(placement.experts_of(rank))) for rank in range(placement.world)}
+    for width, num_local in sorted(shapes):
+        problem = Problem(spec, width, num_local, machine.device, machine.capability, travels)
+        support = backend.supports(problem)
+        if not support.ok:
+            return support
+    return Support(True)
+
+
+def _check_shared(spec: MoESpec, exchange: type[Exchange], parallel: ParallelSpec) -> None:
+    """A shared expert sliced over all ranks needs every token on every rank."""
+    if spec.shared_experts == "tp" and not exchange.every_token:
+        rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"
+        raise ConfigError("model.shared_experts", "tp", rule, ("none", "replicated"))
+    if spec.shared_experts == "tp":
+        whole = spec.shared_spec()
+        Placement.build(whole, ParallelSpec(tp=parallel.world, allow_empty_shards=parallel.allow_empty_shards))

@@ -1,0 +1,147 @@
+"""Which experts a token goes to: the routers of the supported models, and synthetic routing for experiments."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import ConfigError
+from moe_dist.spec import MoESpec
+
+SKEWS = "balanced, uniform, zipf:S (S >= 0), hot:N (N experts), single, router, file:PATH"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`ids_TK` int32, global expert ids, -1 for none; `weights_TK` float32, 0 where the id is -1."""
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_TK.shape[0]
+
+    def rows(self, start: int, stop: int) -> Routing:
+        return Routing(self.ids_TK[start:stop], self.weights_TK[start:stop])
+
+    def to(self, device: torch.device | str) -> Routing:
+        return Routing(self.ids_TK.to(device), self.weights_TK.to(device))
+
+
+def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Routing:
+    """Router logits to top-k experts and their weights, in float32 as the models do it.
+
+    softmax (Qwen3-MoE, Mixtral): top-k of the probabilities, divided by their sum if `renormalize`.
+    sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): top-k of score + `bias_E`, weights are the scores without the
+    bias. With groups, only the `top_groups` groups whose two best biased scores sum highest may be chosen
+    (DeepSeek-V3 technical report, arXiv 2412.19437, section 2.1.2). Weights are scaled by `routed_scaling` last.
+    """
+    if logits_TE.shape[-1] != spec.num_experts:
+        raise ConfigError("logits", tuple(logits_TE.shape), "one column per expert", f"[tokens, {spec.num_experts}]")
+    logits = logits_TE.float()
+    scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias_E is None else scores + bias_E.float()
+    if spec.num_groups > 1:
+        choice = _mask_groups(choice, spec.num_groups, spec.top_groups)
+    ids = choice.topk(spec.top_k, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if spec.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    return Routing(ids.to(torch.int32), weights * spec.routed_scaling)
+
+
+def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
+    grouped = choice_TE.view(len(choice_TE), num_groups, -1)
+    group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+    kept = group_scores.topk(top_groups, dim=-1).indices
+    mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)
+    return grouped.masked_fill(~mask[..., None], float("-inf")).flatten(-2)
+
+
+def check_skew(skew: str) -> None:
+    """Raise ConfigError unless `skew` is well formed; a file must be there."""
+    kind, _, argument = skew.partition(":")
+    if kind in ("balanced", "uniform", "single", "router") and not argument:
+        return
+    if kind == "file" and argument:
+        if not Path(argument).is_file():
+            raise ConfigError("workload.skew", skew, "no such file", SKEWS)
+        return
+    try:
+        if (kind == "zipf" and float(argument) >= 0) or (kind == "hot" and int(argument) >= 1):
+            return
+    except ValueError:
+        pass
+    raise ConfigError("workload.skew", skew, "not a known routing", SKEWS)
+
+
+def skew_label(skew: str) -> str:
+    """The skew as results name it: a file by the hash of its content, everything else as given."""
+    kind, _, argument = skew.partition(":")
+    if kind != "file":
+        return skew
+    return "file:" + hashlib.sha256(Path(argument).read_bytes()).hexdigest()[:12]
+
+
+def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routing:
+    """Routing of `tokens` rows over the whole group, drawn on the CPU: the same whatever the number of ranks.
+
+    balanced: every expert gets the same number of rows (± 1). uniform: K distinct experts at random.
+    zipf:S: expert of popularity rank r is drawn with odds r^-S, popularity being a random order of the experts.
+    hot:N: N random experts fill as many of a token's K places as they can, the rest is uniform.
+    single: all rows on one random expert, the other K-1 places empty (id -1).
+    file:PATH: a torch file {"ids": int [rows, K], "weights": float [rows, K]}, repeated to `tokens` rows.
+    """
+    check_skew(skew)
+    kind, _, argument = skew.partition(":")
+    generator = torch.Generator().manual_seed(seed)
+    E, K = spec.num_experts, spec.top_k
+    if kind == "router":
+        raise ConfigError("workload.skew", skew, "needs a checkpoint with a router", SKEWS)
+    if kind == "file":
+        return _recorded(spec, tokens, argument)
+    order = torch.randperm(E, generator=generator)
+    if kind == "balanced":
+        places = torch.arange(tokens * K).view(tokens, K) % E
+        places = places[torch.randperm(tokens, generator=generator)]
+    elif kind == "single":
+        places = torch.zeros(tokens, K, dtype=torch.int64)
+    else:
+        places = _draw(E, K, tokens, kind, argument, generator)
+    ids = order[places]
+    logits = torch.randn(tokens, K, generator=generator)
+    if kind == "single":
+        ids[:, 1:] = -1
+        logits[:, 1:] = float("-inf")
+    return Routing(ids.to(torch.int32), logits.softmax(-1) * spec.routed_scaling)
+
+
+def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torch.Generator) -> Tensor:
+    """K distinct places out of E for each token: the largest of log-odds + Gumbel noise (Gumbel top-k sampling)."""
+    log_odds = torch.zeros(E)
+    if kind == "zipf":
+        log_odds = -float(argument) * torch.arange(1, E + 1).float().log()
+    elif kind == "hot":
+        log_odds[: int(argument)] = 1e6
+    chunks = [
+        (log_odds - torch.empty(n, E).exponential_(generator=generator).log()).topk(K, dim=-1).indices
+        for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)
+    ]
+    return torch.cat(chunks)
+
+
+def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
+    recorded = torch.load(path, weights_only=True)
+    ids, weights = recorded["ids"].to(torch.int32), recorded["weights"].float()
+    if ids.ndim != 2 or ids.shape != weights.shape or ids.shape[1] != spec.top_k or len(ids) == 0:
+        found = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
+        raise ConfigError("workload.skew", path, f"holds {found}", f"two of shape [rows, {spec.top_k}]")
+    if ids.max() >= spec.num_experts:
+        raise ConfigError("workload.skew", path, f"holds expert {int(ids.max())}", f"-1 to {spec.num_experts - 1}")
+    repeated = torch.arange(tokens) % len(ids)
+    return Routing(ids[repeated], weights[repeated])

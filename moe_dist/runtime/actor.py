@@ -1,0 +1,84 @@
+"""The Ray actor of one rank. Its methods run on two threads: one works, the other answers and can cut the work off."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+import ray
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from moe_dist.comm import Comm
+from moe_dist.errors import RankFailure
+from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
+from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
+
+
+class RankActor:
+    """Decorated with ray.remote where it is used, so that importing this module starts nothing."""
+
+    def __init__(self, rank: int, world: int, device: str) -> None:
+        self.rank, self.world = rank, world
+        self.device = torch.device("cpu")
+        if device == "cuda":
+            # Every GPU stays visible (symmetric memory needs that), so the rank's own one must be named.
+            self.device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+        self.context: RankContext | None = None
+        self._store: TCPStore | None = None
+
+    def where(self) -> dict[str, Any]:
+        """Identity of this rank's place: node, address, process, GPU."""
+        gpu = None
+        if self.device.type == "cuda":
+            gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+        return {
+            "node": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "device": str(self.device),
+            "gpu": gpu,
+        }
+
+    def serve(self, host: str, timeout_s: float) -> int:
+        """Open the group's store here and return its port."""
+        self._store, port = serve_store(host, self.world, timeout_s)
+        return port
+
+    def join(self, host: str, port: int, ranks_here: int, timeout_s: float) -> None:
+        """Form the process group."""
+        self._enter_thread()
+        limit_threads(ranks_here)
+        bind_gloo(host)
+        store = self._store or reach_store(host, port, self.world, timeout_s)
+        comm = Comm.join(self.rank, self.world, store, self.device, timeout_s)
+        self.context = RankContext(comm, "ray")
+
+    def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> Any:
+        """Call `function(context, *arguments)`."""
+        if self.context is None:
+            raise RankFailure(self.rank, "run", -1, "this rank has not joined a group")
+        self._enter_thread()
+        self.context.progress(getattr(function, "__name__", "run"))
+        with torch.inference_mode():
+            return function(self.context, *arguments)
+
+    def beat(self) -> tuple[str, float, int]:
+        """(what this rank is doing, for how many seconds, how many collectives so far); answers while `run` works."""
+        if self.context is None:
+            return "starting", 0.0, 0
+        context = self.context
+        return context.status, time.monotonic() - context.status_since, context.comm.sequence
+
+    def abort(self) -> None:
+        """Destroy the process group under a running call, which frees it from a collective that will never end."""
+        if self.context is not None:
+            self.context.comm.leave()
+
+    def _enter_thread(self) -> None:
+        """The current CUDA device is a thread's own, and Ray runs methods on several threads."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)

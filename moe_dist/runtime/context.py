@@ -1,0 +1,75 @@
+"""What a rank knows while it works. Functions that run on ranks take it first: `function(context, *arguments)`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from moe_dist.comm import Comm
+from moe_dist.spec import Section
+
+RankFunction = Callable[..., Any]
+
+
+@dataclass
+class RankContext:
+    """`memo` keeps what is dear to make (weights) between calls; `status` is what progress displays show."""
+
+    comm: Comm
+    runtime: str  # "ray" or "torchrun"
+    memo: dict[str, Any] = field(default_factory=dict)
+    status: str = "starting"
+    status_since: float = field(default_factory=time.monotonic)
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def world(self) -> int:
+        return self.comm.world
+
+    @property
+    def device(self) -> torch.device:
+        return self.comm.device
+
+    def progress(self, status: str) -> None:
+        self.status, self.status_since = status, time.monotonic()
+
+
+class RaySpec(Section):
+    """How ranks are placed and how long anything may take. CPU ranks share cores, GPU ranks own one GPU each."""
+
+    section = "ray"
+
+    address: str | None = None  # a running cluster; None: RAY_ADDRESS if set, else a private one on this machine
+    strategy: str = "STRICT_PACK"
+    cpus_per_rank: float = 0.25
+    start_timeout_s: float = 60.0
+    collective_timeout_s: float = 60.0
+    silence_timeout_s: float = 30.0  # a rank that answers no heartbeat for so long is given up
+
+
+class Group(Protocol):
+    """A set of ranks that runs a function on each and returns the results in rank order."""
+
+    world: int
+    runtime: str
+
+    def run(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> list[Any]:
+        """Raises RankFailure, or what the function itself raised. `shown` gets progress texts while it runs."""
+
+    def describe(self) -> Sequence[str]:
+        """One line a rank: where it runs."""
+
+    def close(self) -> None: ...
+
+
+def limit_threads(ranks_here: int) -> None:
+    """Share the host's cores among the ranks on it; more threads than cores only fight."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))

@@ -1,0 +1,68 @@
+"""Where a step's time goes: exclusive times of named stages, on the CPU's clock or by CUDA events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+STAGES = ("dispatch", "convert", "quantize", "gemm1", "activation", "gemm2", "combine")
+
+
+class Stages:
+    """`with stages("gemm1"):` books the time inside, less what inner stages take. Does nothing unless switched on.
+
+    On CUDA every boundary is an event, so nothing waits for the device until `totals_us` is read; there it also opens
+    an NVTX range, which profilers show.
+    """
+
+    def __init__(self, on: bool = False, device: torch.device | None = None) -> None:
+        self.on = on
+        self._cuda = device is not None and device.type == "cuda"
+        self._marks: list[tuple[str | None, Any]] = []
+        self._stack: list[str] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        self._mark()
+        self._stack.append(name)
+        if self._cuda:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            self._mark()
+            self._stack.pop()
+            if self._cuda:
+                torch.cuda.nvtx.range_pop()
+
+    def _mark(self) -> None:
+        """Close the running segment: it belongs to the innermost open stage."""
+        now: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
+        if self._cuda:
+            now.record()
+        self._marks.append((self._stack[-1] if self._stack else None, now))
+
+    def totals_us(self) -> dict[str, float]:
+        """Microseconds by stage since the last call; every stage of STAGES is there."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals = dict.fromkeys(STAGES, 0.0)
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+            if name is not None:
+                totals[name] = totals.get(name, 0.0) + _elapsed_us(before, after)
+        self._marks.clear()
+        return totals
+
+
+def _elapsed_us(before: Any, after: Any) -> float:
+    return float(before.elapsed_time(after) * 1e3 if hasattr(before, "elapsed_time") else (after - before) * 1e6)
+
+
+NO_STAGES = Stages()

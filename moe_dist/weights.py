@@ -1,0 +1,219 @@
+"""Expert weights in the one canonical form that checkpoints, sharding, backends and the oracle all agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import ConfigError
+from moe_dist.placement import Placement
+from moe_dist.quantization import FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.spec import BLOCK, MoESpec, QuantKind
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """e experts, each y = w2 · act(w13 · x), with i columns of the intermediate size and F = 2i if gated else i.
+
+    w13_eFH: rows are [gate; up]. w2_eHi. FP8 for every fp8 kind, else the spec's dtype.
+    s13, s2 (float32; None without quantization):
+      fp8_block    [e, (2 or 1)·ceil(i/128), ceil(H/128)], gate's blocks before up's; [e, ceil(H/128), ceil(i/128)]
+      fp8_tensor_* [e, 2 or 1] (gate, up); [e, 1]
+      fp8_channel  [e, F]; [e, H]
+    a13 (scalar), a2 [e] (float32): static activation scales of the two GEMMs, for fp8_tensor_static only. a13 is the
+    maximum over all experts of the layer, so that every rank quantizes a row alike.
+    """
+
+    kind: QuantKind
+    gated: bool
+    w13_eFH: Tensor
+    w2_eHi: Tensor
+    s13: Tensor | None = None
+    s2: Tensor | None = None
+    a13: Tensor | None = None
+    a2: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13_eFH.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.w13_eFH.shape[2]
+
+    @property
+    def width(self) -> int:
+        """i, this shard's slice of the intermediate size."""
+        return self.w2_eHi.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.w13_eFH.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def with_tensors(self, **tensors: Any) -> ExpertWeights:
+        """A copy with these tensors instead of its own."""
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def check_finite(self) -> None:
+        """Raise ConfigError if a scale (or an unquantized weight) is NaN, infinite or, for a scale, not positive."""
+        for name, tensor in self.tensors().items():
+            scale = name[0] in "sa"
+            if tensor.dtype.itemsize == 1:
+                continue  # E4M3 codes have NaN too, but a checkpoint's codes are checked when they are read
+            if not bool(torch.isfinite(tensor).all()) or (scale and bool((tensor <= 0).any())):
+                rule = "scales must be finite and positive" if scale else "weights must be finite"
+                raise ConfigError(f"weights.{name}", "NaN, infinite or not positive", rule)
+
+    def dequantized(self, slot: int) -> tuple[Tensor, Tensor]:
+        """One expert in float32: w13 [F, H], w2 [H, i]."""
+        w13, w2 = self.w13_eFH[slot].float(), self.w2_eHi[slot].float()
+        if self.s13 is None or self.s2 is None:
+            return w13, w2
+        (F, H), i, s13, s2 = w13.shape, self.width, self.s13[slot], self.s2[slot]
+        if self.kind == "fp8_block":
+            halves = [expand_blocks(half, i, H) for half in s13.chunk(2 if self.gated else 1)]
+            return w13 * torch.cat(halves), w2 * expand_blocks(s2, H, i)
+        if self.kind == "fp8_channel":
+            return w13 * s13[:, None], w2 * s2[:, None]
+        return w13 * s13.repeat_interleave(i)[:F, None], w2 * s2
+
+
+def quantize_weights(w13_eFH: Tensor, w2_eHi: Tensor, spec: MoESpec) -> ExpertWeights:
+    """Dense weights to the spec's format, without static activation scales. Gate and up get scales of their own."""
+    if not spec.quantized:
+        dtype = spec.torch_dtype
+        return ExpertWeights(spec.quant, spec.gated, w13_eFH.to(dtype), w2_eHi.to(dtype))
+    halves = w13_eFH.chunk(2 if spec.gated else 1, dim=1)
+    if spec.quant == "fp8_block":
+        parts = [quantize_blocks(half) for half in halves]
+        codes2, s2 = quantize_blocks(w2_eHi)
+    elif spec.quant == "fp8_channel":
+        parts = [_quantize_over(half, (-1,)) for half in halves]
+        codes2, s2 = _quantize_over(w2_eHi, (-1,))
+    else:
+        parts = [_quantize_over(half, (-2, -1)) for half in halves]
+        codes2, s2 = _quantize_over(w2_eHi, (-2, -1))
+    codes13 = torch.cat([codes for codes, _ in parts], 1)
+    return ExpertWeights(spec.quant, spec.gated, codes13, codes2, torch.cat([scales for _, scales in parts], 1), s2)
+
+
+def _quantize_over(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    scales = scale_of(values.abs().amax(dims, keepdim=True))
+    return cast(values, scales), scales.flatten(1)
+
+
+def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
+    """Columns [start, stop) of the intermediate size: rows of gate and of up, columns of w2, and their scales.
+
+    `start` lies on a block boundary for fp8_block (the slice rules see to that). A per-tensor or per-channel scale is
+    the whole matrix's: a slice keeps it.
+    """
+    halves = 2 if weights.gated else 1
+
+    def rows(tensor: Tensor, first: int, last: int) -> Tensor:
+        return torch.cat([half[:, first:last] for half in tensor.chunk(halves, 1)], 1)
+
+    changes = {"w13_eFH": rows(weights.w13_eFH, start, stop), "w2_eHi": weights.w2_eHi[:, :, start:stop].contiguous()}
+    if weights.s13 is not None and weights.s2 is not None:
+        if weights.kind == "fp8_block":
+            first, last = start // BLOCK, -(-stop // BLOCK)
+            changes |= {"s13": rows(weights.s13, first, last), "s2": weights.s2[:, :, first:last].contiguous()}
+        elif weights.kind == "fp8_channel":
+            changes |= {"s13": rows(weights.s13, start, stop)}
+    return weights.with_tensors(**changes)
+
+
+def stack(experts: Sequence[ExpertWeights]) -> ExpertWeights:
+    """Concatenate along the expert dimension. Scalars (a13) must be the same everywhere and stay as they are."""
+    first = experts[0]
+    joined = {
+        name: torch.cat([getattr(expert, name) for expert in experts]) if tensor.ndim else tensor
+        for name, tensor in first.tensors().items()
+    }
+    return first.with_tensors(**joined)
+
+
+def empty_like(weights: ExpertWeights) -> ExpertWeights:
+    """No expert at all, in the format of `weights`: the shard of a rank that holds none."""
+    return weights.with_tensors(**{name: tensor[:0] for name, tensor in weights.tensors().items() if tensor.ndim})
+
+
+def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:
+    """What `rank` holds of a whole layer."""
+    held = torch.tensor(placement.experts_of(rank), dtype=torch.int64, device=weights.device)
+    picked = {name: tensor[held] for name, tensor in weights.tensors().items() if tensor.ndim}
+    return slice_width(weights.with_tensors(**picked), *placement.slice_of(rank))
+
+
+def shard_from(
+    make_expert: Callable[[int], ExpertWeights], placement: Placement, rank: int, seen: Callable[[], None] | None = None
+) -> ExpertWeights:
+    """`rank`'s shard from a function that makes one whole expert at a time: the whole layer never exists at once."""
+    start, stop = placement.slice_of(rank)
+    parts = []
+    for expert in placement.experts_of(rank):
+        parts.append(slice_width(make_expert(expert), start, stop))
+        if seen:
+            seen()
+    return stack(parts) if parts else empty_like(slice_width(make_expert(0), start, stop))
+
+
+def random_expert(
+    spec: MoESpec, expert: int, seed: int, device: torch.device | str = "cpu", up_scale: float = 0.25
+) -> ExpertWeights:
+    """One whole expert, dense Gaussian, drawn from (seed, expert) alone: the same for every placement.
+
+    `up` is made `up_scale` times the size of `gate`, so that swapped halves can't go unseen. Numbers drawn on a GPU
+    differ from those drawn on a CPU. Static scales are calibrated on 64 Gaussian rows, with a margin of 1.25.
+    """
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + expert)
+    H, I = spec.hidden, spec.intermediate
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    w13 = normal(1, spec.w13_rows(I), H) / H**0.5
+    if spec.gated:
+        w13[:, I:] *= up_scale
+    weights = quantize_weights(w13, normal(1, H, I) / I**0.5, spec)
+    if spec.quant != "fp8_tensor_static":
+        return weights
+    amax2 = activate(normal(64, H) @ w13[0].T, spec.activation).abs().amax()
+    a13 = torch.tensor(5.5 / FP8_MAX, device=device)
+    return weights.with_tensors(a13=a13, a2=(1.25 * amax2 / FP8_MAX).reshape(1))
+
+
+def random_weights(
+    spec: MoESpec, seed: int, device: torch.device | str = "cpu", experts: Iterable[int] | None = None
+) -> ExpertWeights:
+    """A whole layer of random experts (or those of `experts`)."""
+    chosen = range(spec.num_experts) if experts is None else experts
+    return stack([random_expert(spec, expert, seed, device) for expert in chosen])
+
+
+def activate(gate_up_RF: Tensor, activation: str) -> Tensor:
+    """[R, F] with [gate, up] columns to [R, i], in the input's dtype.
+
+    swiglu: silu(gate) · up (arXiv 2002.05202). geglu: gelu(gate) · up with the tanh form, as Gemma has it.
+    relu2: relu(x)², not gated (Nemotron-H; arXiv 2109.08668).
+    """
+    if activation == "relu2":
+        return gate_up_RF.relu().square()
+    gate, up = gate_up_RF.chunk(2, dim=-1)
+    if activation == "swiglu":
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
