@@ -146,7 +146,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def demo_checkpoint(args: argparse.Namespace) -> int:
-    made = checkpoint.make_checkpoint(args.directory, model_type=args.model_type, seed=args.seed)
+    made = checkpoint.make_checkpoint(args.directory, intermediate=640, model_type=args.model_type, seed=args.seed)
     print(json.dumps({"checkpoint": str(made)}) if args.json else f"checkpoint of random weights: {made}")
     return OK
 

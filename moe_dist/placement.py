@@ -99,7 +99,14 @@ class Placement:
         """The slot on `rank` of each pair that its group serves, int32 [T, K]; -1 where the pair is not here."""
         group = rank // self.tp
         slots = _tables(self, ids_TK.device).slots_GE[group][ids_TK.long().clamp_min(0)]
-        return torch.where(groups_TK == group, slots, -1).to(torch.int32)
+        return torch.where(groups_TK == group, slots, -1)
+
+    def slots_on(self, rank: int, ids_TK: Tensor, rows_T: Tensor, sources_T: Tensor | None) -> Tensor:
+        """`local_slots` of `serving_groups`; with one copy of each expert, one look-up."""
+        if self.replicated:
+            return self.local_slots(ids_TK, self.serving_groups(ids_TK, rows_T, sources_T), rank)
+        table = _tables(self, ids_TK.device).slots_GE[rank // self.tp]
+        return table[ids_TK]  # id -1 reads the last entry, which says -1
 
     def rows_per_rank(self, groups_TK: Tensor) -> list[int]:
         """How many (token, expert) pairs each rank computes; TP members of a group all compute the group's."""
@@ -115,14 +122,14 @@ def imbalance(rows_per_rank: list[int]) -> float:
 
 @dataclass(frozen=True)
 class _Tables:
-    slots_GE: Tensor  # local slot of expert e in group g, -1 if it is not there; int64 [groups, experts]
+    slots_GE: Tensor  # local slot of expert e in group g, -1 if it is not there; int32 [groups, experts + 1]
     groups_EC: Tensor  # group of copy c of expert e, owner first; int64 [experts, most copies]
     copies_E: Tensor  # number of copies; int64 [experts]
 
 
 @lru_cache(maxsize=64)
 def _tables(placement: Placement, device: torch.device) -> _Tables:
-    slots = torch.full((placement.ep, placement.num_experts), -1, dtype=torch.int64)
+    slots = torch.full((placement.ep, placement.num_experts + 1), -1, dtype=torch.int32)
     groups: list[list[int]] = [[] for _ in range(placement.num_experts)]
     owners = split_bounds(placement.num_experts, placement.ep)
     for group, experts in enumerate(placement.homes):

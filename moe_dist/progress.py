@@ -37,7 +37,7 @@ class Reporter:
             self._live.update(self._task, description=text)
         elif time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
-            self._console.print(f"[{self._done}/{self._total}] {text}", highlight=False, markup=False)
+            self._console.print(f"[{self._done}/{self._total}] {text}", highlight=False, markup=False, soft_wrap=True)
 
     def step(self) -> None:
         self._done += 1

@@ -79,7 +79,7 @@ def _hidden(x: Tensor, shard: ExpertWeights, slot: int, spec: MoESpec, numerics:
         h = torch.where(a > 0, a * a, torch.zeros_like(a))
     else:
         halves = []
-        for half in (0, 1):
+        for half in (0, 1) if shard.gate_first else (1, 0):
             codes = shard.w13_eFH[slot, half * i : (half + 1) * i]
             scale = None
             if shard.s13 is not None:

@@ -15,11 +15,11 @@ from moe_dist.quantization import FP8_MAX, cast, expand_blocks, quantize_blocks,
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertWeights:
     """e experts, each y = w2 · act(w13 · x), with i columns of the intermediate size and F = 2i if gated else i.
 
-    w13_eFH: rows are [gate; up]. w2_eHi. FP8 for every fp8 kind, else the spec's dtype.
+    w13_eFH: rows are [gate; up], or [up; gate] after `turn`. w2_eHi. FP8 for every fp8 kind, else the spec's dtype.
     s13, s2 (float32; None without quantization):
       fp8_block    [e, (2 or 1)·ceil(i/128), ceil(H/128)], gate's blocks before up's; [e, ceil(H/128), ceil(i/128)]
       fp8_tensor_* [e, 2 or 1] (gate, up); [e, 1]
@@ -36,6 +36,7 @@ class ExpertWeights:
     s2: Tensor | None = None
     a13: Tensor | None = None
     a2: Tensor | None = None
+    gate_first: bool = True
 
     @property
     def num_experts(self) -> int:
@@ -68,6 +69,18 @@ class ExpertWeights:
     def to(self, device: torch.device | str) -> ExpertWeights:
         return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
+    def turn(self, gate_first: bool) -> None:
+        """Swap gate and up in place, expert by expert, if they are not in this order yet: for a backend that reads
+        [up; gate], without a second copy. Whoever shares this object sees the new order in `gate_first`."""
+        if not self.gated or gate_first == self.gate_first:
+            return
+        for tensor in (self.w13_eFH, self.s13):
+            if tensor is None:
+                continue
+            for expert in tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor:
+                expert.copy_(torch.cat(expert.chunk(2)[::-1]))
+        self.gate_first = gate_first
+
     def check_finite(self) -> None:
         """Raise ConfigError if a scale (or an unquantized weight) is NaN, infinite or, for a scale, not positive."""
         for name, tensor in self.tensors().items():
@@ -79,7 +92,11 @@ class ExpertWeights:
                 raise ConfigError(f"weights.{name}", "NaN, infinite or not positive", rule)
 
     def dequantized(self, slot: int) -> tuple[Tensor, Tensor]:
-        """One expert in float32: w13 [F, H], w2 [H, i]."""
+        """One expert in float32: w13 [F, H] with [gate; up] rows whatever the stored order, w2 [H, i]."""
+        w13, w2 = self._scaled(slot)
+        return (w13 if self.gate_first else torch.cat(w13.chunk(2)[::-1])), w2
+
+    def _scaled(self, slot: int) -> tuple[Tensor, Tensor]:
         w13, w2 = self.w13_eFH[slot].float(), self.w2_eHi[slot].float()
         if self.s13 is None or self.s2 is None:
             return w13, w2
@@ -130,7 +147,8 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     changes = {"w13_eFH": rows(weights.w13_eFH, start, stop), "w2_eHi": weights.w2_eHi[:, :, start:stop].contiguous()}
     if weights.s13 is not None and weights.s2 is not None:
         if weights.kind == "fp8_block":
-            first, last = start // BLOCK, -(-stop // BLOCK)
+            first = start // BLOCK
+            last = first + -(-(stop - start) // BLOCK)  # none for an empty slice behind a partial block
             changes |= {"s13": rows(weights.s13, first, last), "s2": weights.s2[:, :, first:last].contiguous()}
         elif weights.kind == "fp8_channel":
             changes |= {"s13": rows(weights.s13, start, stop)}

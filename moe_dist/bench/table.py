@@ -90,10 +90,14 @@ def size(count: float) -> str:
 
 def refused_table(refused: list[dict[str, str]]) -> Table:
     table = Table(title="Not run, and why", title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("case")
+    table.add_column("cases", justify="right")
+    table.add_column("the first of them")
     table.add_column("reason")
+    by_reason: dict[str, list[str]] = {}
     for item in refused:
-        table.add_row(item["case"], item["reason"])
+        by_reason.setdefault(item["reason"], []).append(item["case"])
+    for reason, cases in by_reason.items():
+        table.add_row(str(len(cases)), cases[0], reason)
     return table
 
 

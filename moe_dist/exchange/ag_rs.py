@@ -36,8 +36,7 @@ class AllGatherReduceScatter(Exchange):
         with self.stages("dispatch"):
             x_all, all_routing = gather_tokens(self.comm, x, routing, bucket)
             index = torch.arange(all_routing.tokens, device=routing.ids_TK.device)
-            groups_RK = self.placement.serving_groups(all_routing.ids_TK, index % bucket, index // bucket)
-            slots_RK = self.placement.local_slots(all_routing.ids_TK, groups_RK, self.comm.rank)
+            slots_RK = self.placement.slots_on(self.comm.rank, all_routing.ids_TK, index % bucket, index // bucket)
             return TokenRows(x_all, slots_RK, all_routing.weights_TK), Handle(routing.tokens)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

@@ -1,0 +1,211 @@
+"""Specs: what can't work is refused with field, value, rule and legal values; cuts follow the slice rules."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, WorkloadSpec, slice_bounds, split_bounds
+
+SIZES = {"hidden": 64, "intermediate": 256, "num_experts": 8, "top_k": 2}
+GROUPED = dict(SIZES, scoring="sigmoid", num_groups=4, top_groups=2)
+BUG = pytest.mark.xfail(strict=True, reason="BUG")
+quick = settings(max_examples=80, deadline=None)
+
+
+def spec(**changes):
+    return MoESpec(**{**SIZES, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "in_message"),
+    [
+        ({"hiden": 3}, "model.hiden", "unknown key"),
+        ({"hidden": "wide"}, "model.hidden", "valid integer"),
+        ({"top_k": 2.5}, "model.top_k", "integer"),
+        ({"top_k": None}, "model.top_k", "integer"),
+        ({"hidden": 0}, "model.hidden", "greater than or equal to 1"),
+        ({"intermediate": -128}, "model.intermediate", "greater than or equal to 1"),
+        ({"num_experts": 0}, "model.num_experts", "greater than or equal to 1"),
+        ({"top_k": 0}, "model.top_k", "greater than or equal to 1"),
+        ({"top_k": 9}, "model.top_k", "1 to 8"),
+        ({"routed_scaling": 0}, "model.routed_scaling", "greater than 0"),
+        ({"routed_scaling": math.nan}, "model.routed_scaling", "greater than 0"),
+        ({"scoring": "argmax"}, "model.scoring", "'softmax' or 'sigmoid'"),
+        ({"quant": "int4"}, "model.quant", "fp8_channel"),
+        ({"activation": 3}, "model.activation", "valid string"),
+        ({"dtype": "fp32"}, "model.dtype", "fp8_block works on bf16"),
+        ({"shared_experts": "tp"}, "model.shared_intermediate", "1 and more"),
+        ({"shared_experts": "some"}, "model.shared_experts", "replicated"),
+        ({"correction_bias": True}, "model.scoring", "sigmoid"),
+        ({"top_groups": 2}, "model.top_groups", "only one group"),
+        ({"num_groups": 2}, "model.scoring", "sigmoid"),
+        (dict(GROUPED, num_groups=3), "model.num_groups", "legal: 1, 2, 4"),
+        (dict(GROUPED, num_groups=8), "model.num_groups", "two experts or more"),
+        (dict(GROUPED, top_groups=5), "model.top_groups", "legal: 1 to 4"),
+        (dict(GROUPED, top_k=5), "model.top_groups", "legal: 3 to 4"),  # 2 groups of 2 hold no 5 experts
+    ],
+)
+def test_a_spec_that_can_not_work_is_refused(changes, field, in_message):
+    with pytest.raises(ConfigError) as caught:
+        spec(**changes)
+    assert caught.value.field == field
+    assert in_message in str(caught.value)
+    assert repr(caught.value.value) in str(caught.value)
+    # The other way in, by which nested sections are made, says the same.
+    with pytest.raises(ConfigError) as validated:
+        MoESpec.model_validate({**SIZES, **changes})
+    assert str(validated.value) == str(caught.value)
+
+
+@pytest.mark.parametrize("missing", sorted(SIZES))
+def test_a_missing_size_is_named(missing):
+    with pytest.raises(ConfigError, match=f"model.{missing} = None: this key is required"):
+        MoESpec(**{key: value for key, value in SIZES.items() if key != missing})
+
+
+def test_an_unknown_key_lists_the_known_ones():
+    with pytest.raises(ConfigError) as caught:
+        ParallelSpec(pp=2)
+    assert caught.value.legal == ("tp", "ep", "replicas", "allow_empty_shards")
+
+
+@pytest.mark.parametrize("activation", ["silu", "", "SWIGLU"])
+def test_an_unknown_activation_is_unsupported(activation):
+    with pytest.raises(UnsupportedError) as caught:
+        spec(activation=activation)
+    assert caught.value.supported == ACTIVATIONS
+    assert repr(activation) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "field"),
+    [
+        (ParallelSpec, {"tp": 0}, "parallel.tp"),
+        (ParallelSpec, {"ep": -1}, "parallel.ep"),
+        (ParallelSpec, {"replicas": 3}, "parallel.replicas"),
+        (ParallelSpec, {"replicas": {"hot": [1]}}, "parallel.replicas"),
+        (WorkloadSpec, {}, "workload.tokens"),
+        (WorkloadSpec, {"tokens": 0}, "workload.tokens"),
+        (WorkloadSpec, {"tokens": 1, "token_layout": "striped"}, "workload.token_layout"),
+        pytest.param(ParallelSpec, {"replicas": {0: 1}}, "parallel.replicas", marks=BUG),
+        pytest.param(ParallelSpec, {"replicas": {0: [1], "a": [1]}}, "parallel.replicas", marks=BUG),
+        pytest.param(MoESpec, dict(SIZES, routed_scaling=math.inf), "model.routed_scaling", marks=BUG),
+    ],
+)
+def test_other_sections_refuse_with_their_own_names(cls, values, field):
+    with pytest.raises(ConfigError) as caught:
+        cls(**values)
+    assert caught.value.field.startswith(field)
+
+
+def test_specs_are_frozen_and_hashable():
+    one = spec()
+    with pytest.raises(ValidationError, match="frozen"):
+        one.top_k = 3
+    assert one.top_k == 2
+    assert hash(one) == hash(spec())
+    assert one != spec(top_k=3)
+
+
+def test_with_changes_validates_and_leaves_the_original():
+    one = spec(name="m")
+    two = one.with_changes(top_k=8, quant="fp8_channel")
+    assert (two.name, two.top_k, two.quant, two.hidden) == ("m", 8, "fp8_channel", 64)
+    assert one.top_k == 2
+    with pytest.raises(ConfigError, match=r"model\.top_k = 9"):
+        one.with_changes(top_k=9)
+    with pytest.raises(ConfigError, match="unknown key"):
+        one.with_changes(topk=1)
+    parallel = ParallelSpec(ep=4, replicas={0: [1]})
+    assert parallel.with_changes(tp=2).replicas == ((0, (1,)),)
+
+
+@pytest.mark.parametrize("quant", QUANT_KINDS)
+@pytest.mark.parametrize(("activation", "rows"), [("swiglu", 512), ("geglu", 512), ("relu2", 256)])
+def test_derived_properties(quant, activation, rows):
+    one = spec(quant=quant, activation=activation)
+    assert one.gated == (rows == 512)
+    assert one.w13_rows(256) == rows
+    assert one.quantized == (quant != "none")
+    assert one.granularity == (128 if quant == "fp8_block" else 16)
+    assert one.quant_label == ("bf16" if quant == "none" else quant)
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_dtype(dtype, torch_dtype):
+    one = spec(quant="none", dtype=dtype)
+    assert (one.torch_dtype, one.quant_label) == (torch_dtype, dtype)
+
+
+def test_the_shared_expert_is_a_layer_of_one_expert():
+    shared = spec(shared_experts="tp", shared_intermediate=512, activation="geglu", name="m").shared_spec()
+    assert (shared.num_experts, shared.top_k, shared.intermediate, shared.hidden) == (1, 1, 512, 64)
+    assert (shared.activation, shared.quant, shared.name) == ("geglu", "fp8_block", "m-shared")
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "replicas", "label"),
+    [
+        (1, 1, {}, "single"),
+        (4, 1, {}, "TP4"),
+        (1, 4, {}, "EP4"),
+        (2, 3, {}, "TP2xEP3"),
+        (1, 4, {5: [0, 1], 0: [3]}, "EP4+3"),
+    ],
+)
+def test_parallel_label_world_and_replicas(tp, ep, replicas, label):
+    parallel = ParallelSpec(tp=tp, ep=ep, replicas=replicas)
+    assert (parallel.label, parallel.world) == (label, tp * ep)
+    assert parallel.replicas == tuple((expert, tuple(replicas[expert])) for expert in sorted(replicas))
+
+
+@pytest.mark.parametrize(
+    ("total", "parts", "granularity", "widths"),
+    [
+        (768, 4, 128, [256, 256, 128, 128]),
+        (768, 3, 128, [256, 256, 256]),
+        (320, 2, 128, [256, 64]),
+        (320, 3, 128, [128, 128, 64]),
+        (100, 1, 128, [100]),
+        (1408, 4, 16, [352, 352, 352, 352]),
+    ],
+)
+def test_slice_widths(total, parts, granularity, widths):
+    bounds = slice_bounds(total, parts, granularity, "parallel.tp", False)
+    assert [stop - start for start, stop in bounds] == widths
+
+
+@quick
+@given(total=st.integers(1, 5000), parts=st.integers(1, 17), granularity=st.sampled_from([1, 16, 128]))
+def test_slices_are_whole_granules_wider_first(total, parts, granularity):
+    bounds = slice_bounds(total, parts, granularity, "f", True)
+    assert len(bounds) == parts
+    assert (bounds[0][0], bounds[-1][1]) == (0, total)
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
+    assert all(stop % granularity == 0 or stop == total for _, stop in bounds)
+    granules = [math.ceil((stop - start) / granularity) for start, stop in bounds]
+    assert sum(granules) == math.ceil(total / granularity)
+    assert granules == sorted(granules, reverse=True)
+    assert granules[0] - granules[-1] <= 1
+    if granules[-1] > 0:
+        assert slice_bounds(total, parts, granularity, "f", False) == bounds
+    else:
+        with pytest.raises(ConfigError) as caught:
+            slice_bounds(total, parts, granularity, "f", False)
+        assert (caught.value.field, caught.value.value) == ("f", parts)
+        assert caught.value.legal == f"1 to {sum(granules)}"
+
+
+@quick
+@given(total=st.integers(0, 400), parts=st.integers(1, 40))
+def test_split_is_ceil_first(total, parts):
+    bounds = split_bounds(total, parts)
+    sizes = [stop - start for start, stop in bounds]
+    assert sizes == [-(-total // parts)] * (total % parts) + [total // parts] * (parts - total % parts)
+    assert [item for start, stop in bounds for item in range(start, stop)] == list(range(total))
