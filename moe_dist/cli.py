@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist import checkpoint
+from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment
 from moe_dist.bench.results import provenance, write_results
 from moe_dist.bench.runner import Outcome, group_starter, plan_cases, run_cases
@@ -26,6 +28,7 @@ from moe_dist.progress import Reporter
 from moe_dist.spec import TOKEN_LAYOUTS
 
 OK, OUT_OF_TOLERANCE, BAD_INPUT, TOO_SMALL, RANK_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+LAST_WORDS_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: MoeDistError, as_json: bool) -> None:
     if not _speaks():
+        time.sleep(LAST_WORDS_S)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
         return
     if as_json:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
@@ -79,7 +83,7 @@ def doctor(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     experiment = _single(args)
     machine = Machine.detect(experiment.device)
-    (case,) = experiment.cases()
+    (case,) = experiment.cases("cpu" if experiment.modes is None else machine.device)
     made = case.plan(machine)
     if args.json:
         print(json.dumps(made.as_dict() | {"wire_bytes": made.wire_bytes(case.workload.tokens)}, indent=1))
@@ -145,6 +149,14 @@ def check(args: argparse.Namespace) -> int:
     return _measure(_experiment(override(config, args.overrides), args), args, sweep=True)
 
 
+def build(args: argparse.Namespace) -> int:
+    backend = BACKENDS.get(args.backend)
+    backend.build()
+    state = backend.available(Machine.detect().device)
+    print(json.dumps(state._asdict()) if args.json else f"{args.backend}: {'ready' if state.ok else state.reason}")
+    return OK if state.ok else BAD_INPUT
+
+
 def demo_checkpoint(args: argparse.Namespace) -> int:
     made = checkpoint.make_checkpoint(args.directory, intermediate=640, model_type=args.model_type, seed=args.seed)
     print(json.dumps({"checkpoint": str(made)}) if args.json else f"checkpoint of random weights: {made}")
@@ -188,8 +200,7 @@ def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
 
 def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> int:
     machine = Machine.detect(experiment.device)
-    cases = list(experiment.cases())
-    planned, refused = plan_cases(cases, machine)
+    planned, refused = plan_cases(experiment.cases(machine.device), machine)
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
@@ -263,6 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--backend", nargs="+", default=["torch"])
     sub.add_argument("--skew", nargs="+", default=["uniform", "single"])
     sub.add_argument("--out", help="write the results file here")
+    sub = command("build", build, "compile what a backend needs, once; can take many minutes")
+    sub.add_argument("backend", choices=BACKENDS.names())
     sub = command("demo-checkpoint", demo_checkpoint, "write a small checkpoint of random weights to try things on")
     sub.add_argument("directory")
     sub.add_argument("--model-type", default="qwen3_moe", choices=("qwen3_moe", "deepseek_v3"))

@@ -4,9 +4,9 @@ fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -88,14 +88,26 @@ class Comm:
         """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order."""
         if self.world == 1:
             return list(parts)
-        return [self._run("all_gather", partial(self._all_gather, part)) for part in parts]
+        wires = [_wire(part) for part in parts]
+        outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
 
-    def _all_gather(self, part: Tensor) -> Tensor:
-        wire = _wire(part)
-        out = wire.new_empty(self.world * wire.shape[0], *wire.shape[1:])
-        dist.all_gather_into_tensor(out, wire, group=self._group)
-        self.bytes_sent += wire.nbytes * (self.world - 1)
-        return out.view(part.dtype)
+        def gather() -> None:
+            with self._together():
+                for out, wire in zip(outs, wires, strict=True):
+                    dist.all_gather_into_tensor(out, wire, group=self._group)
+
+        self._run("all_gather", gather)
+        self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
+        return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
+
+    def _together(self) -> AbstractContextManager[Any]:
+        """Collectives inside become one NCCL launch; each alone costs its own latency. gloo has no such thing.
+
+        torch has this without an underscore only for point-to-point operations.
+        """
+        if self.device.type != "cuda":
+            return nullcontext()
+        return dist._coalescing_manager(group=self._group, device=self.device)  # type: ignore[attr-defined]
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """[world·n, ...] on every rank to this rank's [n, ...] of the sum."""
@@ -113,19 +125,22 @@ class Comm:
             self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
         return rows
 
-    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Rows [sum(send), ...] grouped by destination to rows [sum(receive), ...] grouped by source."""
+    def all_to_all(self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
+        """Each [sum(send), ...] with rows grouped by destination to [sum(receive), ...] grouped by source."""
         if self.world == 1:
-            return rows
-        wire = _wire(rows)
-        out = wire.new_empty(sum(receive), *wire.shape[1:])
-        self._run(
-            "all_to_all",
-            lambda: dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group),
-        )
-        row_bytes = wire[:1].nbytes if len(wire) else 0
-        self.bytes_sent += row_bytes * (len(wire) - send[self.rank])
-        return out.view(rows.dtype)
+            return list(parts)
+        wires = [_wire(part) for part in parts]
+        outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
+
+        def exchange() -> None:
+            with self._together():
+                for out, wire in zip(outs, wires, strict=True):
+                    dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
+
+        self._run("all_to_all", exchange)
+        row_bytes = sum(wire[:1].nbytes for wire in wires)
+        self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
+        return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
 
     def exchange_counts(self, counts: Sequence[int]) -> list[int]:
         """How many rows each rank will send here, from how many this rank will send to each. On the CPU group."""
@@ -142,6 +157,12 @@ class Comm:
         agreed = torch.tensor(value)
         self._run("agree_max", lambda: dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._cpu_group))
         return int(agreed)
+
+    def align(self) -> None:
+        """Make the device streams of all ranks wait for each other; the host does not wait."""
+        if self.world > 1 and self.device.type == "cuda":
+            tiny = torch.zeros(1, device=self.device)
+            self._run("align", lambda: dist.all_reduce(tiny, group=self._group))
 
     def barrier(self) -> None:
         if self.world > 1:

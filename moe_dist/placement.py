@@ -101,6 +101,10 @@ class Placement:
         slots = _tables(self, ids_TK.device).slots_GE[group][ids_TK.long().clamp_min(0)]
         return torch.where(groups_TK == group, slots, -1)
 
+    def slots_served(self, ids_TK: Tensor, groups_TK: Tensor) -> Tensor:
+        """The slot of each pair in the group that serves it, int32 [T, K]; -1 where the id is -1."""
+        return _tables(self, ids_TK.device).slots_GE[groups_TK, ids_TK]
+
     def slots_on(self, rank: int, ids_TK: Tensor, rows_T: Tensor, sources_T: Tensor | None) -> Tensor:
         """`local_slots` of `serving_groups`; with one copy of each expert, one look-up."""
         if self.replicated:

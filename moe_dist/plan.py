@@ -75,6 +75,7 @@ class Plan:
     payload: str
     combine_dtype: str
     machine: Machine
+    graph: bool
     choices: tuple[Choice, ...]
 
     @property
@@ -150,6 +151,7 @@ class Plan:
             "payload_dtype": self.payload,
             "combine_dtype": self.combine_dtype,
             "weight_bytes": [self.weight_bytes(rank) for rank in world],
+            "graph": self.graph,
             "capturable": self.capturable._asdict(),
             "machine": asdict(self.machine),
             "choices": [choice._asdict() for choice in self.choices],
@@ -165,12 +167,14 @@ def make_plan(
     token_layout: TokenLayout = "sharded",
     payload: str = "auto",
     combine_dtype: str | None = None,
+    graph: bool = False,
     machine: Machine | None = None,
 ) -> Plan:
     """Check everything that can be checked before a weight is loaded or a process started.
 
     A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced.
     `payload` auto sends FP8 where the model is FP8 and the backend takes it. `combine_dtype` defaults to the model's.
+    With `graph`, what can't be captured in a CUDA graph is refused here.
     """
     machine = machine or Machine.detect()
     if payload not in PAYLOADS:
@@ -189,9 +193,22 @@ def make_plan(
         fit = [choice.name for choice in choices if choice.possible and choice.kind == refused[0].kind]
         raise UnsupportedError(f"{what} under {parallel.label}", [choice.reason for choice in refused], fit or "none")
     _check_shared(spec, exchange_class, parallel)
-    return Plan(
-        spec, parallel, placement, token_layout, exchange, backend, travels, combine, machine, tuple(choices)
-    )  # fmt: skip
+    plan = Plan(
+        spec,
+        parallel,
+        placement,
+        token_layout,
+        exchange,
+        backend,
+        travels,
+        combine,
+        machine,
+        graph,
+        tuple(choices),
+    )
+    if graph and not plan.capturable.ok:
+        raise UnsupportedError(f"a CUDA graph of {exchange} with {backend}", [plan.capturable.reason])
+    return plan
 
 
 def _travelling(
@@ -209,9 +226,9 @@ def _travelling(
         return "none"
     if payload == "fp8" and not spec.quantized:
         raise ConfigError("payload", payload, "the model is not quantized", ("auto", "unquantized"))
-    takes_fp8 = spec.quantized and "fp8" in backend.payloads
+    takes_fp8 = spec.quantized and "fp8" in backend.payloads(spec)
     if payload == "fp8" and not takes_fp8:
-        raise ConfigError("payload", payload, "the backend does not take rows already quantized", backend.payloads)
+        raise ConfigError("payload", payload, "the backend does not take rows already quantized here", ("auto",))
     if payload != "unquantized" and takes_fp8:
         return "fp8"
     if spec.quant == "fp8_tensor_dynamic":
@@ -254,8 +271,9 @@ def _backend_support(
     available = backend.available(machine.device)
     if not available.ok:
         return available
-    if travels not in backend.payloads and not (payload == "auto" and spec.dtype in backend.payloads):
-        return Support(False, f"takes rows as {', '.join(sorted(backend.payloads))}, not {travels}")
+    takes = backend.payloads(spec)
+    if travels not in takes and not (payload == "auto" and spec.dtype in takes):
+        return Support(False, f"takes rows as {', '.join(sorted(takes))}, not {travels}")
     shapes = {(placement.width_of(rank), len(placement.experts_of(rank))) for rank in range(placement.world)}
     for width, num_local in sorted(shapes):
         problem = Problem(spec, width, num_local, machine.device, machine.capability, travels)

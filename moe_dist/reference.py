@@ -100,15 +100,13 @@ def _round(values: Tensor, to_bf16: bool) -> Tensor:
 
 
 def _weight(codes: Tensor, scale: Tensor | None, kind: str) -> Tensor:
-    """A weight matrix [N, K] in float32, block by block where it has blocks."""
+    """A weight matrix [N, K] in float32."""
     dense = codes.float()
     if scale is None:
         return dense
     if kind == "fp8_block":
-        for n in range(scale.shape[0]):
-            for k in range(scale.shape[1]):
-                dense[n * 128 : (n + 1) * 128, k * 128 : (k + 1) * 128] *= scale[n, k]
-        return dense
+        whole_blocks = torch.kron(scale, torch.ones(128, 128, device=scale.device))
+        return dense * whole_blocks[: dense.shape[0], : dense.shape[1]]
     if kind == "fp8_channel":
         return dense * scale.reshape(-1, 1)
     return dense * scale.reshape(())

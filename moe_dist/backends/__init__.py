@@ -3,6 +3,12 @@
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.registry import Registry
 
-BACKENDS: Registry[Backend] = Registry("backend", {"torch": "moe_dist.backends.torch_reference:TorchBackend"})
+BACKENDS: Registry[Backend] = Registry(
+    "backend",
+    {
+        "torch": "moe_dist.backends.torch_reference:TorchBackend",
+        "flashinfer_cutlass": "moe_dist.backends.flashinfer_cutlass:FlashInferCutlass",
+    },
+)
 
 __all__ = ["BACKENDS", "Backend", "Problem"]

@@ -31,18 +31,22 @@ class Problem:
 class Backend(ABC):
     """One rank's expert computation.
 
-    `payloads`: the forms of rows it takes. `numerics`: where it rounds beyond the prescribed quantization, which the
+    `numerics`: where it rounds beyond the prescribed quantization, which the
     oracle follows. `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal
     bits.
     """
 
-    payloads: ClassVar[frozenset[str]]
     numerics: ClassVar[Numerics]
     capturable: ClassVar[bool]
     deterministic: ClassVar[bool]
 
     def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
         self.spec, self.out_dtype, self.stages = spec, out_dtype, stages
+
+    @classmethod
+    @abstractmethod
+    def payloads(cls, spec: MoESpec) -> frozenset[str]:
+        """The forms of rows it takes for this spec: none (as they are, nothing travelled), bf16, fp32, fp8."""
 
     @classmethod
     @abstractmethod
@@ -53,6 +57,10 @@ class Backend(ABC):
     def available(cls, device: str) -> Support:
         """Whether it can run on this machine at all, for `doctor`."""
         return Support(True)
+
+    @classmethod
+    def build(cls) -> None:  # noqa: B027  # most backends have nothing to build
+        """Compile what must be compiled before first use, showing progress."""
 
     @abstractmethod
     def prepare(self, weights: ExpertWeights) -> None:

@@ -19,7 +19,6 @@ CACHE_BYTES = 2 << 30  # dequantized weights are kept up to this size and made a
 class TorchBackend(Backend):
     """Rows are grouped by expert, each expert is two float32 matmuls on dequantized weights."""
 
-    payloads = frozenset({"none", "bf16", "fp32", "fp8"})
     numerics = Numerics()
     capturable = False  # group sizes are read back to the host
     deterministic = True
@@ -29,6 +28,10 @@ class TorchBackend(Backend):
         self._weights: ExpertWeights | None = None
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep = False
+
+    @classmethod
+    def payloads(cls, spec: MoESpec) -> frozenset[str]:
+        return frozenset({"none", "bf16", "fp32", "fp8"})
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:

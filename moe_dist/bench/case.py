@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,6 +38,7 @@ class Case(Section):
     workload: WorkloadSpec
     payload: str = "auto"
     combine_dtype: str | None = None
+    graph: bool = False
     iters: int = Field(default=20, ge=0)
     warmup: int = Field(default=3, ge=0)
     check: bool = True
@@ -51,6 +52,7 @@ class Case(Section):
             token_layout=self.workload.token_layout,
             payload=self.payload,
             combine_dtype=self.combine_dtype,
+            graph=self.graph,
             machine=machine,
         )
 
@@ -59,7 +61,7 @@ class Case(Section):
         work = self.workload
         return (
             f"{self.model.name} {self.parallel.label} {self.exchange} {self.backend}"
-            f" {work.tokens} {work.token_layout} tokens {work.skew}"
+            f" {work.tokens} {work.token_layout} tokens {work.skew} {'graph' if self.graph else 'eager'}"
         )
 
 
@@ -80,6 +82,7 @@ class Experiment(Section):
     skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
     payload: str = "auto"
     combine_dtype: str | None = None
+    modes: tuple[Literal["eager", "graph"], ...] | None = None  # None: both on CUDA, eager on a CPU
     seed: int = 0
     iters: int = Field(default=20, ge=0)
     warmup: int = Field(default=3, ge=0)
@@ -111,16 +114,20 @@ class Experiment(Section):
             parse_placement(placement, self.worlds[0])
         return self
 
-    def cases(self) -> Iterator[Case]:
-        """Ordered so that a group of ranks, and then a rank's weights, serve as many cases in a row as possible."""
-        for world, model, placement in product(self.worlds, self.models, self.placements):
-            parallel = parse_placement(placement, world)
+    def cases(self, device: str) -> Iterator[Case]:
+        """For ranks on `device`; a group of ranks, and then its weights, serve as many cases in a row as possible."""
+        modes = self.modes or (("eager", "graph") if device == "cuda" else ("eager",))
+        for world, model in product(self.worlds, self.models):
+            yield from self._cases_of(world, model, modes)
+
+    def _cases_of(self, world: int, model: MoESpec, modes: tuple[str, ...]) -> Iterator[Case]:
+        found = [parse_placement(placement, world) for placement in self.placements]  # None: of another world's size
+        for parallel in dict.fromkeys(found):  # on one rank, tp and ep are the same
             if parallel is None:
-                continue  # a grid of another world's size
-            changes: dict[str, Any] = {"allow_empty_shards": self.allow_empty_shards}
-            parallel = parallel.with_changes(**changes)
-            inner = product(self.token_layouts, self.tokens, self.skews, self.exchanges, self.backends)
-            for layout, tokens, skew, exchange, backend in inner:
+                continue
+            parallel = parallel.with_changes(allow_empty_shards=self.allow_empty_shards)
+            inner = product(self.token_layouts, self.tokens, self.skews, self.exchanges, self.backends, modes)
+            for layout, tokens, skew, exchange, backend, mode in inner:
                 yield Case(
                     model=model,
                     source=self.source,
@@ -130,6 +137,7 @@ class Experiment(Section):
                     workload=WorkloadSpec(tokens=tokens, token_layout=layout, skew=skew, seed=self.seed),
                     payload=self.payload,
                     combine_dtype=self.combine_dtype,
+                    graph=mode == "graph",
                     iters=self.iters,
                     warmup=self.warmup,
                     check=self.check,

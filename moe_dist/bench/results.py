@@ -58,7 +58,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "skew": skew_label(work.skew),
         "seed": work.seed,
         "iters": len(times),
-        "graph": False,
+        "graph": plan.graph,
         "runtime": runtime,
         "payload_dtype": plan.payload,
         "combine_dtype": plan.combine_dtype,
@@ -102,7 +102,7 @@ def within_tolerance(row: Row, quant: str) -> bool | None:
 
 def quantile(ordered: list[float], q: float) -> float | None:
     """The nearest-rank quantile of sorted values."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None
 
 
 def provenance(machine: Machine) -> dict[str, Any]:

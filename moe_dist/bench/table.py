@@ -45,7 +45,7 @@ def _table(rows: list[Row]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     converts = any(row["stages_us"].get("convert") for row in rows)
     floors = any(row["floor_us"] is not None for row in rows)
-    for name in ("placement", "exchange", "backend", "payload"):
+    for name in ("placement", "exchange", "backend", "mode", "payload"):
         table.add_column(name)
     numbers = ["p50 µs", "p99 µs", "dispatch", *["convert"] * converts, "compute", "combine"]
     for name in [*numbers, *["floor", "×floor"] * floors, "rows max/mean", "sent/rank", "err oracle", "err exact"]:
@@ -58,7 +58,8 @@ def _table(rows: list[Row]) -> Table:
 
 def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
     stages = row["stages_us"]
-    cells = [row["placement"], row["exchange"], row["backend"], row["payload_dtype"]]
+    mode = "graph" if row["graph"] else "eager"
+    cells = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
     cells += [_number(row["p50_us"]), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert")))
@@ -131,7 +132,7 @@ def _sentence(rows: list[Row]) -> str | None:
 
 
 def _who(row: Row) -> str:
-    return f"{row['placement']} {row['exchange']} {row['backend']}"
+    return f"{row['placement']} {row['exchange']} {row['backend']}" + (" in a graph" if row["graph"] else "")
 
 
 def last_line(rows: list[Row]) -> str:

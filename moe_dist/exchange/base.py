@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
+from moe_dist.kernels import quantize_rows
 from moe_dist.placement import Placement
-from moe_dist.quantization import Activations, QuantizedRows, quantize_rows, scale_columns
+from moe_dist.quantization import Activations, QuantizedRows, scale_columns
 from moe_dist.routing import Routing
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
@@ -36,7 +37,7 @@ class Exchange(ABC):
     """
 
     token_layout: ClassVar[TokenLayout]
-    capturable: ClassVar[bool]  # can be captured in a CUDA graph: static shapes, no host sync
+    capturable: ClassVar[bool]  # can be captured in a CUDA graph (with `static` set)
     every_token: ClassVar[bool]  # brings every token to every rank
     needs_bucket: ClassVar[bool]  # all ranks must pad to one agreed number of tokens
 
@@ -51,6 +52,7 @@ class Exchange(ABC):
     ) -> None:
         self.comm, self.placement, self.spec = comm, placement, spec
         self.payload, self.static_scale, self.stages = payload, static_scale, stages
+        self.static = False  # set while a CUDA graph is captured: static shapes, no host sync
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement) -> Support:

@@ -16,14 +16,26 @@ from moe_dist.rows import TokenRows
 from moe_dist.spec import split_bounds
 
 
-class ShardedToReplicated:
-    """Tokens come sharded, `inner` wants them on every rank: gather them before, keep the own ones after."""
-
-    needs_bucket = True
+class _Converted:
+    """What both directions share."""
 
     def __init__(self, inner: Exchange) -> None:
         self.inner = inner
         self.comm, self.stages = inner.comm, inner.stages
+
+    @property
+    def static(self) -> bool:
+        return self.inner.static
+
+    @static.setter
+    def static(self, value: bool) -> None:
+        self.inner.static = value
+
+
+class ShardedToReplicated(_Converted):
+    """Tokens come sharded, `inner` wants them on every rank: gather them before, keep the own ones after."""
+
+    needs_bucket = True
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bucket = self.inner.check_bucket(routing.tokens, bucket)
@@ -49,14 +61,10 @@ class ShardedToReplicated:
         return self.inner.quantized_together(bounds)
 
 
-class ReplicatedToSharded:
+class ReplicatedToSharded(_Converted):
     """Every rank has all tokens, `inner` wants them sharded: keep an even share before, gather the results after."""
 
     needs_bucket = False
-
-    def __init__(self, inner: Exchange) -> None:
-        self.inner = inner
-        self.comm, self.stages = inner.comm, inner.stages
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bounds = split_bounds(routing.tokens, self.comm.world)

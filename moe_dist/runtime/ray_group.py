@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from moe_dist.errors import MoeDistError, RankFailure, ResourceError
+from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.rendezvous import LOOPBACK
@@ -30,12 +31,24 @@ def connect(spec: RaySpec) -> None:
         return
     address = spec.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        _join_cluster(address)
         return
     ray.init(
+        address="local",  # without it Ray would join any cluster that `ray start` left a note of on this machine
         include_dashboard=False, object_store_memory=100 << 20, logging_level=logging.ERROR, log_to_driver=False,
         configure_logging=False,
     )  # fmt: skip
+
+
+def _join_cluster(address: str) -> None:
+    legal = "host:port of a running head, or auto"
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+        raise ConfigError("ray.address", address, f"can't be joined: {str(error).splitlines()[0]}", legal) from error
 
 
 def check_resources(world: int, device: str, spec: RaySpec) -> None:

@@ -47,7 +47,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Case:
     """`bucket` is the caller's max_tokens_per_rank. `swap` gives the layer weights whose gate and up are exchanged,
-    `zero_up` the factor between them. `shared_a13`: factor on the shared expert's static input scale."""
+    `up_scale` is the factor between them. `shared_a13`: factor on the shared expert's static input scale."""
 
     name: str
     plan: Plan
@@ -114,10 +114,10 @@ def _run(comm: Comm, case: Case) -> Outcome:
     together = layer.exchange.quantized_together(bounds)
 
     numerics = layer.backend.numerics
-    key = (spec, plan.parallel, case.inputs, case.up_scale, case.shared_a13, comm.world)
+    key = (spec, plan.parallel, case.inputs, case.up_scale, case.shared_a13)
     key += (tuple(groups.flatten().tolist()), tuple(together), tuple(bounds), numerics)
     expected = _shared_by_all(comm, key, lambda: _expected(case, x, routing, groups, together, bounds, numerics))
-    key = (spec, case.inputs, case.up_scale, case.shared_a13, comm.world)
+    key = (spec, case.inputs, case.up_scale, case.shared_a13)
     exact = _shared_by_all(comm, key, lambda: _exact(case, x, routing))
 
     start, stop = (0, len(x)) if replicated else case.inputs.bounds[comm.rank]
@@ -229,20 +229,21 @@ def inputs_of(hidden: int, num_experts: int, top_k: int, inputs: Inputs) -> tupl
     return x, Routing(routing.ids_TK.masked_fill(hole, -1), routing.weights_TK.masked_fill(hole, 0.0))
 
 
-_known: dict[Any, Tensor] = {}
+_known: dict[int, dict[Any, Tensor]] = {}
 
 
 def _shared_by_all(comm: Comm, key: Any, make: Callable[[], Tensor]) -> Tensor:
     """`make()` computed on one rank, another one each time, and known to all from then on."""
-    if key not in _known:
+    known = _known.setdefault(comm.world, {})  # all ranks of one world have the same history
+    if key not in known:
         if comm.world == 1:
-            _known[key] = make()
+            known[key] = make()
         else:
-            owner = len(_known) % comm.world
+            owner = len(known) % comm.world
             box = [make() if comm.rank == owner else None]
             dist.broadcast_object_list(box, src=owner, group=group_of(comm.world))
-            _known[key] = box[0]
-    return _known[key]
+            known[key] = box[0]
+    return known[key]
 
 
 def planned(
@@ -258,7 +259,7 @@ def expected_payload(spec: MoESpec, parallel: ParallelSpec, exchange: str, backe
     """What rows must travel as, from what exchange and backend declare; "illegal" where nothing fits."""
     if parallel.world == 1 or layout == EXCHANGES.get(exchange).token_layout == "replicated":
         return "none"
-    if spec.quantized and ask == "auto" and "fp8" in BACKENDS.get(backend).payloads:
+    if spec.quantized and ask == "auto" and "fp8" in BACKENDS.get(backend).payloads(spec):
         return "fp8"
     return "illegal" if spec.quant == "fp8_tensor_dynamic" else spec.dtype
 

@@ -63,7 +63,9 @@ WIDTHS = {1: 320, 2: 320, 3: 320, 4: 448, 8: 960}  # the last slice of a TP plac
 
 
 def spec_of(quant: str = "fp8_block", dtype: str = "bf16", **sizes: Any) -> MoESpec:
-    return MoESpec(**{"hidden": 256, "intermediate": 320, "num_experts": 10, "top_k": 3, **sizes}, quant=quant, dtype=dtype)
+    return MoESpec(
+        **{"hidden": 256, "intermediate": 320, "num_experts": 10, "top_k": 3, **sizes}, quant=quant, dtype=dtype
+    )
 
 
 def uneven(world: int) -> tuple[int, ...]:
@@ -89,9 +91,7 @@ def check(pool: Pool, cases: list[Case]) -> list[dict[str, Any]]:
 def everywhere(spec: MoESpec, parallel: ParallelSpec, inputs: Inputs, name: str = "", **changes: Any) -> list[Case]:
     """This layer with each exchange, layout and backend that can serve it; at least one must."""
     cases = []
-    for exchange, backend, layout in [
-        (e, b, l) for e in EXCHANGES.names() for b in BACKENDS.names() for l in LAYOUTS
-    ]:
+    for exchange, backend, layout in [(e, b, l) for e in EXCHANGES.names() for b in BACKENDS.names() for l in LAYOUTS]:
         travels = expected_payload(spec, parallel, exchange, backend, layout, "auto")
         if travels == "illegal" or refusal(spec, parallel, exchange, backend, travels):
             continue
@@ -249,7 +249,9 @@ def test_layer_with_its_own_router(pool: Pool) -> None:
     check(pool, everywhere(spec_of(), ParallelSpec(tp=2, ep=2), inputs, routed_by_layer=True))
 
 
-@pytest.mark.parametrize("parallel", [ParallelSpec(), ParallelSpec(tp=2, ep=2), ParallelSpec(ep=3)], ids=lambda p: p.label)
+@pytest.mark.parametrize(
+    "parallel", [ParallelSpec(), ParallelSpec(tp=2, ep=2), ParallelSpec(ep=3)], ids=lambda p: p.label
+)
 @pytest.mark.parametrize("how", ["replicated", "tp"])
 def test_shared_experts(pool: Pool, parallel: ParallelSpec, how: str) -> None:
     """Replicated: every exchange. Sliced over all ranks: those that bring every token, the others must refuse."""
@@ -290,7 +292,10 @@ def test_shared_expert_with_a_static_scale_of_its_own(pool: Pool, how: str) -> N
 
 
 REAL = {
-    "Qwen3-30B-A3B, TP4 uneven": (ParallelSpec(tp=4), {"hidden": 2048, "intermediate": 768, "num_experts": 5, "top_k": 2}),
+    "Qwen3-30B-A3B, TP4 uneven": (
+        ParallelSpec(tp=4),
+        {"hidden": 2048, "intermediate": 768, "num_experts": 5, "top_k": 2},
+    ),
     "DeepSeek-V3, EP4": (ParallelSpec(ep=4), {"hidden": 7168, "intermediate": 2048, "num_experts": 4, "top_k": 2}),
 }
 

@@ -131,9 +131,13 @@ def test_serving_against_brute_force(built, seed, sharded):
                 expected_rows[rank] += 1
     assert placement.rows_per_rank(groups) == expected_rows
 
+    served = placement.slots_served(ids, groups)
+    assert torch.equal(served < 0, ids < 0)
     for rank in range(placement.world):
         slots = placement.local_slots(ids, groups, rank)
-        assert slots.dtype == torch.int32
+        assert slots.dtype == served.dtype == torch.int32
+        assert torch.equal(placement.slots_on(rank, ids, rows, sources), slots)
+        assert torch.equal(served.where(groups == rank // placement.tp, -1), slots)
         here = groups == rank // placement.tp
         assert torch.equal(slots >= 0, here)
         assert [placement.experts_of(rank)[slot] for slot in slots[here].tolist()] == ids[here].tolist()

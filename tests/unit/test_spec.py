@@ -14,7 +14,7 @@ from moe_dist.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, Workl
 
 SIZES = {"hidden": 64, "intermediate": 256, "num_experts": 8, "top_k": 2}
 GROUPED = dict(SIZES, scoring="sigmoid", num_groups=4, top_groups=2)
-BUG = pytest.mark.xfail(strict=True, reason="BUG")
+BUG = pytest.mark.xfail(strict=True, reason="BUG: not refused, or not by a ConfigError")
 quick = settings(max_examples=80, deadline=None)
 
 

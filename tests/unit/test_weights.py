@@ -35,7 +35,7 @@ def relative(measured, expected):
 
 
 def assert_same(one, other):
-    assert (one.kind, one.gated) == (other.kind, other.gated)
+    assert (one.kind, one.gated, one.gate_first) == (other.kind, other.gated, other.gate_first)
     assert one.tensors().keys() == other.tensors().keys()
     for name, tensor in one.tensors().items():
         twin = other.tensors()[name]
@@ -100,7 +100,7 @@ def test_slices_reassemble_the_layer(quant, activation, tp):
     for part in parts:
         assert part.w13_eFH.shape == (5, spec.w13_rows(part.width), 160)
         assert all(tensor.is_contiguous() for tensor in part.tensors().values())
-        if quant == "fp8_block" and part.width:
+        if quant == "fp8_block":
             blocks = -(-part.width // 128)
             assert part.s13.shape == (5, spec.w13_rows(blocks), 2)
             assert part.s2.shape == (5, 2, blocks)
@@ -117,9 +117,9 @@ def test_slices_reassemble_the_layer(quant, activation, tp):
         assert torch.equal(torch.cat([w2 for _, w2 in pieces], 1), whole.dequantized(slot)[1])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the slice starts inside the partial block, whose scales it keeps")
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_an_empty_slice_has_no_block_scales(activation):
+    """It starts at 320, inside the last block, whose scales it must not keep."""
     part = slice_width(random_weights(make_spec("fp8_block", activation=activation), seed=1), 320, 320)
     assert part.w13_eFH.shape == (5, 0, 160)
     assert (part.s13.shape, part.s2.shape) == ((5, 0, 2), (5, 2, 0))
@@ -133,13 +133,12 @@ def test_shard_is_shard_from_and_holds_what_the_placement_says(quant, tp, ep, re
     spec = make_spec(quant)
     parallel = ParallelSpec(tp=tp, ep=ep, replicas=replicas, allow_empty_shards=True)
     placement = Placement.build(spec, parallel)
-    whole = random_weights(spec, seed=7)
+    experts = [random_expert(spec, expert, seed=7) for expert in range(5)]
+    whole = stack(experts)
     for rank in range(placement.world):
         held = shard(whole, placement, rank)
         calls = []
-        made = shard_from(
-            lambda expert: random_expert(spec, expert, 7), placement, rank, seen=lambda calls=calls: calls.append(1)
-        )
+        made = shard_from(experts.__getitem__, placement, rank, seen=lambda calls=calls: calls.append(1))
         assert_same(held, made)
         assert held.num_experts == len(placement.experts_of(rank)) == len(calls)
         start, stop = placement.slice_of(rank)
@@ -155,6 +154,47 @@ def test_stack_and_empty_like(quant):
     none = empty_like(whole)
     assert (none.num_experts, none.hidden, none.width) == (0, 160, 320)
     assert_same(stack([none, whole, none]), whole)
+
+
+@pytest.mark.parametrize("quant", QUANT_KINDS)
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_turned_weights_are_stored_up_first_and_mean_the_same(quant, activation):
+    spec = make_spec(quant, activation=activation)
+    weights, canonical = random_weights(spec, seed=0), random_weights(spec, seed=0)
+    storage = weights.w13_eFH.data_ptr()
+    weights.turn(gate_first=False)
+    weights.turn(gate_first=False)  # once is enough
+    assert weights.gate_first == (not spec.gated)
+    assert weights.w13_eFH.data_ptr() == storage
+    if spec.gated:
+        assert torch.equal(weights.w13_eFH[:, :320].float(), canonical.w13_eFH[:, 320:].float())
+    placement = Placement.build(spec, ParallelSpec(tp=2, ep=2))
+    for one, other in [(weights, canonical), (shard(weights, placement, 1), shard(canonical, placement, 1))]:
+        for slot in range(one.num_experts):
+            for turned, straight in zip(one.dequantized(slot), other.dequantized(slot), strict=True):
+                assert torch.equal(turned, straight)
+    weights.turn(gate_first=True)
+    assert_same(weights, canonical)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: the parts' order is not compared, the first one's is taken for all")
+def test_stack_does_not_mix_orders():
+    parts = [random_weights(make_spec("none"), 0, experts=[expert]) for expert in (0, 1)]
+    expected = parts[1].dequantized(0)[0].clone()
+    parts[1].turn(gate_first=False)
+    try:
+        joined = stack(parts)
+    except (ConfigError, ValueError):
+        return
+    assert torch.equal(joined.dequantized(1)[0], expected)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: to() and with_tensors() share the storage that turn() swaps in place")
+def test_turning_a_copy_leaves_the_original():
+    weights = random_weights(make_spec("none"), seed=0)
+    gate_up = weights.dequantized(0)[0].clone()
+    weights.to("cpu").turn(gate_first=False)
+    assert torch.equal(weights.dequantized(0)[0], gate_up)
 
 
 @pytest.mark.parametrize("quant", ["none", STATIC])

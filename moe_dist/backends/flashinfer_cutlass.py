@@ -1,0 +1,134 @@
+"""Backend `flashinfer_cutlass`: FlashInfer's CUTLASS fused MoE for Hopper (SM90).
+
+Its expert-parallel arguments are not used: it takes local slots, with -1 for pairs that are not here, as ids of a layer
+that consists of the local experts alone. That expresses every placement: uneven expert counts, TP×EP, replicas.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends.base import Backend, Problem
+from moe_dist.backends.flashinfer_build import build_state, ensure_built
+from moe_dist.errors import ConfigError
+from moe_dist.kernels import quantize_rows
+from moe_dist.quantization import QuantizedRows
+from moe_dist.reference import Numerics
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.weights import ExpertWeights
+
+ACTIVATIONS = {"swiglu": "Swiglu", "relu2": "Relu2"}
+QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static")
+ALIGNMENT = 16  # bytes of a TMA row
+
+
+class FlashInferCutlass(Backend):
+    """[up; gate] weights, turned in place in `prepare`; bf16 rows, or FP8 rows with one static scale.
+
+    With one scale per tensor FlashInfer has one scale for gate and up together. Where theirs differ, up's is moved
+    behind the activation, which is linear in up: the codes of GEMM2's input stay exactly the same.
+    """
+
+    numerics: ClassVar[Numerics] = Numerics(bf16_gemm1=True, bf16_activation=True)
+    capturable = True
+    deterministic = True  # the fused finalize, which adds with atomics, is not used
+
+    @classmethod
+    def available(cls, device: str) -> Support:
+        if device != "cuda" or not torch.cuda.is_available():
+            return Support(False, "needs an NVIDIA Hopper GPU (SM90)")
+        if torch.cuda.get_device_capability() != (9, 0):
+            return Support(False, f"needs SM90, this GPU is SM{''.join(map(str, torch.cuda.get_device_capability()))}")
+        return build_state()
+
+    @classmethod
+    def payloads(cls, spec: MoESpec) -> frozenset[str]:
+        """Under fp8_block it quantizes bf16 rows itself."""
+        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quant == "fp8_tensor_static" else set()))
+
+    @classmethod
+    def supports(cls, problem: Problem) -> Support:
+        spec, width, H = problem.spec, problem.width, problem.spec.hidden
+        if spec.activation not in ACTIVATIONS:
+            return Support(False, f"computes {', '.join(ACTIVATIONS)}, not {spec.activation}")
+        if spec.quant not in QUANT_KINDS or spec.dtype != "bf16":
+            return Support(False, f"takes bf16, fp8_block and fp8_tensor_static, not {spec.quant_label}")
+        if problem.capability != (9, 0):
+            return Support(False, f"needs compute capability 9.0, not {problem.capability}")
+        if spec.quant == "fp8_block" and (H % BLOCK or width % BLOCK):
+            # Seen on an H200: a slice of 192 or a hidden size of 2880 gives silently wrong numbers.
+            return Support(False, f"fp8_block needs hidden ({H}) and slices ({width}) in whole blocks of {BLOCK}")
+        step = ALIGNMENT // (1 if spec.quantized else spec.torch_dtype.itemsize)
+        if H % step or width % step:
+            return Support(False, f"needs hidden ({H}) and slices ({width}) in multiples of {step}")
+        return Support(True)
+
+    @classmethod
+    def build(cls) -> None:
+        ensure_built()
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Turns `weights` to [up; gate] in place. Builds FlashInfer's module if that was not done (many minutes)."""
+        ensure_built()
+        weights.turn(gate_first=False)
+        self._weights = weights
+        self._empty = weights.num_experts == 0 or weights.width == 0
+        self._scales = self._quant_scales(weights)
+        if not self._empty:
+            from flashinfer.fused_moe import cutlass_fused_moe
+            from flashinfer.fused_moe.core import ActivationType
+
+            self._call: Any = cutlass_fused_moe
+            self._activation = getattr(ActivationType, ACTIVATIONS[self.spec.activation])
+
+    def _quant_scales(self, weights: ExpertWeights) -> list[Tensor]:
+        if weights.s13 is None or weights.s2 is None:
+            return []
+        if weights.kind == "fp8_block":
+            return [weights.s13, weights.s2]
+        if weights.a13 is None or weights.a2 is None:
+            raise ConfigError("weights.a13", None, "fp8_tensor_static needs static activation scales")
+        first = weights.s13[:, -1].contiguous()  # gate's, or the only one of a layer without gate
+        ratio = weights.s13[:, 0] / first  # up's over gate's
+        return [
+            first * weights.a13,
+            (ratio / weights.a2).contiguous(),
+            (weights.s2[:, 0] * weights.a2).contiguous(),
+            weights.a13,
+        ]
+
+    def forward(self, rows: TokenRows) -> Tensor:
+        if self._weights.gate_first and self.spec.gated:
+            raise RuntimeError("another backend has turned these weights; prepare this one again")
+        count = rows.slots_RK.shape[0]
+        y_RH = torch.empty(count, self.spec.hidden, dtype=torch.bfloat16, device=rows.slots_RK.device)
+        if count == 0 or self._empty:  # the library refuses zero rows; the collectives around still run
+            return y_RH.zero_().to(self.out_dtype)
+        with self.stages("quantize"):
+            x = self._inputs(rows)
+        with self.stages("gemm1"):  # the whole fused operation: it can't be told apart from outside
+            self._call(
+                x,
+                rows.slots_RK,
+                rows.weights_RK,
+                self._weights.w13_eFH,
+                self._weights.w2_eHi,
+                torch.bfloat16,
+                quant_scales=self._scales,
+                output=y_RH,
+                use_deepseek_fp8_block_scale=self.spec.quant == "fp8_block",
+                activation_type=self._activation,
+                use_fused_finalize=False,
+            )
+        return y_RH.to(self.out_dtype)
+
+    def _inputs(self, rows: TokenRows) -> Tensor:
+        if isinstance(rows.x, QuantizedRows):
+            return rows.x.values_RH
+        if self.spec.quant == "fp8_tensor_static":
+            return quantize_rows(rows.x, self.spec.quant, self._weights.a13).values_RH
+        return rows.x.contiguous()

@@ -1,0 +1,73 @@
+"""The whole step (exchange, backend, exchange) as one CUDA graph: one launch instead of dozens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.layer import MoELayer
+from moe_dist.routing import Routing
+
+WARM_STEPS = 3  # compile what compiles at first use, and let NCCL connect, before the capture
+
+
+class StepGraph:
+    """A captured step of `layer` for up to `bucket` tokens on every rank. Making it is collective, so is calling it.
+
+    All ranks must use the same bucket. A call pads with tokens of expert -1 and weight 0, which changes no result. The
+    result lies in the graph's own buffer until the next call.
+    """
+
+    def __init__(self, layer: MoELayer, bucket: int, x_TH: Tensor, routing: Routing) -> None:
+        """`x_TH` and `routing` are a sample to warm up on. Raises UnsupportedError if the plan can't be captured."""
+        capturable = layer.plan.capturable
+        if not capturable.ok:
+            raise UnsupportedError("a CUDA graph of this step", [capturable.reason])
+        spec, device = layer.plan.spec, x_TH.device
+        self.bucket = bucket
+        self._x = torch.zeros(bucket, spec.hidden, dtype=spec.torch_dtype, device=device)
+        self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
+        self._weights = torch.zeros(bucket, spec.top_k, device=device)
+        self._fill(x_TH, routing)
+        self._graph = torch.cuda.CUDAGraph()
+        layer.exchange.static = True
+        try:
+            self._capture(layer)
+        finally:
+            layer.exchange.static = False
+
+    def _capture(self, layer: MoELayer) -> None:
+        inputs = Routing(self._ids, self._weights)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_STEPS):
+                layer(self._x, inputs, max_tokens_per_rank=self.bucket)
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.synchronize()
+        # NCCL's watchdog thread queries events of its own meanwhile, which a global capture would forbid.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._y: Tensor = layer(self._x, inputs, max_tokens_per_rank=self.bucket)
+
+    def _fill(self, x_TH: Tensor, routing: Routing) -> None:
+        tokens = len(x_TH)
+        if tokens > self.bucket:
+            raise ConfigError("tokens", tokens, "do not fit the captured bucket", f"0 to {self.bucket}")
+        self._x[:tokens].copy_(x_TH)
+        self._ids[:tokens].copy_(routing.ids_TK)
+        self._weights[:tokens].copy_(routing.weights_TK)
+        if tokens < self.bucket:
+            self._x[tokens:].zero_()
+            self._ids[tokens:].fill_(-1)
+            self._weights[tokens:].zero_()
+
+    def __call__(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """See MoELayer.forward."""
+        self._fill(x_TH, routing)
+        return self.replay()[: len(x_TH)]
+
+    def replay(self) -> Tensor:
+        """The step again on the inputs of the last call, with the padding's rows."""
+        self._graph.replay()
+        return self._y

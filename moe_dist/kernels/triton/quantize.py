@@ -1,0 +1,82 @@
+"""Rows to FP8 E4M3 in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, scale_of
+from moe_dist.spec import BLOCK, QuantKind
+
+LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row
+
+
+def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
+    """See quantization.quantize_rows."""
+    R, H = x_RH.shape
+    x_RH = x_RH.contiguous()
+    values = torch.empty(R, H, dtype=FP8, device=x_RH.device)
+    if kind == "fp8_block":
+        groups = triton.cdiv(H, BLOCK)
+        scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
+        together = 8  # groups of one row in a program
+        _quantize_groups[(R, triton.cdiv(groups, together))](
+            x_RH, values, scales, H, groups, FP8_MAX, TINY, BLOCK, together, num_warps=4
+        )
+        return QuantizedRows(values, scales)
+    if kind == "fp8_channel":
+        if H > LONGEST_ROW:
+            raise ValueError(f"rows of {H} values exceed the kernel's {LONGEST_ROW}")
+        scales = torch.empty(R, 1, dtype=torch.float32, device=x_RH.device)
+        _quantize_whole_rows[(R,)](x_RH, values, scales, H, FP8_MAX, TINY, triton.next_power_of_2(H), num_warps=8)
+        return QuantizedRows(values, scales)
+    if kind == "fp8_tensor_dynamic":
+        scale = scale_of(x_RH.abs().amax())
+    elif static_scale is None:
+        raise ValueError("fp8_tensor_static needs its static scale")
+    else:
+        scale = static_scale
+    block = min(2048, triton.next_power_of_2(H))
+    _cast[(R, triton.cdiv(H, block))](x_RH, values, scale, H, FP8_MAX, block)
+    if kind == "fp8_tensor_static":
+        return QuantizedRows(values, None)
+    return QuantizedRows(values, scale.expand(R, 1).contiguous())
+
+
+@triton.jit
+def _quantize_groups(
+    x, q, s, H, groups, FP8_MAX: tl.constexpr, TINY: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = column < H
+    values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 1) / FP8_MAX, TINY)
+    codes = tl.clamp(tl.div_rn(values, scale[:, None] + tl.zeros_like(values)), -FP8_MAX, FP8_MAX)
+    tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)
+    tl.store(s + row * groups + group, scale, mask=group < groups)
+
+
+@triton.jit
+def _quantize_whole_rows(x, q, s, H, FP8_MAX: tl.constexpr, TINY: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < H
+    values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 0) / FP8_MAX, TINY)
+    codes = tl.clamp(tl.div_rn(values, scale + tl.zeros_like(values)), -FP8_MAX, FP8_MAX)
+    tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)
+    tl.store(s + row, scale)
+
+
+@triton.jit
+def _cast(x, q, scale, H, FP8_MAX: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
+    codes = tl.clamp(tl.div_rn(values, tl.load(scale) + tl.zeros_like(values)), -FP8_MAX, FP8_MAX)
+    tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)
