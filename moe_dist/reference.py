@@ -151,6 +151,8 @@ def relative_error(measured: Tensor, expected: Tensor) -> float:
     """||measured - expected|| / ||expected|| in float64; NaN counts as infinite, 0 / 0 as 0."""
     difference = float((measured.double() - expected.double()).norm())
     size = float(expected.double().norm())
-    if difference != difference or size != size:
+    if measured.shape != expected.shape:
+        raise ValueError(f"shapes {tuple(measured.shape)} and {tuple(expected.shape)} can't be compared")
+    if not (difference < float("inf") and size < float("inf")):
         return float("inf")
     return difference / size if size else (0.0 if difference == 0 else float("inf"))

@@ -22,6 +22,7 @@ class Registry(Generic[T]):
         self._targets: dict[str, str | type[T]] = {}
         for name, target in built_in.items():
             self.register(name, target)
+        self._entered: set[str] = set()
         self._entry_points_read = False
 
     def register(self, name: str, target: str | type[T]) -> None:
@@ -54,6 +55,8 @@ class Registry(Generic[T]):
     def _read_entry_points(self) -> None:
         if self._entry_points_read:
             return
-        self._entry_points_read = True
         for point in entry_points(group=f"moe_dist.{self.kind}s"):
-            self.register(point.name, point.value)
+            if point.name not in self._entered:
+                self.register(point.name, point.value)
+                self._entered.add(point.name)
+        self._entry_points_read = True

@@ -43,6 +43,8 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
     """
     if logits_TE.shape[-1] != spec.num_experts:
         raise ConfigError("logits", tuple(logits_TE.shape), "one column per expert", f"[tokens, {spec.num_experts}]")
+    if spec.correction_bias != (bias_E is not None):
+        raise ConfigError("bias", "given" if bias_E is not None else None, f"correction_bias is {spec.correction_bias}")
     logits = logits_TE.float()
     scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
     choice = scores if bias_E is None else scores + bias_E.float()
@@ -66,14 +68,14 @@ def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
 def check_skew(skew: str) -> None:
     """Raise ConfigError unless `skew` is well formed; a file must be there."""
     kind, _, argument = skew.partition(":")
-    if kind in ("balanced", "uniform", "single", "router") and not argument:
+    if skew in ("balanced", "uniform", "single", "router"):
         return
     if kind == "file" and argument:
         if not Path(argument).is_file():
             raise ConfigError("workload.skew", skew, "no such file", SKEWS)
         return
     try:
-        if (kind == "zipf" and float(argument) >= 0) or (kind == "hot" and int(argument) >= 1):
+        if (kind == "zipf" and 0 <= float(argument) < float("inf")) or (kind == "hot" and int(argument) >= 1):
             return
     except ValueError:
         pass
@@ -128,20 +130,29 @@ def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torc
         log_odds = -float(argument) * torch.arange(1, E + 1).float().log()
     elif kind == "hot":
         log_odds[: int(argument)] = 1e6
+    if kind == "hot" and int(argument) > E:
+        raise ConfigError("workload.skew", f"hot:{argument}", "more hot experts than there are", f"hot:1 to hot:{E}")
     chunks = [
         (log_odds - torch.empty(n, E).exponential_(generator=generator).log()).topk(K, dim=-1).indices
         for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)
     ]
-    return torch.cat(chunks)
+    return torch.cat(chunks) if chunks else torch.empty(0, K, dtype=torch.int64)
 
 
 def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
-    recorded = torch.load(path, weights_only=True)
-    ids, weights = recorded["ids"].to(torch.int32), recorded["weights"].float()
+    try:
+        recorded = torch.load(path, weights_only=True)
+        ids, weights = recorded["ids"].to(torch.int64), recorded["weights"].float()
+    except Exception as error:
+        rule = f"is no torch file of tensors ids and weights ({type(error).__name__}: {error})"
+        raise ConfigError("workload.skew", path, rule) from error
     if ids.ndim != 2 or ids.shape != weights.shape or ids.shape[1] != spec.top_k or len(ids) == 0:
         found = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
         raise ConfigError("workload.skew", path, f"holds {found}", f"two of shape [rows, {spec.top_k}]")
-    if ids.max() >= spec.num_experts:
-        raise ConfigError("workload.skew", path, f"holds expert {int(ids.max())}", f"-1 to {spec.num_experts - 1}")
+    if ids.max() >= spec.num_experts or ids.min() < -1:
+        found = int(ids.max() if ids.max() >= spec.num_experts else ids.min())
+        raise ConfigError("workload.skew", path, f"holds expert {found}", f"-1 to {spec.num_experts - 1}")
+    if not bool(weights.isfinite().all()):
+        raise ConfigError("workload.skew", path, "holds weights that are NaN or infinite", "finite weights")
     repeated = torch.arange(tokens) % len(ids)
-    return Routing(ids[repeated], weights[repeated])
+    return Routing(ids[repeated].to(torch.int32), weights[repeated].masked_fill(ids[repeated] < 0, 0.0))

@@ -68,7 +68,7 @@ class MoESpec(Section):
     correction_bias: bool = False
     num_groups: int = Field(default=1, ge=1)
     top_groups: int = Field(default=1, ge=1)
-    routed_scaling: float = Field(default=1.0, gt=0)
+    routed_scaling: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     activation: str = "swiglu"
     quant: QuantKind = "fp8_block"
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -167,7 +167,17 @@ class ParallelSpec(Section):
     @field_validator("replicas", mode="before")
     @classmethod
     def _mapping(cls, value: Any) -> Any:
-        return tuple((k, tuple(v)) for k, v in sorted(value.items())) if isinstance(value, dict) else value
+        """A mapping as pairs; what is none of both is left to the type check."""
+        if not isinstance(value, dict):
+            return value
+        return tuple(
+            (expert, tuple(groups) if isinstance(groups, list) else groups) for expert, groups in value.items()
+        )
+
+    @field_validator("replicas")
+    @classmethod
+    def _in_order(cls, value: tuple[tuple[int, tuple[int, ...]], ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        return tuple(sorted(value))
 
     @property
     def world(self) -> int:

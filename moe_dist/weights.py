@@ -63,11 +63,13 @@ class ExpertWeights:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def with_tensors(self, **tensors: Any) -> ExpertWeights:
-        """A copy with these tensors instead of its own."""
+        """Another object with these tensors instead of its own; the rest is shared, so don't `turn` both."""
         return replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> ExpertWeights:
-        return self.with_tensors(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """On `device`; this very object if it is there already, so that two objects never share what `turn` turns."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return self if moved["w13_eFH"] is self.w13_eFH else self.with_tensors(**moved)
 
     def turn(self, gate_first: bool) -> None:
         """Swap gate and up in place, expert by expert, if they are not in this order yet: for a backend that reads
@@ -158,6 +160,14 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
 def stack(experts: Sequence[ExpertWeights]) -> ExpertWeights:
     """Concatenate along the expert dimension. Scalars (a13) must be the same everywhere and stay as they are."""
     first = experts[0]
+    for expert in experts:
+        if expert.gate_first != first.gate_first:
+            raise ConfigError(
+                "weights.gate_first", expert.gate_first, "all parts must be in one order", first.gate_first
+            )
+        if expert.a13 is not None and first.a13 is not None and expert.a13 != first.a13:
+            rule = "the input scale is one for all experts of a layer"
+            raise ConfigError("weights.a13", float(expert.a13), rule, float(first.a13))
     joined = {
         name: torch.cat([getattr(expert, name) for expert in experts]) if tensor.ndim else tensor
         for name, tensor in first.tensors().items()

@@ -59,8 +59,9 @@ class Backend(ABC):
         return Support(True)
 
     @classmethod
-    def build(cls) -> None:  # noqa: B027  # most backends have nothing to build
-        """Compile what must be compiled before first use, showing progress."""
+    def build(cls) -> None:
+        """Compile what must be compiled before first use, showing progress. Most backends have nothing to build."""
+        return
 
     @abstractmethod
     def prepare(self, weights: ExpertWeights) -> None:
