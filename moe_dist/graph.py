@@ -43,7 +43,7 @@ class StepGraph:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_STEPS):
-                layer(self._x, inputs, max_tokens_per_rank=self.bucket)
+                layer.warm_up(self._x, inputs, self.bucket)
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()
         # NCCL's watchdog thread queries events of its own meanwhile, which a global capture would forbid.

@@ -93,6 +93,14 @@ class MoELayer(nn.Module):
             y_TH = y_TH + self.shared.forward(_every_row(TokenRows(x_TH, routing.ids_TK, routing.weights_TK)))
         return y_TH.to(self.plan.spec.torch_dtype)
 
+    def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int) -> None:
+        """Let the backend choose and compile what it needs for this bucket, then run a step: collective, not to be
+        timed or captured."""
+        rows, handle = self.exchange.dispatch(x_TH, self._routing(x_TH, routing), max_tokens_per_rank)
+        self.backend.tune(rows)
+        self.exchange.combine(self.backend.forward(rows), handle)
+        self(x_TH, routing, max_tokens_per_rank=max_tokens_per_rank)
+
     def _routing(self, x_TH: Tensor, routing: Routing | None) -> Routing:
         spec = self.plan.spec
         if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden:

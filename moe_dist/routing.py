@@ -150,8 +150,8 @@ def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
         found = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
         raise ConfigError("workload.skew", path, f"holds {found}", f"two of shape [rows, {spec.top_k}]")
     if ids.max() >= spec.num_experts or ids.min() < -1:
-        found = int(ids.max() if ids.max() >= spec.num_experts else ids.min())
-        raise ConfigError("workload.skew", path, f"holds expert {found}", f"-1 to {spec.num_experts - 1}")
+        worst = int(ids.max() if ids.max() >= spec.num_experts else ids.min())
+        raise ConfigError("workload.skew", path, f"holds expert {worst}", f"-1 to {spec.num_experts - 1}")
     if not bool(weights.isfinite().all()):
         raise ConfigError("workload.skew", path, "holds weights that are NaN or infinite", "finite weights")
     repeated = torch.arange(tokens) % len(ids)

@@ -31,17 +31,23 @@ class Problem:
 class Backend(ABC):
     """One rank's expert computation.
 
-    `numerics`: where it rounds beyond the prescribed quantization, which the
-    oracle follows. `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal
-    bits.
+    `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal bits.
     """
 
-    numerics: ClassVar[Numerics]
     capturable: ClassVar[bool]
     deterministic: ClassVar[bool]
 
     def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
         self.spec, self.out_dtype, self.stages = spec, out_dtype, stages
+
+    @property
+    def numerics(self) -> Numerics:
+        return self.numerics_of(self.spec)
+
+    @classmethod
+    def numerics_of(cls, spec: MoESpec) -> Numerics:
+        """Where it rounds beyond the prescribed quantization; the oracle follows."""
+        return Numerics()
 
     @classmethod
     @abstractmethod
@@ -66,6 +72,10 @@ class Backend(ABC):
     @abstractmethod
     def prepare(self, weights: ExpertWeights) -> None:
         """Take the shard over, in the canonical form; called once, before any forward."""
+
+    def tune(self, rows: TokenRows) -> None:
+        """Choose kernels for this number of rows, outside any timed or captured work. Most backends have no choice."""
+        return
 
     @abstractmethod
     def forward(self, rows: TokenRows) -> Tensor:

@@ -6,7 +6,11 @@ that consists of the local experts alone. That expresses every placement: uneven
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import contextlib
+import io
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +37,6 @@ class FlashInferCutlass(Backend):
     behind the activation, which is linear in up: the codes of GEMM2's input stay exactly the same.
     """
 
-    numerics: ClassVar[Numerics] = Numerics(bf16_gemm1=True, bf16_activation=True)
     capturable = True
     deterministic = True  # the fused finalize, which adds with atomics, is not used
 
@@ -44,6 +47,14 @@ class FlashInferCutlass(Backend):
         if torch.cuda.get_device_capability() != (9, 0):
             return Support(False, f"needs SM90, this GPU is SM{''.join(map(str, torch.cuda.get_device_capability()))}")
         return build_state()
+
+    @classmethod
+    def numerics_of(cls, spec: MoESpec) -> Numerics:
+        """With one scale per tensor the activation is quantized without a stop at bf16, and GEMM1 keeps its FP8 sums in
+        the tensor cores' fast accumulators."""
+        if spec.quant == "fp8_tensor_static":
+            return Numerics(bf16_gemm1=True, fast_accumulation=True)
+        return Numerics(bf16_gemm1=True, bf16_activation=True, reciprocal=spec.quant == "fp8_block")
 
     @classmethod
     def payloads(cls, spec: MoESpec) -> frozenset[str]:
@@ -76,6 +87,7 @@ class FlashInferCutlass(Backend):
         ensure_built()
         weights.turn(gate_first=False)
         self._weights = weights
+        self._tuned: set[int] = set()
         self._empty = weights.num_experts == 0 or weights.width == 0
         self._scales = self._quant_scales(weights)
         if not self._empty:
@@ -105,26 +117,55 @@ class FlashInferCutlass(Backend):
         if self._weights.gate_first and self.spec.gated:
             raise RuntimeError("another backend has turned these weights; prepare this one again")
         count = rows.slots_RK.shape[0]
-        y_RH = torch.empty(count, self.spec.hidden, dtype=torch.bfloat16, device=rows.slots_RK.device)
+        y_RH = self._output(rows)
         if count == 0 or self._empty:  # the library refuses zero rows; the collectives around still run
             return y_RH.zero_().to(self.out_dtype)
         with self.stages("quantize"):
             x = self._inputs(rows)
-        with self.stages("gemm1"):  # the whole fused operation: it can't be told apart from outside
-            self._call(
-                x,
-                rows.slots_RK,
-                rows.weights_RK,
-                self._weights.w13_eFH,
-                self._weights.w2_eHi,
-                torch.bfloat16,
-                quant_scales=self._scales,
-                output=y_RH,
-                use_deepseek_fp8_block_scale=self.spec.quant == "fp8_block",
-                activation_type=self._activation,
-                use_fused_finalize=False,
-            )
+        with self.stages("gemm1"), self._tactics(count):  # the whole fused operation, its parts can't be told apart
+            self._fused(x, rows, y_RH)
         return y_RH.to(self.out_dtype)
+
+    def tune(self, rows: TokenRows) -> None:
+        """FlashInfer profiles its tactics for this number of rows; under fp8_block it has none to choose from."""
+        count = rows.slots_RK.shape[0]
+        if self.spec.quant == "fp8_block" or self._empty or count == 0 or count in self._tuned:
+            return
+        from flashinfer import autotune
+
+        self._tuned.add(count)
+        # It logs each tactic and draws a bar per GEMM and rank; a failure is raised all the same.
+        logging.getLogger("flashinfer.jit").setLevel(logging.ERROR)
+        with contextlib.redirect_stderr(io.StringIO()), autotune(True, tuning_buckets=(count,)):
+            self._fused(self._inputs(rows), rows, self._output(rows))
+
+    def _tactics(self, count: int) -> AbstractContextManager[Any]:
+        """The tactics found for this number of rows, where it was tuned."""
+        if count not in self._tuned:
+            return nullcontext()
+        from flashinfer import autotune
+
+        manager: AbstractContextManager[Any] = autotune(False, tuning_buckets=(count,))
+        return manager
+
+    def _fused(self, x: Tensor, rows: TokenRows, y_RH: Tensor) -> None:
+        self._call(
+            x,
+            rows.slots_RK,
+            rows.weights_RK,
+            self._weights.w13_eFH,
+            self._weights.w2_eHi,
+            torch.bfloat16,
+            quant_scales=self._scales,
+            output=y_RH,
+            use_deepseek_fp8_block_scale=self.spec.quant == "fp8_block",
+            activation_type=self._activation,
+            use_fused_finalize=False,
+        )
+
+    def _output(self, rows: TokenRows) -> Tensor:
+        shape = rows.slots_RK.shape[0], self.spec.hidden
+        return torch.empty(shape, dtype=torch.bfloat16, device=rows.slots_RK.device)
 
     def _inputs(self, rows: TokenRows) -> Tensor:
         if isinstance(rows.x, QuantizedRows):

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.quantization import QuantizedRows, dequantize_rows, quantize_rows
-from moe_dist.reference import Numerics
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
 from moe_dist.stages import NO_STAGES, Stages
@@ -19,7 +18,6 @@ CACHE_BYTES = 2 << 30  # dequantized weights are kept up to this size and made a
 class TorchBackend(Backend):
     """Rows are grouped by expert, each expert is two float32 matmuls on dequantized weights."""
 
-    numerics = Numerics()
     capturable = False  # group sizes are read back to the host
     deterministic = True
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
 from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
@@ -104,7 +103,9 @@ def _step(
     context: RankContext, case: Case, layer: MoELayer, x: Tensor, routing: Routing, bucket: int
 ) -> Callable[[], Tensor]:
     """One step on fixed inputs: eager, or a graph's replay."""
+    context.progress(f"{case.label}: warming up")
     if not layer.plan.graph:
+        layer.warm_up(x, routing, bucket)
         return lambda: layer(x, routing, max_tokens_per_rank=bucket)
     context.progress(f"{case.label}: capturing")
     graph = StepGraph(layer, bucket, x, routing)
@@ -211,7 +212,7 @@ def _errors(
             kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics)
         return _group_error(layer.comm, y_TH, kept[key][start:stop])
 
-    return error(BACKENDS.get(plan.backend).numerics), error(None)
+    return error(layer.backend.numerics), error(None)
 
 
 def _expected(

@@ -44,7 +44,7 @@ def _join_cluster(address: str) -> None:
     legal = "host:port of a running head, or auto"
     host, _, port = address.rpartition(":")
     try:
-        if host and port.isdigit():
+        if "://" not in address and port.isdigit():
             socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, ValueError, RuntimeError, AuthenticationError) as error:

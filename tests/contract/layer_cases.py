@@ -47,7 +47,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Case:
     """`bucket` is the caller's max_tokens_per_rank. `swap` gives the layer weights whose gate and up are exchanged,
-    `up_scale` is the factor between them. `shared_a13`: factor on the shared expert's static input scale."""
+    `up_scale` is the factor between them."""
 
     name: str
     plan: Plan
@@ -55,14 +55,13 @@ class Case:
     bucket: int | None = None
     swap: bool = False
     up_scale: float = 0.25
-    shared_a13: float = 1.0
     routed_by_layer: bool = False
 
 
 class Outcome(NamedTuple):
     """One rank's finding: squared sizes of differences and of what was expected, its own rows only."""
 
-    problem: str
+    finding: str
     oracle: tuple[float, float]
     exact: tuple[float, float]
 
@@ -114,18 +113,18 @@ def _run(comm: Comm, case: Case) -> Outcome:
     together = layer.exchange.quantized_together(bounds)
 
     numerics = layer.backend.numerics
-    key = (spec, plan.parallel, case.inputs, case.up_scale, case.shared_a13)
+    problem = (spec, case.inputs, case.up_scale, case.routed_by_layer)
+    key = (*problem, plan.parallel)
     key += (tuple(groups.flatten().tolist()), tuple(together), tuple(bounds), numerics)
     expected = _shared_by_all(comm, key, lambda: _expected(case, x, routing, groups, together, bounds, numerics))
-    key = (spec, case.inputs, case.up_scale, case.shared_a13)
-    exact = _shared_by_all(comm, key, lambda: _exact(case, x, routing))
+    exact = _shared_by_all(comm, problem, lambda: _exact(case, x, routing))
 
     start, stop = (0, len(x)) if replicated else case.inputs.bounds[comm.rank]
-    problem = "" if bool(torch.isfinite(y).all()) else "not finite"
+    finding = "" if bool(torch.isfinite(y).all()) else "not finite"
     empty = (routing.ids_TK[start:stop] < 0).all(1)
     if spec.shared_experts == "none" and bool(y[empty].any()):
-        problem = "a token without any expert is not zero"
-    return Outcome(problem, _squares(y, expected[start:stop]), _squares(y, exact[start:stop]))
+        finding = "a token without any expert is not zero"
+    return Outcome(finding, _squares(y, expected[start:stop]), _squares(y, exact[start:stop]))
 
 
 def _squares(measured: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -183,8 +182,7 @@ def _every_token(tokens: int) -> Routing:
 
 
 def _shared_weights(case: Case) -> ExpertWeights:
-    weights = random_expert(case.plan.spec.shared_spec(), 0, case.inputs.seed + 1)
-    return weights if weights.a13 is None else weights.with_tensors(a13=weights.a13 * case.shared_a13)
+    return random_expert(case.plan.spec.shared_spec(), 0, case.inputs.seed + 1)
 
 
 def _shared_slices(case: Case) -> Placement:
@@ -298,8 +296,8 @@ def failures(cases: list[Case], by_rank: list[dict[str, Outcome]]) -> list[str]:
     for case in cases:
         outcomes = [outcomes[case.name] for outcomes in by_rank]
         for rank, outcome in enumerate(outcomes):
-            if outcome.problem:
-                lines.append(f"{case.name}: rank {rank}: {outcome.problem}")
+            if outcome.finding:
+                lines.append(f"{case.name}: rank {rank}: {outcome.finding}")
             error = _relative(*outcome.oracle)
             if not error <= oracle_bound(case.plan):
                 lines.append(f"{case.name}: rank {rank} is off the oracle by {error:.2e} > {oracle_bound(case.plan)}")

@@ -47,7 +47,7 @@ def experiments(world: int) -> list[Experiment]:
              ("none", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")]  # fmt: skip
     relu2 = find_model("Nemotron-H")
     return [
-        Experiment(models=large, tokens=(37, 1024), skews=("uniform", "zipf:1.2"), **common),
+        Experiment(models=large, tokens=(37, 1024), skews=("zipf:1.2",), **common),
         Experiment(models=[small], tokens=(1, 130), skews=("uniform", "single"), **common),
         Experiment(models=[small], tokens=(130,), skews=("hot:3",), token_layouts=("replicated",), **common),
         Experiment(models=[*kinds, relu2], tokens=(1, 130), skews=("zipf:1.2",), **common),
