@@ -105,12 +105,18 @@ class Placement:
         """The slot of each pair in the group that serves it, int32 [T, K]; -1 where the id is -1."""
         return _tables(self, ids_TK.device).slots_GE[groups_TK, ids_TK]
 
-    def slots_on(self, rank: int, ids_TK: Tensor, rows_T: Tensor, sources_T: Tensor | None) -> Tensor:
-        """`local_slots` of `serving_groups`; with one copy of each expert, one look-up."""
-        if self.replicated:
-            return self.local_slots(ids_TK, self.serving_groups(ids_TK, rows_T, sources_T), rank)
-        table = _tables(self, ids_TK.device).slots_GE[rank // self.tp]
-        return table[ids_TK]  # id -1 reads the last entry, which says -1
+    def slots_on(self, rank: int, ids_RK: Tensor, sharded: int | None = None) -> Tensor:
+        """The slot on `rank` of each pair of all tokens, int32 [R, K]; -1 where it is served elsewhere.
+
+        Tokens are replicated, or lie in equal runs of `sharded` rows from rank 0, 1, … With one copy of each expert
+        this is one look-up.
+        """
+        if not self.replicated:
+            return _tables(self, ids_RK.device).slots_GE[rank // self.tp][ids_RK]  # id -1 reads the last entry: -1
+        rows_R = torch.arange(len(ids_RK), device=ids_RK.device)
+        sources_R = None if sharded is None else rows_R // sharded
+        groups_RK = self.serving_groups(ids_RK, rows_R if sharded is None else rows_R % sharded, sources_R)
+        return self.local_slots(ids_RK, groups_RK, rank)
 
     def rows_per_rank(self, groups_TK: Tensor) -> list[int]:
         """How many (token, expert) pairs each rank computes; TP members of a group all compute the group's."""

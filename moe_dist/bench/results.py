@@ -24,8 +24,8 @@ from moe_dist.routing import skew_label
 
 Row = dict[str, Any]
 
-# Relative L2 error against the exact float32 layer on dequantized weights: the cost of quantizing. One scale for a whole
-# tensor costs more than one per group. Against the oracle, see reference.Numerics.
+# Relative L2 error against the exact float32 layer on dequantized weights: the cost of quantizing. One scale for a
+# whole tensor costs more than one per group. Against the oracle, see reference.Numerics.
 EXACT_TOLERANCE = {
     "none": 5e-3,
     "fp8_block": 5e-2,
@@ -33,7 +33,7 @@ EXACT_TOLERANCE = {
     "fp8_tensor_static": 6e-2,
     "fp8_tensor_dynamic": 6e-2,
 }
-FEW_PAIRS, FEW_PAIRS_MARGIN = 16, 1.25  # the error of so few (token, expert) pairs scatters about its mean
+FEW_PAIRS, FEW_PAIRS_MARGIN = 16, 1.5  # the error of so few (token, expert) pairs scatters about its mean
 FEWEST_FOR_P99 = 100
 
 
@@ -106,8 +106,10 @@ def within_tolerance(row: Row, quant: str, numerics: Numerics) -> bool | None:
     """Whether the row's errors are allowed; None if it was not checked."""
     if row["err_oracle"] is None:
         return None
-    exact = EXACT_TOLERANCE[quant] * (FEW_PAIRS_MARGIN if row["pairs"] < FEW_PAIRS else 1.0)
-    return bool(row["err_oracle"] <= numerics.tolerance and row["err_exact"] <= exact)
+    margin = FEW_PAIRS_MARGIN if row["pairs"] < FEW_PAIRS else 1.0
+    return bool(
+        row["err_oracle"] <= margin * numerics.tolerance and row["err_exact"] <= margin * EXACT_TOLERANCE[quant]
+    )
 
 
 def quantile(ordered: list[float], q: float) -> float | None:

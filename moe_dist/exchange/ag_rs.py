@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, gather_tokens, payload_row_bytes
@@ -35,8 +34,7 @@ class AllGatherReduceScatter(Exchange):
         x = self.to_payload(x)
         with self.stages("dispatch"):
             x_all, all_routing = gather_tokens(self.comm, x, routing, bucket)
-            index = torch.arange(all_routing.tokens, device=routing.ids_TK.device)
-            slots_RK = self.placement.slots_on(self.comm.rank, all_routing.ids_TK, index % bucket, index // bucket)
+            slots_RK = self.placement.slots_on(self.comm.rank, all_routing.ids_TK, sharded=bucket)
             return TokenRows(x_all, slots_RK, all_routing.weights_TK), Handle(routing.tokens)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

@@ -29,8 +29,7 @@ class AllReduce(Exchange):
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         with self.stages("dispatch"):
-            rows_T = torch.arange(routing.tokens, device=routing.ids_TK.device)
-            slots_TK = self.placement.slots_on(self.comm.rank, routing.ids_TK, rows_T, None)
+            slots_TK = self.placement.slots_on(self.comm.rank, routing.ids_TK)
             return TokenRows(x, slots_TK, routing.weights_TK), Handle(routing.tokens)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

@@ -144,6 +144,8 @@ class RayGroup:
 
     def run(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> list[Any]:
         """See Group.run. On any failure the other ranks are freed and the whole group is given up."""
+        if not self._actors:
+            raise RankFailure(-1, "run", -1, "this group is closed, by itself after a failure: start another")
         futures = [actor.run.remote(function, arguments) for actor in self._actors]
         try:
             self._watch(futures, timeout_s, shown)

@@ -201,7 +201,9 @@ def _shared_part(case: Case, rank: int) -> ExpertWeights | None:
 
 @lru_cache(maxsize=16)
 def _weights(spec: MoESpec, seed: int, up_scale: float) -> ExpertWeights:
-    return stack([random_expert(spec, expert, seed, up_scale=up_scale) for expert in range(spec.num_experts)])
+    weights = stack([random_expert(spec, expert, seed, up_scale=up_scale) for expert in range(spec.num_experts)])
+    # Clipping an outlier costs far more than rounding, which is what the bounds are about: calibrate generously.
+    return weights if weights.a2 is None else weights.with_tensors(a2=2 * weights.a2)
 
 
 def swap_halves(weights: ExpertWeights) -> ExpertWeights:
@@ -272,6 +274,8 @@ def refusal(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, 
     support = backend_class.available("cpu")
     if not support.ok:
         return support.reason
+    if travels not in backend_class.payloads(spec):
+        return "takes rows as"
     for rank in range(placement.world):
         width, held = placement.width_of(rank), len(placement.experts_of(rank))
         support = backend_class.supports(Problem(spec, width, held, "cpu", None, travels))
@@ -285,9 +289,11 @@ def oracle_bound(plan: Plan) -> float:
     return 1e-5 if plan.spec.dtype == plan.combine_dtype == "fp32" else 1e-2
 
 
-def exact_bound(plan: Plan) -> float:
+def exact_bound(plan: Plan, tokens: int) -> float:
+    """The bound is for many tokens; the mean over a few of them scatters around what FP8 costs."""
     label = plan.spec.quant_label
-    return EXACT_BOUNDS["bf16" if label == "fp32" and plan.combine_dtype == "bf16" else label]
+    bound = EXACT_BOUNDS["bf16" if label == "fp32" and plan.combine_dtype == "bf16" else label]
+    return bound * (1 + max(tokens, 1) ** -0.5) if plan.spec.quantized else bound
 
 
 def failures(cases: list[Case], by_rank: list[dict[str, Outcome]]) -> list[str]:
@@ -301,9 +307,9 @@ def failures(cases: list[Case], by_rank: list[dict[str, Outcome]]) -> list[str]:
             error = _relative(*outcome.oracle)
             if not error <= oracle_bound(case.plan):
                 lines.append(f"{case.name}: rank {rank} is off the oracle by {error:.2e} > {oracle_bound(case.plan)}")
-        error = exact_error(case, by_rank)
-        if not error <= exact_bound(case.plan):
-            lines.append(f"{case.name}: off the exact layer by {error:.2e} > {exact_bound(case.plan)}")
+        error, bound = exact_error(case, by_rank), exact_bound(case.plan, sum(case.inputs.counts))
+        if not error <= bound:
+            lines.append(f"{case.name}: off the exact layer by {error:.2e} > {bound:.2e}")
     return lines
 
 

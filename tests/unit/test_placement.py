@@ -136,7 +136,6 @@ def test_serving_against_brute_force(built, seed, sharded):
     for rank in range(placement.world):
         slots = placement.local_slots(ids, groups, rank)
         assert slots.dtype == served.dtype == torch.int32
-        assert torch.equal(placement.slots_on(rank, ids, rows, sources), slots)
         assert torch.equal(served.where(groups == rank // placement.tp, -1), slots)
         here = groups == rank // placement.tp
         assert torch.equal(slots >= 0, here)
@@ -173,3 +172,16 @@ def test_no_tokens_and_no_rows():
     assert groups.shape == (0, 2)
     assert placement.rows_per_rank(groups) == [0] * 6
     assert placement.local_slots(torch.zeros(0, 2, dtype=torch.int32), groups, 5).shape == (0, 2)
+
+
+@pytest.mark.parametrize("replicas", [{}, {0: [1], 4: [0]}])
+@pytest.mark.parametrize("sharded", [None, 5])
+def test_slots_on_of_all_tokens_in_one_go(replicas, sharded):
+    spec = MoESpec(hidden=128, intermediate=256, num_experts=5, top_k=2)
+    placement = Placement.build(spec, ParallelSpec(tp=2, ep=2, replicas=replicas))
+    ids = torch.randint(-1, 5, (20, 2), dtype=torch.int32)
+    rows = torch.arange(20) if sharded is None else torch.arange(20) % sharded
+    sources = None if sharded is None else torch.arange(20) // sharded
+    groups = placement.serving_groups(ids, rows, sources)
+    for rank in range(4):
+        assert torch.equal(placement.slots_on(rank, ids, sharded), placement.local_slots(ids, groups, rank))
