@@ -17,12 +17,12 @@ from rich.table import Table
 from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment
-from moe_dist.bench.results import provenance, write_results
+from moe_dist.bench.results import results_document, write_results
 from moe_dist.bench.runner import Outcome, group_starter, plan_cases, run_cases
 from moe_dist.bench.table import last_line, refused_table, size, tables, verdict
 from moe_dist.config import find_model, model_names, override, read_yaml, resolve_models
 from moe_dist.doctor import examine
-from moe_dist.errors import MoeDistError, RankFailure, ResourceError, UnsupportedError
+from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
 from moe_dist.progress import Reporter
 from moe_dist.spec import TOKEN_LAYOUTS
@@ -32,7 +32,7 @@ LAST_WORDS_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    args = _arguments(arguments)
     try:
         code: int = args.command(args)
         return code
@@ -41,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RANK_FAILED if isinstance(error, RankFailure) else TOO_SMALL if isinstance(error, ResourceError) else 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments in one run only; here `key=value` may stand anywhere between the flags."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(given)
+    strange = [item for item in rest if item.startswith("-") or "=" not in item or "overrides" not in args]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _report(error: MoeDistError, as_json: bool) -> None:
@@ -204,6 +216,8 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
+    if args.out:
+        _check_writable(Path(args.out))
     with Reporter(len(planned), quiet=not _speaks()) as reporter:
         outcome = run_cases(
             planned,
@@ -216,10 +230,20 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
     if args.out and _speaks():
         write_results(Path(args.out), machine, outcome.rows, refused)
     if args.json and _speaks():
-        print(json.dumps({**provenance(machine), "rows": outcome.rows, "refused": refused}))
+        print(json.dumps(results_document(machine, outcome.rows, refused), allow_nan=False))
     elif not args.json:
         _print_outcome(outcome, args, sweep)
     return OK if outcome.ok else OUT_OF_TOLERANCE
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is measured: results that can't be kept are minutes lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("out", str(path), f"can't be written: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError("out", str(path), "can't be written", "a file in a directory that you may write to")
 
 
 def _print_outcome(outcome: Outcome, args: argparse.Namespace, sweep: bool) -> None:

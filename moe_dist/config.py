@@ -80,6 +80,14 @@ def resolve_models(config: dict[str, Any]) -> dict[str, Any]:
     models = result.get("models", [])
     if not isinstance(models, list):
         raise ConfigError("experiment.models", models, "must be a list", model_names())
-    specs = [find_model(model) if isinstance(model, str) else MoESpec(**model) for model in models]
+    specs = [_model(model) for model in models]
     result["models"] = tuple(spec.with_changes(**changes) if changes else spec for spec in specs)
     return result
+
+
+def _model(given: Any) -> MoESpec:
+    if isinstance(given, dict):
+        return MoESpec(**given)
+    if not isinstance(given, str):
+        raise ConfigError("experiment.models", given, "neither a name nor a section of the model's keys", model_names())
+    return find_model(given)

@@ -81,7 +81,7 @@ class MoELayer(nn.Module):
         without it they agree on one, which costs a small collective on the CPU.
         """
         routing = self._routing(x_TH, routing)
-        bucket = max_tokens_per_rank
+        bucket = max_tokens_per_rank if self.exchange.needs_bucket else None
         if self.exchange.needs_bucket and bucket is None:
             bucket = self.comm.agree_max(routing.tokens)
         rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
@@ -96,7 +96,8 @@ class MoELayer(nn.Module):
     def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int) -> None:
         """Let the backend choose and compile what it needs for this bucket, then run a step: collective, not to be
         timed or captured."""
-        rows, handle = self.exchange.dispatch(x_TH, self._routing(x_TH, routing), max_tokens_per_rank)
+        bucket = max_tokens_per_rank if self.exchange.needs_bucket else None
+        rows, handle = self.exchange.dispatch(x_TH, self._routing(x_TH, routing), bucket)
         self.backend.tune(rows)
         self.exchange.combine(self.backend.forward(rows), handle)
         self(x_TH, routing, max_tokens_per_rank=max_tokens_per_rank)

@@ -83,7 +83,7 @@ class Placement:
         have no source). With one copy of an expert the answer is its owner. With several it is the source's own group
         if that holds a copy, else copy number (row + expert) mod copies: every rank finds the same answer alone.
         """
-        tables = _tables(self, ids_TK.device)
+        tables = tables_on(self, ids_TK.device)
         ids = ids_TK.long().clamp_min(0)
         if self.replicated:
             copy = (rows_T[:, None] + ids) % tables.copies_E[ids]
@@ -98,12 +98,12 @@ class Placement:
     def local_slots(self, ids_TK: Tensor, groups_TK: Tensor, rank: int) -> Tensor:
         """The slot on `rank` of each pair that its group serves, int32 [T, K]; -1 where the pair is not here."""
         group = rank // self.tp
-        slots = _tables(self, ids_TK.device).slots_GE[group][ids_TK.long().clamp_min(0)]
+        slots = tables_on(self, ids_TK.device).slots_GE[group][ids_TK.long().clamp_min(0)]
         return torch.where(groups_TK == group, slots, -1)
 
     def slots_served(self, ids_TK: Tensor, groups_TK: Tensor) -> Tensor:
         """The slot of each pair in the group that serves it, int32 [T, K]; -1 where the id is -1."""
-        return _tables(self, ids_TK.device).slots_GE[groups_TK, ids_TK]
+        return tables_on(self, ids_TK.device).slots_GE[groups_TK, ids_TK]
 
     def slots_on(self, rank: int, ids_RK: Tensor, sharded: int | None = None) -> Tensor:
         """The slot on `rank` of each pair of all tokens, int32 [R, K]; -1 where it is served elsewhere.
@@ -112,7 +112,7 @@ class Placement:
         this is one look-up.
         """
         if not self.replicated:
-            return _tables(self, ids_RK.device).slots_GE[rank // self.tp][ids_RK]  # id -1 reads the last entry: -1
+            return tables_on(self, ids_RK.device).slots_GE[rank // self.tp][ids_RK]  # id -1 reads the last entry: -1
         rows_R = torch.arange(len(ids_RK), device=ids_RK.device)
         sources_R = None if sharded is None else rows_R // sharded
         groups_RK = self.serving_groups(ids_RK, rows_R if sharded is None else rows_R % sharded, sources_R)
@@ -131,14 +131,16 @@ def imbalance(rows_per_rank: list[int]) -> float:
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
+    """A placement as tensors on one device."""
+
     slots_GE: Tensor  # local slot of expert e in group g, -1 if it is not there; int32 [groups, experts + 1]
     groups_EC: Tensor  # group of copy c of expert e, owner first; int64 [experts, most copies]
     copies_E: Tensor  # number of copies; int64 [experts]
 
 
 @lru_cache(maxsize=64)
-def _tables(placement: Placement, device: torch.device) -> _Tables:
+def tables_on(placement: Placement, device: torch.device) -> Tables:
     slots = torch.full((placement.ep, placement.num_experts + 1), -1, dtype=torch.int32)
     groups: list[list[int]] = [[] for _ in range(placement.num_experts)]
     owners = split_bounds(placement.num_experts, placement.ep)
@@ -150,4 +152,4 @@ def _tables(placement: Placement, device: torch.device) -> _Tables:
     most = max(map(len, groups))
     padded = torch.tensor([held + [-1] * (most - len(held)) for held in groups], dtype=torch.int64)
     copies = torch.tensor([len(held) for held in groups], dtype=torch.int64)
-    return _Tables(slots.to(device), padded.to(device), copies.to(device))
+    return Tables(slots.to(device), padded.to(device), copies.to(device))

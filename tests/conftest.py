@@ -8,7 +8,6 @@ import pytest
 import torch
 from dist.pool import Pool
 
-
 torch.set_num_threads(1)  # small tensors on few, shared cores: more threads only wait for each other
 
 

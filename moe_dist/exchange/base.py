@@ -66,7 +66,11 @@ class Exchange(ABC):
 
     @abstractmethod
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
-        """This rank's tokens [T, H] to the rows [R, H] that it must compute."""
+        """This rank's tokens [T, H] to the rows [R, H] that it must compute.
+
+        `bucket`: the most tokens of any rank, agreed by all. To an exchange of replicated tokens it says that these were
+        gathered from shards of that size, in rank order.
+        """
 
     @abstractmethod
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

@@ -42,7 +42,7 @@ class ShardedToReplicated(_Converted):
         x = self.inner.to_payload(x)
         with self.stages("convert"):
             x, everyone = gather_tokens(self.comm, x, routing, bucket)
-        rows, handle = self.inner.dispatch(x, everyone)
+        rows, handle = self.inner.dispatch(x, everyone, bucket)
         return rows, Handle(routing.tokens, (handle, bucket))
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
@@ -52,10 +52,8 @@ class ShardedToReplicated(_Converted):
         return y[start : start + handle.tokens]
 
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-        """The inner exchange counts rows of the padded, gathered tokens."""
-        bucket = max(stop - start for start, stop in bounds)
-        rows = [rank * bucket + torch.arange(stop - start) for rank, (start, stop) in enumerate(bounds)]
-        return torch.cat(rows), None
+        """As for every exchange of sharded tokens."""
+        return Exchange.identify(self.inner, bounds)
 
     def quantized_together(self, bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return self.inner.quantized_together(bounds)

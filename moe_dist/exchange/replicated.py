@@ -29,7 +29,7 @@ class AllReduce(Exchange):
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         with self.stages("dispatch"):
-            slots_TK = self.placement.slots_on(self.comm.rank, routing.ids_TK)
+            slots_TK = self.placement.slots_on(self.comm.rank, routing.ids_TK, sharded=bucket)
             return TokenRows(x, slots_TK, routing.weights_TK), Handle(routing.tokens)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from moe_dist.placement import Placement, tables_on
 from moe_dist.quantization import QuantizedRows
 from moe_dist.quantization import quantize_rows as quantize_rows_torch
+from moe_dist.routing import Routing
 from moe_dist.spec import QuantKind
 
 
+class SendLists(NamedTuple):
+    """For each of W target ranks up to `bucket` (B) tokens in their own order; places behind the last are padding.
+
+    order_TW int32: the place of token t in the list of rank w, -1 if w does not get it. token_WB int32, -1 in padding.
+    slots_WBK int32: the slots that rank w holds, -1 elsewhere and in padding; weights_WBK float32, 0 there.
+    counts_W int32: tokens in each list.
+    """
+
+    order_TW: Tensor
+    token_WB: Tensor
+    slots_WBK: Tensor
+    weights_WBK: Tensor
+    counts_W: Tensor
+
+
 def take_rows(rows: Tensor, index_S: Tensor) -> Tensor:
-    """rows[index] for [R, ...] and int64 indices; FP8 too."""
+    """rows[index] for [R, ...] and integer indices, row 0 for negative ones (padding); FP8 too. On no rows at all,
+    whatever is asked for is zero."""
+    if not len(rows):
+        return torch.zeros(len(index_S), *rows.shape[1:], device=rows.device).to(rows.dtype)
     if rows.is_cuda:
         from moe_dist.kernels.triton.rows import take_rows as kernel
 
         return kernel(rows, index_S)
-    return rows[index_S]
+    return rows[index_S.clamp_min(0)]
 
 
-def sum_rows(rows_RH: Tensor, position_TW: Tensor) -> Tensor:
-    """y[t] = sum over w of rows[position[t, w]], added in float32 in the order of w, in the dtype of `rows`; a position
-    of -1 adds nothing. No atomics: the same bits in every run."""
+def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int = 0) -> Tensor:
+    """y[t] = sum over w of rows[start[w] + order[t, w]], added in float32 in the order of w, in the dtype of `rows`; an
+    order of -1 adds nothing. start[w] is the sum of the counts before w, or w · bucket without counts. No atomics: the
+    same bits in every run."""
     if rows_RH.is_cuda:
         from moe_dist.kernels.triton.rows import sum_rows as kernel
 
-        return kernel(rows_RH, position_TW)
-    y_TH = torch.zeros(position_TW.shape[0], rows_RH.shape[1], dtype=torch.float32)
-    for position_T in position_TW.unbind(1):
-        token = (position_T >= 0).nonzero()[:, 0]
-        y_TH[token] += rows_RH[position_T[token]].float()
+        return kernel(rows_RH, order_TW, counts_W, bucket)
+    y_TH = torch.zeros(order_TW.shape[0], rows_RH.shape[1], dtype=torch.float32)
+    start = 0
+    for w, order_T in enumerate(order_TW.unbind(1)):
+        token = (order_T >= 0).nonzero()[:, 0]
+        y_TH[token] += rows_RH[start + order_T[token]].float()
+        start += bucket if counts_W is None else int(counts_W[w])
     return y_TH.to(rows_RH.dtype)
 
 
@@ -40,3 +66,40 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
 
         return kernel(x_RH, kind, static_scale)
     return quantize_rows_torch(x_RH, kind, static_scale)
+
+
+def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> SendLists:
+    """What `rank` sends to whom: each token once to every rank that serves one of its pairs."""
+    ids_TK, weights_TK = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
+    if ids_TK.is_cuda:
+        from moe_dist.kernels.triton.sendlist import send_lists as kernel
+
+        tables = tables_on(placement, ids_TK.device)
+        own_group = rank // placement.tp
+        return SendLists(
+            *kernel(
+                ids_TK, weights_TK, tables.slots_GE, tables.groups_EC, tables.copies_E, own_group, placement.tp, bucket
+            )
+        )
+    return _send_lists_torch(placement, Routing(ids_TK, weights_TK), rank, bucket)
+
+
+def _send_lists_torch(placement: Placement, routing: Routing, rank: int, bucket: int) -> SendLists:
+    tokens, top_k = routing.ids_TK.shape
+    world = placement.world
+    row_T = torch.arange(tokens)
+    groups_TK = placement.serving_groups(routing.ids_TK, row_T, torch.full_like(row_T, rank))
+    slots_TK = placement.slots_served(routing.ids_TK, groups_TK)
+    here_WTK = groups_TK[None] == (torch.arange(world) // placement.tp)[:, None, None]
+    wanted_WT = here_WTK.any(-1)
+    order_WT = (wanted_WT.cumsum(1) - 1).masked_fill(~wanted_WT, -1)
+    token_WB = torch.full((world, bucket), -1, dtype=torch.int32)
+    slots_WBK = torch.full((world, bucket, top_k), -1, dtype=torch.int32)
+    weights_WBK = torch.zeros(world, bucket, top_k)
+    target, token = wanted_WT.nonzero(as_tuple=True)
+    place = (target, order_WT[target, token])
+    token_WB[place] = token.to(torch.int32)
+    slots_WBK[place] = slots_TK[token].masked_fill(~here_WTK[target, token], -1)
+    weights_WBK[place] = routing.weights_TK[token].masked_fill(~here_WTK[target, token], 0.0)
+    counts_W = wanted_WT.sum(1).to(torch.int32)
+    return SendLists(order_WT.T.to(torch.int32).contiguous(), token_WB, slots_WBK, weights_WBK, counts_W)

@@ -285,8 +285,9 @@ def refusal(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, 
 
 
 def oracle_bound(plan: Plan) -> float:
-    """Without any rounding to bf16 there is only the order of float32 sums."""
-    return 1e-5 if plan.spec.dtype == plan.combine_dtype == "fp32" else 1e-2
+    """What the backend declares; without any rounding to bf16 there is only the order of float32 sums."""
+    declared = BACKENDS.get(plan.backend).numerics_of(plan.spec).tolerance
+    return 1e-5 if plan.spec.dtype == plan.combine_dtype == "fp32" else declared
 
 
 def exact_bound(plan: Plan, tokens: int) -> float:

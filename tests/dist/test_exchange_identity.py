@@ -52,7 +52,7 @@ class Draw:
 def draw(seed: int, world: int, quant: str = "none", spread_evenly: bool = False) -> Draw:
     """`spread_evenly`: the shards are those that a replicated batch is cut into."""
     choose = random.Random(f"{seed} {world} {quant}")
-    tp = choose.choice([n for n in range(1, world + 1) if world % n == 0])
+    tp = choose.choice([1, 1, *(n for n in range(1, world + 1) if world % n == 0)])
     ep = world // tp
     experts = choose.randint(1, 12)
     spec = MoESpec(
@@ -61,14 +61,14 @@ def draw(seed: int, world: int, quant: str = "none", spread_evenly: bool = False
     )  # fmt: skip
     owner = [group for group, (a, b) in enumerate(split_bounds(experts, ep)) for _ in range(a, b)]
     replicas = {}
-    for expert in choose.sample(range(experts), choose.randint(0, experts)) if choose.random() < 0.6 else []:
+    for expert in choose.sample(range(experts), choose.randint(0, experts)) if choose.random() < 0.8 else []:
         others = [group for group in range(ep) if group != owner[expert]]
         if others:
-            replicas[expert] = tuple(choose.sample(others, choose.randint(1, len(others))))
+            replicas[expert] = tuple(choose.sample(others, choose.randint(1, min(2, len(others)))))
     parallel = ParallelSpec(tp=tp, ep=ep, replicas=replicas, allow_empty_shards=True)
     placement = Placement.build(spec, parallel)
-    most = choose.choice([1, 4, 9])
-    counts = tuple(choose.choice([0, choose.randint(0, most)]) for _ in range(world))
+    most = choose.choice([1, 5, 9, 9])
+    counts = tuple(choose.choice([0, choose.randint(0, most), most]) for _ in range(world))
     if spread_evenly:
         counts = tuple(b - a for a, b in split_bounds(sum(counts), world))
 
@@ -78,7 +78,7 @@ def draw(seed: int, world: int, quant: str = "none", spread_evenly: bool = False
     if quant != "none":
         x = torch.randn(tokens, spec.hidden, generator=generator).to(spec.torch_dtype)
     ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, : spec.top_k].to(torch.int32)
-    hole = torch.rand(ids.shape, generator=generator) < choose.choice([0.0, 0.2, 0.9])
+    hole = torch.rand(ids.shape, generator=generator) < choose.choice([0.0, 0.2, 0.8])
     weights = torch.randint(1, 65, ids.shape, generator=generator) / 64
     return Draw(spec, placement, counts, x, Routing(ids.masked_fill(hole, -1), weights.masked_fill(hole, 0.0)))
 
@@ -140,7 +140,7 @@ def through(
     if bucket is None and moved.needs_bucket:
         bucket = max(problem.counts)
     before = comm.bytes_sent
-    rows, handle = moved.dispatch(problem.x[start:stop].clone(), problem.routing.rows(start, stop), bucket)
+    rows, handle = moved.dispatch(problem.x[start:stop].clone(), problem.routing.rows(start, stop), bucket if moved.needs_bucket else None)
     y = moved.combine(identity(rows, static, problem.placement, comm.rank), handle)
     return y, rows, comm.bytes_sent - before
 

@@ -27,30 +27,37 @@ def _take_rows(source, index, target, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    values = tl.load(source + tl.load(index + row).to(tl.int64) * width + column, mask=inside)
+    taken = tl.maximum(tl.load(index + row), 0).to(tl.int64)
+    values = tl.load(source + taken * width + column, mask=inside)
     tl.store(target + row * width + column, values, mask=inside)
 
 
-def sum_rows(rows_RH: Tensor, position_TW: Tensor) -> Tensor:
+def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int) -> Tensor:
     """See kernels.sum_rows."""
-    tokens, world = position_TW.shape
+    tokens, world = order_TW.shape
     hidden = rows_RH.shape[1]
     y_TH = rows_RH.new_empty(tokens, hidden)
     if y_TH.numel():
         block = min(1024, triton.next_power_of_2(hidden))
         grid = (tokens, triton.cdiv(hidden, block))
-        _sum_rows[grid](rows_RH, position_TW, y_TH, hidden, position_TW.stride(0), position_TW.stride(1), world, block)
+        counts = order_TW if counts_W is None else counts_W
+        _sum_rows[grid](rows_RH, order_TW, counts, y_TH, hidden, bucket, counts_W is not None, world, block)
     return y_TH
 
 
-@triton.jit
-def _sum_rows(rows, position, y, hidden, stride_t, stride_w, WORLD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["bucket"])
+def _sum_rows(rows, order, counts, y, hidden, bucket, COUNTED: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    start = tl.zeros((), dtype=tl.int64)
     for w in tl.static_range(WORLD):
-        row = tl.load(position + token * stride_t + w * stride_w).to(tl.int64)
-        if row >= 0:
-            total += tl.load(rows + row * hidden + column, mask=inside, other=0.0).to(tl.float32)
+        place = tl.load(order + token * WORLD + w).to(tl.int64)
+        if place >= 0:
+            total += tl.load(rows + (start + place) * hidden + column, mask=inside, other=0.0).to(tl.float32)
+        if COUNTED:
+            start += tl.load(counts + w).to(tl.int64)
+        else:
+            start += bucket
     tl.store(y + token * hidden + column, total.to(y.dtype.element_ty), mask=inside)

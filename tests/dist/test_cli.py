@@ -1,0 +1,276 @@
+"""Every command as a user calls it: exit codes, what it prints, what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.bench import results
+from moe_dist.cli import main
+from moe_dist.config import model_names
+
+SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2"]
+FEW = ["iters=2", "warmup=1"]
+
+
+class Done:
+    """What a command ended with and printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: str | Path) -> Done:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse
+            code = int(stopped.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what must fail before any rank is started."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("ranks were started")
+
+    monkeypatch.setattr("moe_dist.runtime.ray_group.RayGroup.__init__", refuse)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
+    assert main(["demo-checkpoint", str(directory)]) == 0
+    return directory
+
+
+class TestWithoutRanks:
+    pytestmark = pytest.mark.usefixtures("no_ranks")
+
+    def test_doctor(self, command):
+        found = command("doctor", "--json")
+        assert found.code == 0
+        document = found.document
+        assert {"python", "machine", "packages", "nvcc", "collectives", "backends", "exchanges"} <= set(document)
+        assert document["backends"]["torch"]["ok"] is True
+        assert {"local", "all_reduce", "ag_rs", "all_to_all"} <= set(document["exchanges"])
+        assert document["collectives"]["gloo"] is True
+        text = command("doctor").out
+        for name in (*document["backends"], *document["exchanges"], "torch 2."):
+            assert name in text
+
+    def test_plan(self, command):
+        arguments = ["plan", "--model", "DeepSeek-V3", "--tp", "2", "--ep", "2", "--exchange", "all_to_all"]
+        found = command(*arguments, "--device", "cpu", "--json")
+        assert found.code == 0
+        document = found.document
+        assert document["placement"] == "TP2xEP2"
+        assert (document["exchange"], document["backend"], document["payload_dtype"]) == ("all_to_all", "torch", "fp8")
+        assert document["experts"] == [128] * 4
+        assert sorted(map(tuple, document["slices"])) == [(0, 1024), (0, 1024), (1024, 2048), (1024, 2048)]
+        assert document["wire_bytes"] > 0
+        chosen = {(choice["kind"], choice["name"]) for choice in document["choices"] if choice["chosen"]}
+        assert chosen == {("exchange", "all_to_all"), ("backend", "torch")}
+        assert all(choice["reason"] for choice in document["choices"] if not choice["chosen"])
+        text = command(*arguments, "--device", "cpu").out
+        assert "DeepSeek-V3 fp8_block as TP2xEP2, sharded tokens: exchange all_to_all, backend torch" in text
+        assert "not asked for" in text
+
+    def test_demo_checkpoint(self, command, tmp_path: Path):
+        path = tmp_path / "made"
+        assert command("demo-checkpoint", path, "--json").document == {"checkpoint": str(path)}
+        assert (path / "config.json").is_file()
+        assert command("demo-checkpoint", path).code == 0  # made already: fine
+        other = command("demo-checkpoint", path, "--seed", "1")
+        assert other.code == 2
+        assert "seed" in other.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["run", "--model", "nosuch"], ["model = 'nosuch'", "tiny", "DeepSeek-V3"]),
+            (["run", "--exchange", "nosuch", "--ep", "2"], ["'nosuch'", "all_reduce", "ag_rs", "all_to_all"]),
+            (["run", "--backend", "nosuch"], ["'nosuch'", "torch"]),
+            (["run", "--skew", "nosuch"], ["'nosuch'", "balanced", "uniform", "zipf:S"]),
+            (["run", "--payload", "nosuch", "--ep", "2"], ["'nosuch'", "auto", "unquantized", "fp8"]),
+            (["run", "--skew", "router"], ["router", "checkpoint"]),
+            (["run", "nosuch=1"], ["experiment.nosuch", "unknown key", "tokens", "skews"]),
+            (["run", "model.nosuch=1"], ["model.nosuch", "unknown key", "num_experts"]),
+            (["run", "ray.nosuch=1"], ["nosuch", "unknown key", "cpus_per_rank"]),
+            (["run", "model.quant=nosuch"], ["model.quant = 'nosuch'", "fp8_block"]),
+            (["run", "iters=nosuch"], ["experiment.iters = 'nosuch'"]),
+            (["run", "iters"], ["not an assignment", "key=value"]),
+            (["run", "--tokens", "0"], ["tokens = 0", "1 and more"]),
+            (["run", "--ep", "0"], ["worlds = 0", "1 and more"]),
+            (["run", "--tp", "6"], ["6", "1 to 5"]),
+            (["run", "--ep", "2", "--exchange", "local"], ["exchange local", "supported: all_reduce"]),
+            (["plan", "--model", "nosuch"], ["model = 'nosuch'", "tiny"]),
+            (["check", "--backend", "nosuch"], ["'nosuch'", "torch"]),
+            (["compare", "placements=[dp]"], ["'dp'", "tp2xep2"]),
+            (["compare", "nothing.yaml"], ["nothing.yaml", "can't be read"]),
+            (["run", "--checkpoint", "nothing"], ["nothing", "config.json"]),
+        ],
+        ids=" ".join,
+    )  # fmt: skip
+    def test_bad_input_names_what_is_legal(self, command, arguments, said):
+        found = command(*arguments)
+        assert found.code == 2
+        for text in said:
+            assert text in found.err
+        assert len(found.err.strip().splitlines()) == 1
+        as_json = command(*arguments, "--json")
+        assert as_json.code == 2
+        assert set(as_json.document) == {"error", "message"}
+        assert as_json.document["message"] in as_json.err
+
+    def test_a_command_that_is_none(self, command):
+        found = command("nosuch")
+        assert found.code == 2
+        for name in ("doctor", "plan", "run", "compare", "check", "demo-checkpoint"):
+            assert name in found.err
+
+    @pytest.mark.parametrize("strange", [["--nosuch"], ["--nosuch=1"], ["file.yaml"]])
+    def test_arguments_that_are_none(self, command, strange):
+        found = command("run", "iters=1", "--ep", "2", *strange)
+        assert found.code == 2
+        assert f"unrecognized arguments: {strange[0]}" in found.err
+        assert "unrecognized arguments: a=1" in command("doctor", "a=1").err
+
+    def test_bad_yaml(self, command, tmp_path: Path):
+        path = tmp_path / "bad.yaml"
+        path.write_text("tokens: [1, 2\n")
+        found = command("compare", path)
+        assert found.code == 2
+        assert "bad.yaml" in found.err
+        assert "no valid YAML" in found.err
+
+    def test_a_truncated_checkpoint_is_found_before_ranks_start(self, command, tmp_path: Path):
+        directory = tmp_path / "cut"
+        command("demo-checkpoint", directory)
+        victim = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        os.truncate(victim, victim.stat().st_size // 2)
+        begin = time.monotonic()
+        found = command("run", "--checkpoint", directory)
+        assert time.monotonic() - begin < 5.0
+        assert found.code == 2
+        assert victim.name in found.err
+        assert "truncated" in found.err
+
+    def test_more_than_the_memory_holds(self, command):
+        found = command("run", "--model", "DeepSeek-V3", "model.num_experts=100000")
+        assert found.code == 3
+        assert "not enough memory" in found.err
+
+    @pytest.mark.parametrize("name", [".", "file/below.json"])
+    def test_results_that_could_not_be_kept_are_not_measured(self, command, tmp_path: Path, name):
+        (tmp_path / "file").touch()
+        found = command("run", "--out", tmp_path / name)
+        assert found.code == 2
+        assert "can't be written" in found.err
+
+    def test_help_names_the_models(self, command):
+        found = command("run", "--help")
+        assert found.code == 0
+        assert all(name in found.out.replace("\n", "") for name in model_names()[:2])
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestWithRanks:
+    def test_run(self, command, tmp_path: Path):
+        path = tmp_path / "results" / "run.json"
+        arguments = ["--ep", "2", "--tokens", "17", "--iters", "3", "--skew", "zipf:1.2", "--device", "cpu"]
+        found = command("run", *arguments, "--json", "--out", path)
+        assert found.code == 0
+        document = found.document
+        assert set(document) == {"date", "commit", "command", "machine", "rows", "refused"}
+        (row,) = document["rows"]
+        labels = {
+            "model": "tiny", "quant": "fp8_block", "tp": 1, "ep": 2, "world": 2, "layer": "whole", "exchange": "ag_rs",
+            "backend": "torch", "token_layout": "sharded", "global_tokens": 17, "tokens_per_rank": 9,
+            "skew": "zipf:1.2", "seed": 0, "iters": 3, "graph": False, "runtime": "ray", "payload_dtype": "fp8",
+            "combine_dtype": "bf16", "p99_us": None, "chosen_by": "name", "ok": True,
+        }  # fmt: skip
+        assert {name: row[name] for name in labels} == labels
+        assert row["p50_us"] > 0
+        assert 0 < row["err_oracle"] < row["err_exact"] < 5e-2
+        assert sum(row["rows_per_rank"]) == 17 * 4
+        assert row["bytes_sent"] > 0
+        assert set(row["stages_us"]) == {
+            "dispatch", "convert", "quantize", "gemm1", "activation", "gemm2", "combine",
+        }  # fmt: skip
+        written = json.loads(path.read_text())
+        assert written["rows"] == document["rows"]
+        assert written["machine"] == document["machine"]
+        assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+    def test_a_number_out_of_tolerance(self, command, monkeypatch):
+        monkeypatch.setitem(results.EXACT_TOLERANCE, "fp8_block", 0.0)
+        found = command("run", "--tokens", "4", "--iters", "1", *SMALL)
+        assert found.code == 1
+        assert next(line for line in found.out.splitlines() if "single" in line).rstrip(" │").endswith("NO")
+        assert "1 of 1 rows are out of tolerance." in found.out
+
+    def test_compare_on_a_checkpoint(self, command, demo: Path, tmp_path: Path):
+        experiment = tmp_path / "experiment.yaml"
+        experiment.write_text(
+            "worlds: [2]\nplacements: [tp, ep]\nexchanges: [ag_rs, local]\ntokens: [8, 24]\n"
+            "token_layouts: [sharded, replicated]\nskews: [router]\niters: 50\n"
+        )
+        path = tmp_path / "compare.json"
+        found = command("compare", experiment, "--checkpoint", demo, "--layer", "1", "--out", path, *FEW)
+        assert found.code == 0
+        document = json.loads(path.read_text())
+        rows = document["rows"]
+        assert len(rows) == 8
+        assert {row["iters"] for row in rows} == {2}  # an override stands over the file
+        assert {row["skew"] for row in rows} == {"router"}
+        assert all(row["ok"] for row in rows)
+        assert len({tuple(row["rows_per_rank"]) for row in rows if row["ep"] == 2}) > 1  # the router is not even
+
+        titles = [line for line in found.out.splitlines() if "· routing router" in line]
+        for tokens in (8, 24):
+            for layout in ("sharded", "replicated"):
+                assert sum(f"2 ranks · {tokens} {layout} tokens" in title for title in titles) == 1
+        assert len(titles) == 4
+        assert found.out.count("fastest TP2") + found.out.count("fastest EP2") + found.out.count("no clear winner") == 4
+        assert "Verdict: of 4 comparisons, fastest was" in found.out.splitlines()[-1]
+
+        assert len(document["refused"]) == 8
+        assert all("exchange local" in item["reason"] for item in document["refused"])
+        assert "Not run, and why" in found.out
+        assert f"results: {path}" in found.out
+
+    def test_check(self, command):
+        found = command("check", "--tokens", "5", "--skew", "single", "--json", *SMALL)
+        assert found.code == 0
+        rows = found.document["rows"]
+        shown = {(row["placement"], row["exchange"]) for row in rows}
+        assert shown == {(place, name) for place in ("TP2", "EP2") for name in ("all_reduce", "ag_rs", "all_to_all")}
+        assert all(row["ok"] is True and row["p50_us"] is None and row["iters"] == 0 for row in rows)
+
+    def test_a_call_that_takes_too_long(self, command):
+        found = command("run", "--tokens", "4", "--iters", "1000000", "case_timeout_s=2", "--json", *SMALL)
+        assert found.code == 4
+        assert found.document["error"] == "RankFailure"
+        assert "rank 0 failed in tiny single local torch 4 sharded tokens uniform" in found.document["message"]
+        assert "not done within 2 s" in found.err
+
+    def test_a_cluster_too_small(self, command):
+        found = command("run", "--ep", "2", "ray.cpus_per_rank=50")
+        assert found.code == 3
+        assert "not enough CPUs in the Ray cluster: 100 needed, 2 available" in found.err

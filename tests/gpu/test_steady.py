@@ -1,0 +1,65 @@
+"""What must hold over many steps: memory that does not grow, weights held once, equal bits from equal inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu.ranks import run_on_ranks
+
+from moe_dist.backends import BACKENDS
+from moe_dist.graph import StepGraph
+from moe_dist.layer import MoELayer
+from moe_dist.plan import make_plan
+from moe_dist.routing import synthetic_routing
+from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.weights import random_expert, shard_from
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+SPEC = MoESpec(hidden=2048, intermediate=768, num_experts=64, top_k=8)
+TOKENS = 96
+STEPS = 1000
+
+
+def fast_backends() -> list[str]:
+    """All but the reference, which keeps dequantized weights."""
+    names = [name for name in BACKENDS.names() if name != "torch"]
+    return [name for name in names if BACKENDS.get(name).available("cuda").ok]
+
+
+def many_steps(context, exchange: str, backend: str, graph: bool):
+    """(bytes of weights, bytes held beside them, growth over the steps, equal bits) on one rank."""
+    comm = context.comm
+    plan = make_plan(SPEC, ParallelSpec(ep=comm.world), exchange=exchange, backend=backend, graph=graph)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    shard = shard_from(lambda expert: random_expert(SPEC, expert, 1, comm.device), plan.placement, comm.rank)
+    layer = MoELayer(plan, shard, comm)
+    held = torch.cuda.memory_allocated() - before
+    x = torch.randn(TOKENS, SPEC.hidden, device=comm.device).bfloat16()
+    routing = synthetic_routing(SPEC, TOKENS, "zipf:1.0", comm.rank).to(comm.device)
+    layer.warm_up(x, routing, TOKENS)
+    step = StepGraph(layer, TOKENS, x, routing) if graph else lambda x, r: layer(x, r, max_tokens_per_rank=TOKENS)
+    first = step(x, routing).clone()
+    for _ in range(10):
+        step(x, routing)
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS):
+        y = step(x, routing)
+    torch.cuda.synchronize()
+    growth = torch.cuda.memory_allocated() - start - (0 if graph else y.nbytes)
+    return plan.weight_bytes(comm.rank), held, growth, torch.equal(y, first)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("exchange", ["ag_rs", "all_to_all"])
+def test_memory_and_bits_are_steady(exchange, graph):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    for backend in fast_backends():
+        for weights, held, growth, equal in run_on_ranks(2, many_steps, exchange, backend, graph):
+            assert held < 1.02 * weights + (1 << 20), f"{backend} holds {held} bytes for {weights} of weights"
+            assert growth <= 0, f"{backend} grew by {growth} bytes in {STEPS} steps"
+            assert equal or not BACKENDS.get(backend).deterministic

@@ -1,0 +1,70 @@
+"""The Triton row kernels against torch in Triton's interpreter; run by test_kernels.py in a process of its own."""
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401  # before any kernel is decorated
+
+from moe_dist import kernels
+from moe_dist.placement import Placement
+from moe_dist.routing import Routing
+from moe_dist.spec import MoESpec, ParallelSpec
+
+FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
+
+
+@pytest.mark.parametrize("kind", FP8_KINDS)
+def test_quantize_rows_gives_the_codes_of_torch(kind):
+    from moe_dist.kernels.triton.quantize import quantize_rows
+    from moe_dist.quantization import quantize_rows as expected_rows
+
+    for rows, width in ((5, 320), (1, 128), (3, 100)):
+        x = (torch.randn(rows, width) * 3).bfloat16()
+        x[0] = 0  # zero rows stay zero
+        found, expected = (quantize(x, kind, torch.tensor(0.02)) for quantize in (quantize_rows, expected_rows))
+        assert torch.equal(found.values_RH.view(torch.uint8), expected.values_RH.view(torch.uint8))
+        if expected.scales_RS is None:
+            assert found.scales_RS is None
+        else:
+            assert torch.equal(found.scales_RS, expected.scales_RS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
+def test_take_rows(dtype):
+    from moe_dist.kernels.triton.rows import take_rows
+
+    index = torch.tensor([3, -1, 0, 6, 3], dtype=torch.int32)
+    for shape in ((7, 320), (7, 3), (7,)):
+        rows = torch.randn(shape).to(dtype)
+        assert torch.equal(take_rows(rows, index).float(), rows[index.clamp_min(0)].float())
+
+
+def test_sum_rows():
+    from moe_dist.kernels.triton.rows import sum_rows
+
+    rows = torch.randn(9, 200)
+    order = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 1, 0]], dtype=torch.int32)
+    counts = torch.tensor([2, 2, 5], dtype=torch.int32)
+    for arguments in ((counts, 0), (None, 3)):
+        assert torch.allclose(sum_rows(rows, order, *arguments), kernels.sum_rows(rows, order, *arguments), atol=1e-6)
+
+
+def test_send_lists():
+    from moe_dist.kernels.triton.sendlist import send_lists
+    from moe_dist.placement import tables_on
+
+    for tp, ep, replicas, tokens, bucket in (
+        (1, 4, {}, 37, 40), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 3, {2: [1, 2]}, 600, 640), (4, 1, {}, 3, 9),
+    ):  # fmt: skip
+        spec = MoESpec(hidden=128, intermediate=512, num_experts=7, top_k=3)
+        placement = Placement.build(spec, ParallelSpec(tp=tp, ep=ep, replicas=replicas))
+        ids = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)]).to(torch.int32)
+        ids[torch.rand(tokens, 3) < 0.1] = -1
+        routing = Routing(ids, torch.rand(tokens, 3))
+        rank = placement.world - 1
+        expected = kernels.send_lists(placement, routing, rank, bucket)
+        tables = tables_on(placement, ids.device)
+        found = send_lists(
+            ids, routing.weights_TK, tables.slots_GE, tables.groups_EC, tables.copies_E, rank // tp, tp, bucket
+        )
+        for name, one, other in zip(expected._fields, found, expected, strict=True):
+            assert torch.equal(one, other), (name, tp, ep)

@@ -1,0 +1,371 @@
+"""Rows and what is said about them: figures merged over ranks, labels, tolerances, tables, verdicts, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_dist.bench import results
+from moe_dist.bench.case import Case, Experiment, parse_placement
+from moe_dist.bench.measure import RankResult, merge
+from moe_dist.bench.results import EXACT_TOLERANCE, commit, make_row, quantile, write_results
+from moe_dist.bench.runner import Outcome, plan_cases
+from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
+from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.plan import Machine
+from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+
+CPU = Machine("cpu", 1, "a test's CPU")
+H200 = Machine("cuda", 4, "NVIDIA H200", (9, 0), 141 << 30)
+SPEC = MoESpec(name="small", hidden=256, intermediate=384, num_experts=8, top_k=2)
+STAGES = {
+    "dispatch": 10.04, "convert": 0.0, "quantize": 1.0, "gemm1": 5.0, "activation": 2.0, "gemm2": 3.0, "combine": 7.0,
+}  # fmt: skip
+
+# The names of the design's results file, in its order.
+DESIGNED = [
+    "model", "hidden", "intermediate", "num_experts", "top_k", "quant", "tp", "ep", "world", "layer", "exchange",
+    "backend", "token_layout", "global_tokens", "tokens_per_rank", "skew", "seed", "iters", "graph", "runtime",
+    "payload_dtype", "combine_dtype", "p50_us", "p99_us", "floor_us", "err_oracle", "err_exact", "active_experts",
+    "imbalance", "stages_us", "tflops", "hbm_gbps", "link_gbps", "chosen_by",
+]  # fmt: skip
+
+
+def case(**changes) -> Case:
+    parallel = ParallelSpec(**changes.pop("parallel", {"ep": 2}))
+    workload = WorkloadSpec(**{"tokens": 33, **changes.pop("workload", {})})
+    defaults = {"model": SPEC, "exchange": "ag_rs", "backend": "torch"}
+    return Case(parallel=parallel, workload=workload, **(defaults | changes))
+
+
+def rank_result(**changes) -> RankResult:
+    defaults = {
+        "times_us": [100.0, 300.0, 200.0], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40, "active_experts": 4,
+        "err_oracle": 1e-3, "err_exact": 2e-2, "max_memory": None, "payload": "fp8", "combine_dtype": "bf16",
+    }  # fmt: skip
+    return RankResult(**(defaults | changes))
+
+
+def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> dict:
+    return make_row(chosen, chosen.plan(machine), merge(list(ranks)), "ray")
+
+
+def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
+    """A row as the tables take it."""
+    defaults = {
+        "model": "m", "hidden": 8, "intermediate": 8, "num_experts": 4, "top_k": 2, "quant": "fp8_block",
+        "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
+        "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "graph": False,
+        "payload_dtype": "fp8", "token_layout": "sharded", "global_tokens": 64, "skew": "uniform", "seed": 0,
+        "p50_us": p50, "p99_us": None, "floor_us": None, "stages_us": STAGES, "imbalance": 1.25, "bytes_sent": 2048,
+        "err_oracle": 1e-3, "err_exact": 2e-2, "ok": True,
+    }  # fmt: skip
+    return defaults | changes
+
+
+def printed(*things: object) -> str:
+    out = StringIO()
+    console = Console(file=out, width=250)
+    for thing in things:
+        console.print(thing)
+    return out.getvalue()
+
+
+class TestQuantile:
+    @pytest.mark.parametrize(
+        ("values", "q", "expected"),
+        [
+            ([], 0.5, None),
+            ([7.0], 0.5, 7.0),
+            ([7.0], 0.99, 7.0),
+            ([1.0, 2.0], 0.5, 1.0),
+            ([1.0, 2.0, 3.0], 0.5, 2.0),
+            ([1.0, 2.0, 3.0, 4.0], 0.5, 2.0),
+            ([float(n) for n in range(1, 101)], 0.99, 99.0),  # one of a hundred may be slower
+            ([float(n) for n in range(1, 201)], 0.99, 198.0),
+            ([float(n) for n in range(1, 102)], 0.99, 100.0),
+            ([1.0, 2.0], 0.0, 1.0),
+            ([1.0, 2.0], 1.0, 2.0),
+        ],
+    )
+    def test_is_the_least_value_that_so_many_do_not_exceed(self, values, q, expected):
+        assert quantile(values, q) == expected
+
+
+class TestMakeRow:
+    def test_holds_every_name_of_the_design(self):
+        made = row_of(case(), rank_result(), rank_result())
+        assert [name for name in DESIGNED if name not in made] == []
+
+    def test_an_iteration_is_as_long_as_its_slowest_rank(self):
+        slow_start = rank_result(times_us=[500.0, 10.0, 10.0])
+        slow_end = rank_result(times_us=[10.0, 10.0, 900.0])
+        made = row_of(case(), slow_start, slow_end)
+        assert made["p50_us"] == 500.0  # of 500, 10 and 900: no rank alone has this median
+        assert made["iters"] == 3
+
+    def test_p99_needs_a_hundred_iterations(self):
+        times = [float(n) for n in range(1, 101)]
+        assert row_of(case(), rank_result(times_us=times[:99]), rank_result(times_us=times[:99]))["p99_us"] is None
+        assert row_of(case(), rank_result(times_us=times), rank_result(times_us=times))["p99_us"] == 99.0
+
+    def test_figures_come_from_the_busiest_rank(self):
+        idle = rank_result(rows=10, active_experts=1, bytes_sent=5, stages_us=dict.fromkeys(STAGES, 0.0))
+        made = row_of(case(), idle, rank_result(rows=30, active_experts=3, bytes_sent=50))
+        assert made["active_experts"] == 3
+        assert made["imbalance"] == 1.5
+        assert made["rows_per_rank"] == [10, 30]
+        assert made["bytes_sent"] == 50
+        assert made["stages_us"]["dispatch"] == 10.0  # rounded to a tenth
+        flops = 2 * 30 * SPEC.hidden * 3 * SPEC.intermediate
+        assert made["tflops"] == pytest.approx(flops / 200.0 / 1e6)
+        assert made["hbm_gbps"] == pytest.approx(3 * SPEC.hidden * 3 * SPEC.intermediate / 200.0 / 1e3)
+        assert made["link_gbps"] == pytest.approx(50 / 200.0 / 1e3)
+
+    def test_labels_come_from_the_plan(self):
+        made = row_of(case(parallel={"tp": 2}, exchange="all_reduce"), rank_result(), rank_result())
+        labels = {name: made[name] for name in ("tp", "ep", "world", "placement", "exchange", "backend", "quant")}
+        assert labels == {
+            "tp": 2, "ep": 1, "world": 2, "placement": "TP2", "exchange": "all_reduce", "backend": "torch",
+            "quant": "fp8_block",
+        }  # fmt: skip
+        assert (made["payload_dtype"], made["combine_dtype"], made["layer"]) == ("fp8", "bf16", "whole")
+
+    @pytest.mark.parametrize(("layout", "per_rank"), [("sharded", 17), ("replicated", 33)])
+    def test_tokens_per_rank_follow_the_layout(self, layout, per_rank):
+        exchange = "ag_rs" if layout == "sharded" else "all_reduce"
+        made = row_of(case(exchange=exchange, workload={"token_layout": layout}), rank_result(), rank_result())
+        assert (made["global_tokens"], made["tokens_per_rank"], made["token_layout"]) == (33, per_rank, layout)
+
+    def test_without_iterations_there_are_no_times_and_no_rates(self):
+        made = row_of(case(iters=0), *[rank_result(times_us=[], stages_us={})] * 2)
+        for name in ("p50_us", "p99_us", "tflops", "hbm_gbps", "link_gbps"):
+            assert made[name] is None
+        assert made["ok"] is True
+
+    def test_a_floor_is_given_only_where_it_was_measured(self):
+        ranks = rank_result(rows=40, active_experts=4), rank_result(rows=20, active_experts=2)
+        assert row_of(case(), *ranks)["floor_us"] is None
+        weights = 4 * SPEC.hidden * 3 * SPEC.intermediate
+        assert row_of(case(), *ranks, machine=H200)["floor_us"] == pytest.approx(1e6 * weights / 4.29e12)
+
+    @pytest.mark.parametrize(
+        ("oracle", "exact", "expected"),
+        [
+            (None, None, None),
+            (1e-2, 5e-2, True),
+            (1.01e-2, 1e-2, False),
+            (1e-3, 5.1e-2, False),
+            (math.nan, 1e-2, False),
+            (1e-3, math.inf, False),
+        ],
+    )
+    def test_tolerance(self, oracle, exact, expected):
+        made = row_of(case(), *[rank_result(err_oracle=oracle, err_exact=exact)] * 2)
+        assert made["ok"] is expected
+
+    def test_unquantized_rows_have_a_tolerance_of_their_own(self):
+        plain = case(model=SPEC.with_changes(quant="none"))
+        assert row_of(plain, *[rank_result(err_exact=EXACT_TOLERANCE["none"])] * 2)["ok"] is True
+        assert row_of(plain, *[rank_result(err_exact=2e-2)] * 2)["ok"] is False
+
+    def test_ok_needs_rows_and_no_failure(self):
+        assert not Outcome().ok
+        assert Outcome(rows=[row(), row(ok=None)]).ok
+        assert not Outcome(rows=[row(), row(ok=False)]).ok
+
+
+class TestTables:
+    OTHERS = (
+        {"token_layout": "replicated"},
+        {"global_tokens": 65},
+        {"world": 4},
+        {"model": "other"},
+        {"quant": "bf16"},
+        {"skew": "single"},
+        {"seed": 1},
+        {"shared_experts": "tp"},
+    )
+
+    @pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+    def test_what_may_not_be_compared_stands_apart(self, other):
+        rows = [row(tp=2), row(ep=2, p50=50.0), row(tp=2, **other), row(ep=2, p50=200.0, **other)]
+        together = groups(rows)
+        assert sorted(len(group) for group in together) == [2, 2]
+        for group in together:
+            assert len({tuple(one[name] for name in other) for one in group}) == 1
+        assert len(tables(rows)) == 2
+        assert len(verdict(rows)) == 2
+
+    def test_the_fastest_row_comes_first_and_untimed_rows_last(self):
+        (group,) = groups([row(p50=None), row(p50=3.0), row(p50=1.0), row(p50=2.0)])
+        assert [one["p50_us"] for one in group] == [1.0, 2.0, 3.0, None]
+
+    def test_groups_are_ordered_by_number_of_tokens_not_by_their_digits(self):
+        found = groups([row(global_tokens=tokens) for tokens in (1024, 8, 64)])
+        assert [group[0]["global_tokens"] for group in found] == [8, 64, 1024]
+
+    def test_cells(self):
+        text = printed(*tables([row(ep=2, p50=1234.5), row(tp=2, ok=False, err_oracle=0.5), row(tp=2, ok=None)]))
+        assert "m fp8_block (hidden 8, intermediate 8, 4 experts, top-2) · 2 ranks · 64 sharded tokens" in text
+        first = next(line for line in text.splitlines() if "EP2" in line)
+        for cell in ("ag_rs", "torch", "fp8", "1,23", "1.25", "2.0 KiB", "1.0e-03", "2.0e-02", "yes"):
+            assert cell in first
+        assert " 11 " in first  # compute: quantize + gemm1 + activation + gemm2
+        assert "convert" not in text
+        assert "floor" not in text
+        assert next(line for line in text.splitlines() if "5.0e-01" in line).rstrip(" │").endswith("NO")
+        assert "unchecked" in text
+
+    def test_columns_that_only_some_need(self):
+        converting = row(ep=2, stages_us={**STAGES, "convert": 4.0}, floor_us=50.0)
+        text = printed(*tables([converting, row(tp=2)]))
+        assert "convert" in text
+        assert "×floor" in text
+        assert "2.00" in next(line for line in text.splitlines() if "EP2" in line)
+
+    def test_refused_cases_are_grouped_by_their_reason(self):
+        refused = [{"case": f"case {n}", "reason": "too wide" if n < 3 else "no such thing"} for n in range(4)]
+        lines = printed(refused_table(refused)).splitlines()
+        wide = next(line for line in lines if "too wide" in line)
+        assert "3" in wide
+        assert "case 0" in wide
+        assert any("case 3" in line and "no such thing" in line for line in lines)
+
+
+class TestVerdict:
+    def test_families(self):
+        assert [family(one) for one in (row(tp=2), row(ep=2), row(tp=2, ep=2), row())] == [
+            "TP",
+            "EP",
+            "TPxEP",
+            "single",
+        ]
+
+    def test_the_best_of_each_family_is_compared(self):
+        rows = [row(tp=2, p50=300.0), row(tp=2, p50=200.0, exchange="all_reduce"), row(ep=2, p50=100.0)]
+        (sentence,) = verdict(rows)
+        assert sentence == (
+            "m, 2 ranks, 64 sharded tokens, uniform: fastest EP2 ag_rs torch (100 µs); TP2 all_reduce torch 2.00x"
+        )
+        assert last_line(rows) == "Verdict: of 1 comparisons, fastest was EP in 1 (2 ranks × 64 sharded uniform)."
+
+    def test_near_equal_times_are_a_tie(self):
+        close = [row(tp=2, p50=104.0), row(ep=2, p50=100.0)]
+        assert "no clear winner" in verdict(close)[0]
+        assert "a tie in 1" in last_line(close)
+        apart = [row(tp=2, p50=106.0), row(ep=2, p50=100.0)]
+        assert "fastest EP2" in verdict(apart)[0]
+        assert "EP in 1" in last_line(apart)
+
+    def test_wrong_and_untimed_rows_do_not_compete(self):
+        wrong = [row(tp=2, p50=1.0, ok=False), row(ep=2, p50=100.0), row(tp=2, p50=200.0)]
+        assert "fastest EP2" in verdict(wrong)[0]
+        assert "EP in 1" in last_line(wrong)
+        assert verdict([row(tp=2, p50=None), row(ep=2)]) == []
+        assert last_line([row(tp=2, ok=False), row(ep=2)]).startswith("Verdict: nothing to compare")
+
+    def test_rows_of_different_layouts_are_never_compared(self):
+        apart = [row(tp=2, p50=1.0, token_layout="replicated"), row(ep=2, p50=100.0)]
+        assert verdict(apart) == []
+        assert last_line(apart).startswith("Verdict: nothing to compare")
+
+    def test_every_comparison_is_counted_once(self):
+        rows = [
+            *(row(tp=2, p50=100.0, global_tokens=tokens) for tokens in (8, 64, 512)),
+            *(row(ep=2, p50=50.0 if tokens > 8 else 200.0, global_tokens=tokens) for tokens in (8, 64, 512)),
+        ]
+        said = last_line(rows)
+        assert said.startswith("Verdict: of 3 comparisons, fastest was EP in 2 (")
+        assert "TP in 1 (2 ranks × 8 sharded uniform)" in said
+
+
+class TestFile:
+    def test_has_the_form_of_the_design(self, tmp_path: Path):
+        path = tmp_path / "new" / "results.json"
+        refused = [{"case": "c", "reason": "r"}]
+        write_results(path, CPU, [row(err_oracle=math.inf, ok=False)], refused)
+        document = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+        assert set(document) == {"date", "commit", "command", "machine", "rows", "refused"}
+        assert {"gpu", "count", "driver", "torch", "triton", "nccl", "flashinfer"} <= set(document["machine"])
+        assert document["machine"]["gpu"] is None
+        assert document["rows"][0]["err_oracle"] is None
+        assert document["rows"][0]["ok"] is False
+        assert document["refused"] == refused
+        assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
+
+    @pytest.mark.parametrize("broken", ["json.dumps", "pathlib.Path.write_text"])
+    def test_a_failed_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch, broken):
+        path = tmp_path / "results.json"
+        path.write_text("old")
+
+        def fail(*_, **__):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(broken, fail)
+        with pytest.raises(OSError, match="no space"):
+            write_results(path, CPU, [row()], [])
+        monkeypatch.undo()
+        assert path.read_text() == "old"
+
+    def test_the_file_appears_only_when_it_is_whole(self, tmp_path: Path, monkeypatch):
+        path, seen = tmp_path / "results.json", []
+        replace = Path.replace
+
+        def watched(partial: Path, target: Path):
+            seen.append((path.exists(), json.loads(partial.read_text())["rows"][0]["model"]))
+            return replace(partial, target)
+
+        monkeypatch.setattr(Path, "replace", watched)
+        write_results(path, CPU, [row()], [])
+        assert seen == [(False, "m")]
+        assert path.exists()
+
+    def test_a_job_says_which_commit_it_was_submitted_from(self, monkeypatch):
+        monkeypatch.setenv("MOE_DIST_COMMIT", "abc+changes")
+        assert commit() == "abc+changes"
+
+    def test_commit_of_a_checkout_and_of_something_else(self, monkeypatch):
+        monkeypatch.delenv("MOE_DIST_COMMIT", raising=False)
+        answers = {"rev-parse": "abc", "status": " M file"}
+        monkeypatch.setattr(results, "_git", lambda _, verb, *__: answers[verb])
+        assert commit() == "abc+changes"
+        answers["status"] = ""
+        assert commit() == "abc"
+        answers["rev-parse"] = None
+        assert commit() == "unknown"
+
+
+class TestExperiment:
+    def test_is_the_product_of_its_lists(self):
+        experiment = Experiment(
+            models=[SPEC], worlds=[1, 2, 4], placements=["tp", "ep", "tp2xep2"], exchanges=["ag_rs"], tokens=[1, 2]
+        )
+        cases = list(experiment.cases("cpu"))
+        found = {(one.parallel.world, one.parallel.label) for one in cases}
+        assert found == {(1, "single"), (2, "TP2"), (2, "EP2"), (4, "TP4"), (4, "EP4"), (4, "TP2xEP2")}
+        assert len(cases) == 2 * len(found)
+        assert [one.parallel.world for one in cases] == sorted(one.parallel.world for one in cases)
+
+    @pytest.mark.parametrize("text", ["dp", "tp0", "tp2xtp2", "tp2ep2", "tp-1", ""])
+    def test_placements_that_are_none(self, text):
+        with pytest.raises(ConfigError, match="not a placement"):
+            parse_placement(text, 2)
+
+    def test_what_cannot_run_is_refused_with_its_reason(self):
+        cases = [case(), case(exchange="nosuch"), case(parallel={"tp": 4}), case(payload="fp16")]
+        planned, refused = plan_cases(cases, CPU)
+        assert [one.exchange for one, _ in planned] == ["ag_rs"]
+        assert len(refused) == 3
+        for item, reason in zip(refused, ("no exchange has this name", "1 to 3", "payload"), strict=True):
+            assert reason in item["reason"]
+
+    def test_too_large_a_model_is_refused_before_anything_starts(self):
+        huge = MoESpec(name="huge", hidden=1 << 16, intermediate=1 << 16, num_experts=4096, top_k=2)
+        with pytest.raises(ResourceError, match=r"not enough memory: .* GiB of weights needed"):
+            plan_cases([case(model=huge)], CPU)

@@ -1,0 +1,123 @@
+"""The package's floors (docs/architecture.md): imports go down only, heavy libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moe_dist
+
+ROOT = Path(moe_dist.__file__).parent
+FLOORS = (
+    ("errors", "spec", "registry"),
+    ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
+    ("comm", "kernels"),
+    ("exchange", "backends"),
+    ("plan", "layer", "graph"),
+    ("runtime",),
+    ("bench",),
+    ("progress", "config", "doctor", "integrations", "cli", "__main__"),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+# A library, and the only place that may import it.
+HOMES = {
+    "ray": ("runtime/",),
+    "triton": ("kernels/triton/",),
+    "flashinfer": ("backends/flashinfer",),
+    "deep_gemm": ("backends/deep_gemm",),
+    "transformers": ("integrations/",),
+    "sglang": ("integrations/",),
+    "vllm": ("integrations/",),
+    "safetensors": ("checkpoint/",),
+    "rich": ("bench/table", "progress", "cli"),
+}
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def imports(source: str) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of everything that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse((ROOT / source).read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: relative import"
+            base = node.module or ""
+            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def part_of(source: str) -> str:
+    return source.removesuffix(".py").split("/")[0]
+
+
+def inner(source: str) -> list[tuple[str, int]]:
+    """The package's own parts that a file imports."""
+    return [(name.split(".")[1], line) for name, line in imports(source) if name.split(".")[0] == "moe_dist"]
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "__init__.py"])
+def test_imports_go_down_only(source):
+    own = FLOOR[part_of(source)]  # a KeyError here: give the new file or folder a floor
+    upward = [f"{source}:{line} imports {part}" for part, line in inner(source) if FLOOR[part] > own]
+    assert upward == []
+
+
+def test_exchange_and_backends_do_not_know_each_other():
+    pairs = {("exchange", "backends"), ("backends", "exchange")}
+    found = [
+        f"{source}:{line}" for source in SOURCES for part, line in inner(source) if (part_of(source), part) in pairs
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_is_imported_at_home_only(library):
+    found = [
+        f"{source}:{line}"
+        for source in SOURCES
+        for name, line in imports(source)
+        if name.split(".")[0] == library and not source.startswith(HOMES[library])
+    ]
+    assert found == []
+
+
+def test_the_parts_of_a_floor_do_not_import_in_circles():
+    """Between parts that share a floor the order must still be one way."""
+    uses = {part: {p for source in SOURCES if part_of(source) == part for p, _ in inner(source)} for part in FLOOR}
+    done: set[str] = set()
+    while ready := {part for part in FLOOR if part not in done and uses[part] - {part} <= done}:
+        done |= ready
+    assert set(FLOOR) - done == set()
+
+
+def modules_after(statement: str) -> tuple[set[str], float]:
+    """The modules that an import loads into a fresh interpreter, and its CPU seconds beyond `import torch`."""
+    code = (
+        "import sys, time, torch; before, start = set(sys.modules), time.process_time();"
+        f"{statement}; print(time.process_time() - start, *sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    seconds, *names = done.stdout.split()
+    return set(names), float(seconds)
+
+
+def test_importing_the_package_is_fast_and_loads_nothing_heavy():
+    names, seconds = modules_after("import moe_dist")
+    heavy = {"ray", "pydantic", "rich", "triton", "flashinfer", "transformers", "safetensors"}
+    assert {name for name in names if name.split(".")[0] in heavy} == set()
+    assert not {name for name in names if name.startswith(("torch.distributed.", "torch._inductor", "torch._dynamo"))}
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize("module", ["moe_dist.layer", "moe_dist.bench.runner", "moe_dist.cli"])
+def test_libraries_wait_until_they_are_chosen(module):
+    names, _ = modules_after(f"import {module}")
+    chosen_later = {"ray", "triton", "flashinfer", "deep_gemm", "transformers", "sglang", "vllm"}
+    assert {name for name in names if name.split(".")[0] in chosen_later} == set()
+    for folder in ("backends", "exchange"):
+        loaded = {name for name in names if name.startswith(f"moe_dist.{folder}.")}
+        assert loaded <= {f"moe_dist.{folder}.{shared}" for shared in ("base", "layout")}
