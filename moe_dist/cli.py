@@ -71,7 +71,7 @@ def _speaks() -> bool:
 
 def _console() -> Console:
     console = Console(quiet=not _speaks())
-    return console if console.is_terminal else Console(width=170, quiet=not _speaks())
+    return console if console.is_terminal else Console(width=210, quiet=not _speaks())
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -218,19 +218,16 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
     if args.out:
         _check_writable(Path(args.out))
-    with Reporter(len(planned), quiet=not _speaks()) as reporter:
-        outcome = run_cases(
-            planned,
-            group_starter(experiment, machine),
-            experiment.case_timeout_s,
-            reporter.shown,
-            lambda _: reporter.step(),
-        )
-    outcome.refused = refused
-    if args.out and _speaks():
-        write_results(Path(args.out), machine, outcome.rows, refused)
+    outcome = Outcome(refused=refused)
+    start = group_starter(experiment, machine)
+    try:
+        with Reporter(len(planned), quiet=not _speaks()) as reporter:
+            run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, reporter.step)
+    finally:  # what was measured before a failure is kept
+        if args.out and outcome.rows and _speaks():
+            write_results(Path(args.out), machine, outcome.rows, refused, outcome.places)
     if args.json and _speaks():
-        print(json.dumps(results_document(machine, outcome.rows, refused), allow_nan=False))
+        print(json.dumps(results_document(machine, outcome.rows, refused, outcome.places), allow_nan=False))
     elif not args.json:
         _print_outcome(outcome, args, sweep)
     return OK if outcome.ok else OUT_OF_TOLERANCE

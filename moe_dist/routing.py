@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.spec import MoESpec
 
-SKEWS = "balanced, uniform, zipf:S (S >= 0), hot:N (N experts), single, router, file:PATH"
+SKEWS = "balanced, uniform, zipf:S (S >= 0), hot:N (N experts), limited:GxN (N of G groups), single, router, file:PATH"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ def check_skew(skew: str) -> None:
             raise ConfigError("workload.skew", skew, "no such file", SKEWS)
         return
     try:
+        if kind == "limited":
+            groups, _, chosen = argument.partition("x")
+            if 1 <= int(chosen) <= int(groups):
+                return
         if (kind == "zipf" and 0 <= float(argument) < float("inf")) or (kind == "hot" and int(argument) >= 1):
             return
     except ValueError:
@@ -96,6 +100,8 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routi
     balanced: every expert gets the same number of rows (± 1). uniform: K distinct experts at random.
     zipf:S: expert of popularity rank r is drawn with odds r^-S, popularity being a random order of the experts.
     hot:N: N random experts fill as many of a token's K places as they can, the rest is uniform.
+    limited:GxN: the experts lie in G equal runs, and each token draws its K uniformly from N random ones of them: the
+    device-limited routing of DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), where a token reaches few ranks.
     single: all rows on one random expert, the other K-1 places empty (id -1).
     file:PATH: a torch file {"ids": int [rows, K], "weights": float [rows, K]}, repeated to `tokens` rows.
     """
@@ -111,6 +117,9 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routi
     if kind == "balanced":
         places = torch.arange(tokens * K).view(tokens, K) % E
         places = places[torch.randperm(tokens, generator=generator)]
+    elif kind == "limited":
+        order = torch.arange(E)  # runs of neighbours are the point here
+        places = _draw_limited(E, K, tokens, argument, generator)
     elif kind == "single":
         places = torch.zeros(tokens, K, dtype=torch.int64)
     else:
@@ -137,6 +146,16 @@ def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torc
         for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)
     ]
     return torch.cat(chunks) if chunks else torch.empty(0, K, dtype=torch.int64)
+
+
+def _draw_limited(E: int, K: int, tokens: int, argument: str, generator: torch.Generator) -> Tensor:
+    groups, chosen = map(int, argument.split("x"))
+    if E % groups or chosen * (E // groups) < K:
+        rule = f"{E} experts must divide into the groups, and the chosen ones hold top_k = {K} experts"
+        raise ConfigError("workload.skew", f"limited:{argument}", rule)
+    kept_TG = torch.rand(tokens, groups, generator=generator).argsort(-1) < chosen
+    odds_TE = torch.rand(tokens, E, generator=generator).masked_fill(~kept_TG.repeat_interleave(E // groups, 1), -1.0)
+    return odds_TE.topk(K, dim=-1).indices
 
 
 def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:

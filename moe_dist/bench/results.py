@@ -186,15 +186,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def results_document(machine: Machine, rows: list[Row], refused: list[dict[str, str]]) -> dict[str, Any]:
-    """What a results file holds, fit for JSON."""
-    document: dict[str, Any] = _finite({**provenance(machine), "rows": rows, "refused": refused})
+def results_document(
+    machine: Machine, rows: list[Row], refused: list[dict[str, str]], places: dict[int, list[str]] | None = None
+) -> dict[str, Any]:
+    """What a results file holds, fit for JSON. `ranks`: by world size, each rank's device, GPU UUID and process."""
+    ranks = {str(world): lines for world, lines in (places or {}).items()}
+    document: dict[str, Any] = _finite({**provenance(machine), "ranks": ranks, "rows": rows, "refused": refused})
     return document
 
 
-def write_results(path: Path, machine: Machine, rows: list[Row], refused: list[dict[str, str]]) -> None:
+def write_results(
+    path: Path,
+    machine: Machine,
+    rows: list[Row],
+    refused: list[dict[str, str]],
+    places: dict[int, list[str]] | None = None,
+) -> None:
     """Write the file whole or not at all: a reader never sees half of it."""
-    document = results_document(machine, rows, refused)
+    document = results_document(machine, rows, refused, places)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")

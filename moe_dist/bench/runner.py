@@ -74,21 +74,19 @@ def run_cases(
     planned: list[tuple[Case, Plan]],
     start_group: Callable[[int], Group],
     timeout_s: float,
+    outcome: Outcome,
     shown: Shown,
-    row_done: Callable[[Row], None],
-) -> Outcome:
-    """Measure in order; consecutive cases of one world size share a group. Any rank's failure ends the run."""
-    outcome = Outcome()
+    row_done: Callable[[], None],
+) -> None:
+    """Measure in order into `outcome`; consecutive cases of one world size share a group. A rank's failure ends it."""
     for world, share in groupby(planned, key=lambda pair: pair[1].placement.world):
         shown(f"starting {world} ranks")
         with closing(start_group(world)) as group:
             outcome.places[world] = list(group.describe())
             for case, plan in share:
                 results = group.run(measure, case, timeout_s=timeout_s, shown=shown)
-                row = make_row(case, plan, merge(results), group.runtime)
-                outcome.rows.append(row)
-                row_done(row)
-    return outcome
+                outcome.rows.append(make_row(case, plan, merge(results), group.runtime))
+                row_done()
 
 
 def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], Group]:

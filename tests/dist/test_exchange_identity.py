@@ -140,7 +140,9 @@ def through(
     if bucket is None and moved.needs_bucket:
         bucket = max(problem.counts)
     before = comm.bytes_sent
-    rows, handle = moved.dispatch(problem.x[start:stop].clone(), problem.routing.rows(start, stop), bucket if moved.needs_bucket else None)
+    rows, handle = moved.dispatch(
+        problem.x[start:stop].clone(), problem.routing.rows(start, stop), bucket if moved.needs_bucket else None
+    )
     y = moved.combine(identity(rows, static, problem.placement, comm.rank), handle)
     return y, rows, comm.bytes_sent - before
 

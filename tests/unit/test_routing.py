@@ -286,3 +286,20 @@ def test_rows_of_a_routing():
     part = routing.rows(2, 4).to("cpu")
     assert part.ids_TK.tolist() == [[4, 5], [6, 7]]
     assert part.weights_TK.tolist() == [[4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(("groups", "chosen"), [(4, 1), (4, 2), (2, 2)])
+def test_limited_routing_stays_within_its_groups(groups, chosen):
+    spec = make_spec(num_experts=16, top_k=4)
+    ids = synthetic_routing(spec, 400, f"limited:{groups}x{chosen}", 3).ids_TK.long()
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+    reached = [len({expert // (16 // groups) for expert in row}) for row in ids.tolist()]
+    assert max(reached) == min(chosen, groups)
+    loads = torch.bincount(ids.flatten(), minlength=16).float()
+    assert loads.min() > 0.6 * loads.mean()
+
+
+@pytest.mark.parametrize("skew", ["limited:3x1", "limited:8x1", "limited:4x5", "limited:4", "limited:x1"])
+def test_limited_routing_that_can_not_work(skew):
+    with pytest.raises(ConfigError, match="limited"):
+        synthetic_routing(make_spec(num_experts=16, top_k=4), 8, skew, 0)
