@@ -17,8 +17,8 @@ from rich.table import Table
 from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment
-from moe_dist.bench.results import results_document, write_results
-from moe_dist.bench.runner import Outcome, group_starter, plan_cases, run_cases
+from moe_dist.bench.results import Outcome, provenance, results_document, write_results
+from moe_dist.bench.runner import group_starter, plan_cases, run_cases
 from moe_dist.bench.table import last_line, refused_table, size, tables, verdict
 from moe_dist.config import find_model, model_names, override, read_yaml, resolve_models
 from moe_dist.doctor import examine
@@ -220,14 +220,17 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
         _check_writable(Path(args.out))
     outcome = Outcome(refused=refused)
     start = group_starter(experiment, machine)
-    try:
-        with Reporter(len(planned), quiet=not _speaks()) as reporter:
-            run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, reporter.step)
-    finally:  # what was measured before a failure is kept
-        if args.out and outcome.rows and _speaks():
-            write_results(Path(args.out), machine, outcome.rows, refused, outcome.places)
+    about = provenance(machine)
+    with Reporter(len(planned), quiet=not _speaks()) as reporter:
+
+        def row_done() -> None:
+            reporter.step()
+            if args.out and _speaks():  # after every row: what was measured before a failure is kept
+                write_results(Path(args.out), about, outcome)
+
+        run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, row_done)
     if args.json and _speaks():
-        print(json.dumps(results_document(machine, outcome.rows, refused, outcome.places), allow_nan=False))
+        print(json.dumps(results_document(about, outcome), allow_nan=False))
     elif not args.json:
         _print_outcome(outcome, args, sweep)
     return OK if outcome.ok else OUT_OF_TOLERANCE

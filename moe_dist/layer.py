@@ -77,8 +77,9 @@ class MoELayer(nn.Module):
     ) -> Tensor:
         """[T, H] in the spec's dtype to [T, H]. T may be zero where tokens are sharded, and differ between ranks.
 
-        Without `routing` the layer's own router decides. `max_tokens_per_rank` is the bucket that all ranks step at;
-        without it they agree on one, which costs a small collective on the CPU.
+        Without `routing` the layer's own router decides. `max_tokens_per_rank` is the bucket that all ranks step at,
+        the same on all; a rank with more tokens raises, and the others wait for it until the collective's timeout.
+        Without it they agree on one, which costs a small collective on the CPU.
         """
         routing = self._routing(x_TH, routing)
         bucket = max_tokens_per_rank if self.exchange.needs_bucket else None

@@ -1,7 +1,7 @@
-"""Makes Triton's CPU interpreter right about bf16 and FP8. Import it after TRITON_INTERPRET=1 is set and before a kernel.
+"""Makes Triton's CPU interpreter right about bf16 and FP8. Import it after TRITON_INTERPRET=1 is set, before a kernel.
 
-As it comes, the interpreter does bf16 and FP8 casts through numpy types that it does not have: fp32 to FP8 rounds wrongly
-and bf16 stays bits. Arithmetic on bf16 values is still wrong: kernels convert to fp32 after each load.
+As it comes, the interpreter does bf16 and FP8 casts through numpy types that it does not have: fp32 to FP8 rounds
+wrongly and bf16 stays bits. Arithmetic on bf16 values is still wrong: kernels convert to fp32 after each load.
 """
 
 from __future__ import annotations

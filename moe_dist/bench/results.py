@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,21 @@ from moe_dist.reference import Numerics
 from moe_dist.routing import skew_label
 
 Row = dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """`refused`: cases of a sweep that can't run, each with its reason; they are shown, never dropped in silence."""
+
+    rows: list[Row] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    places: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Something ran and every row is within tolerance."""
+        return bool(self.rows) and all(row["ok"] is not False for row in self.rows)
+
 
 # Relative L2 error against the exact float32 layer on dequantized weights: the cost of quantizing. One scale for a
 # whole tensor costs more than one per group. Against the oracle, see reference.Numerics.
@@ -186,24 +202,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def results_document(
-    machine: Machine, rows: list[Row], refused: list[dict[str, str]], places: dict[int, list[str]] | None = None
-) -> dict[str, Any]:
-    """What a results file holds, fit for JSON. `ranks`: by world size, each rank's device, GPU UUID and process."""
-    ranks = {str(world): lines for world, lines in (places or {}).items()}
-    document: dict[str, Any] = _finite({**provenance(machine), "ranks": ranks, "rows": rows, "refused": refused})
+def results_document(about: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """What a results file holds, fit for JSON. `about`: see `provenance`. `ranks`: by world size, each rank's device,
+    GPU UUID and process."""
+    ranks = {str(world): lines for world, lines in outcome.places.items()}
+    document: dict[str, Any] = _finite({**about, "ranks": ranks, "rows": outcome.rows, "refused": outcome.refused})
     return document
 
 
-def write_results(
-    path: Path,
-    machine: Machine,
-    rows: list[Row],
-    refused: list[dict[str, str]],
-    places: dict[int, list[str]] | None = None,
-) -> None:
+def write_results(path: Path, about: dict[str, Any], outcome: Outcome) -> None:
     """Write the file whole or not at all: a reader never sees half of it."""
-    document = results_document(machine, rows, refused, places)
+    document = results_document(about, outcome)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -5,32 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import groupby
 
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.measure import measure, merge
-from moe_dist.bench.results import Row, make_row
+from moe_dist.bench.results import Outcome, make_row
 from moe_dist.checkpoint import check_layer
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
 from moe_dist.runtime.context import Group
 
 Shown = Callable[[str], None]
-
-
-@dataclass
-class Outcome:
-    """`refused`: cases of a sweep that can't run, each with its reason; they are shown, never dropped in silence."""
-
-    rows: list[Row] = field(default_factory=list)
-    refused: list[dict[str, str]] = field(default_factory=list)
-    places: dict[int, list[str]] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        """Something ran and every row is within tolerance."""
-        return bool(self.rows) and all(row["ok"] is not False for row in self.rows)
 
 
 def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case, Plan]], list[dict[str, str]]]:

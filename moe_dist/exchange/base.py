@@ -68,8 +68,8 @@ class Exchange(ABC):
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         """This rank's tokens [T, H] to the rows [R, H] that it must compute.
 
-        `bucket`: the most tokens of any rank, agreed by all. To an exchange of replicated tokens it says that these were
-        gathered from shards of that size, in rank order.
+        `bucket`: the most tokens of any rank, agreed by all. To an exchange of replicated tokens it says that they were
+        gathered from shards of that size, in rank order; None says that they were replicated all along.
         """
 
     @abstractmethod

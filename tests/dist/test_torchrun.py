@@ -55,11 +55,7 @@ def test_without_torchrun_the_runtime_says_so() -> None:
 def test_the_layer_in_a_process_group_of_ones_own() -> None:
     done = torchrun(str(HERE / "embedded_layer.py"))
     assert done.returncode == 0, done.stderr
-    lines = sorted(done.stdout.splitlines())
-    assert len(lines) == 2
-    for rank, line in enumerate(lines):
-        tokens = 5 + rank
-        wanted = rf"rank {rank} of 2: \({tokens}, 256\) to \({tokens}, 256\), torch\.bfloat16, norm (\d+\.\d+)"
-        found = re.fullmatch(wanted, line)
-        assert found, line
-        assert float(found[1]) > 1.0
+    for rank, tokens in enumerate((5, 6)):  # the two write to one pipe: their lines may run into each other
+        wanted = rf"rank {rank} of 2: \({tokens}, 256\) to \({tokens}, 256\), torch\.bfloat16, norm (\d+\.\d{{3}})"
+        (norm,) = re.findall(wanted, done.stdout)
+        assert float(norm) > 1.0

@@ -13,8 +13,8 @@ from rich.console import Console
 from moe_dist.bench import results
 from moe_dist.bench.case import Case, Experiment, parse_placement
 from moe_dist.bench.measure import RankResult, merge
-from moe_dist.bench.results import EXACT_TOLERANCE, commit, make_row, quantile, write_results
-from moe_dist.bench.runner import Outcome, plan_cases
+from moe_dist.bench.results import EXACT_TOLERANCE, Outcome, commit, make_row, provenance, quantile, write_results
+from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan import Machine
@@ -289,14 +289,15 @@ class TestFile:
     def test_has_the_form_of_the_design(self, tmp_path: Path):
         path = tmp_path / "new" / "results.json"
         refused = [{"case": "c", "reason": "r"}]
-        write_results(path, CPU, [row(err_oracle=math.inf, ok=False)], refused)
+        write_results(path, provenance(CPU), Outcome([row(err_oracle=math.inf, ok=False)], refused, {2: ["rank 0"]}))
         document = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
-        assert set(document) == {"date", "commit", "command", "machine", "rows", "refused"}
+        assert set(document) == {"date", "commit", "command", "machine", "ranks", "rows", "refused"}
         assert {"gpu", "count", "driver", "torch", "triton", "nccl", "flashinfer"} <= set(document["machine"])
         assert document["machine"]["gpu"] is None
         assert document["rows"][0]["err_oracle"] is None
         assert document["rows"][0]["ok"] is False
         assert document["refused"] == refused
+        assert document["ranks"] == {"2": ["rank 0"]}
         assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
 
     @pytest.mark.parametrize("broken", ["json.dumps", "pathlib.Path.write_text"])
@@ -309,7 +310,7 @@ class TestFile:
 
         monkeypatch.setattr(broken, fail)
         with pytest.raises(OSError, match="no space"):
-            write_results(path, CPU, [row()], [])
+            write_results(path, provenance(CPU), Outcome([row()]))
         monkeypatch.undo()
         assert path.read_text() == "old"
 
@@ -322,7 +323,7 @@ class TestFile:
             return replace(partial, target)
 
         monkeypatch.setattr(Path, "replace", watched)
-        write_results(path, CPU, [row()], [])
+        write_results(path, provenance(CPU), Outcome([row()]))
         assert seen == [(False, "m")]
         assert path.exists()
 
