@@ -72,8 +72,7 @@ class Comm:
         all ranks of the group must call it, because small agreements get a gloo group of their own."""
         if not dist.is_initialized():
             raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
-        group = group or dist.group.WORLD
-        cpu_group = group
+        cpu_group = group  # None is the default group: an object of it, held until the process exits, can abort gloo
         if dist.get_backend(group) != "gloo":
             ranks = dist.get_process_group_ranks(group)
             cpu_group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -92,7 +91,7 @@ class Comm:
         outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
 
         def gather() -> None:
-            with self._together():
+            with self._together(named=True):
                 for out, wire in zip(outs, wires, strict=True):
                     dist.all_gather_into_tensor(out, wire, group=self._group)
 
@@ -100,14 +99,16 @@ class Comm:
         self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
         return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
 
-    def _together(self) -> AbstractContextManager[Any]:
+    def _together(self, named: bool) -> AbstractContextManager[Any]:
         """Collectives inside become one NCCL launch; each alone costs its own latency. gloo has no such thing.
 
-        torch has this without an underscore only for point-to-point operations.
+        torch has this without an underscore only for point-to-point operations. `named`: torch has a grouped form of
+        this very collective (all-gather), which must not be given the device as well: buffers then stay referenced by a
+        second, forgotten piece of work (seen: a hundred steps' worth).
         """
         if self.device.type != "cuda":
             return nullcontext()
-        return dist._coalescing_manager(group=self._group, device=self.device)  # type: ignore[attr-defined]
+        return dist._coalescing_manager(group=self._group, device=None if named else self.device)  # type: ignore[attr-defined]
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """[world·n, ...] on every rank to this rank's [n, ...] of the sum."""
@@ -133,7 +134,7 @@ class Comm:
         outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
         def exchange() -> None:
-            with self._together():
+            with self._together(named=False):
                 for out, wire in zip(outs, wires, strict=True):
                     dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
 

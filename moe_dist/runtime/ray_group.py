@@ -57,14 +57,19 @@ def check_resources(world: int, device: str, spec: RaySpec) -> None:
     if device == "cuda":
         wanted["GPU"] = float(world)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for resource, needed in wanted.items():
-        sizes = [node.get(resource, 0.0) for node in nodes]
-        one_node = spec.strategy == "STRICT_PACK"
-        available = max(sizes, default=0.0) if one_node else sum(sizes)
-        if available < needed:
-            where = "on one node (strategy STRICT_PACK)" if one_node else "in the cluster"
-            hint = f"{world} ranks ask for {needed:g} {resource} {where}; use fewer ranks or a larger cluster."
-            raise ResourceError(f"{resource}s in the Ray cluster", f"{needed:g}", f"{available:g}", hint)
+    where = "on one node (strategy STRICT_PACK)"
+    if spec.strategy != "STRICT_PACK":
+        where = "in the cluster"
+        nodes = [{name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}]
+    short = [[name for name, needed in wanted.items() if node.get(name, 0.0) < needed] for node in nodes]
+    if any(not names for names in short):
+        return
+    best = min(range(len(nodes)), key=lambda node: len(short[node]))
+    needed = ", ".join(f"{wanted[name]:g} {name}" for name in short[best])
+    available = ", ".join(f"{nodes[best].get(name, 0.0):g} {name}" for name in short[best])
+    names = " and ".join(f"{name}s" for name in short[best])
+    hint = f"{world} ranks ask for {needed} {where}; use fewer ranks or a larger cluster."
+    raise ResourceError(f"{names} in the Ray cluster", needed, available, hint)
 
 
 class RayGroup:

@@ -201,9 +201,7 @@ def _shared_part(case: Case, rank: int) -> ExpertWeights | None:
 
 @lru_cache(maxsize=16)
 def _weights(spec: MoESpec, seed: int, up_scale: float) -> ExpertWeights:
-    weights = stack([random_expert(spec, expert, seed, up_scale=up_scale) for expert in range(spec.num_experts)])
-    # Clipping an outlier costs far more than rounding, which is what the bounds are about: calibrate generously.
-    return weights if weights.a2 is None else weights.with_tensors(a2=2 * weights.a2)
+    return stack([random_expert(spec, expert, seed, up_scale=up_scale) for expert in range(spec.num_experts)])
 
 
 def swap_halves(weights: ExpertWeights) -> ExpertWeights:
