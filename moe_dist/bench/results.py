@@ -139,7 +139,7 @@ def provenance(machine: Machine) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
-        "command": " ".join(["moe-dist", *sys.argv[1:]]),
+        "command": " ".join(["moe-dist", *map(_without_folder, sys.argv[1:])]),
         "machine": {
             "gpu": machine.name if gpu else None,
             "cpu": None if gpu else machine.name,
@@ -153,6 +153,11 @@ def provenance(machine: Machine) -> dict[str, Any]:
             "flashinfer": _version("flashinfer-python"),
         },
     }
+
+
+def _without_folder(argument: str) -> str:
+    """An absolute path says more about one machine than about the measurement."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def commit() -> str:
