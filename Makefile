@@ -14,7 +14,6 @@ PIP_ARGS ?=
 OUT ?= results/compare.json
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-EXTRAS := $(if $(GPU),gpu,)
 DEMO := .demo-checkpoint
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -48,11 +47,11 @@ $(VENV)/.ready: pyproject.toml
 	@echo "Installing into $(VENV) ($(if $(GPU),with the GPU extra,no NVIDIA GPU here: CPU only)); the first time takes minutes."
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".$(if $(GPU),[gpu])"
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(if $(EXTRAS),$(EXTRAS)$(COMMA),)test]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(if $(GPU),gpu$(COMMA))test]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
