@@ -126,17 +126,27 @@ class Comm:
             self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
         return rows
 
-    def all_to_all(self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
-        """Each [sum(send), ...] with rows grouped by destination to [sum(receive), ...] grouped by source."""
+    def all_to_all(
+        self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], stride: int | None = None
+    ) -> list[Tensor]:
+        """Each part's rows by destination to [sum(receive), ...] by source. The `send[w]` rows for rank w come right
+        behind those for rank w - 1, or, with a `stride`, start at row w · stride."""
         if self.world == 1:
-            return list(parts)
+            return [part[: send[0]] for part in parts]
         wires = [_wire(part) for part in parts]
         outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
         def exchange() -> None:
             with self._together(named=False):
                 for out, wire in zip(outs, wires, strict=True):
-                    dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
+                    if stride is None:
+                        dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
+                        continue
+                    pieces = [wire[rank * stride :][:count] for rank, count in enumerate(send)]
+                    if self.device.type == "cuda":
+                        dist.all_to_all(list(torch.split(out, list(receive))), pieces, group=self._group)
+                    else:  # gloo has no all-to-all of separate tensors
+                        dist.all_to_all_single(out, torch.cat(pieces), list(receive), list(send), group=self._group)
 
         self._run("all_to_all", exchange)
         row_bytes = sum(wire[:1].nbytes for wire in wires)

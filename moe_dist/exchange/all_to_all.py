@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, activations_of, parts_of, payload_row_bytes
-from moe_dist.kernels import send_lists, sum_rows, take_rows
+from moe_dist.kernels import HostCopy, send_lists, sum_rows, take_rows
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
@@ -58,16 +57,18 @@ class AllToAll(Exchange):
         x = self.to_payload(x)
         with self.stages("dispatch"):
             lists = send_lists(self.placement, routing, self.comm.rank, bucket)
-            if self.splits_evenly(bucket):
-                counts_W, send, receive = None, [bucket] * self.comm.world, [bucket] * self.comm.world
-                token_S, slots_SK, weights_SK = (part.flatten(0, 1) for part in lists[1:4])
-            else:
-                counts_W, send = lists.counts_W, lists.counts_W.tolist()
-                receive = self.comm.exchange_counts(send)
-                token_S, slots_SK, weights_SK = (_compact(part, send) for part in lists[1:4])
+            counts = None if self.splits_evenly(bucket) else HostCopy(lists.counts_W)
+            token_S, slots_SK, weights_SK = (part.flatten(0, 1) for part in lists[1:4])
             parts = [take_rows(part, token_S) for part in parts_of(x)]
-            *received, slots_RK, weights_RK = self.comm.all_to_all([*parts, slots_SK, weights_SK], send, receive)
+            send = receive = [bucket] * self.comm.world
+            if counts is not None:  # the device gathers rows while the host agrees on the splits
+                send = counts.values()
+                receive = self.comm.exchange_counts(send)
+            *received, slots_RK, weights_RK = self.comm.all_to_all(
+                [*parts, slots_SK, weights_SK], send, receive, stride=bucket
+            )
             rows = TokenRows(activations_of(x, received), slots_RK, weights_RK)
+            counts_W = None if counts is None else lists.counts_W
             return rows, Handle(routing.tokens, _Sent(lists.order_TW, counts_W, send, receive))
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
@@ -75,8 +76,3 @@ class AllToAll(Exchange):
             sent: _Sent = handle.notes
             (back_SH,) = self.comm.all_to_all([y_RH], sent.receive, sent.send)
             return sum_rows(back_SH, sent.order_TW, sent.counts_W, sent.send[0])
-
-
-def _compact(padded_WB: Tensor, counts: list[int]) -> Tensor:
-    """The first counts[w] entries of each row of [W, B, ...], joined."""
-    return torch.cat([row[:count] for row, count in zip(padded_WB, counts, strict=True)])

@@ -29,9 +29,27 @@ class SendLists(NamedTuple):
     counts_W: Tensor
 
 
+class HostCopy:
+    """A few integers on their way from the device: `values` waits for them, and for nothing that was launched since."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._here = values
+        self._ready: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._here.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def values(self) -> list[int]:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._here.tolist()
+
+
 def take_rows(rows: Tensor, index_S: Tensor) -> Tensor:
-    """rows[index] for [R, ...] and integer indices, row 0 for negative ones (padding); FP8 too. On no rows at all,
-    whatever is asked for is zero."""
+    """rows[index] for [R, ...] and integer indices; FP8 too. A negative index is padding: what its row then holds is
+    undefined."""
     if not len(rows):
         return torch.zeros(len(index_S), *rows.shape[1:], device=rows.device).to(rows.dtype)
     if rows.is_cuda:

@@ -273,4 +273,4 @@ class TestWithRanks:
     def test_a_cluster_too_small(self, command):
         found = command("run", "--ep", "2", "ray.cpus_per_rank=50")
         assert found.code == 3
-        assert "not enough CPUs in the Ray cluster: 100 needed, 2 available" in found.err
+        assert "not enough CPUs in the Ray cluster: 100 CPU needed, 2 CPU available" in found.err

@@ -224,9 +224,9 @@ def test_a_stopped_rank_is_noticed_by_its_silence() -> None:
 @pytest.mark.parametrize(
     ("world", "device", "spec", "said"),
     [
-        (40, "cpu", RaySpec(), ["CPUs", "10 needed, 2 available", "40 ranks ask for 10 CPU on one node"]),
-        (9, "cpu", RaySpec(strategy="PACK"), ["CPUs", "2.25 needed, 2 available", "in the cluster"]),
-        (2, "cuda", RaySpec(), ["GPUs", "2 needed, 0 available", "2 ranks ask for 2 GPU on one node"]),
+        (40, "cpu", RaySpec(), ["CPUs", "10 CPU needed, 2 CPU available", "40 ranks ask for 10 CPU on one node"]),
+        (9, "cpu", RaySpec(strategy="PACK"), ["CPUs", "2.25 CPU needed, 2 CPU available", "in the cluster"]),
+        (2, "cuda", RaySpec(), ["GPUs", "2 GPU needed, 0 GPU available", "2 ranks ask for 2 GPU on one node"]),
     ],
 )
 def test_too_small_a_cluster_is_refused_at_once(world: int, device: str, spec: RaySpec, said: list[str]) -> None:

@@ -35,7 +35,8 @@ def test_take_rows(dtype):
     index = torch.tensor([3, -1, 0, 6, 3], dtype=torch.int32)
     for shape in ((7, 320), (7, 3), (7,)):
         rows = torch.randn(shape).to(dtype)
-        assert torch.equal(take_rows(rows, index).float(), rows[index.clamp_min(0)].float())
+        wanted = index >= 0  # the row of a negative index may hold anything
+        assert torch.equal(take_rows(rows, index)[wanted].float(), rows[index[wanted]].float())
 
 
 def test_sum_rows():

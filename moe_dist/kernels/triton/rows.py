@@ -27,9 +27,10 @@ def _take_rows(source, index, target, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    taken = tl.maximum(tl.load(index + row), 0).to(tl.int64)
-    values = tl.load(source + taken * width + column, mask=inside)
-    tl.store(target + row * width + column, values, mask=inside)
+    taken = tl.load(index + row).to(tl.int64)
+    if taken >= 0:
+        values = tl.load(source + taken * width + column, mask=inside)
+        tl.store(target + row * width + column, values, mask=inside)
 
 
 def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int) -> Tensor:
