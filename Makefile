@@ -14,7 +14,7 @@ PIP_ARGS ?=
 OUT ?= results/compare.json
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-DEMO := .demo-checkpoint
+DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: compare test lint gpu-test clean
@@ -40,7 +40,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(dir $(DEMO))
 
 # Editable installs: code changes need no new installation, changed dependencies do.
 $(VENV)/.ready: pyproject.toml

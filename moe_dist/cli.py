@@ -16,11 +16,11 @@ from rich.table import Table
 
 from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
-from moe_dist.bench.case import Experiment
+from moe_dist.bench.case import Experiment, default_experiment
 from moe_dist.bench.results import Outcome, provenance, results_document, write_results
 from moe_dist.bench.runner import group_starter, plan_cases, run_cases
 from moe_dist.bench.table import last_line, refused_table, size, tables, verdict
-from moe_dist.config import find_model, model_names, override, read_yaml, resolve_models
+from moe_dist.config import model_names, override, read_yaml, resolve_models
 from moe_dist.doctor import examine
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
@@ -141,7 +141,9 @@ def run(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     if args.file and "=" in args.file:  # no file, the first override stands in its place
         args.file, args.overrides = None, [args.file, *args.overrides]
-    config = override(read_yaml(args.file) if args.file else {}, args.overrides)
+    machine = Machine.detect(args.device or "auto")
+    default = default_experiment(machine, BACKENDS.names(), router=bool(args.checkpoint))
+    config = override(read_yaml(args.file) if args.file else default, args.overrides)
     return _measure(_experiment(config, args), args, sweep=True)
 
 
@@ -170,7 +172,14 @@ def build(args: argparse.Namespace) -> int:
 
 
 def demo_checkpoint(args: argparse.Namespace) -> int:
-    made = checkpoint.make_checkpoint(args.directory, intermediate=640, model_type=args.model_type, seed=args.seed)
+    made = checkpoint.make_checkpoint(
+        args.directory,
+        hidden=256,
+        intermediate=640,
+        num_experts=10 if args.model_type == "qwen3_moe" else 16,  # DeepSeek-V3's groups must divide the experts
+        model_type=args.model_type,
+        seed=args.seed,
+    )
     print(json.dumps({"checkpoint": str(made)}) if args.json else f"checkpoint of random weights: {made}")
     return OK
 
@@ -203,7 +212,7 @@ def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
     elif args.model:
         config["models"] = [args.model]
     elif "models" not in config:
-        config["models"] = [find_model("tiny").model_dump()]
+        config["models"] = ["tiny"]
     for key in ("runtime", "device"):
         if getattr(args, key) is not None:
             config[key] = getattr(args, key)

@@ -3,6 +3,7 @@ fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -87,7 +88,7 @@ class Comm:
         """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order."""
         if self.world == 1:
             return list(parts)
-        wires = [_wire(part) for part in parts]
+        wires = self._wires(parts)
         outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
 
         def gather() -> None:
@@ -97,7 +98,24 @@ class Comm:
 
         self._run("all_gather", gather)
         self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
-        return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
+        return self._unwired(outs, parts)
+
+    def _wires(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that cross for these. On gloo, where each collective costs milliseconds, one of packed bytes."""
+        if self.device.type == "cuda" or len(parts) == 1:
+            return [_wire(part) for part in parts]
+        return [torch.cat([_bytes(part) for part in parts], 1)]
+
+    def _unwired(self, outs: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """What came across for `parts`, in their dtypes and shapes but for the number of rows."""
+        if len(outs) == len(parts):
+            return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
+        widths = [math.prod(part.shape[1:]) * part.itemsize for part in parts]
+        pieces = torch.split(outs[0], widths, 1)
+        return [
+            _plain(piece).view(part.dtype).view(len(piece), *part.shape[1:])
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
 
     def _together(self, named: bool) -> AbstractContextManager[Any]:
         """Collectives inside become one NCCL launch; each alone costs its own latency. gloo has no such thing.
@@ -133,7 +151,7 @@ class Comm:
         behind those for rank w - 1, or, with a `stride`, start at row w · stride."""
         if self.world == 1:
             return [part[: send[0]] for part in parts]
-        wires = [_wire(part) for part in parts]
+        wires = self._wires(parts)
         outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
         def exchange() -> None:
@@ -151,7 +169,7 @@ class Comm:
         self._run("all_to_all", exchange)
         row_bytes = sum(wire[:1].nbytes for wire in wires)
         self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
-        return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
+        return self._unwired(outs, parts)
 
     def exchange_counts(self, counts: Sequence[int]) -> list[int]:
         """How many rows each rank will send here, from how many this rank will send to each. On the CPU group."""
@@ -191,6 +209,17 @@ def _wire(tensor: Tensor) -> Tensor:
     """FP8 crosses a collective as bytes: gloo refuses it, and a refusal would poison the next barrier."""
     tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
+
+
+def _bytes(part: Tensor) -> Tensor:
+    """[n, ...] as uint8 [n, bytes of a row]."""
+    return _plain(part.reshape(part.shape[0], math.prod(part.shape[1:]))).view(torch.uint8)
+
+
+def _plain(rows: Tensor) -> Tensor:
+    """A copy with ordinary strides: `contiguous` leaves odd ones on dimensions of size 0 and 1, and a change of the
+    element size trips over them."""
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _short(error: Exception) -> str:

@@ -62,7 +62,7 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
     cells = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
     cells += [_number(row["p50_us"]), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
-        cells.append(_number(stages.get("convert")))
+        cells.append(_number(stages.get("convert") or None))
     cells += [_number(sum(stages[name] for name in COMPUTE) if stages else None), _number(stages.get("combine"))]
     if floors:
         floor = row["floor_us"]
