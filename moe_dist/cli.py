@@ -107,7 +107,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def _print_plan(console: Console, made: Plan, tokens: int) -> None:
     spec, world = made.spec, made.placement.world
-    shared = "" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
+    shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
     console.print(
         f"{spec.name} {spec.quant_label}{shared} as {made.parallel.label}, {made.token_layout} tokens: exchange"
         f" {made.exchange}, backend {made.backend}, rows travel as {made.payload}, partial sums as {made.combine_dtype}"
@@ -221,6 +221,9 @@ def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
 
 def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> int:
     machine = Machine.detect(experiment.device)
+    if args.build:  # here, before any rank is there: one process compiles, and the user sees how far it is
+        for backend in experiment.backends:
+            BACKENDS.get(backend).build()
     planned, refused = plan_cases(experiment.cases(machine.device), machine)
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
@@ -323,6 +326,7 @@ def _model_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
+    sub.add_argument("--build", action="store_true", help="first build backends that are not built (many minutes)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
 
 

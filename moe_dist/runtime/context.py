@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -48,7 +48,7 @@ class RaySpec(Section):
     section = "ray"
 
     address: str | None = None  # a running cluster; None: RAY_ADDRESS if set, else a private one on this machine
-    strategy: str = "STRICT_PACK"
+    strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
     cpus_per_rank: float = 0.25
     start_timeout_s: float = 60.0
     collective_timeout_s: float = 60.0
