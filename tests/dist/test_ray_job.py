@@ -121,7 +121,7 @@ def head() -> Iterator[Head]:
 
 def test_a_job_brings_rows_home(head: Head) -> None:
     assert (head.directory / "head.pid").read_text().strip() == str(head.process.pid)
-    arguments = ["worlds=[2]", "exchanges=[ag_rs]", "tokens=[8]", "iters=2", "warmup=0"]
+    arguments = ["worlds=[2]", "exchanges=[ag_rs]", "tokens=[8]", "skews=[uniform]", "iters=2", "warmup=0"]
     token = str(head.directory / "token")
     before = commit_of_checkout()
     done = head.submit("compare", "--device", "cpu", *arguments, "--json", RAY_AUTH_TOKEN_PATH=token)
