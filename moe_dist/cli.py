@@ -109,7 +109,7 @@ def _print_plan(console: Console, made: Plan, tokens: int) -> None:
     spec, world = made.spec, made.placement.world
     shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
     console.print(
-        f"{spec.name} {spec.quant_label}{shared} as {made.parallel.label}, {made.token_layout} tokens: exchange"
+        f"{spec.name} {spec.quant_label}{shared}, as {made.parallel.label}, {made.token_layout} tokens: exchange"
         f" {made.exchange}, backend {made.backend}, rows travel as {made.payload}, partial sums as {made.combine_dtype}"
         + (", with a change of token layout around it" if made.converts_layout else ""),
         highlight=False,

@@ -88,7 +88,7 @@ class TestWithoutRanks:
         assert chosen == {("exchange", "all_to_all"), ("backend", "torch")}
         assert all(choice["reason"] for choice in document["choices"] if not choice["chosen"])
         text = command(*arguments, "--device", "cpu").out
-        assert "DeepSeek-V3 fp8_block as TP2xEP2, sharded tokens: exchange all_to_all, backend torch" in text
+        assert "DeepSeek-V3 fp8_block, no shared expert, as TP2xEP2, sharded tokens: exchange all_to_all, backend torch" in text
         assert "not asked for" in text
 
     def test_demo_checkpoint(self, command, tmp_path: Path):
