@@ -65,7 +65,7 @@ class AllToAll(Exchange):
                 send = counts.values()
                 receive = self.comm.exchange_counts(send)
             *received, slots_RK, weights_RK = self.comm.all_to_all(
-                [*parts, slots_SK, weights_SK], send, receive, stride=bucket
+                [*parts, slots_SK, weights_SK], send, receive, stride=None if counts is None else bucket
             )
             rows = TokenRows(activations_of(x, received), slots_RK, weights_RK)
             counts_W = None if counts is None else lists.counts_W
