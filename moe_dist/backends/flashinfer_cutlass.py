@@ -137,9 +137,12 @@ class FlashInferCutlass(Backend):
         self._tuned.add(_bucket(count))
         level = logger.level
         logger.setLevel(logging.ERROR)  # it logs start and end, and draws a bar per GEMM and rank
-        with contextlib.redirect_stderr(io.StringIO()), autotune(True, tuning_buckets=(_bucket(count),), round_up=True):
-            self._fused(self._inputs(rows), rows, self._output(rows))
-        logger.setLevel(level)
+        quiet, tuning = io.StringIO(), autotune(True, tuning_buckets=(_bucket(count),), round_up=True)
+        try:
+            with contextlib.redirect_stderr(quiet), tuning:
+                self._fused(self._inputs(rows), rows, self._output(rows))
+        finally:
+            logger.setLevel(level)
 
     def _tactics(self, count: int) -> contextlib.AbstractContextManager[Any]:
         """The tactics found for this many rows. Where none were, FlashInfer warns and takes its default."""

@@ -81,6 +81,7 @@ def measure(context: RankContext, case: Case) -> RankResult:
         context.progress(f"{case.label}: checking against the oracle")
         err_oracle, err_exact = _errors(context, case, layer, inputs, shard, shared, groups_TK, step())
     context.progress(f"{case.label}: timing")
+    layer.exchange.static = plan.graph  # bytes and stages of a captured step are those of the same splits, run eagerly
     for _ in range(case.warmup if case.iters else 0):
         step()
     times = time_steps(comm, step, case.iters, queued=plan.graph)
@@ -88,7 +89,7 @@ def measure(context: RankContext, case: Case) -> RankResult:
     return RankResult(
         times_us=times,
         stages_us=_staged(layer, x_TH, routing, bucket, case, stages),
-        bytes_sent=_sent(layer, x_TH, routing, bucket, plan.graph),
+        bytes_sent=_sent(layer, x_TH, routing, bucket),
         rows=int(here_TK.sum()),
         active_experts=int(inputs.routing.ids_TK[here_TK].unique().numel()),
         err_oracle=err_oracle,
@@ -226,9 +227,7 @@ def _expected(
     numerics: Numerics | None,
 ) -> Tensor:
     spec, x, rank = plan.spec, inputs.x_TH, comm.rank
-    partial = oracle_partial(
-        x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics
-    )  # fmt: skip
+    partial = oracle_partial(x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics)
     if shared is not None and (spec.shared_experts == "tp" or rank == 0):
         alone = Placement.build(spec.shared_spec(), ParallelSpec())
         everyone = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
@@ -250,12 +249,10 @@ def _group_error(comm: Comm, measured: Tensor, expected: Tensor) -> float:
     return float((squares[0] / squares[1]) ** 0.5)
 
 
-def _sent(layer: MoELayer, x: Tensor, routing: Routing, bucket: int, static: bool) -> int:
+def _sent(layer: MoELayer, x: Tensor, routing: Routing, bucket: int) -> int:
     """The bytes that this rank sends in a step, counted in one more."""
     before = layer.comm.bytes_sent
-    layer.exchange.static = static
     layer(x, routing, max_tokens_per_rank=bucket)
-    layer.exchange.static = False
     return layer.comm.bytes_sent - before
 
 

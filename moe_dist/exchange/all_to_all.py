@@ -15,7 +15,7 @@ from moe_dist.routing import Routing
 from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
 
-EVEN_UP_TO = 64  # tokens a rank: below this, waiting for the split sizes costs more than the padding of even splits
+EVEN_UP_TO = 64  # tokens a rank; so few that padding is cheaper than asking the host for split sizes. Not tuned yet.
 
 
 @dataclass(frozen=True)
