@@ -4,6 +4,7 @@ fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -35,9 +36,10 @@ class Comm:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         cpu_group: dist.ProcessGroup | None = None,
+        timeout_s: float = 60.0,
     ) -> None:
         self.rank, self.world, self.device = rank, world, device
-        self._group, self._cpu_group = group, cpu_group
+        self._group, self._cpu_group, self._timeout_s = group, cpu_group, timeout_s
         self.sequence = 0
         self.bytes_sent = 0
 
@@ -77,7 +79,7 @@ class Comm:
         if dist.get_backend(group) != "gloo":
             ranks = dist.get_process_group_ranks(group)
             cpu_group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
-        return cls(dist.get_rank(group), dist.get_world_size(group), torch.device(device), group, cpu_group)
+        return cls(dist.get_rank(group), dist.get_world_size(group), torch.device(device), group, cpu_group, timeout_s)
 
     def leave(self) -> None:
         """Destroy the default process group; ranks that wait in a collective of it get an error at once."""
@@ -92,7 +94,7 @@ class Comm:
         outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
 
         def gather() -> None:
-            with self._together(named=True):
+            with self._together(len(outs), named=True):
                 for out, wire in zip(outs, wires, strict=True):
                     dist.all_gather_into_tensor(out, wire, group=self._group)
 
@@ -117,14 +119,14 @@ class Comm:
             for piece, part in zip(pieces, parts, strict=True)
         ]
 
-    def _together(self, named: bool) -> AbstractContextManager[Any]:
+    def _together(self, count: int, named: bool) -> AbstractContextManager[Any]:
         """Collectives inside become one NCCL launch; each alone costs its own latency. gloo has no such thing.
 
         torch has this without an underscore only for point-to-point operations. `named`: torch has a grouped form of
         this very collective (all-gather), which must not be given the device as well: buffers then stay referenced by a
         second, forgotten piece of work (seen: a hundred steps' worth).
         """
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or count == 1:
             return nullcontext()
         return dist._coalescing_manager(group=self._group, device=None if named else self.device)  # type: ignore[attr-defined]
 
@@ -155,7 +157,7 @@ class Comm:
         outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
         def exchange() -> None:
-            with self._together(named=False):
+            with self._together(len(outs), named=False):
                 for out, wire in zip(outs, wires, strict=True):
                     if stride is None:
                         dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
@@ -171,13 +173,33 @@ class Comm:
         self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
         return self._unwired(outs, parts)
 
-    def exchange_counts(self, counts: Sequence[int]) -> list[int]:
-        """How many rows each rank will send here, from how many this rank will send to each. On the CPU group."""
-        if self.world == 1:
-            return list(counts)
-        sent, received = torch.tensor(counts), torch.empty(self.world, dtype=torch.int64)
-        self._run("exchange_counts", lambda: dist.all_to_all_single(received, sent, group=self._cpu_group))
-        return received.tolist()
+    def exchange_counts(self, counts_W: Tensor) -> Callable[[], tuple[list[int], list[int]]]:
+        """How many rows each rank will send here, from how many this rank will send to each (on the device).
+
+        Returns at once; what it returns waits for the numbers, (sent, received), and for nothing launched since. They
+        cross by the device's own group: the CPU's takes longer than gathering the rows of a prefill.
+        """
+        both_2W = torch.stack([counts_W, counts_W])
+        if self.world > 1:
+            self._run("exchange_counts", lambda: dist.all_to_all_single(both_2W[1], both_2W[0], group=self._group))
+        sequence, here, ready = self.sequence, both_2W, None
+        if self.device.type == "cuda":
+            here = torch.empty(both_2W.shape, dtype=both_2W.dtype, pin_memory=True)
+            here.copy_(both_2W, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+
+        def counts() -> tuple[list[int], list[int]]:
+            deadline = time.monotonic() + self._timeout_s
+            while ready is not None and not ready.query():  # a blocking wait would have no limit of its own
+                if time.monotonic() > deadline:
+                    raise RankFailure(
+                        self.rank, "exchange_counts", sequence, f"no answer from the others in {self._timeout_s:g} s"
+                    )
+            sent, received = here.tolist()
+            return sent, received
+
+        return counts
 
     def agree_max(self, value: int) -> int:
         """The largest `value` of any rank, agreed on the CPU group."""

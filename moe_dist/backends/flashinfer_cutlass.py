@@ -92,9 +92,18 @@ class FlashInferCutlass(Backend):
         if not self._empty:
             from flashinfer.fused_moe import cutlass_fused_moe
             from flashinfer.fused_moe.core import ActivationType
+            from flashinfer.utils import device_support_pdl
 
             self._call: Any = cutlass_fused_moe
-            self._activation = getattr(ActivationType, ACTIVATIONS[self.spec.activation])
+            self._fixed = {
+                "quant_scales": self._scales,
+                "use_deepseek_fp8_block_scale": self.spec.quant == "fp8_block",
+                "activation_type": getattr(ActivationType, ACTIVATIONS[self.spec.activation]),
+                "use_fused_finalize": False,
+                "enable_pdl": device_support_pdl(weights.w13_eFH.device),  # it would ask the driver in every call
+                # Under fp8_block there is nothing to tune: its tuner would look twice and answer with the default, -1.
+                "profile_ids": [-1, -1] if self.spec.quant == "fp8_block" else None,
+            }
 
     def _quant_scales(self, weights: ExpertWeights) -> list[Tensor]:
         if weights.s13 is None or weights.s2 is None:
@@ -160,11 +169,8 @@ class FlashInferCutlass(Backend):
             self._weights.w13_eFH,
             self._weights.w2_eHi,
             torch.bfloat16,
-            quant_scales=self._scales,
             output=y_RH,
-            use_deepseek_fp8_block_scale=self.spec.quant == "fp8_block",
-            activation_type=self._activation,
-            use_fused_finalize=False,
+            **self._fixed,
         )
 
     def _output(self, rows: TokenRows) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, activations_of, parts_of, payload_row_bytes
-from moe_dist.kernels import HostCopy, send_lists, sum_rows, take_rows
+from moe_dist.kernels import packed_sends, row_bytes, send_lists, sum_rows, take_rows, unpack_rows
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
@@ -56,20 +56,33 @@ class AllToAll(Exchange):
         bucket = self.check_bucket(routing.tokens, bucket)
         x = self.to_payload(x)
         with self.stages("dispatch"):
+            parts = parts_of(x)
+            if bucket <= EVEN_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts):
+                return self._dispatch_packed(x, parts, routing, bucket)
             lists = send_lists(self.placement, routing, self.comm.rank, bucket)
-            counts = None if self.splits_evenly(bucket) else HostCopy(lists.counts_W)
+            splits = None if self.splits_evenly(bucket) else self.comm.exchange_counts(lists.counts_W)
             token_S, slots_SK, weights_SK = (part.flatten(0, 1) for part in lists[1:4])
-            parts = [take_rows(part, token_S) for part in parts_of(x)]
+            parts = [take_rows(part, token_S) for part in parts]
             send = receive = [bucket] * self.comm.world
-            if counts is not None:  # the device gathers rows while the host agrees on the splits
-                send = counts.values()
-                receive = self.comm.exchange_counts(send)
+            if splits is not None:  # the device gathers rows while the host waits for the splits
+                send, receive = splits()
             *received, slots_RK, weights_RK = self.comm.all_to_all(
-                [*parts, slots_SK, weights_SK], send, receive, stride=None if counts is None else bucket
+                [*parts, slots_SK, weights_SK], send, receive, stride=None if splits is None else bucket
             )
             rows = TokenRows(activations_of(x, received), slots_RK, weights_RK)
-            counts_W = None if counts is None else lists.counts_W
+            counts_W = None if splits is None else lists.counts_W
             return rows, Handle(routing.tokens, _Sent(lists.order_TW, counts_W, send, receive))
+
+    def _dispatch_packed(
+        self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int
+    ) -> tuple[TokenRows, Handle]:
+        """Few tokens, where launches cost more than bytes: one collective for all that belongs to a row."""
+        even = [bucket] * self.comm.world
+        wire, order_TW = packed_sends(self.placement, routing, parts, self.comm.rank, bucket)
+        (received,) = self.comm.all_to_all([wire], even, even)
+        *rows, slots_RK, weights_RK = unpack_rows(received, parts, self.spec.top_k)
+        handle = Handle(routing.tokens, _Sent(order_TW, None, even, even))
+        return TokenRows(activations_of(x, rows), slots_RK, weights_RK), handle
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
         with self.stages("combine"):

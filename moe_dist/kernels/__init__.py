@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,22 +30,8 @@ class SendLists(NamedTuple):
     counts_W: Tensor
 
 
-class HostCopy:
-    """A few integers on their way from the device: `values` waits for them, and for nothing that was launched since."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._here = values
-        self._ready: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._here.copy_(values, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-
-    def values(self) -> list[int]:
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._here.tolist()
+def row_bytes(part: Tensor) -> int:
+    return math.prod(part.shape[1:]) * part.itemsize
 
 
 def take_rows(rows: Tensor, index_S: Tensor) -> Tensor:
@@ -99,6 +86,45 @@ def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
             )
         )
     return _send_lists_torch(placement, Routing(ids_TK, weights_TK), rank, bucket)
+
+
+def packed_sends(
+    placement: Placement, routing: Routing, parts: list[Tensor], rank: int, bucket: int
+) -> tuple[Tensor, Tensor]:
+    """The rows that `send_lists` names, as they travel when there are few: int32 words [W·bucket, row], a row being its
+    parts, its K slots and its K weights one behind another; and order_TW. Rows of padding have slots of -1 and weights
+    of 0; what else they hold is undefined. `parts` are [T, ...] with rows of whole words.
+    """
+    words = [part.flatten(1).view(torch.int32) for part in parts]
+    if routing.ids_TK.is_cuda:
+        from moe_dist.kernels.triton.sendlist import packed_sends as kernel
+
+        ids_TK, weights_TK = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
+        tables = tables_on(placement, ids_TK.device)
+        scales = words[1] if len(words) > 1 else None
+        own_group = rank // placement.tp
+        return kernel(
+            ids_TK, weights_TK, words[0], scales, tables.slots_GE, tables.groups_EC, tables.copies_E, own_group,
+            placement.tp, bucket,
+        )  # fmt: skip
+    lists = send_lists(placement, routing, rank, bucket)
+    token_S, slots_SK, weights_SK = (part.flatten(0, 1) for part in lists[1:4])
+    taken = [take_rows(part, token_S) for part in words]
+    return torch.cat([*taken, slots_SK, weights_SK.view(torch.int32)], 1), lists.order_TW
+
+
+def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:
+    """The rows of `packed_sends` as tensors of their own: parts like `parts`, slots_SK, weights_SK."""
+    widths = [*(row_bytes(part) // 4 for part in parts), top_k, top_k]
+    if wire_SW.is_cuda:
+        from moe_dist.kernels.triton.sendlist import unpack_rows as kernel
+
+        pieces = kernel(wire_SW, widths)
+    else:
+        pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in torch.split(wire_SW, widths, 1)]
+    *taken, slots_SK, weights = pieces
+    rows = [piece.view(part.dtype).view(len(piece), *part.shape[1:]) for piece, part in zip(taken, parts, strict=True)]
+    return [*rows, slots_SK, weights.view(torch.float32)]
 
 
 def _send_lists_torch(placement: Placement, routing: Routing, rank: int, bucket: int) -> SendLists:

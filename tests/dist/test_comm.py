@@ -96,7 +96,7 @@ def swap_everything(comm: Comm, seed: int) -> list[str]:
 
     send = counts[comm.rank]
     receive = [row[comm.rank] for row in counts]
-    wrong = [] if comm.exchange_counts(send) == receive else ["exchange_counts"]
+    wrong = [] if comm.exchange_counts(torch.tensor(send))() == (send, receive) else ["exchange_counts"]
     got = comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive)
     for i, dtype in enumerate(DTYPES):
         pieces = []
@@ -133,7 +133,7 @@ def count(comm: Comm) -> list[tuple[str, int, int]]:
         "reduce_scatter": lambda: comm.reduce_scatter(torch.zeros(4 * world, 3, dtype=torch.bfloat16)),
         "all_reduce": lambda: comm.all_reduce(torch.zeros(world, 3)),
         "all_to_all": lambda: comm.all_to_all([torch.zeros(2 * world, 3), torch.zeros(2 * world, 1)], even, even),
-        "exchange_counts": lambda: comm.exchange_counts(even),
+        "exchange_counts": lambda: comm.exchange_counts(torch.tensor(even)),
         "agree_max": lambda: comm.agree_max(1),
         "barrier": comm.barrier,
     }.items():
@@ -181,7 +181,7 @@ OPERATIONS = {
     "reduce_scatter": lambda comm: comm.reduce_scatter(torch.zeros(4, 3)),
     "all_reduce": lambda comm: comm.all_reduce(torch.zeros(4)),
     "all_to_all": lambda comm: comm.all_to_all([torch.zeros(4, 3)], [2, 2], [2, 2]),
-    "exchange_counts": lambda comm: comm.exchange_counts([1, 1]),
+    "exchange_counts": lambda comm: comm.exchange_counts(torch.tensor([1, 1])),
     "agree_max": lambda comm: comm.agree_max(1),
     "barrier": lambda comm: comm.barrier(),
 }

@@ -69,3 +69,35 @@ def test_send_lists():
         )
         for name, one, other in zip(expected._fields, found, expected, strict=True):
             assert torch.equal(one, other), (name, tp, ep)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8_block"])
+def test_packed_sends(kind):
+    """Rows packed and unpacked are those that the lists name; padding has slot -1 and weight 0."""
+    from moe_dist.exchange.base import parts_of
+    from moe_dist.kernels.triton.sendlist import packed_sends, unpack_rows
+    from moe_dist.placement import tables_on
+
+    for tp, ep, replicas, tokens, bucket in ((1, 4, {}, 13, 16), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 2, {}, 0, 2)):
+        spec = MoESpec(hidden=384, intermediate=512, num_experts=7, top_k=3)
+        placement = Placement.build(spec, ParallelSpec(tp=tp, ep=ep, replicas=replicas))
+        ids = torch.randint(0, 7, (tokens, 3), dtype=torch.int32)
+        ids[torch.rand(tokens, 3) < 0.2] = -1
+        routing = Routing(ids, torch.rand(tokens, 3))
+        x = torch.randn(tokens, 384).bfloat16()
+        parts = parts_of(x if kind == "bf16" else kernels.quantize_rows(x, kind))
+        rank = placement.world - 1
+        expected_wire, expected_order = kernels.packed_sends(placement, routing, parts, rank, bucket)
+        tables = tables_on(placement, ids.device)
+        words = [part.flatten(1).view(torch.int32) for part in parts]
+        wire, order = packed_sends(
+            ids, routing.weights_TK, words[0], words[1] if len(words) > 1 else None, tables.slots_GE, tables.groups_EC,
+            tables.copies_E, rank // tp, tp, bucket,
+        )  # fmt: skip
+        assert torch.equal(order, expected_order)
+        assert torch.equal(wire[:, -6:], expected_wire[:, -6:])
+        used = (wire[:, -6:-3] >= 0).any(1)  # rows of padding may hold anything
+        assert torch.equal(wire[used], expected_wire[used])
+        pieces = unpack_rows(wire, [kernels.row_bytes(part) // 4 for part in parts] + [3, 3])
+        for piece, expected in zip(pieces, kernels.unpack_rows(expected_wire, parts, 3), strict=True):
+            assert torch.equal(piece[used], expected.flatten(1).view(torch.int32)[used])

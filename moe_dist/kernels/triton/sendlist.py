@@ -1,4 +1,7 @@
-"""Which token goes to which rank, and in what order: the whole preparation of an all-to-all in one launch."""
+"""Which token goes to which rank, and in what order: the whole preparation of an all-to-all in one launch.
+
+For few tokens one launch also writes the rows themselves, packed as they will travel.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,28 @@ def send_lists(
 
 
 @triton.jit
+def _served_by(
+    ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS, COPIES, K: tl.constexpr,
+    REPLICATED: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """(place in [T, K], expert, whether `group` serves it) of each pair of these tokens."""
+    place = tl.arange(0, PLACES)[None, :]
+    pair = (token < T)[:, None] & (place < K)
+    at = token[:, None] * K + place
+    expert = tl.load(ids + at, mask=pair, other=-1)
+    known = pair & (expert >= 0)
+    expert = tl.maximum(expert, 0)
+    if REPLICATED:
+        copy = (token[:, None] + expert) % tl.load(copy_counts + expert, mask=known, other=1).to(tl.int32)
+        serving = tl.load(group_table + expert * COPIES + copy, mask=known, other=-1).to(tl.int32)
+        own_slot = tl.load(slot_table + own_group * EXPERTS + expert, mask=known, other=-1)
+        serving = tl.where(own_slot >= 0, own_group, serving)
+    else:
+        serving = tl.load(group_table + expert, mask=known, other=-1).to(tl.int32)
+    return at, expert, known & (serving == group)
+
+
+@triton.jit
 def _send_lists(
     ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, slots_out, weights_out, counts,
     T, BUCKET, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr,
@@ -51,19 +76,8 @@ def _send_lists(
     for start in range(0, T, BLOCK):
         token = start + tl.arange(0, BLOCK)
         inside = token < T
-        pair = (inside[:, None]) & (place < K)
-        at = token[:, None] * K + place
-        expert = tl.load(ids + at, mask=pair, other=-1)
-        known = pair & (expert >= 0)
-        expert = tl.maximum(expert, 0)
-        if REPLICATED:
-            copy = (token[:, None] + expert) % tl.load(copy_counts + expert, mask=known, other=1).to(tl.int32)
-            serving = tl.load(group_table + expert * COPIES + copy, mask=known, other=-1).to(tl.int32)
-            own_slot = tl.load(slot_table + own_group * EXPERTS + expert, mask=known, other=-1)
-            serving = tl.where(own_slot >= 0, own_group, serving)
-        else:
-            serving = tl.load(group_table + expert, mask=known, other=-1).to(tl.int32)
-        here = known & (serving == group)
+        at, expert, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
+                                      COPIES, K, REPLICATED, PLACES)  # fmt: skip
         wanted = tl.max(here.to(tl.int32), 1)
         order = taken + tl.cumsum(wanted, 0) - 1
         takes = wanted > 0
@@ -86,3 +100,103 @@ def _send_lists(
         stored = padding[:, None] & (place < K)
         tl.store(slots_out + out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
         tl.store(weights_out + out, tl.zeros((BLOCK, PLACES), tl.float32), mask=stored)
+
+
+def packed_sends(
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    slots_GE: Tensor,
+    groups_EC: Tensor,
+    copies_E: Tensor,
+    own_group: int,
+    tp: int,
+    bucket: int,
+) -> tuple[Tensor, Tensor]:
+    """See kernels.packed_sends; `values` and `scales` are [T, words] of int32."""
+    tokens, top_k = ids_TK.shape
+    world, device = slots_GE.shape[0] * tp, ids_TK.device
+    value_words, scale_words = values.shape[1], 0 if scales is None else scales.shape[1]
+    row_words = value_words + scale_words + 2 * top_k
+    wire = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
+    order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
+    block = min(2048, triton.next_power_of_2(value_words))
+    _packed_sends[(world, bucket, triton.cdiv(value_words, block))](
+        ids_TK, weights_TK, values, values if scales is None else scales, slots_GE, groups_EC, copies_E, wire, order_TW,
+        tokens, own_group, slots_GE.shape[1], groups_EC.shape[1], value_words, scale_words, row_words,
+        top_k, tp, groups_EC.shape[1] > 1, triton.next_power_of_2(top_k),
+        triton.next_power_of_2(max(tokens, 16)), triton.next_power_of_2(max(scale_words, 1)), block,
+    )  # fmt: skip
+    return wire, order_TW
+
+
+@triton.jit(do_not_specialize=["T"])
+def _packed_sends(
+    ids, weights, values, scales, slot_table, group_table, copy_counts, wire, orders,
+    T, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, ROW_WORDS, K: tl.constexpr, TP: tl.constexpr,
+    REPLICATED: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each part of each row. Each looks through all tokens for its own, which for few is quicker than a
+    launch that does so for all."""
+    target, world = tl.program_id(0), tl.num_programs(0)
+    place, part = tl.program_id(1), tl.program_id(2)
+    group = target // TP
+    token = tl.arange(0, TOKENS)
+    _, _, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS, COPIES, K,
+                            REPLICATED, PLACES)  # fmt: skip
+    wanted = tl.max(here.to(tl.int32), 1)
+    order = tl.cumsum(wanted, 0) - 1
+    takes = wanted > 0
+    if (place == 0) & (part == 0):
+        tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=token < T)
+    mine = tl.max(tl.where(takes & (order == place), token, -1), 0)  # -1: padding
+    row = wire + (target * tl.num_programs(1) + place).to(tl.int64) * ROW_WORDS
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    inside = column < tl.where(mine >= 0, VALUE_WORDS, 0)
+    source = tl.maximum(mine, 0).to(tl.int64)
+    tl.store(row + column, tl.load(values + source * VALUE_WORDS + column, mask=inside), mask=inside)
+    if part == 0:
+        beside = tl.arange(0, SCALES)
+        scaled = beside < tl.where(mine >= 0, SCALE_WORDS, 0)
+        scale = tl.load(scales + source * SCALE_WORDS + beside, mask=scaled)
+        tl.store(row + VALUE_WORDS + beside, scale, mask=scaled)
+        pair = tl.arange(0, PLACES)
+        real = pair < tl.where(mine >= 0, K, 0)
+        chosen = tl.maximum(tl.load(ids + source * K + pair, mask=real, other=0), 0)
+        this = token[:, None] == mine  # `here` of this row
+        kept = tl.max((this & here).to(tl.int32), 0) > 0
+        slot = tl.load(slot_table + group * EXPERTS + chosen, mask=real & kept, other=-1)
+        weight = tl.load(weights + source * K + pair, mask=real & kept, other=0.0)
+        tail = row + VALUE_WORDS + SCALE_WORDS + pair
+        tl.store(tail, slot, mask=pair < K)
+        tl.store(tail + K, weight.to(tl.int32, bitcast=True), mask=pair < K)
+
+
+def unpack_rows(wire_SW: Tensor, widths: list[int]) -> list[Tensor]:
+    """Each `widths[i]` words of every row to [S, widths[i]] of int32, in one launch; the first is the long one."""
+    rows = wire_SW.shape[0]
+    outs = [torch.empty(rows, width, dtype=torch.int32, device=wire_SW.device) for width in widths]
+    if rows:
+        block = min(2048, triton.next_power_of_2(widths[0]))
+        first, second, third = widths[1:] if len(widths) == 4 else (0, *widths[1:])
+        _unpack_rows[(rows, triton.cdiv(widths[0], block))](
+            wire_SW, outs[0], outs[1], outs[-2], outs[-1], wire_SW.shape[1], widths[0], first, second, third,
+            triton.next_power_of_2(max(first, second, third)), block,
+        )  # fmt: skip
+    return outs
+
+
+@triton.jit
+def _unpack_rows(wire, long, a, b, c, ROW_WORDS, LONG, A, B, C, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    source = wire + row * ROW_WORDS
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    inside = column < LONG
+    tl.store(long + row * LONG + column, tl.load(source + column, mask=inside), mask=inside)
+    if part == 0:
+        word = tl.arange(0, SHORT)
+        tail = source + LONG + word
+        tl.store(a + row * A + word, tl.load(tail, mask=word < A), mask=word < A)
+        tl.store(b + row * B + word, tl.load(tail + A, mask=word < B), mask=word < B)
+        tl.store(c + row * C + word, tl.load(tail + A + B, mask=word < C), mask=word < C)
