@@ -146,60 +146,43 @@ class Comm:
             self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
         return rows
 
-    def all_to_all(
-        self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int], stride: int | None = None
-    ) -> list[Tensor]:
-        """Each part's rows by destination to [sum(receive), ...] by source. The `send[w]` rows for rank w come right
-        behind those for rank w - 1, or, with a `stride`, start at row w · stride."""
+    def all_to_all(self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
+        """Each part's rows by destination to [sum(receive), ...] by source."""
         if self.world == 1:
-            return [part[: send[0]] for part in parts]
+            return list(parts)
         wires = self._wires(parts)
         outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
         def exchange() -> None:
             with self._together(len(outs), named=False):
                 for out, wire in zip(outs, wires, strict=True):
-                    if stride is None:
-                        dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
-                        continue
-                    pieces = [wire[rank * stride :][:count] for rank, count in enumerate(send)]
-                    if self.device.type == "cuda":
-                        dist.all_to_all(list(torch.split(out, list(receive))), pieces, group=self._group)
-                    else:  # gloo has no all-to-all of separate tensors
-                        dist.all_to_all_single(out, torch.cat(pieces), list(receive), list(send), group=self._group)
+                    dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
 
         self._run("all_to_all", exchange)
         row_bytes = sum(wire[:1].nbytes for wire in wires)
         self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
         return self._unwired(outs, parts)
 
-    def exchange_counts(self, counts_W: Tensor) -> Callable[[], tuple[list[int], list[int]]]:
-        """How many rows each rank will send here, from how many this rank will send to each (on the device).
-
-        Returns at once; what it returns waits for the numbers, (sent, received), and for nothing launched since. They
-        cross by the device's own group: the CPU's takes longer than gathering the rows of a prefill.
-        """
-        both_2W = torch.stack([counts_W, counts_W])
-        if self.world > 1:
-            self._run("exchange_counts", lambda: dist.all_to_all_single(both_2W[1], both_2W[0], group=self._group))
-        sequence, here, ready = self.sequence, both_2W, None
-        if self.device.type == "cuda":
-            here = torch.empty(both_2W.shape, dtype=both_2W.dtype, pin_memory=True)
-            here.copy_(both_2W, non_blocking=True)
+    def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
+        """Start to bring a few numbers to the host. What is returned waits for them, no longer than the timeout, and
+        for nothing that was launched since."""
+        here, ready, sequence = values, None, self.sequence
+        if values.is_cuda:
+            here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            here.copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
 
-        def counts() -> tuple[list[int], list[int]]:
+        def arrived() -> list[Any]:
             deadline = time.monotonic() + self._timeout_s
-            while ready is not None and not ready.query():  # a blocking wait would have no limit of its own
+            while ready is not None and not ready.query():  # synchronize() would have no limit
                 if time.monotonic() > deadline:
-                    raise RankFailure(
-                        self.rank, "exchange_counts", sequence, f"no answer from the others in {self._timeout_s:g} s"
-                    )
-            sent, received = here.tolist()
-            return sent, received
+                    detail = f"the device did not get this far in {self._timeout_s:g} s"
+                    raise RankFailure(self.rank, "to_host", sequence, detail)
+            found: list[Any] = here.tolist()
+            return found
 
-        return counts
+        return arrived
 
     def agree_max(self, value: int) -> int:
         """The largest `value` of any rank, agreed on the CPU group."""

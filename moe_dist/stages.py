@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 STAGES = ("dispatch", "convert", "quantize", "gemm1", "activation", "gemm2", "combine")
+NOTHING = nullcontext()
 
 
 class Stages:
@@ -25,11 +26,11 @@ class Stages:
         self._marks: list[tuple[str | None, Any]] = []
         self._stack: list[str] = []
 
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return self._stage(name) if self.on else NOTHING
+
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if not self.on:
-            yield
-            return
+    def _stage(self, name: str) -> Iterator[None]:
         self._mark()
         self._stack.append(name)
         if self._cuda:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, activations_of, parts_of, payload_row_bytes
-from moe_dist.kernels import packed_sends, row_bytes, send_lists, sum_rows, take_rows, unpack_rows
+from moe_dist.kernels import packed_sends, row_bytes, send_lists, sum_rows, take_sends, unpack_pairs, unpack_rows
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
 
-EVEN_UP_TO = 64  # tokens a rank; so few that padding is cheaper than asking the host for split sizes. Not tuned yet.
+# Tokens a rank. An H200's host needs 0.3 to 0.5 ms more for exact splits than for even ones; so much padding crosses
+# NVLink sooner. Packing spares a collective and costs a copy of all rows.
+EVEN_UP_TO = 1024
+PACKED_UP_TO = 256
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ class _Sent:
 class AllToAll(Exchange):
     """Two ways to split, chosen alike on all ranks from the agreed bucket.
 
-    Uneven: ranks tell each other how many rows will come, on the host, and exactly these rows move. Even: every rank
-    sends every other `bucket` rows, padded with slot -1; static shapes and no host sync, so it can be captured in a
-    CUDA graph, and it is also quicker for few tokens.
+    Uneven: ranks tell each other how many rows will come, and exactly these rows move. Even: every rank sends every
+    other `bucket` rows, padded with slot -1; static shapes and no host sync, so it can be captured in a CUDA graph, and
+    it is also quicker for few tokens.
     """
 
     token_layout: ClassVar[TokenLayout] = "sharded"
@@ -44,10 +48,11 @@ class AllToAll(Exchange):
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """The worst case: every token goes to every other rank that top-k can reach, or splits are even."""
-        shard = -(-tokens // placement.world)
-        reached = placement.world if shard <= EVEN_UP_TO else min(placement.world, spec.top_k * placement.tp)
-        row = payload_row_bytes(spec, payload) + spec.hidden * combine_itemsize
-        return shard * row * min(reached, placement.world - 1)
+        shard, others = -(-tokens // placement.world), placement.world - 1
+        reached = others if shard <= EVEN_UP_TO else min(others, spec.top_k * placement.tp)
+        pairs = 8 * spec.top_k
+        row = payload_row_bytes(spec, payload) - pairs + spec.hidden * combine_itemsize
+        return shard * row * reached + (shard + (shard > PACKED_UP_TO)) * pairs * others
 
     def splits_evenly(self, bucket: int) -> bool:
         return self.static or bucket <= EVEN_UP_TO
@@ -57,21 +62,26 @@ class AllToAll(Exchange):
         x = self.to_payload(x)
         with self.stages("dispatch"):
             parts = parts_of(x)
-            if bucket <= EVEN_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts):
+            if bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts):
                 return self._dispatch_packed(x, parts, routing, bucket)
             lists = send_lists(self.placement, routing, self.comm.rank, bucket)
-            splits = None if self.splits_evenly(bucket) else self.comm.exchange_counts(lists.counts_W)
-            token_S, slots_SK, weights_SK = (part.flatten(0, 1) for part in lists[1:4])
-            parts = [take_rows(part, token_S) for part in parts]
-            send = receive = [bucket] * self.comm.world
-            if splits is not None:  # the device gathers rows while the host waits for the splits
-                send, receive = splits()
-            *received, slots_RK, weights_RK = self.comm.all_to_all(
-                [*parts, slots_SK, weights_SK], send, receive, stride=None if splits is None else bucket
-            )
-            rows = TokenRows(activations_of(x, received), slots_RK, weights_RK)
-            counts_W = None if splits is None else lists.counts_W
-            return rows, Handle(routing.tokens, _Sent(lists.order_TW, counts_W, send, receive))
+            world, even = self.comm.world, [bucket] * self.comm.world
+            # Slots and weights are small: they cross padded, with the true numbers, which no host need know for that.
+            one_each = [1] * world
+            (pairs,) = self.comm.all_to_all([lists.pairs_WPM.flatten(1)], one_each, one_each)
+            pairs_WPM = pairs.view(lists.pairs_WPM.shape)
+            if self.splits_evenly(bucket):
+                taken = [take_sends(part, lists.token_WB, None) for part in parts]
+                received, sent = self.comm.all_to_all(taken, even, even), _Sent(lists.order_TW, None, even, even)
+            else:
+                counts = self.comm.to_host(torch.stack([lists.counts_W, pairs_WPM[:, -1, 0]]))
+                taken = [take_sends(part, lists.token_WB, lists.counts_W) for part in parts]
+                send, receive = counts()  # while the device gathers rows
+                received = self.comm.all_to_all([part[: sum(send)] for part in taken], send, receive)
+                sent = _Sent(lists.order_TW, lists.counts_W, send, receive)
+            compact = sent.counts_W is not None
+            slots_RK, weights_RK = unpack_pairs(pairs_WPM, sum(sent.receive), compact)
+            return TokenRows(activations_of(x, received), slots_RK, weights_RK), Handle(routing.tokens, sent)
 
     def _dispatch_packed(
         self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int

@@ -19,14 +19,14 @@ class SendLists(NamedTuple):
     """For each of W target ranks up to `bucket` (B) tokens in their own order; places behind the last are padding.
 
     order_TW int32: the place of token t in the list of rank w, -1 if w does not get it. token_WB int32, -1 in padding.
-    slots_WBK int32: the slots that rank w holds, -1 elsewhere and in padding; weights_WBK float32, 0 there.
-    counts_W int32: tokens in each list.
+    pairs_WPM int32 [W, B + 1, 2·K]: for each place its K slots on rank w (-1 elsewhere and in padding) and the bits of
+    its K float32 weights (0 there); the last place holds the number of tokens in the list, first.
+    counts_W int32: that number.
     """
 
     order_TW: Tensor
     token_WB: Tensor
-    slots_WBK: Tensor
-    weights_WBK: Tensor
+    pairs_WPM: Tensor
     counts_W: Tensor
 
 
@@ -34,16 +34,34 @@ def row_bytes(part: Tensor) -> int:
     return math.prod(part.shape[1:]) * part.itemsize
 
 
-def take_rows(rows: Tensor, index_S: Tensor) -> Tensor:
-    """rows[index] for [R, ...] and integer indices; FP8 too. A negative index is padding: what its row then holds is
-    undefined."""
-    if not len(rows):
-        return torch.zeros(len(index_S), *rows.shape[1:], device=rows.device).to(rows.dtype)
+def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tensor:
+    """The rows [T, ...] of a SendLists' tokens, for all targets: [W·B, ...], FP8 too. With `counts_W` one list begins
+    right behind the other, without it at w · B. What rows of padding, and those at the end, hold is undefined."""
     if rows.is_cuda:
-        from moe_dist.kernels.triton.rows import take_rows as kernel
+        from moe_dist.kernels.triton.rows import take_sends as kernel
 
-        return kernel(rows, index_S)
-    return rows[index_S.clamp_min(0)]
+        return kernel(rows, token_WB, counts_W)
+    taken = rows[token_WB.flatten().clamp_min(0)] if len(rows) else None
+    if taken is None:
+        return rows.new_empty(token_WB.numel(), *rows.shape[1:])
+    if counts_W is None:
+        return taken
+    real = torch.arange(token_WB.shape[1])[None] < counts_W[:, None]
+    return torch.cat([taken[real.flatten()], taken[~real.flatten()]])
+
+
+def unpack_pairs(pairs_WPM: Tensor, rows: int, compact: bool) -> tuple[Tensor, Tensor]:
+    """slots_RK int32 and weights_RK float32 from what W ranks sent of their SendLists' `pairs`. `compact`: only as many
+    as each list's number says, one list behind the other, `rows` in all; else every place, rows = W·B."""
+    if pairs_WPM.is_cuda:
+        from moe_dist.kernels.triton.sendlist import unpack_pairs as kernel
+
+        return kernel(pairs_WPM, rows, compact)
+    top_k = pairs_WPM.shape[2] // 2
+    places_WB = torch.arange(pairs_WPM.shape[1] - 1)[None]
+    kept = places_WB < (pairs_WPM[:, -1, :1] if compact else pairs_WPM.shape[1])
+    slots_RK, weights_RK = pairs_WPM[:, :-1][kept.expand(len(pairs_WPM), -1)].split(top_k, 1)
+    return slots_RK.contiguous(), weights_RK.contiguous().view(torch.float32)
 
 
 def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int = 0) -> Tensor:
@@ -108,9 +126,8 @@ def packed_sends(
             placement.tp, bucket,
         )  # fmt: skip
     lists = send_lists(placement, routing, rank, bucket)
-    token_S, slots_SK, weights_SK = (part.flatten(0, 1) for part in lists[1:4])
-    taken = [take_rows(part, token_S) for part in words]
-    return torch.cat([*taken, slots_SK, weights_SK.view(torch.int32)], 1), lists.order_TW
+    taken = [take_sends(part, lists.token_WB, None) for part in words]
+    return torch.cat([*taken, lists.pairs_WPM[:, :-1].flatten(0, 1)], 1), lists.order_TW
 
 
 def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:
@@ -137,12 +154,14 @@ def _send_lists_torch(placement: Placement, routing: Routing, rank: int, bucket:
     wanted_WT = here_WTK.any(-1)
     order_WT = (wanted_WT.cumsum(1) - 1).masked_fill(~wanted_WT, -1)
     token_WB = torch.full((world, bucket), -1, dtype=torch.int32)
-    slots_WBK = torch.full((world, bucket, top_k), -1, dtype=torch.int32)
-    weights_WBK = torch.zeros(world, bucket, top_k)
+    slots_WPK = torch.full((world, bucket + 1, top_k), -1, dtype=torch.int32)
+    weights_WPK = torch.zeros(world, bucket + 1, top_k)
     target, token = wanted_WT.nonzero(as_tuple=True)
     place = (target, order_WT[target, token])
     token_WB[place] = token.to(torch.int32)
-    slots_WBK[place] = slots_TK[token].masked_fill(~here_WTK[target, token], -1)
-    weights_WBK[place] = routing.weights_TK[token].masked_fill(~here_WTK[target, token], 0.0)
+    slots_WPK[place] = slots_TK[token].masked_fill(~here_WTK[target, token], -1)
+    weights_WPK[place] = routing.weights_TK[token].masked_fill(~here_WTK[target, token], 0.0)
     counts_W = wanted_WT.sum(1).to(torch.int32)
-    return SendLists(order_WT.T.to(torch.int32).contiguous(), token_WB, slots_WBK, weights_WBK, counts_W)
+    slots_WPK[:, -1, 0] = counts_W
+    pairs_WPM = torch.cat([slots_WPK, weights_WPK.view(torch.int32)], 2)
+    return SendLists(order_WT.T.to(torch.int32).contiguous(), token_WB, pairs_WPM, counts_W)

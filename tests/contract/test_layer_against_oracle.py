@@ -29,6 +29,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
+from moe_dist.exchange.all_to_all import EVEN_UP_TO, PACKED_UP_TO
 from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
 from moe_dist.plan import make_plan
@@ -140,7 +141,7 @@ def test_layer(pool: Pool, parallel: ParallelSpec, exchange: str, backend: str) 
                 assert plan.out_dtype == (torch.float32 if (combine or dtype) == "fp32" else torch.bfloat16)
                 name = f"{spec.quant_label} {activation} {layout} payload={payload} combine={combine}"
                 # A bucket beyond what all_to_all splits evenly takes its other way, and pads the other exchanges.
-                bucket = 65 if layout == "sharded" and combine == "fp32" else None
+                bucket = EVEN_UP_TO + 1 if layout == "sharded" and combine == "fp32" else None
                 cases.append(Case(f"{name} bucket={bucket}", plan, inputs, bucket))
     if cases:
         check(pool, cases)
@@ -199,7 +200,7 @@ EDGES: dict[str, tuple[ParallelSpec, dict[str, Any], dict[str, Any]]] = {
     "partial blocks everywhere": (
         ParallelSpec(tp=2, ep=2), {"hidden": 200, "intermediate": 272}, {"counts": (4, 1, 0, 6)},
     ),
-    "more tokens than all_to_all splits evenly": (ParallelSpec(tp=2, ep=2), {}, {"counts": (70, 3, 0, 220)}),
+    "more tokens than all_to_all splits evenly": (ParallelSpec(tp=2, ep=2), {}, {"counts": (70, 3, 0, EVEN_UP_TO + 1)}),
     "more ranks than tokens": (ParallelSpec(ep=8), {}, {"counts": (0, 1, 0, 0, 1, 0, 0, 1), "holes": 0.0}),
 }  # fmt: skip
 
@@ -240,7 +241,7 @@ def test_swapped_halves_are_seen(pool: Pool, parallel: ParallelSpec) -> None:
     assert not unseen, f"MOE_DIST_TEST_SEED={SEED}: {unseen}"
 
 
-@pytest.mark.parametrize("bucket", [7, 64, 65])
+@pytest.mark.parametrize("bucket", [7, PACKED_UP_TO, PACKED_UP_TO + 1, EVEN_UP_TO + 1])
 def test_bucket_given_by_the_caller(pool: Pool, bucket: int) -> None:
     """Every bucket gives what the oracle says, with replicas too: padding does not move a token to another copy."""
     parallel, inputs = ParallelSpec(tp=2, ep=2, replicas={1: (1,), 8: (0,)}), Inputs((4, 1, 0, 6), SEED)

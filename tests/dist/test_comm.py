@@ -96,7 +96,7 @@ def swap_everything(comm: Comm, seed: int) -> list[str]:
 
     send = counts[comm.rank]
     receive = [row[comm.rank] for row in counts]
-    wrong = [] if comm.exchange_counts(torch.tensor(send))() == (send, receive) else ["exchange_counts"]
+    wrong = [] if comm.to_host(torch.tensor([send, receive]))() == [send, receive] else ["to_host"]
     got = comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive)
     for i, dtype in enumerate(DTYPES):
         pieces = []
@@ -133,7 +133,6 @@ def count(comm: Comm) -> list[tuple[str, int, int]]:
         "reduce_scatter": lambda: comm.reduce_scatter(torch.zeros(4 * world, 3, dtype=torch.bfloat16)),
         "all_reduce": lambda: comm.all_reduce(torch.zeros(world, 3)),
         "all_to_all": lambda: comm.all_to_all([torch.zeros(2 * world, 3), torch.zeros(2 * world, 1)], even, even),
-        "exchange_counts": lambda: comm.exchange_counts(torch.tensor(even)),
         "agree_max": lambda: comm.agree_max(1),
         "barrier": comm.barrier,
     }.items():
@@ -151,7 +150,6 @@ def test_every_collective_counts_once_and_books_what_leaves_the_rank(pool: Pool,
         "reduce_scatter": others * 4 * 3 * 2,
         "all_reduce": 2 * others * 3 * 4,
         "all_to_all": others * 2 * (3 + 1) * 4,
-        "exchange_counts": 0,
         "agree_max": 0,
         "barrier": 0,
     }
@@ -181,7 +179,6 @@ OPERATIONS = {
     "reduce_scatter": lambda comm: comm.reduce_scatter(torch.zeros(4, 3)),
     "all_reduce": lambda comm: comm.all_reduce(torch.zeros(4)),
     "all_to_all": lambda comm: comm.all_to_all([torch.zeros(4, 3)], [2, 2], [2, 2]),
-    "exchange_counts": lambda comm: comm.exchange_counts(torch.tensor([1, 1])),
     "agree_max": lambda comm: comm.agree_max(1),
     "barrier": lambda comm: comm.barrier(),
 }

@@ -29,14 +29,18 @@ def test_quantize_rows_gives_the_codes_of_torch(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
-def test_take_rows(dtype):
-    from moe_dist.kernels.triton.rows import take_rows
+def test_take_sends(dtype):
+    from moe_dist.kernels.triton.rows import take_sends
 
-    index = torch.tensor([3, -1, 0, 6, 3], dtype=torch.int32)
+    token = torch.tensor([[3, 0, -1, -1], [-1, -1, -1, -1], [0, 1, 2, 6]], dtype=torch.int32)
+    counts = torch.tensor([2, 0, 4], dtype=torch.int32)
     for shape in ((7, 320), (7, 3), (7,)):
         rows = torch.randn(shape).to(dtype)
-        wanted = index >= 0  # the row of a negative index may hold anything
-        assert torch.equal(take_rows(rows, index)[wanted].float(), rows[index[wanted]].float())
+        expected = rows.float()[[3, 0, 0, 1, 2, 6]]
+        for take in (take_sends, kernels.take_sends):
+            assert torch.equal(take(rows, token, counts)[:6].float(), expected)
+            padded = take(rows, token, None)  # rows of padding may hold anything
+            assert torch.equal(padded[[0, 1, 8, 9, 10, 11]].float(), expected)
 
 
 def test_sum_rows():
@@ -50,7 +54,7 @@ def test_sum_rows():
 
 
 def test_send_lists():
-    from moe_dist.kernels.triton.sendlist import send_lists
+    from moe_dist.kernels.triton.sendlist import send_lists, unpack_pairs
     from moe_dist.placement import tables_on
 
     for tp, ep, replicas, tokens, bucket in (
@@ -68,7 +72,16 @@ def test_send_lists():
             ids, routing.weights_TK, tables.slots_GE, tables.groups_EC, tables.copies_E, rank // tp, tp, bucket
         )
         for name, one, other in zip(expected._fields, found, expected, strict=True):
+            if name == "pairs_WPM":  # of the last place only the number counts
+                assert torch.equal(one[:, -1, 0], other[:, -1, 0])
+                one, other = one[:, :-1], other[:, :-1]
             assert torch.equal(one, other), (name, tp, ep)
+        for compact in (True, False):
+            rows = int(expected.counts_W.sum()) if compact else placement.world * bucket
+            for one, other in zip(
+                unpack_pairs(found[2], rows, compact), kernels.unpack_pairs(found[2], rows, compact), strict=True
+            ):
+                assert torch.equal(one, other), (compact, tp, ep)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8_block"])

@@ -29,12 +29,13 @@ def kernels():
     yield quantize._quantize_whole_rows, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "TINY": 1e-12, "WIDTH": 8192,
                                           **fp8}  # fmt: skip
     yield quantize._cast, {"x": "*bf16", "q": "*fp8e4nv", "scale": "*fp32", "BLOCK": 2048, **fp8}
-    yield rows._take_rows, {"source": "*i32", "index": "*i32", "target": "*i32", "width": "i32", "BLOCK": 2048}
+    yield rows._take_sends, {**dict.fromkeys(("source", "token", "counts", "target"), "*i32"), "width": "i32",
+                             "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
     yield rows._sum_rows, {"rows": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16", "hidden": "i32",
                            "bucket": "i32", "COUNTED": True, "WORLD": 4, "BLOCK": 1024}  # fmt: skip
     yield sendlist._send_lists, {
-        **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "slots_out", "counts"), "*i32"),
-        **dict.fromkeys(("weights", "weights_out"), "*fp32"), "group_table": "*i64", "copy_counts": "*i64",
+        **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "pairs", "counts"), "*i32"),
+        "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
         **dict.fromkeys(("T", "BUCKET", "own_group", "EXPERTS", "COPIES"), "i32"),
         "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "BLOCK": 512,
     }  # fmt: skip
@@ -48,9 +49,11 @@ def kernels():
         **dict.fromkeys(("wire", "long", "a", "b", "c"), "*i32"),
         **dict.fromkeys(("ROW_WORDS", "LONG", "A", "B", "C"), "i32"), "SHORT": 64, "BLOCK": 2048,
     }  # fmt: skip
+    yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "K": 8,
+                                   "PLACES": 8, "SOURCES": 4, "COMPACT": True, "BLOCK": 128}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

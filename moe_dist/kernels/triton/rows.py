@@ -1,4 +1,4 @@
-"""Gather rows by index, and add up rows by position."""
+"""Gather the rows to send, and add up those that came back."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dist.kernels.triton.launch import launch
 
-def take_rows(rows: Tensor, index_S: Tensor) -> Tensor:
-    """See kernels.take_rows."""
-    out = rows.new_empty(index_S.shape[0], *rows.shape[1:])
+
+def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tensor:
+    """See kernels.take_sends."""
+    world, bucket = token_WB.shape
+    out = rows.new_empty(world * bucket, *rows.shape[1:])
     row_bytes = rows[0].nbytes if len(rows) else 0
     if not out.numel() or not row_bytes:
         return out
@@ -18,19 +21,34 @@ def take_rows(rows: Tensor, index_S: Tensor) -> Tensor:
     source, target = rows.reshape(len(rows), -1).view(words), out.view(len(out), -1).view(words)
     width = source.shape[1]
     block = min(2048, triton.next_power_of_2(width))
-    _take_rows[(len(out), triton.cdiv(width, block))](source, index_S, target, width, block, num_warps=4)
+    compact = counts_W is not None
+    launch(
+        _take_sends,
+        (world, bucket, triton.cdiv(width, block)),
+        (source, token_WB, token_WB if counts_W is None else counts_W, target),
+        (width,),
+        (compact, triton.next_power_of_2(world), block),
+        num_warps=4,
+    )
     return out
 
 
 @triton.jit
-def _take_rows(source, index, target, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    taken = tl.load(index + row).to(tl.int64)
+def _take_sends(
+    source, token, counts, target, width, COMPACT: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr
+):
+    to, place, bucket = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    taken = tl.load(token + to * bucket + place).to(tl.int64)
     if taken >= 0:
+        if COMPACT:
+            lower = tl.arange(0, TARGETS)
+            start = tl.sum(tl.load(counts + lower, mask=lower < to, other=0), 0)
+        else:
+            start = to * bucket
+        column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
         values = tl.load(source + taken * width + column, mask=inside)
-        tl.store(target + row * width + column, values, mask=inside)
+        tl.store(target + (start + place).to(tl.int64) * width + column, values, mask=inside)
 
 
 def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int) -> Tensor:
@@ -40,9 +58,10 @@ def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket:
     y_TH = rows_RH.new_empty(tokens, hidden)
     if y_TH.numel():
         block = min(1024, triton.next_power_of_2(hidden))
-        grid = (tokens, triton.cdiv(hidden, block))
+        grid = (tokens, triton.cdiv(hidden, block), 1)
         counts = order_TW if counts_W is None else counts_W
-        _sum_rows[grid](rows_RH, order_TW, counts, y_TH, hidden, bucket, counts_W is not None, world, block)
+        constants = (counts_W is not None, world, block)
+        launch(_sum_rows, grid, (rows_RH, order_TW, counts, y_TH), (hidden, bucket), constants)
     return y_TH
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dist.kernels.triton.launch import launch
+
 
 def send_lists(
     ids_TK: Tensor,
@@ -20,23 +22,25 @@ def send_lists(
     own_group: int,
     tp: int,
     bucket: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels.send_lists."""
     tokens, top_k = ids_TK.shape
     world, device = slots_GE.shape[0] * tp, ids_TK.device
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     token_WB = torch.empty(world, bucket, dtype=torch.int32, device=device)
-    slots_WBK = torch.empty(world, bucket, top_k, dtype=torch.int32, device=device)
-    weights_WBK = torch.empty(world, bucket, top_k, dtype=torch.float32, device=device)
+    pairs_WPM = torch.empty(world, bucket + 1, 2 * top_k, dtype=torch.int32, device=device)
     counts_W = torch.empty(world, dtype=torch.int32, device=device)
     places = triton.next_power_of_2(top_k)
     block = max(16, min(512, 4096 // places, triton.next_power_of_2(max(tokens, 1))))
-    _send_lists[(world,)](
-        ids_TK, weights_TK, slots_GE, groups_EC, copies_E, order_TW, token_WB, slots_WBK, weights_WBK, counts_W,
-        tokens, bucket, own_group, slots_GE.shape[1], groups_EC.shape[1], top_k, tp, groups_EC.shape[1] > 1,
-        places, block, num_warps=8,
-    )  # fmt: skip
-    return order_TW, token_WB, slots_WBK, weights_WBK, counts_W
+    launch(
+        _send_lists,
+        (world, 1, 1),
+        (ids_TK, weights_TK, slots_GE, groups_EC, copies_E, order_TW, token_WB, pairs_WPM, counts_W),
+        (tokens, bucket, own_group, slots_GE.shape[1], groups_EC.shape[1]),
+        (top_k, tp, groups_EC.shape[1] > 1, places, block),
+        num_warps=8,
+    )
+    return order_TW, token_WB, pairs_WPM, counts_W
 
 
 @triton.jit
@@ -63,7 +67,7 @@ def _served_by(
 
 @triton.jit
 def _send_lists(
-    ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, slots_out, weights_out, counts,
+    ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, pairs, counts,
     T, BUCKET, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr,
     PLACES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +76,7 @@ def _send_lists(
     world = tl.num_programs(0)
     group = target // TP
     place = tl.arange(0, PLACES)[None, :]
+    pairs += target.to(tl.int64) * (BUCKET + 1) * 2 * K
     taken = 0
     for start in range(0, T, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -82,24 +87,63 @@ def _send_lists(
         order = taken + tl.cumsum(wanted, 0) - 1
         takes = wanted > 0
         tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=inside)
-        row = target * BUCKET + order
-        tl.store(tokens_out + row, token, mask=takes)
+        tl.store(tokens_out + target * BUCKET + order, token, mask=takes)
         slot = tl.load(slot_table + group * EXPERTS + expert, mask=here, other=-1)
         weight = tl.load(weights + at, mask=here, other=0.0)
-        out = row[:, None].to(tl.int64) * K + place
+        out = pairs + order[:, None] * 2 * K + place
         stored = takes[:, None] & (place < K)
-        tl.store(slots_out + out, slot, mask=stored)
-        tl.store(weights_out + out, weight, mask=stored)
+        tl.store(out, slot, mask=stored)
+        tl.store(out + K, weight.to(tl.int32, bitcast=True), mask=stored)
         taken += tl.sum(wanted, 0)
     tl.store(counts + target, taken)
+    tl.store(pairs + BUCKET * 2 * K, taken)
     for start in range(taken, BUCKET, BLOCK):
         row = start + tl.arange(0, BLOCK)
         padding = row < BUCKET
         tl.store(tokens_out + target * BUCKET + row, tl.zeros((BLOCK,), tl.int32) - 1, mask=padding)
-        out = (target * BUCKET + row)[:, None].to(tl.int64) * K + place
+        out = pairs + row[:, None] * 2 * K + place
         stored = padding[:, None] & (place < K)
-        tl.store(slots_out + out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
-        tl.store(weights_out + out, tl.zeros((BLOCK, PLACES), tl.float32), mask=stored)
+        tl.store(out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
+        tl.store(out + K, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
+
+
+def unpack_pairs(pairs_WPM: Tensor, rows: int, compact: bool) -> tuple[Tensor, Tensor]:
+    """See kernels.unpack_pairs."""
+    world, places, words = pairs_WPM.shape
+    top_k, bucket = words // 2, places - 1
+    slots_RK = torch.empty(rows, top_k, dtype=torch.int32, device=pairs_WPM.device)
+    weights_RK = torch.empty(rows, top_k, dtype=torch.float32, device=pairs_WPM.device)
+    if rows:
+        padded = triton.next_power_of_2(top_k)
+        block = max(1, min(1024 // padded, triton.next_power_of_2(bucket)))
+        grid = (world, triton.cdiv(bucket, block), 1)
+        constants = (top_k, padded, triton.next_power_of_2(world), compact, block)
+        launch(_unpack_pairs, grid, (pairs_WPM, slots_RK, weights_RK), (bucket,), constants)
+    return slots_RK, weights_RK
+
+
+@triton.jit
+def _unpack_pairs(
+    pairs, slots, weights, BUCKET, K: tl.constexpr, PLACES: tl.constexpr, SOURCES: tl.constexpr, COMPACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    source = tl.program_id(0)
+    pitch = (BUCKET + 1) * 2 * K
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, PLACES)[None, :]
+    if COMPACT:
+        lower = tl.arange(0, SOURCES)
+        before = tl.load(pairs + lower.to(tl.int64) * pitch + BUCKET * 2 * K, mask=lower < source, other=0)
+        start = tl.sum(before, 0)
+        count = tl.load(pairs + source.to(tl.int64) * pitch + BUCKET * 2 * K)
+    else:
+        start = source * BUCKET
+        count = BUCKET
+    inside = (row < count)[:, None] & (place < K)
+    at = pairs + source.to(tl.int64) * pitch + row[:, None] * 2 * K + place
+    out = (start + row)[:, None].to(tl.int64) * K + place
+    tl.store(slots + out, tl.load(at, mask=inside), mask=inside)
+    tl.store(weights + out, tl.load(at + K, mask=inside).to(tl.float32, bitcast=True), mask=inside)
 
 
 def packed_sends(
@@ -122,12 +166,17 @@ def packed_sends(
     wire = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     block = min(2048, triton.next_power_of_2(value_words))
-    _packed_sends[(world, bucket, triton.cdiv(value_words, block))](
-        ids_TK, weights_TK, values, values if scales is None else scales, slots_GE, groups_EC, copies_E, wire, order_TW,
-        tokens, own_group, slots_GE.shape[1], groups_EC.shape[1], value_words, scale_words, row_words,
-        top_k, tp, groups_EC.shape[1] > 1, triton.next_power_of_2(top_k),
-        triton.next_power_of_2(max(tokens, 16)), triton.next_power_of_2(max(scale_words, 1)), block,
-    )  # fmt: skip
+    beside = values if scales is None else scales
+    launch(
+        _packed_sends,
+        (world, bucket, triton.cdiv(value_words, block)),
+        (ids_TK, weights_TK, values, beside, slots_GE, groups_EC, copies_E, wire, order_TW),
+        (tokens, own_group, slots_GE.shape[1], groups_EC.shape[1], value_words, scale_words, row_words),
+        (
+            *(top_k, tp, groups_EC.shape[1] > 1, triton.next_power_of_2(top_k)),
+            *(triton.next_power_of_2(max(tokens, 16)), triton.next_power_of_2(max(scale_words, 1)), block),
+        ),
+    )
     return wire, order_TW
 
 
@@ -180,10 +229,13 @@ def unpack_rows(wire_SW: Tensor, widths: list[int]) -> list[Tensor]:
     if rows:
         block = min(2048, triton.next_power_of_2(widths[0]))
         first, second, third = widths[1:] if len(widths) == 4 else (0, *widths[1:])
-        _unpack_rows[(rows, triton.cdiv(widths[0], block))](
-            wire_SW, outs[0], outs[1], outs[-2], outs[-1], wire_SW.shape[1], widths[0], first, second, third,
-            triton.next_power_of_2(max(first, second, third)), block,
-        )  # fmt: skip
+        launch(
+            _unpack_rows,
+            (rows, triton.cdiv(widths[0], block), 1),
+            (wire_SW, outs[0], outs[1], outs[-2], outs[-1]),
+            (wire_SW.shape[1], widths[0], first, second, third),
+            (triton.next_power_of_2(max(first, second, third)), block),
+        )
     return outs
 
 
