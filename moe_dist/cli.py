@@ -18,14 +18,16 @@ from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment, default_experiment
 from moe_dist.bench.results import Outcome, provenance, results_document, write_results
-from moe_dist.bench.runner import group_starter, plan_cases, run_cases
-from moe_dist.bench.table import last_line, refused_table, size, tables, verdict
+from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
+from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_table, verdict
+from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.config import model_names, override, read_yaml, resolve_models
 from moe_dist.doctor import examine
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
 from moe_dist.progress import Reporter
 from moe_dist.spec import TOKEN_LAYOUTS
+from moe_dist.tables import user_folder
 
 OK, OUT_OF_TOLERANCE, BAD_INPUT, TOO_SMALL, RANK_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 LAST_WORDS_S = 3.0
@@ -127,6 +129,8 @@ def _print_plan(console: Console, made: Plan, tokens: int) -> None:
         + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
         highlight=False,
     )
+    for name, source in made.tables().items():
+        console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})", highlight=False)
     choices = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
     for choice in made.choices:
         taken = "yes" if choice.chosen else ""
@@ -171,6 +175,52 @@ def build(args: argparse.Namespace) -> int:
     return OK if state.ok else BAD_INPUT
 
 
+def tune(args: argparse.Namespace) -> int:
+    """One device is enough for any placement: each shape that its ranks have is tuned alone."""
+    buckets, folder = _buckets(args.rows), Path(args.out or user_folder())
+    if args.seeds < 1:
+        raise ConfigError("seeds", args.seeds, "each config is timed and checked with so many", "1 and more")
+    for assignment in args.overrides:
+        if not assignment.startswith("model."):
+            raise ConfigError("override", assignment, "only the model can be changed here", "model.key=value")
+    experiment = _experiment(override(_one_placement(args), args.overrides), args)
+    machine = Machine.detect(experiment.device)
+    case = next(experiment.cases("cpu"))
+    check_tunable(case, machine, buckets)
+    made = case.plan(machine)
+    check_fits(max(made.weight_bytes(rank) for rank in range(made.placement.world)), machine)
+    _check_writable(folder / "table.json")
+    done: list[tuple[Tuned, Path | None]] = []
+    with Reporter(count_steps(made, buckets), remaining=True) as reporter:
+        compile_ahead(made, buckets, reporter.shown)
+        for part in made.parts():
+            tuned = tune_shape(made, part, buckets, args.seeds, experiment.source.seed, reporter.shown, reporter.step)
+            done.append((tuned, tuned.table.write(folder) if tuned.table else None))
+    if args.json:
+        print(json.dumps([tuned.as_dict() | {"file": path and str(path)} for tuned, path in done], allow_nan=False))
+    else:
+        for tuned, path in done:
+            _print_tuned(_console(), tuned, path)
+    return OK if all(found.entry for tuned, _ in done for found in tuned.found) else OUT_OF_TOLERANCE
+
+
+def _print_tuned(console: Console, tuned: Tuned, path: Path | None) -> None:
+    console.print(tuned_table(tuned))
+    passed_over = [f"{found.rows} rows: {found.reason}" for found in tuned.found if found.reason and found.entry]
+    for line in [*passed_over, f"table: {path}" if path else "no table: nothing was found"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _buckets(text: str) -> list[int]:
+    try:
+        buckets = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        buckets = [0]
+    if buckets[0] < 1:
+        raise ConfigError("rows", text, "numbers of rows that enter a rank", "1 and more, with commas between them")
+    return buckets
+
+
 def demo_checkpoint(args: argparse.Namespace) -> int:
     made = checkpoint.make_checkpoint(
         args.directory,
@@ -186,20 +236,27 @@ def demo_checkpoint(args: argparse.Namespace) -> int:
 
 def _single(args: argparse.Namespace) -> Experiment:
     """The experiment of one configuration, for `plan` and `run`."""
-    parallel = f"tp{args.tp}xep{args.ep}"
-    config: dict[str, Any] = {
+    config = _one_placement(args) | {
         "name": "run",
-        "worlds": [args.tp * args.ep],
-        "placements": [parallel],
-        "exchanges": [args.exchange or ("local" if args.tp * args.ep == 1 else "ag_rs")],
-        "backends": [args.backend],
         "tokens": [args.tokens],
         "token_layouts": [args.token_layout],
         "skews": [args.skew],
         "payload": args.payload,
         "iters": args.iters,
     }
+    if args.exchange:
+        config["exchanges"] = [args.exchange]
     return _experiment(override(config, args.overrides), args)
+
+
+def _one_placement(args: argparse.Namespace) -> dict[str, Any]:
+    world = args.tp * args.ep
+    return {
+        "worlds": [world],
+        "placements": [f"tp{args.tp}xep{args.ep}"],
+        "exchanges": ["local" if world == 1 else "ag_rs"],
+        "backends": [args.backend],
+    }
 
 
 def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
@@ -214,7 +271,7 @@ def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
     elif "models" not in config:
         config["models"] = ["tiny"]
     for key in ("runtime", "device"):
-        if getattr(args, key) is not None:
+        if getattr(args, key, None) is not None:
             config[key] = getattr(args, key)
     return Experiment(**resolve_models(config))
 
@@ -312,6 +369,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="write the results file here")
     sub = command("build", build, "compile what a backend needs, once; can take many minutes")
     sub.add_argument("backend", choices=BACKENDS.names())
+    sub = command(
+        "tune", tune, "find a backend's fastest configs for a model's shapes (random weights), for its tables"
+    )
+    _source_flags(sub)
+    sub.add_argument("--tp", type=int, default=1)
+    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--backend", default="triton", help="default triton")
+    sub.add_argument("--rows", default="1,8,32,128,512,2048,8192", help="rows entering a rank (default %(default)s)")
+    sub.add_argument("--seeds", type=int, default=3, help="inputs to time and check with (default 3)")
+    sub.add_argument("--out", metavar="DIR", help="folder for the tables (default: the user's cache)")
     sub = command("demo-checkpoint", demo_checkpoint, "write a small checkpoint of random weights to try things on")
     sub.add_argument("directory")
     sub.add_argument("--model-type", default="qwen3_moe", choices=("qwen3_moe", "deepseek_v3"))
@@ -319,15 +386,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_flags(sub: argparse.ArgumentParser) -> None:
+def _source_flags(sub: argparse.ArgumentParser) -> None:
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--model", help=f"one of {', '.join(model_names())}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
     sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
-    sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
-    sub.add_argument("--build", action="store_true", help="first build backends that are not built (many minutes)")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
+
+
+def _model_flags(sub: argparse.ArgumentParser) -> None:
+    _source_flags(sub)
+    sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
+    sub.add_argument("--build", action="store_true", help="first build backends that are not built (many minutes)")
 
 
 def _grid_flags(sub: argparse.ArgumentParser) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
 
 WARM_STEPS = 3  # compile what compiles at first use, and let NCCL connect, before the capture
+
+T = TypeVar("T")
 
 
 class StepGraph:
@@ -30,25 +35,16 @@ class StepGraph:
         self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
         self._weights = torch.zeros(bucket, spec.top_k, device=device)
         self._fill(x_TH, routing)
-        self._graph = torch.cuda.CUDAGraph()
+        inputs = Routing(self._ids, self._weights)
         layer.exchange.static = True
         try:
-            self._capture(layer)
+            self._graph, y_TH = capture(
+                lambda: layer(self._x, inputs, max_tokens_per_rank=bucket),
+                warm_up=lambda: layer.warm_up(self._x, inputs, bucket),
+            )
         finally:
             layer.exchange.static = False
-
-    def _capture(self, layer: MoELayer) -> None:
-        inputs = Routing(self._ids, self._weights)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_STEPS):
-                layer.warm_up(self._x, inputs, self.bucket)
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.synchronize()
-        # NCCL's watchdog thread queries events of its own meanwhile, which a global capture would forbid.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._y: Tensor = layer(self._x, inputs, max_tokens_per_rank=self.bucket)
+        self._y: Tensor = y_TH
 
     def _fill(self, x_TH: Tensor, routing: Routing) -> None:
         tokens = len(x_TH)
@@ -71,3 +67,18 @@ class StepGraph:
         """The step again on the inputs of the last call, with the padding's rows."""
         self._graph.replay()
         return self._y
+
+
+def capture(call: Callable[[], T], warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """`call` as a CUDA graph, and what it returned: the buffers that each replay fills anew."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_STEPS):
+            warm_up()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    # NCCL's watchdog thread queries events of its own meanwhile, which a global capture would forbid.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+    return graph, result

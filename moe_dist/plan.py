@@ -14,6 +14,7 @@ from moe_dist.exchange.base import payload_row_bytes
 from moe_dist.placement import Placement
 from moe_dist.rows import Support
 from moe_dist.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
+from moe_dist.tables import Shape, table_source
 
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
@@ -60,6 +61,15 @@ class Choice(NamedTuple):
     possible: bool
     chosen: bool
     reason: str
+
+
+class Part(NamedTuple):
+    """One rank's shard of the experts, or of the shared expert, and what its backend computes."""
+
+    placement: Placement
+    rank: int
+    problem: Problem
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,32 @@ class Plan:
         exchange = EXCHANGES.get(self.exchange)
         return exchange.wire_bytes(self.spec, self.placement, tokens, self.payload, self.out_dtype.itemsize)
 
+    def parts(self) -> list[Part]:
+        """One for each shape that ranks have; an empty shard is none."""
+        layers = [(self.spec, self.placement)]
+        if self.spec.shared_experts != "none":
+            layers.append((self.spec.shared_spec(), _shared_placement(self.spec, self.parallel)))
+        device = self.machine.name if self.machine.device == "cuda" else self.machine.device  # tables.device_name
+        found: dict[Shape, Part] = {}
+        for spec, placement in layers:
+            for rank in range(placement.world):
+                width, experts = placement.width_of(rank), len(placement.experts_of(rank))
+                problem = Problem(spec, width, experts, self.machine.device, self.machine.capability, self.payload)
+                shape = Shape.of(self.backend, device, spec, width, experts)
+                if width and experts:
+                    found.setdefault(shape, Part(placement, rank, problem, shape))
+        return list(found.values())
+
+    def tables(self) -> dict[str, str | None]:
+        """The tuning tables that its ranks look for, and whose is found: user, shipped or None. Empty for a backend
+        that has nothing to tune."""
+        backend = BACKENDS.get(self.backend)
+        return {
+            part.shape.file_name: table_source(part.shape, backend.table_revision)
+            for part in self.parts()
+            if backend.candidates(part.problem, 1)
+        }
+
     def as_dict(self) -> dict[str, Any]:
         world = range(self.placement.world)
         return {
@@ -151,6 +187,7 @@ class Plan:
             "payload_dtype": self.payload,
             "combine_dtype": self.combine_dtype,
             "weight_bytes": [self.weight_bytes(rank) for rank in world],
+            "tables": self.tables(),
             "graph": self.graph,
             "capturable": self.capturable._asdict(),
             "machine": asdict(self.machine),
@@ -288,6 +325,11 @@ def _check_shared(spec: MoESpec, exchange: type[Exchange], parallel: ParallelSpe
     if spec.shared_experts == "tp" and not exchange.every_token:
         rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"
         raise ConfigError("model.shared_experts", "tp", rule, ("none", "replicated"))
-    if spec.shared_experts == "tp":
-        whole = spec.shared_spec()
-        Placement.build(whole, ParallelSpec(tp=parallel.world, allow_empty_shards=parallel.allow_empty_shards))
+    if spec.shared_experts != "none":
+        _shared_placement(spec, parallel)
+
+
+def _shared_placement(spec: MoESpec, parallel: ParallelSpec) -> Placement:
+    """Sliced over all ranks, or whole on each."""
+    tp = parallel.world if spec.shared_experts == "tp" else 1
+    return Placement.build(spec.shared_spec(), ParallelSpec(tp=tp, allow_empty_shards=parallel.allow_empty_shards))

@@ -44,7 +44,9 @@ def cast(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def scale_of(amax: Tensor) -> Tensor:
-    return (amax.float() / FP8_MAX).clamp_min(TINY)
+    """amax / 448, rounded as IEEE prescribes. For a divisor that is a plain number, torch multiplies by its reciprocal
+    on GPUs, which moves the scale by its last bit, and with it codes that lie on ties."""
+    return (amax.float() / torch.full((), FP8_MAX, device=amax.device)).clamp_min(TINY)
 
 
 def pad_to_blocks(values: Tensor, dims: tuple[int, ...]) -> Tensor:

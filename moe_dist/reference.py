@@ -135,12 +135,13 @@ def _fake_quantize(
     if kind == "fp8_block":
         columns = [_fake_quantize(part, "fp8_channel", None, None, reciprocal) for part in torch.split(x, 128, dim=1)]
         return torch.cat(columns, dim=1)
+    most = torch.full((1,), 448.0, device=x.device)  # a tensor, or a GPU would multiply by a rounded 1 / 448
     if kind == "fp8_channel":
-        scale = x.abs().amax(dim=1, keepdim=True) / 448
+        scale = x.abs().amax(dim=1, keepdim=True) / most
     elif static is not None:
         scale = static
     else:
-        scale = torch.tensor(float(x.abs().max()) if whole_amax is None else whole_amax, device=x.device) / 448
+        scale = torch.tensor(float(x.abs().max()) if whole_amax is None else whole_amax, device=x.device) / most
     scale = torch.where(scale > 1e-12, scale, torch.full_like(scale, 1e-12))
     if reciprocal:
         factor = 1 / x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) * 448

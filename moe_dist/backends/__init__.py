@@ -7,6 +7,7 @@ BACKENDS: Registry[Backend] = Registry(
     "backend",
     {
         "torch": "moe_dist.backends.torch_reference:TorchBackend",
+        "triton": "moe_dist.backends.triton_fused:TritonFused",
         "flashinfer_cutlass": "moe_dist.backends.flashinfer_cutlass:FlashInferCutlass",
     },
 )

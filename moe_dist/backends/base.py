@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,10 +33,12 @@ class Backend(ABC):
     """One rank's expert computation.
 
     `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal bits.
+    `table_revision`: raised when its configs mean something else; older tables are then passed over.
     """
 
     capturable: ClassVar[bool]
     deterministic: ClassVar[bool]
+    table_revision: ClassVar[int] = 0
 
     def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
         self.spec, self.out_dtype, self.stages = spec, out_dtype, stages
@@ -67,6 +70,27 @@ class Backend(ABC):
     @classmethod
     def build(cls) -> None:
         """Compile what must be compiled before first use, showing progress. Most backends have nothing to build."""
+        return
+
+    @classmethod
+    def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:
+        """The configs worth trying for so many rows entering this rank, asked for problems that it does not support
+        too; JSON values only. Most backends have no choice."""
+        return []
+
+    @classmethod
+    def default_config(cls, problem: Problem, rows: int) -> dict[str, Any]:
+        """What it runs with where no table is."""
+        return {}
+
+    @classmethod
+    def compile_ahead(cls, wanted: list[tuple[Problem, int, dict[str, Any]]]) -> Iterator[int]:
+        """Compile what these configs need for so many rows, all at once where that is quicker than at each one's first
+        use; yields how many are done. What can't be compiled fails at its use."""
+        return iter(())
+
+    def use_config(self, config: dict[str, Any] | None) -> None:
+        """Take this config for every forward from now on; None: the table's again, or the default."""
         return
 
     @abstractmethod

@@ -39,14 +39,18 @@ def floor_us(
     spec: MoESpec, placement: Placement, rows_per_rank: list[int], active_per_rank: list[int], device: str
 ) -> float | None:
     """The largest rank's floor in microseconds, exchange not counted; None for a device without measured peaks."""
-    peaks = PEAKS.get(device)
-    if peaks is None:
+    if device not in PEAKS:
         return None
+    return max(
+        rank_floor_us(spec, placement, rank, rows, active, PEAKS[device])
+        for rank, (rows, active) in enumerate(zip(rows_per_rank, active_per_rank, strict=True))
+    )
+
+
+def rank_floor_us(spec: MoESpec, placement: Placement, rank: int, rows: int, active: int, peaks: Peaks) -> float:
+    """One rank's floor: `rows` pairs on `active` experts."""
     rate = peaks.fp8_flops if spec.quantized else peaks.bf16_flops
     return 1e6 * max(
-        max(
-            rank_flops(spec, placement, rank, rows) / rate,
-            rank_weight_bytes(spec, placement, rank, active) / peaks.bandwidth,
-        )
-        for rank, (rows, active) in enumerate(zip(rows_per_rank, active_per_rank, strict=True))
+        rank_flops(spec, placement, rank, rows) / rate,
+        rank_weight_bytes(spec, placement, rank, active) / peaks.bandwidth,
     )

@@ -38,12 +38,19 @@ def _check_memory(plans: list[Plan], machine: Machine) -> None:
     """Weights, and on a CPU the whole group's in one memory, must fit before any is made."""
     if machine.device == "cuda":
         largest = max(plan.weight_bytes(rank) for plan in plans for rank in range(plan.placement.world))
-        available, what = machine.memory or 0, "GPU memory"
     else:
         largest = max(sum(plan.weight_bytes(rank) for rank in range(plan.placement.world)) for plan in plans)
+    check_fits(largest, machine)
+
+
+def check_fits(weight_bytes: int, machine: Machine) -> None:
+    """Raise ResourceError if a GPU, or a CPU's memory, can't hold so much."""
+    if machine.device == "cuda":
+        available, what = machine.memory or 0, "GPU memory"
+    else:
         available, what = _available_memory(), "memory"
-    if largest > 0.9 * available:
-        gib = f"{largest / 2**30:.1f} GiB of weights", f"{available / 2**30:.1f} GiB"
+    if weight_bytes > 0.9 * available:
+        gib = f"{weight_bytes / 2**30:.1f} GiB of weights", f"{available / 2**30:.1f} GiB"
         raise ResourceError(what, *gib, "Choose a smaller model or more ranks.")
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moe_dist.bench.results import Row
+from moe_dist.bench.tune import Found, Tuned, config_text
 
 TIE = 1.05  # closer than this is called a tie: single runs differ by as much
 COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
@@ -100,6 +102,32 @@ def refused_table(refused: list[dict[str, str]]) -> Table:
     for reason, cases in by_reason.items():
         table.add_row(str(len(cases)), cases[0], reason)
     return table
+
+
+def tuned_table(tuned: Tuned) -> Table:
+    shape = tuned.part.shape
+    title = (
+        f"{tuned.part.problem.spec.name} {shape.quant} {shape.activation} (hidden {shape.hidden}, slice {shape.width}, "
+        f"{shape.experts} experts, top-{shape.top_k}) · {shape.backend} on {shape.device}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("rows", justify="right")
+    table.add_column("config")
+    for name in ("µs", "default µs", "×floor", "err oracle", "tried", "raised", "wrong"):
+        table.add_column(name, justify="right")
+    for found in tuned.found:
+        table.add_row(*_tuned_cells(found))
+    return table
+
+
+def _tuned_cells(found: Found) -> list[str]:
+    counts = [str(number) for number in (found.tried, found.raised, found.wrong)]
+    entry = found.entry
+    if entry is None:
+        return [str(found.rows), f"[bold red]none[/]: {escape(found.reason)}", "-", "-", "-", "-", *counts]
+    floor = f"{entry.us / entry.floor_us:.2f}" if entry.floor_us else "-"
+    times = [f"{entry.us:,.1f}", f"{entry.default_us:,.1f}", floor]
+    return [str(found.rows), escape(config_text(entry.config)), *times, f"{entry.err_oracle:.1e}", *counts]
 
 
 def family(row: Row) -> str:

@@ -88,7 +88,10 @@ class TestWithoutRanks:
         assert chosen == {("exchange", "all_to_all"), ("backend", "torch")}
         assert all(choice["reason"] for choice in document["choices"] if not choice["chosen"])
         text = command(*arguments, "--device", "cpu").out
-        assert "DeepSeek-V3 fp8_block, no shared expert, as TP2xEP2, sharded tokens: exchange all_to_all, backend torch" in text
+        assert (
+            "DeepSeek-V3 fp8_block, no shared expert, as TP2xEP2, sharded tokens: exchange all_to_all, backend torch"
+            in text
+        )
         assert "not asked for" in text
 
     def test_demo_checkpoint(self, command, tmp_path: Path):
@@ -141,7 +144,7 @@ class TestWithoutRanks:
     def test_a_command_that_is_none(self, command):
         found = command("nosuch")
         assert found.code == 2
-        for name in ("doctor", "plan", "run", "compare", "check", "demo-checkpoint"):
+        for name in ("doctor", "plan", "run", "compare", "check", "tune", "demo-checkpoint"):
             assert name in found.err
 
     @pytest.mark.parametrize("strange", [["--nosuch"], ["--nosuch=1"], ["file.yaml"]])

@@ -3,32 +3,55 @@ over on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 _compiled: dict[Any, Any] = {}
+_compile_only = False
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, `launch` compiles and does not run: tensors may be on the device `meta`."""
+    global _compile_only
+    _compile_only = True
+    try:
+        yield
+    finally:
+        _compile_only = False
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     integers: tuple[int, ...],
     constants: tuple[Any, ...] = (),
     **options: Any,
 ) -> None:
-    """kernel[grid](*tensors, *integers, *constants, **options), for kernels whose parameters come in that order.
+    """kernel[grid](*tensors, *integers, *constants, **options), for kernels whose parameters come in that order. The
+    last tensor may be a TMA descriptor.
 
     The key holds all that Triton compiles differently for: constants and options, dtypes, whether an address or integer
     is a multiple of 16, whether an integer is 1 or needs 64 bits.
     """
+    if _compile_only:
+        kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
+        return
     key = (
         kernel.fn,
         tensors[0].device.index,
         constants,
         *options.values(),
-        *((tensor.dtype, tensor.data_ptr() & 15 == 0) for tensor in tensors),
+        *(
+            (tensor.dtype, tensor.data_ptr() & 15 == 0)
+            if isinstance(tensor, Tensor)
+            else (tensor.base.dtype, *tensor.block_shape)
+            for tensor in tensors
+        ),
         *(-1 if value >> 31 else 1 if value == 1 else 16 * (value & 15 == 0) for value in integers),
     )
     compiled = _compiled.get(key)

@@ -7,30 +7,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dist.kernels.triton.launch import launch
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, scale_of
 from moe_dist.spec import BLOCK, QuantKind
 
 LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row
 
 
-def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
-    """See quantization.quantize_rows."""
+def quantize_rows(
+    x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None, out: QuantizedRows | None = None
+) -> QuantizedRows:
+    """See quantization.quantize_rows. `out`, for fp8_block: where to put them."""
     R, H = x_RH.shape
     x_RH = x_RH.contiguous()
-    values = torch.empty(R, H, dtype=FP8, device=x_RH.device)
+    values = torch.empty(R, H, dtype=FP8, device=x_RH.device) if out is None else out.values_RH
     if kind == "fp8_block":
         groups = triton.cdiv(H, BLOCK)
-        scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
+        scales = None if out is None else out.scales_RS
+        if scales is None:
+            scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
         together = 8  # groups of one row in a program
-        _quantize_groups[(R, triton.cdiv(groups, together))](
-            x_RH, values, scales, H, groups, FP8_MAX, TINY, BLOCK, together, num_warps=4
+        grid = (R, triton.cdiv(groups, together), 1)
+        launch(
+            _quantize_groups, grid, (x_RH, values, scales), (H, groups), (FP8_MAX, TINY, BLOCK, together), num_warps=4
         )
         return QuantizedRows(values, scales)
     if kind == "fp8_channel":
         if H > LONGEST_ROW:
             raise ValueError(f"rows of {H} values exceed the kernel's {LONGEST_ROW}")
         scales = torch.empty(R, 1, dtype=torch.float32, device=x_RH.device)
-        _quantize_whole_rows[(R,)](x_RH, values, scales, H, FP8_MAX, TINY, triton.next_power_of_2(H), num_warps=8)
+        constants = (FP8_MAX, TINY, triton.next_power_of_2(H))
+        launch(_quantize_whole_rows, (R, 1, 1), (x_RH, values, scales), (H,), constants, num_warps=8)
         return QuantizedRows(values, scales)
     if kind == "fp8_tensor_dynamic":
         scale = scale_of(x_RH.abs().amax())
@@ -39,10 +46,27 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
     else:
         scale = static_scale
     block = min(2048, triton.next_power_of_2(H))
-    _cast[(R, triton.cdiv(H, block))](x_RH, values, scale, H, FP8_MAX, block)
+    launch(_cast, (R, triton.cdiv(H, block), 1), (x_RH, values, scale), (H,), (FP8_MAX, block))
     if kind == "fp8_tensor_static":
         return QuantizedRows(values, None)
     return QuantizedRows(values, scale.expand(R, 1).contiguous())
+
+
+@triton.jit
+def divided(values, scale):
+    """values / scale, rounded as IEEE prescribes, for many values to a scale (broadcast): the reciprocal's product and
+    one correction (Markstein 1990), a third of div.rn's instructions. Quantizing a prefill's rows waits for these."""
+    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+    quotient = values * inverse
+    rest = tl.fma(-quotient, scale + tl.zeros_like(values), values)
+    return tl.fma(rest, inverse + tl.zeros_like(values), quotient)
+
+
+@triton.jit
+def quantized(values, amax, FP8_MAX: tl.constexpr, TINY: tl.constexpr):
+    """(codes in float32, scales) of values with one largest magnitude for each row of them."""
+    scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + FP8_MAX), TINY)
+    return tl.clamp(divided(values, scale[:, None]), -FP8_MAX, FP8_MAX), scale
 
 
 @triton.jit
@@ -54,8 +78,7 @@ def _quantize_groups(
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = column < H
     values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), 1) / FP8_MAX, TINY)
-    codes = tl.clamp(tl.div_rn(values, scale[:, None] + tl.zeros_like(values)), -FP8_MAX, FP8_MAX)
+    codes, scale = quantized(values, tl.max(tl.abs(values), 1), FP8_MAX, TINY)
     tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)
     tl.store(s + row * groups + group, scale, mask=group < groups)
 
@@ -67,7 +90,7 @@ def _quantize_whole_rows(x, q, s, H, FP8_MAX: tl.constexpr, TINY: tl.constexpr, 
     inside = column < H
     values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(values), 0) / FP8_MAX, TINY)
-    codes = tl.clamp(tl.div_rn(values, scale + tl.zeros_like(values)), -FP8_MAX, FP8_MAX)
+    codes = tl.clamp(divided(values, scale), -FP8_MAX, FP8_MAX)
     tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)
     tl.store(s + row, scale)
 
@@ -78,5 +101,5 @@ def _cast(x, q, scale, H, FP8_MAX: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
     values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
-    codes = tl.clamp(tl.div_rn(values, tl.load(scale) + tl.zeros_like(values)), -FP8_MAX, FP8_MAX)
+    codes = tl.clamp(divided(values, tl.load(scale)), -FP8_MAX, FP8_MAX)
     tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)

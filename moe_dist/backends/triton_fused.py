@@ -1,0 +1,149 @@
+"""Backend `triton`: our own fused MoE in Triton, for every FP8 format and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends.base import Backend, Problem
+from moe_dist.quantization import QuantizedRows
+from moe_dist.reference import Numerics
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec
+from moe_dist.tables import Shape, device_name, tuned_config
+from moe_dist.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from moe_dist.kernels.triton.fused_moe import Config
+
+GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and bytes of a wide load
+
+
+class TritonFused(Backend):
+    """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already."""
+
+    capturable = True
+    deterministic = True
+    table_revision = 1
+
+    @classmethod
+    def available(cls, device: str) -> Support:
+        if device != "cuda" or not torch.cuda.is_available():
+            return Support(False, "needs an NVIDIA Hopper GPU (SM90)")
+        capability = torch.cuda.get_device_capability()
+        if capability != (9, 0):
+            return Support(False, f"needs SM90, this GPU is SM{capability[0]}{capability[1]}")
+        if find_spec("triton") is None:
+            return Support(False, "needs the package triton")
+        return Support(True, f"triton {version('triton')}")
+
+    @classmethod
+    def numerics_of(cls, spec: MoESpec) -> Numerics:
+        """A scale for a whole row of GEMM2's input needs a second pass over it; it waits for that in bf16."""
+        return Numerics(bf16_activation=spec.quant in ("none", "fp8_channel", "fp8_tensor_dynamic"))
+
+    @classmethod
+    def payloads(cls, spec: MoESpec) -> frozenset[str]:
+        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quantized else set()))
+
+    @classmethod
+    def supports(cls, problem: Problem) -> Support:
+        spec, width = problem.spec, problem.width
+        if problem.capability != (9, 0):
+            return Support(False, f"needs compute capability 9.0, not {problem.capability}")
+        if spec.dtype != "bf16":
+            return Support(False, f"computes bf16 and FP8 layers, not {spec.quant_label}")
+        if spec.hidden % GRANULARITY or width % GRANULARITY:
+            sizes = f"hidden ({spec.hidden}) and slices ({width})"
+            return Support(False, f"needs {sizes} in multiples of {GRANULARITY}")
+        return Support(True)
+
+    @classmethod
+    def default_config(cls, problem: Problem, rows: int) -> dict[str, Any]:
+        """By the pairs that an expert gets on average."""
+        return cls.candidates(problem, rows)[0]
+
+    @classmethod
+    def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:
+        """What was best for some shape on an H200, for about as many pairs per expert; the safest first."""
+        spec = problem.spec
+        each = rows * spec.top_k / spec.num_experts
+        bk = 128 if spec.quantized else 64
+        few: dict[str, Any] = {
+            "bm": 16, "swap": True, "bn1": 128, "bk1": bk, "warps1": 4, "stages1": 3, "bn2": 128, "bk2": bk,
+            "warps2": 4, "stages2": 4, "twice": False, "split2": 1, "group": 8, "tma": False, "pdl": True,
+        }  # fmt: skip
+        some = few | {"bm": 64, "swap": False, "warps1": 8, "stages1": 4, "stages2": 3, "tma": True}
+        many = some | {"bm": 128, "split2": 2, "stages1": 3}
+        if each <= 24:
+            few |= {"bm": 16 if each <= 10 else 32}
+            changes: list[dict[str, Any]] = [
+                {}, {"tma": True}, {"twice": True, "stages2": 3}, {"warps1": 8, "warps2": 8},
+                {"stages1": 4, "stages2": 3}, {"tma": True, "warps2": 8, "stages2": 3}, {"stages1": 5, "stages2": 6},
+                {"bm": 48 - few["bm"]},
+            ]  # fmt: skip
+            return [few | change for change in changes]
+        if each <= 128:
+            changes = [{}, {"stages2": 4, "tma": False}, {"warps1": 4, "stages1": 2}, {"stages1": 3}, {"group": 32}]
+            return [
+                *(some | change for change in changes),
+                few | {"bm": 32, "stages1": 4},
+                many | {"split2": 1, "twice": True, "warps2": 8},
+                many,
+            ]
+        changes = [
+            {}, {"group": 16}, {"split2": 1, "twice": True, "warps2": 8}, {"stages1": 4},
+            {"split2": 1, "twice": True, "warps2": 8, "group": 16, "stages2": 4},
+        ]  # fmt: skip
+        return [*(many | change for change in changes), some | {"warps1": 4, "stages1": 2}]
+
+    @classmethod
+    def compile_ahead(cls, wanted: list[tuple[Problem, int, dict[str, Any]]]) -> Iterator[int]:
+        from moe_dist.kernels.triton.precompile import precompile
+
+        return precompile(
+            (problem.spec, problem.width, problem.num_local, rows, problem.payload == "fp8", config)
+            for problem, rows, config in wanted
+        )
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._empty = weights.num_experts == 0 or weights.width == 0
+        self._forced: Config | None = None
+        self._chosen: dict[int, Config] = {}
+
+    def use_config(self, config: dict[str, Any] | None) -> None:
+        from moe_dist.kernels.triton.fused_moe import Config
+
+        self._forced = None if config is None else Config(**config)
+
+    def forward(self, rows: TokenRows) -> Tensor:
+        from moe_dist.kernels.triton.fused_moe import fused_moe
+
+        count = rows.slots_RK.shape[0]
+        if count == 0 or self._empty:
+            shape = count, self.spec.hidden
+            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
+        config = self._forced or self._chosen.get(count) or self._choose(rows)
+        return fused_moe(
+            rows.x, rows.slots_RK, rows.weights_RK, self._weights, self.spec.activation, config, self.out_dtype,
+            self.stages,
+        )  # fmt: skip
+
+    def _choose(self, rows: TokenRows) -> Config:
+        from moe_dist.kernels.triton.fused_moe import Config
+
+        weights, count = self._weights, rows.slots_RK.shape[0]
+        shape = Shape.of("triton", device_name(weights.device), self.spec, weights.width, weights.num_experts)
+        values = tuned_config(shape, self.table_revision, count)
+        if values is None:
+            payload = "fp8" if isinstance(rows.x, QuantizedRows) else "bf16"
+            problem = Problem(self.spec, weights.width, weights.num_experts, "cuda", (9, 0), payload)
+            values = self.default_config(problem, count)
+        self._chosen[count] = config = Config(**values)
+        return config

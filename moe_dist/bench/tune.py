@@ -1,0 +1,307 @@
+"""Which of a backend's configs is fastest on one rank's shard: each tried quickly, the best ones carefully, and none is
+taken that does not agree with the oracle. One process, one device, no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count, islice
+from math import inf
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends import BACKENDS, Backend, Problem
+from moe_dist.bench.case import Case
+from moe_dist.bench.clock import time_steps
+from moe_dist.bench.results import FEW_PAIRS, FEW_PAIRS_MARGIN, provenance
+from moe_dist.bench.roofline import PEAKS, rank_floor_us
+from moe_dist.comm import Comm
+from moe_dist.errors import ResourceError, UnsupportedError
+from moe_dist.graph import capture
+from moe_dist.kernels import quantize_rows
+from moe_dist.placement import Placement
+from moe_dist.plan import Machine, Part, Plan
+from moe_dist.reference import oracle_partial, relative_error
+from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.rows import TokenRows
+from moe_dist.tables import Entry, TuningTable
+from moe_dist.weights import ExpertWeights, random_expert, shard_from
+
+Config = dict[str, Any]
+Shown = Callable[[str], None]
+
+# A graph of several forwards: one launch for all. Each has a routing of its own, so that few rows don't find the same
+# experts' weights in the cache again.
+FORWARDS = 4
+QUICK, CAREFUL = 5, 30  # timed replays of a candidate, and of a finalist with each seed
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One seed's inputs for every forward of a timed step, and what the first of them must give."""
+
+    rows: tuple[TokenRows, ...]
+    expected_RH: Tensor
+    tolerance: float
+    floor_us: float | None
+
+
+@dataclass
+class Found:
+    """What came of one number of rows. `raised` and `wrong` count configs that could not run and configs that were off
+    the oracle, `reason` says it of the first. `entry` None: that was the default, so nothing may be written."""
+
+    rows: int
+    entry: Entry | None = None
+    reason: str = ""
+    tried: int = 0
+    raised: int = 0
+    wrong: int = 0
+
+
+@dataclass
+class Tuned:
+    """`table` None: for no number of rows was anything found."""
+
+    part: Part
+    found: list[Found] = field(default_factory=list)
+    table: TuningTable | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"shape": asdict(self.part.shape), "found": [asdict(found) for found in self.found]}
+
+
+def check_tunable(case: Case, machine: Machine, buckets: list[int]) -> None:
+    """Before anything is planned: raises UnsupportedError for a backend without any choice, ResourceError where only
+    the GPU is missing."""
+    backend, placement = BACKENDS.get(case.backend), Placement.build(case.model, case.parallel)
+    width, experts = placement.width_of(0), len(placement.experts_of(0))
+    problem = Problem(case.model, width, experts, machine.device, machine.capability, "none")
+    if not any(backend.candidates(problem, rows) for rows in buckets):
+        raise UnsupportedError(f"tuning backend {case.backend}", ["it has nothing to tune"])
+    available = backend.available(machine.device)
+    if machine.device != "cuda" and not available.ok:
+        raise ResourceError("CUDA devices", 1, 0, f"Backend {case.backend}: {available.reason}.")
+
+
+def count_steps(plan: Plan, buckets: list[int]) -> int:
+    """How often `tune_shape` will call `step` for all of the plan's parts."""
+    return len(_wanted(plan, buckets)) + len(plan.parts()) * len(buckets)
+
+
+def compile_ahead(plan: Plan, buckets: list[int], shown: Shown) -> None:
+    """All configs of all the plan's parts, before the first is timed."""
+    wanted = _wanted(plan, buckets)
+    for done in BACKENDS.get(plan.backend).compile_ahead(wanted):
+        shown(f"{plan.spec.name}: compiled {done} of {len(wanted)}")
+
+
+def _wanted(plan: Plan, buckets: list[int]) -> list[tuple[Problem, int, Config]]:
+    backend = BACKENDS.get(plan.backend)
+    return [
+        (part.problem, rows, config)
+        for part in plan.parts()
+        for rows in buckets
+        for config in _configs(backend, part.problem, rows)
+    ]
+
+
+def tune_shape(
+    plan: Plan, part: Part, buckets: list[int], seeds: int, weights_seed: int, shown: Shown, step: Callable[[], None]
+) -> Tuned:
+    """The best config of `plan.backend` for each of `buckets` rows entering the part's rank, out of random weights and
+    uniform routing over all of the layer's experts."""
+    shard = _random_shard(part, weights_seed, torch.device(plan.machine.device), shown)
+    backend = BACKENDS.get(plan.backend)(part.problem.spec, plan.out_dtype)
+    backend.prepare(shard)
+    tuned = Tuned(part)
+    for rows in buckets:
+        search = _Search(backend, part, rows, shown, step)
+        shown(f"{search.label}: inputs and the oracle")
+        search.run([_sample(plan, part, shard, backend, rows, seed) for seed in range(seeds)])
+        tuned.found.append(search.found)
+    backend.use_config(None)
+    entries = {found.rows: found.entry for found in tuned.found if found.entry is not None}
+    if entries:
+        about = provenance(plan.machine)
+        tuned.table = TuningTable(shape=part.shape, revision=backend.table_revision, entries=entries, **about)
+    return tuned
+
+
+def _configs(backend: type[Backend], problem: Problem, rows: int) -> list[Config]:
+    """The default, then every candidate that is another one."""
+    default = backend.default_config(problem, rows)
+    return [default, *[config for config in backend.candidates(problem, rows) if config != default]]
+
+
+def _random_shard(part: Part, seed: int, device: torch.device, shown: Shown) -> ExpertWeights:
+    total, done = part.shape.experts, 0
+
+    def seen() -> None:
+        nonlocal done
+        done += 1
+        shown(f"{part.problem.spec.name}: expert {done} of {total}")
+
+    return shard_from(
+        lambda expert: random_expert(part.problem.spec, expert, seed, device), part.placement, part.rank, seen
+    )
+
+
+def _sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, rows: int, seed: int) -> Sample:
+    spec, placement, rank, device = part.problem.spec, part.placement, part.rank, shard.device
+    generator = torch.Generator(device).manual_seed(seed)
+    x_RH = torch.randn(rows, spec.hidden, generator=generator, device=device).to(spec.torch_dtype)
+    x = quantize_rows(x_RH, spec.quant, shard.a13) if plan.payload == "fp8" else x_RH
+    drawn = list(islice(_routings(part, rows, seed, device), FORWARDS))
+    first, slots_RK = drawn[0]
+    groups_RK = placement.serving_groups(first.ids_TK, torch.arange(rows, device=device), None)
+    numerics = backend.numerics
+    return Sample(
+        rows=tuple(TokenRows(x, slots, routing.weights_TK) for routing, slots in drawn),
+        expected_RH=oracle_partial(x_RH, first, shard, spec, placement, rank, [(0, rows)], groups_RK, numerics),
+        tolerance=numerics.tolerance * (FEW_PAIRS_MARGIN if (slots_RK >= 0).sum() < FEW_PAIRS else 1.0),
+        floor_us=_floor(part, [slots for _, slots in drawn]),
+    )
+
+
+def _routings(part: Part, rows: int, seed: int, device: torch.device) -> Iterator[tuple[Routing, Tensor]]:
+    """Uniform routings and the slots of this rank. One that leaves it without any work says nothing: the next, then."""
+    for number in count(seed * 1_000_003):
+        routing = synthetic_routing(part.problem.spec, rows, "uniform", number).to(device)
+        slots_RK = part.placement.slots_on(part.rank, routing.ids_TK)
+        if bool((slots_RK >= 0).any()):
+            yield routing, slots_RK
+
+
+def _floor(part: Part, drawn: list[Tensor]) -> float | None:
+    """The mean over routings; None for a device without measured peaks."""
+    peaks = PEAKS.get(part.shape.device)
+    if peaks is None:
+        return None
+    floors = []
+    for slots_RK in drawn:
+        here = slots_RK[slots_RK >= 0]
+        active = int(here.unique().numel())
+        floors.append(rank_floor_us(part.problem.spec, part.placement, part.rank, len(here), active, peaks))
+    return mean(floors)
+
+
+class _Search:
+    """For one number of rows. Configs go by their index; the default is number 0."""
+
+    def __init__(self, backend: Backend, part: Part, rows: int, shown: Shown, step: Callable[[], None]) -> None:
+        self._backend, self._shown, self._step = backend, shown, step
+        self._configs = _configs(type(backend), part.problem, rows)
+        self.label = f"{part.problem.spec.name} I{part.shape.width} E{part.shape.experts}, {rows} rows"
+        self.found = Found(rows, tried=len(self._configs))
+
+    def run(self, samples: list[Sample]) -> None:
+        """A default that is wrong ends it: what runs without a table must be right first."""
+        error = self._error(0, samples)
+        if error is None:
+            return
+        finalists = {0: error}
+        for index in self._quickly(samples[0]):
+            if len(finalists) > FINALISTS:
+                break
+            error = None if index in finalists else self._error(index, samples)
+            if error is not None:
+                finalists[index] = error
+        self._carefully(samples, finalists)
+
+    def _quickly(self, sample: Sample) -> list[int]:
+        """Those that run, the fastest first."""
+        times: dict[int, float] = {}
+        for index in range(len(self._configs)):
+            best = f", best so far {min(times.values()):,.1f} µs" if times else ""
+            self._shown(f"{self.label}: candidate {index + 1} of {len(self._configs)}{best}")
+            us = self._attempt(index, sample, partial(forward_us, iters=QUICK))
+            if us is not None:
+                times[index] = us
+            self._step()
+        return sorted(times, key=times.__getitem__)
+
+    def _carefully(self, samples: list[Sample], finalists: dict[int, float]) -> None:
+        """Seed by seed, so that a drift of the clocks meets all finalists alike."""
+        self._shown(f"{self.label}: the {len(finalists)} best, carefully")
+        times: dict[int, list[float]] = {index: [] for index in finalists}
+        for sample in samples:
+            for index in finalists:
+                us = self._attempt(index, sample, partial(forward_us, iters=CAREFUL))
+                times[index].append(inf if us is None else us)
+        us_of = {index: median(found) for index, found in times.items()}
+        winner = min(us_of, key=us_of.__getitem__)
+        floors = [sample.floor_us for sample in samples if sample.floor_us is not None]
+        self.found.entry = Entry(
+            config=self._configs[winner],
+            us=round(us_of[winner], 2),
+            floor_us=round(median(floors), 2) if floors else None,
+            default_us=round(us_of[0], 2),
+            err_oracle=float(f"{finalists[winner]:.2e}"),
+        )
+        self._step()
+
+    def _error(self, index: int, samples: list[Sample]) -> float | None:
+        """The largest relative L2 error over the seeds; None if one is out of tolerance, or not finite."""
+        worst = 0.0
+        for sample in samples:
+            error = self._attempt(index, sample, _distance)
+            if error is None:
+                return None
+            if error > sample.tolerance:
+                self.found.wrong += 1
+                self._passed_over(index, f"is off the oracle by {error:.1e}, {sample.tolerance:.1e} is allowed")
+                return None
+            worst = max(worst, error)
+        return worst
+
+    def _attempt(self, index: int, sample: Sample, measured: Callable[[Backend, Sample], float]) -> float | None:
+        """None for a config that can't run: it may need more registers or shared memory than there is."""
+        try:
+            self._backend.use_config(self._configs[index])
+            return measured(self._backend, sample)
+        except Exception as error:
+            self.found.raised += 1
+            self._passed_over(index, f"raises {type(error).__name__}: {error}".splitlines()[0])
+            return None
+
+    def _passed_over(self, index: int, why: str) -> None:
+        name = config_text(self._configs[index]) if index else "the default config"
+        self.found.reason = self.found.reason or f"{name} {why}"
+
+
+def config_text(config: Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.items())
+
+
+def _distance(backend: Backend, sample: Sample) -> float:
+    return relative_error(backend.forward(sample.rows[0]), sample.expected_RH)
+
+
+def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
+    """Microseconds of one forward with the config in use: the median over `iters` steps of all the sample's forwards,
+    as one CUDA graph where that can be captured."""
+    device = sample.expected_RH.device
+
+    def forwards() -> None:
+        for rows in sample.rows:
+            backend.forward(rows)
+
+    def warm_up() -> None:
+        backend.tune(sample.rows[0])
+        forwards()
+
+    step: Callable[[], object] = forwards
+    captured = device.type == "cuda" and backend.capturable
+    if captured:
+        graph, _ = capture(forwards, warm_up)
+        step = graph.replay
+    else:
+        warm_up()
+    step()
+    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / len(sample.rows)

@@ -1,0 +1,540 @@
+"""The whole FP8 fused MoE of one rank: align, quantize, two grouped GEMMs with the activation between, weighted sum.
+
+Pairs are (token, expert) choices, numbered as in the flattened slots: pair p belongs to row p // K. `order` lists the
+pairs that are here by expert; expert e has `starts[e]` to `stops[e]` of it. GEMM1's output has its rows in that order,
+GEMM2 writes each row back to its pair, and the last kernel adds a token's pairs up in the order of K: no atomics, equal
+bits in every run.
+
+`table` names the expert of each tile of BM rows: expert e's tiles begin at entry starts[e] // BM + e, which leaves room
+for every partial tile whatever the counts, so that experts need not wait for each other's; entries between are -1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.quantize import divided, quantize_rows, quantized
+from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
+from moe_dist.spec import BLOCK, QuantKind
+from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.weights import ExpertWeights
+
+UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
+GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
+MOST_PAIRS_TOGETHER = 4096  # beyond, programs that sort and programs that quantize get into each other's way
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
+
+
+@triton.jit(do_not_specialize=["R", "ENTRIES"])
+def _prepare(
+    slots, x, q, s, table, starts, stops, order,
+    R, ENTRIES,
+    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, TOGETHER: tl.constexpr,
+    FP8_MAX: tl.constexpr, TINY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first E programs sort the pairs by expert, the others quantize rows by groups of 128: one launch for both."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if pid < E:
+        _align(slots, table, starts, stops, order, pid, R * K, ENTRIES, E, BM, BLOCK)
+    else:
+        GROUPS: tl.constexpr = (H + 127) // 128
+        CHUNKS: tl.constexpr = (GROUPS + TOGETHER - 1) // TOGETHER
+        row = ((pid - E) // CHUNKS).to(tl.int64)
+        group = (pid - E) % CHUNKS * TOGETHER + tl.arange(0, TOGETHER)
+        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        values = tl.load(x + row * H + column, mask=column < H, other=0.0).to(tl.float32)
+        codes, scale = quantized(values, tl.max(tl.abs(values), 1), FP8_MAX, TINY)
+        tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=column < H)
+        tl.store(s + row * GROUPS + group, scale, mask=group < GROUPS)
+
+
+@triton.jit
+def _align(
+    slots, table, starts, stops, order, expert, P, ENTRIES, E: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One expert's part of `order` and `table`. It counts the pairs before its own itself: nobody waits for anybody."""
+    lane = tl.arange(0, BLOCK)
+    lower = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    for at in range(0, P, BLOCK):
+        slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
+        lower += ((slot >= 0) & (slot < expert)).to(tl.int32)
+        equal += (slot == expert).to(tl.int32)
+    before = tl.sum(lower, 0)
+    count = tl.sum(equal, 0)
+    tl.store(starts + expert, before)
+    tl.store(stops + expert, before + count)
+    base = before // BM + expert
+    used = base + (count + BM - 1) // BM
+    end = (before + count) // BM + expert + 1
+    if expert == E - 1:
+        end = ENTRIES
+    for at in range(base, end, 128):
+        entry = at + tl.arange(0, 128)
+        tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
+    taken = before
+    if count > 0:
+        for at in range(0, P, BLOCK):
+            slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
+            mine = (slot == expert).to(tl.int32)
+            place = taken + tl.cumsum(mine, 0) - 1
+            tl.store(order + place, at + lane, mask=mine > 0)
+            taken += tl.sum(mine, 0)
+
+
+@triton.jit
+def _activated(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 0:
+        return gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == 1:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(2 * inner) * up  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    else:
+        positive = tl.maximum(gate, 0.0)
+        return positive * positive
+
+
+@triton.jit
+def _place(pid, tiles, columns: tl.constexpr, GROUP: tl.constexpr):
+    """(tile, column of tiles) of a program: GROUP tiles go through all columns together, so that weights which they
+    share and their own rows stay in L2."""
+    group = pid // (GROUP * columns)
+    first = group * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    within = pid % (GROUP * columns)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _weight_tile(
+    w, descriptor, row, at, n, last_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """[BN, BK] of a weight matrix from `row` and column `at` on; zeros beyond its K columns and, read by pointers,
+    beyond its rows."""
+    if TMA:
+        return descriptor.load([row, at])
+    else:
+        k = tl.arange(0, BK)
+        rows = w + row.to(tl.int64) * K + tl.arange(0, BN)[:, None] * K + (at + k)[None, :]
+        if WHOLE:
+            return tl.load(rows)
+        else:
+            return tl.load(rows, mask=(n < last_n)[:, None] & (k < K - at)[None, :], other=0.0)
+
+
+@triton.jit
+def _finished(total):
+    """`total`, and nothing after it may start before it is there. ptxas would put off adding a first product until a
+    second is under way, and with both in registers spill them: GEMM1 with tiles of 128 was 1.7 times slower for that.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _added(total, a, b, scale, SWAP: tl.constexpr, SCALED: tl.constexpr):
+    """total + a · bᵀ, the product times its rows' scales; transposed if SWAP."""
+    if SWAP:
+        product = tl.dot(b, tl.trans(a))
+        return total + product * scale[None, :] if SCALED else total + product
+    else:
+        product = tl.dot(a, tl.trans(b))
+        return total + product * scale[:, None] if SCALED else total + product
+
+
+@triton.jit(do_not_specialize=["ENTRIES"])
+def _gemm1(
+    x, xs, w, ws, a13, a2, table, starts, stops, order, h, hs, descriptor,
+    ENTRIES,
+    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, SWAP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr,
+    FENCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h = act(x · w13ᵀ), as codes where its scales are known, for BM pairs of one expert, BN columns of gate and up."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    COLUMNS: tl.constexpr = (I + BN - 1) // BN
+    tile, column = _place(tl.program_id(0), ENTRIES, COLUMNS, GROUP)
+    expert = tl.load(table + tile)
+    if expert < 0:
+        return
+    start = tl.load(starts + expert)
+    count = tl.load(stops + expert) - start
+    j = (tile - (start // BM + expert)) * BM + tl.arange(0, BM)
+    real = j < count
+    row = (tl.load(order + start + j, mask=real, other=0) // K).to(tl.int64)
+
+    GATED: tl.constexpr = ACTIVATION != 2
+    F: tl.constexpr = 2 * I if GATED else I
+    GATE: tl.constexpr = 0 if GATE_FIRST or not GATED else 1  # which half of the rows is gate's
+    WHOLE_K: tl.constexpr = H % BK == 0
+    WHOLE: tl.constexpr = WHOLE_K and I % BN == 0
+    K_BLOCKS: tl.constexpr = (H + 127) // 128
+    N_BLOCKS: tl.constexpr = (I + 127) // 128
+    n = column * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    gate_row = expert * F + GATE * I + column * BN
+    up_row = expert * F + (1 - GATE) * I + column * BN
+    gate_scales = ws + ((expert * (2 if GATED else 1) + GATE) * N_BLOCKS + column * BN // 128) * K_BLOCKS
+    up_scales = ws + ((expert * 2 + 1 - GATE) * N_BLOCKS + column * BN // 128) * K_BLOCKS
+    rows = x + row[:, None] * H + k[None, :]
+    gate = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
+    up = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
+    for at in range(0, H, BK):
+        if WHOLE_K:
+            a = tl.load(rows + at, mask=real[:, None], other=0.0)
+        else:
+            a = tl.load(rows + at, mask=real[:, None] & (k < H - at)[None, :], other=0.0)
+        b = _weight_tile(w, descriptor, gate_row, at, n, I, H, BN, BK, WHOLE, TMA)
+        if KIND == 1:
+            scale = tl.load(xs + row * K_BLOCKS + at // 128, mask=real, other=0.0)
+            gate = _added(gate, a, b, scale * tl.load(gate_scales + at // 128), SWAP, True)
+        else:
+            gate = _added(gate, a, b, 0.0, SWAP, False)
+        if GATED:
+            if FENCE:
+                gate = _finished(gate)
+            b = _weight_tile(w, descriptor, up_row, at, n, I, H, BN, BK, WHOLE, TMA)
+            if KIND == 1:
+                up = _added(up, a, b, scale * tl.load(up_scales + at // 128), SWAP, True)
+            else:
+                up = _added(up, a, b, 0.0, SWAP, False)
+    if SWAP:
+        gate = tl.trans(gate)
+        up = tl.trans(up)
+    if KIND >= 2:
+        of_row = tl.load(xs + row, mask=real, other=0.0) if KIND == 2 else tl.load(a13) + tl.zeros((BM,), tl.float32)
+        gate *= of_row[:, None] * _weight_scale(ws, expert, GATE, n, I, F, 2 if GATED else 1, PER_TENSOR)[None, :]
+        if GATED:
+            up *= of_row[:, None] * _weight_scale(ws, expert, 1 - GATE, n, I, F, 2, PER_TENSOR)[None, :]
+    out = _activated(gate, up, ACTIVATION)
+    if not WHOLE:
+        out = tl.where((n < I)[None, :], out, 0.0)  # columns read beyond the half must not count in the scale
+    at_row = (start + j).to(tl.int64)
+    if KIND == 1:
+        out, scale_h = quantized(out, tl.max(tl.abs(out), 1), FP8_MAX, TINY)
+        tl.store(hs + at_row * N_BLOCKS + column, scale_h, mask=real)
+    elif KIND == 3:
+        out = tl.clamp(divided(out, tl.load(a2 + expert)), -FP8_MAX, FP8_MAX)
+    target = h + at_row[:, None] * I + n[None, :]
+    tl.store(target, out.to(h.dtype.element_ty), mask=real[:, None] & (n < I)[None, :])
+
+
+@triton.jit
+def _weight_scale(
+    ws, expert, half, n, I: tl.constexpr, F: tl.constexpr, HALVES: tl.constexpr, PER_TENSOR: tl.constexpr
+):
+    if PER_TENSOR:
+        return tl.load(ws + expert * HALVES + half + tl.zeros_like(n))
+    else:
+        return tl.load(ws + expert * F + half * I + n, mask=n < I, other=0.0)
+
+
+@triton.jit(do_not_specialize=["ENTRIES"])
+def _gemm2(
+    h, hs, w, ws, a2, table, starts, stops, order, out, descriptor,
+    ENTRIES,
+    H: tl.constexpr, I: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr, SWAP: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TWICE: tl.constexpr, BK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = h · w2ᵀ for BM pairs of one expert, SPLIT of which make one of GEMM1's tiles, and BN columns of H, or
+    twice as many in two products that share their rows: one product so wide would need two of its accumulators."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    WIDTH: tl.constexpr = 2 * BN if TWICE else BN
+    COLUMNS: tl.constexpr = (H + WIDTH - 1) // WIDTH
+    tile, column = _place(tl.program_id(0), ENTRIES * SPLIT, COLUMNS, GROUP)
+    expert = tl.load(table + tile // SPLIT)
+    if expert < 0:
+        return
+    start = tl.load(starts + expert)
+    count = tl.load(stops + expert) - start
+    first_pair = (tile - (start // (BM * SPLIT) + expert) * SPLIT) * BM
+    if first_pair >= count:
+        return
+    j = first_pair + tl.arange(0, BM)
+    real = j < count
+    at_row = (start + j).to(tl.int64)
+    WHOLE_K: tl.constexpr = I % BK == 0
+    WHOLE: tl.constexpr = WHOLE_K and H % WIDTH == 0
+    K_BLOCKS: tl.constexpr = (I + 127) // 128
+    N_BLOCKS: tl.constexpr = (H + 127) // 128
+    first = column * WIDTH
+    n = first + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    w_row = expert * H + first
+    left_scales = ws + (expert * N_BLOCKS + first // 128) * K_BLOCKS
+    # Beyond H the second half reads some scale for columns that are not stored.
+    right_scales = ws + (expert * N_BLOCKS + tl.minimum((first + BN) // 128, N_BLOCKS - 1)) * K_BLOCKS
+    rows = h + at_row[:, None] * I + k[None, :]
+    left = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
+    right = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
+    scale = tl.zeros((BM,), tl.float32)
+    for at in range(0, I, BK):
+        if WHOLE_K:
+            a = tl.load(rows + at, mask=real[:, None], other=0.0)
+        else:
+            a = tl.load(rows + at, mask=real[:, None] & (k < I - at)[None, :], other=0.0)
+        if KIND == 1:
+            scale = tl.load(hs + at_row * K_BLOCKS + at // 128, mask=real, other=0.0)
+        b = _weight_tile(w, descriptor, w_row, at, n, H, I, BN, BK, WHOLE, TMA)
+        of_left = scale * tl.load(left_scales + at // 128) if KIND == 1 else scale
+        left = _added(left, a, b, of_left, SWAP, KIND == 1)
+        if TWICE:
+            if FENCE:
+                left = _finished(left)
+            b = _weight_tile(w, descriptor, w_row + BN, at, n + BN, H, I, BN, BK, WHOLE, TMA)
+            of_right = scale * tl.load(right_scales + at // 128) if KIND == 1 else scale
+            right = _added(right, a, b, of_right, SWAP, KIND == 1)
+    pair = tl.load(order + start + j, mask=real, other=0).to(tl.int64)
+    _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, H, KIND, PER_TENSOR, SWAP)
+    if TWICE:
+        _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, H, KIND, PER_TENSOR, SWAP)
+
+
+@triton.jit
+def _store_rows(
+    out, y, hs, a2, ws, expert, pair, at_row, real, n, H: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    if SWAP:
+        y = tl.trans(y)
+    if KIND >= 2:
+        if KIND == 2:
+            of_row = tl.load(hs + at_row, mask=real, other=0.0)
+        else:
+            of_row = tl.load(a2 + expert) + tl.zeros_like(at_row).to(tl.float32)
+        y *= of_row[:, None] * _weight_scale(ws, expert, 0, n, H, H, 1, PER_TENSOR)[None, :]
+    tl.store(out + pair[:, None] * H + n[None, :], y.to(out.dtype.element_ty), mask=real[:, None] & (n < H)[None, :])
+
+
+@triton.jit
+def _weighted_sum(
+    out, slots, weights, y, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for place in tl.static_range(K):
+        pair = row * K + place
+        slot = tl.load(slots + pair)
+        weight = tl.load(weights + pair)
+        value = tl.load(out + pair * H + column, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        total += weight * value
+    tl.store(y + row * H + column, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_maxima(h, stops, maxima, I: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest magnitude of each row of h that is in use, 0 for the others."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    used = row < tl.load(stops + E - 1)
+    values = tl.load(h + row * I + column, mask=(column < I) & used, other=0.0).to(tl.float32)
+    tl.store(maxima + row, tl.max(tl.abs(values), 0))
+
+
+@triton.jit
+def _requantize(
+    h, maxima, q, s, I: tl.constexpr, WIDTH: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
+    """Rows of h to FP8 by the magnitudes given for them; rows not in use get codes that nobody reads."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    values = tl.load(h + row * I + column, mask=column < I, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.load(maxima + row) / FP8_MAX, TINY)
+    codes = tl.clamp(divided(values, scale), -FP8_MAX, FP8_MAX)
+    tl.store(q + row * I + column, codes.to(q.dtype.element_ty), mask=column < I)
+    tl.store(s + row, scale)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles and launch options. `bm`: pairs of a tile, which GEMM2 may split. `swap`: weights are the left operand,
+    which tensor cores want when a tile has few pairs. `bn`: columns of a tile; GEMM1 has as many of gate and of up,
+    GEMM2 twice as many with `twice`. `group`: tiles that go through all columns together. `tma`: weights come by the
+    tensor memory accelerator. `pdl`: programmatic dependent launch.
+    """
+
+    bm: int
+    swap: bool
+    bn1: int
+    bk1: int
+    warps1: int
+    stages1: int
+    bn2: int
+    bk2: int
+    warps2: int
+    stages2: int
+    twice: bool = False
+    split2: int = 1
+    group: int = 8
+    tma: bool = False
+    pdl: bool = False
+
+
+class Scratch:
+    """Tensors for one step, cut from one allocation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wanted: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def want(self, *shape: int, dtype: torch.dtype) -> None:
+        self._wanted.append((shape, dtype))
+
+    def cut(self) -> list[Tensor]:
+        sizes = [-(-math.prod(shape) * dtype.itemsize // 256) * 256 for shape, dtype in self._wanted]
+        pieces = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device).split(sizes)
+        return [
+            piece[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for piece, (shape, dtype) in zip(pieces, self._wanted, strict=True)
+        ]
+
+
+def kind_of(quant: QuantKind) -> int:
+    return {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(quant, ROW_SCALES)
+
+
+def fused_moe(
+    x: Activations,
+    slots_RK: Tensor,
+    weights_RK: Tensor,
+    experts: ExpertWeights,
+    activation: str,
+    config: Config,
+    out_dtype: torch.dtype,
+    stages: Stages = NO_STAGES,
+) -> Tensor:
+    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights."""
+    (R, K), device = slots_RK.shape, slots_RK.device
+    P, E, H, width = R * K, experts.num_experts, experts.hidden, experts.width
+    kind, pdl = kind_of(experts.kind), config.pdl
+    fence = not triton.knobs.runtime.interpret  # which has no assembler
+    rows_kept = kind == ROW_SCALES  # a scale for a whole row of h needs another pass over it
+    entries, blocks = P // config.bm + E, blocks_of(width)
+    quantizes = kind == BLOCK_SCALES and isinstance(x, Tensor)
+
+    scratch = Scratch(device)
+    for size in (entries, E, E, P):
+        scratch.want(size, dtype=torch.int32)
+    scratch.want(P, width, dtype=FP8 if kind in (BLOCK_SCALES, STATIC) else torch.bfloat16)
+    scratch.want(P, blocks if kind == BLOCK_SCALES else 1, dtype=torch.float32)
+    scratch.want(P, H, dtype=torch.bfloat16)
+    if rows_kept:
+        scratch.want(P, width, dtype=FP8)
+        scratch.want(P, dtype=torch.float32)
+    if quantizes:
+        scratch.want(R, H, dtype=FP8)
+        scratch.want(R, blocks_of(H), dtype=torch.float32)
+    table, starts, stops, order, h, hs, out, *more = scratch.cut()
+    y = torch.empty(R, H, dtype=out_dtype, device=device)
+
+    with stages("quantize"):
+        if isinstance(x, Tensor) and kind in (ROW_SCALES, STATIC):
+            x = quantize_rows(x, experts.kind, experts.a13)
+        if isinstance(x, Tensor):
+            source = x.contiguous()
+            values, scales = (more[-2], more[-1]) if quantizes else (source, hs)
+        else:
+            source = values = x.values_RH
+            scales = hs if x.scales_RS is None else x.scales_RS  # hs stands in for what this kind does not have
+        together = P <= MOST_PAIRS_TOGETHER
+        if quantizes and not together:
+            quantize_rows(source, experts.kind, out=QuantizedRows(values, scales))
+        launch(
+            _prepare,
+            (E + (R * -(-blocks_of(H) // GROUPS_TOGETHER) if quantizes and together else 0), 1, 1),
+            (slots_RK, source, values, scales, table, starts, stops, order),
+            (R, entries),
+            (E, K, config.bm, min(4096, triton.next_power_of_2(max(P, 16))), H, GROUPS_TOGETHER, FP8_MAX, TINY, pdl),
+            **_options(8, 3, pdl),
+        )
+
+    s13 = hs if experts.s13 is None else experts.s13
+    s2 = hs if experts.s2 is None else experts.s2
+    a13 = hs if experts.a13 is None else experts.a13
+    a2 = hs if experts.a2 is None else experts.a2
+    per_tensor = experts.kind.startswith("fp8_tensor")
+    with stages("gemm1"):
+        by_tma = tiles_of(experts.w13_eFH, config.bn1, config.bk1) if config.tma else hs
+        launch(
+            _gemm1,
+            (entries * -(-width // config.bn1), 1, 1),
+            (values, scales, experts.w13_eFH, s13, a13, a2, table, starts, stops, order, h, hs, by_tma),
+            (entries,),
+            (
+                *(H, width, K, kind, per_tensor, ACTIVATIONS[activation], experts.gate_first, config.swap),
+                *(config.group, config.tma, config.bm, config.bn1, config.bk1, FP8_MAX, TINY, fence, pdl),
+            ),
+            **_options(config.warps1, config.stages1, pdl),
+        )
+    if rows_kept:
+        with stages("quantize"):
+            codes, maxima = more[0], more[1]
+            wide = triton.next_power_of_2(width)
+            launch(_row_maxima, (P, 1, 1), (h, stops, maxima), (), (width, E, wide))
+            if experts.kind == "fp8_tensor_dynamic":
+                maxima.copy_(maxima.amax().expand(P))
+            launch(_requantize, (P, 1, 1), (h, maxima, codes, hs), (), (width, wide, FP8_MAX, TINY))
+            h = codes
+    with stages("gemm2"):
+        by_tma = tiles_of(experts.w2_eHi, config.bn2, config.bk2) if config.tma else hs
+        columns = -(-H // (config.bn2 * (2 if config.twice else 1)))
+        launch(
+            _gemm2,
+            (entries * config.split2 * columns, 1, 1),
+            (h, hs, experts.w2_eHi, s2, a2, table, starts, stops, order, out, by_tma),
+            (entries,),
+            (
+                *(H, width, kind, per_tensor, config.swap, config.group, config.tma, config.split2),
+                *(config.bm // config.split2, config.bn2, config.twice, config.bk2, fence, pdl),
+            ),
+            **_options(config.warps2, config.stages2, pdl),
+        )
+    with stages("combine"):
+        block = min(1024, triton.next_power_of_2(H))
+        launch(
+            _weighted_sum,
+            (R, -(-H // block), 1),
+            (out, slots_RK, weights_RK, y),
+            (),
+            (H, K, block, pdl),
+            **_options(4, 1, pdl),
+        )
+    return y
+
+
+def tiles_of(weights: Tensor, bn: int, bk: int) -> Any:
+    """A matrix of all experts' rows for the tensor memory accelerator."""
+    return TensorDescriptor.from_tensor(weights.view(-1, weights.shape[-1]), [bn, bk])
+
+
+def blocks_of(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def _options(warps: int, stages: int, pdl: bool) -> dict[str, Any]:
+    return {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if pdl else {})

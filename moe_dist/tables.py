@@ -1,0 +1,185 @@
+"""Tuning tables: the fastest configs of a backend for one shape, found once on a GPU and looked up ever since."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from math import log2
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+
+from moe_dist.errors import ConfigError
+from moe_dist.spec import MoESpec, Section
+
+SHIPPED = Path(__file__).parent / "tables_shipped"
+Micros = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a table is for. `device` is the GPU's name as torch gives it, `quant` the spec's quant_label, `width` this
+    rank's slice of the intermediate size, `experts` the number of those on this rank, `of_experts` of all."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # for the one in a file
+
+    backend: str
+    device: str
+    quant: str
+    activation: str
+    hidden: int
+    width: int
+    experts: int
+    of_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, backend: str, device: str, spec: MoESpec, width: int, experts: int) -> Shape:
+        sizes = (spec.hidden, width, experts, spec.num_experts, spec.top_k)
+        return cls(backend, device, spec.quant_label, spec.activation, *sizes)
+
+    @property
+    def file_name(self) -> str:
+        sizes = f"H{self.hidden}-I{self.width}-E{self.experts}of{self.of_experts}-K{self.top_k}"
+        parts = (self.backend, self.device, self.quant, self.activation, sizes)
+        return "--".join(re.sub(r"[^\w.-]+", "_", part) for part in parts) + ".json"
+
+
+def device_name(device: torch.device) -> str:
+    """As `Shape.device` has it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The config found for one number of rows, its time, the least possible one where the device's peaks are known,
+    that of the default config, and its relative L2 error against the oracle."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", revalidate_instances="always")
+
+    config: dict[str, Any]
+    us: Micros
+    floor_us: Micros | None
+    default_us: Micros
+    err_oracle: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TuningTable(Section):
+    """`entries` by the rows entering the rank; `revision` is the backend's; the rest says where the numbers come
+    from."""
+
+    section: ClassVar[str] = "table"
+
+    shape: Shape
+    revision: int
+    date: str
+    commit: str
+    command: str
+    machine: dict[str, Any]
+    entries: dict[Annotated[int, Field(ge=1)], Entry] = Field(min_length=1)
+
+    def config_for(self, rows: int) -> dict[str, Any]:
+        """The config of the nearest number of rows by ratio, the smaller of two as near."""
+        wanted = log2(max(rows, 1))
+        return self.entries[min(self.entries, key=lambda bucket: (abs(log2(bucket) - wanted), bucket))].config
+
+    def document(self) -> dict[str, Any]:
+        """As a file holds it, entries in the order of their rows."""
+        return self.model_dump(mode="json") | {
+            "entries": {str(bucket): asdict(entry) for bucket, entry in sorted(self.entries.items())}
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Write the file whole or not at all, one line an entry: a changed number is a changed line."""
+        document = self.document()
+        entries = document.pop("entries")
+        head = [f" {_line(name, value)},\n" for name, value in document.items()]
+        lines = ",\n".join(f"  {_line(bucket, entry)}" for bucket, entry in entries.items())
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.shape.file_name
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text("{\n" + "".join(head) + ' "entries": {\n' + lines + "\n }\n}\n")
+        partial.replace(path)
+        find_table.cache_clear()
+        return path
+
+
+def _line(name: str, value: Any) -> str:
+    return f"{json.dumps(name)}: {json.dumps(value, sort_keys=True, allow_nan=False)}"
+
+
+def read_table(path: Path) -> TuningTable:
+    """Raises ConfigError that names file and field for one that is broken."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError("table", str(path), f"can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError("table", str(path), f"is no valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError("table", str(path), f"holds {type(document).__name__}", "a mapping of keys to values")
+    try:
+        table = TuningTable(**document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.field}", error.value, error.rule, error.legal) from None
+    if table.shape.file_name != path.name:
+        raise ConfigError(f"{path}: table.shape", table.shape.file_name, "is another table's", path.name)
+    return table
+
+
+def user_folder() -> Path:
+    """Where this user's own tables lie: MOE_DIST_CACHE, else $XDG_CACHE_HOME/moe_dist, else ~/.cache/moe_dist."""
+    given = os.environ.get("MOE_DIST_CACHE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
+    return Path(given or cache) / "tables"
+
+
+def _files(shape: Shape) -> Iterator[tuple[str, Path]]:
+    """The user's own table goes before the shipped one."""
+    for source, folder in (("user", user_folder()), ("shipped", SHIPPED)):
+        path = folder / shape.file_name
+        if path.is_file():
+            yield source, path
+
+
+def _fitting(shape: Shape, revision: int) -> Iterator[tuple[str, TuningTable]]:
+    for source, path in _files(shape):
+        table = read_table(path)
+        if table.revision == revision:
+            yield source, table
+
+
+@lru_cache(maxsize=256)
+def find_table(shape: Shape, revision: int) -> TuningTable | None:
+    """The table for this shape: the user's own, else the shipped one. One of another revision is passed over."""
+    return next((table for _, table in _fitting(shape, revision)), None)
+
+
+def table_source(shape: Shape, revision: int) -> str | None:
+    """Whose table `find_table` takes: user or shipped; None if there is none."""
+    return next((source for source, _ in _fitting(shape, revision)), None)
+
+
+@cache
+def say_missing_once(shape: Shape) -> None:
+    """Say on standard error that there is no table of the backend's revision, and how to make one; once a process."""
+    old = ", ".join(str(path) for _, path in _files(shape))
+    why = f"passed over, its configs are of another revision of {shape.backend}: {old}" if old else "not found"
+    command = f"moe-dist tune --backend {shape.backend} --model MODEL --tp TP --ep EP"
+    print(f"moe-dist: tuning table {shape.file_name} {why}; defaults are used. To make it: {command}", file=sys.stderr)
+
+
+def tuned_config(shape: Shape, revision: int, rows: int) -> dict[str, Any] | None:
+    """The config found for this many rows; None, said once, where there is no table."""
+    table = find_table(shape, revision)
+    if table is None:
+        say_missing_once(shape)
+        return None
+    return table.config_for(rows)
