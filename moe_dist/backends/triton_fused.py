@@ -76,31 +76,25 @@ class TritonFused(Backend):
         bk = 128 if spec.quantized else 64
         few: dict[str, Any] = {
             "bm": 16, "swap": True, "bn1": 128, "bk1": bk, "warps1": 4, "stages1": 3, "bn2": 128, "bk2": bk,
-            "warps2": 4, "stages2": 4, "twice": False, "split2": 1, "group": 8, "tma": False, "pdl": True,
+            "warps2": 4, "stages2": 4, "twice": False, "span": 1, "split2": 1, "group": 8, "tma": False, "pdl": True,
         }  # fmt: skip
         some = few | {"bm": 64, "swap": False, "warps1": 8, "stages1": 4, "stages2": 3, "tma": True}
-        many = some | {"bm": 128, "split2": 2, "stages1": 3}
+        many = some | {"bm": 128, "split2": 2, "stages1": 3, "stages2": 4, "span": 4}
         if each <= 24:
             few |= {"bm": 16 if each <= 10 else 32}
             changes: list[dict[str, Any]] = [
-                {}, {"tma": True}, {"twice": True, "stages2": 3}, {"warps1": 8, "warps2": 8},
-                {"stages1": 4, "stages2": 3}, {"tma": True, "warps2": 8, "stages2": 3}, {"stages1": 5, "stages2": 6},
-                {"bm": 48 - few["bm"]},
+                {}, {"tma": True}, {"twice": True, "stages2": 3}, {"span": 2}, {"stages1": 4, "stages2": 3},
+                {"stages1": 5, "stages2": 6}, {"tma": True, "warps2": 8, "stages2": 3}, {"bm": 48 - few["bm"]},
             ]  # fmt: skip
             return [few | change for change in changes]
         if each <= 128:
-            changes = [{}, {"stages2": 4, "tma": False}, {"warps1": 4, "stages1": 2}, {"stages1": 3}, {"group": 32}]
-            return [
-                *(some | change for change in changes),
-                few | {"bm": 32, "stages1": 4},
-                many | {"split2": 1, "twice": True, "warps2": 8},
-                many,
-            ]
+            changes = [{}, {"span": 8}, {"warps1": 4, "stages1": 2, "span": 4}, {"stages1": 3}]
+            return [*(some | change for change in changes), few | {"bm": 32, "stages1": 4}, many]
         changes = [
-            {}, {"group": 16}, {"split2": 1, "twice": True, "warps2": 8}, {"stages1": 4},
-            {"split2": 1, "twice": True, "warps2": 8, "group": 16, "stages2": 4},
+            {}, {"group": 16}, {"span": 1, "stages2": 3}, {"stages1": 4}, {"span": 8, "stages2": 3},
+            {"split2": 1, "twice": True, "warps2": 8, "stages2": 3, "span": 1},
         ]  # fmt: skip
-        return [*(many | change for change in changes), some | {"warps1": 4, "stages1": 2}]
+        return [many | change for change in changes]
 
     @classmethod
     def compile_ahead(cls, wanted: list[tuple[Problem, int, dict[str, Any]]]) -> Iterator[int]:

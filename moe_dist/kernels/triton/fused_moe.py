@@ -39,21 +39,21 @@ ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 def _prepare(
     slots, x, q, s, table, starts, stops, order,
     R, ENTRIES,
-    E: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, TOGETHER: tl.constexpr,
-    FP8_MAX: tl.constexpr, TINY: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr,
+    TOGETHER: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first E programs sort the pairs by expert, the others quantize rows by groups of 128: one launch for both."""
+    """The first E · PARTS programs sort the pairs by expert, the others quantize rows by groups of 128."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
-    if pid < E:
-        _align(slots, table, starts, stops, order, pid, R * K, ENTRIES, E, BM, BLOCK)
+    if pid < E * PARTS:
+        _align(slots, table, starts, stops, order, pid // PARTS, pid % PARTS, R * K, ENTRIES, E, PARTS, BM, BLOCK)
     else:
         GROUPS: tl.constexpr = (H + 127) // 128
         CHUNKS: tl.constexpr = (GROUPS + TOGETHER - 1) // TOGETHER
-        row = ((pid - E) // CHUNKS).to(tl.int64)
-        group = (pid - E) % CHUNKS * TOGETHER + tl.arange(0, TOGETHER)
+        row = ((pid - E * PARTS) // CHUNKS).to(tl.int64)
+        group = (pid - E * PARTS) % CHUNKS * TOGETHER + tl.arange(0, TOGETHER)
         column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
         values = tl.load(x + row * H + column, mask=column < H, other=0.0).to(tl.float32)
         codes, scale = quantized(values, tl.max(tl.abs(values), 1), FP8_MAX, TINY)
@@ -63,31 +63,40 @@ def _prepare(
 
 @triton.jit
 def _align(
-    slots, table, starts, stops, order, expert, P, ENTRIES, E: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One expert's part of `order` and `table`. It counts the pairs before its own itself: nobody waits for anybody."""
+    slots, table, starts, stops, order, expert, part, P, ENTRIES, E: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One expert's part of `order`, from one of PARTS runs of the pairs, and its part of `table`. It counts all that
+    comes before itself: nobody waits for anybody."""
     lane = tl.arange(0, BLOCK)
+    first = part * tl.cdiv(P, BLOCK * PARTS) * BLOCK
+    last = tl.minimum(first + tl.cdiv(P, BLOCK * PARTS) * BLOCK, P)
     lower = tl.zeros((BLOCK,), tl.int32)
     equal = tl.zeros((BLOCK,), tl.int32)
+    earlier = tl.zeros((BLOCK,), tl.int32)
     for at in range(0, P, BLOCK):
         slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
         lower += ((slot >= 0) & (slot < expert)).to(tl.int32)
-        equal += (slot == expert).to(tl.int32)
+        mine = (slot == expert).to(tl.int32)
+        equal += mine
+        if PARTS > 1:
+            earlier += tl.where(at < first, mine, 0)
     before = tl.sum(lower, 0)
     count = tl.sum(equal, 0)
-    tl.store(starts + expert, before)
-    tl.store(stops + expert, before + count)
-    base = before // BM + expert
-    used = base + (count + BM - 1) // BM
-    end = (before + count) // BM + expert + 1
-    if expert == E - 1:
-        end = ENTRIES
-    for at in range(base, end, 128):
-        entry = at + tl.arange(0, 128)
-        tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
-    taken = before
+    if part == 0:
+        tl.store(starts + expert, before)
+        tl.store(stops + expert, before + count)
+        base = before // BM + expert
+        used = base + (count + BM - 1) // BM
+        end = (before + count) // BM + expert + 1
+        if expert == E - 1:
+            end = ENTRIES
+        for at in range(base, end, 128):
+            entry = at + tl.arange(0, 128)
+            tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
+    taken = before + tl.sum(earlier, 0)
     if count > 0:
-        for at in range(0, P, BLOCK):
+        for at in range(first, last, BLOCK):
             slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
             mine = (slot == expert).to(tl.int32)
             place = taken + tl.cumsum(mine, 0) - 1
@@ -251,15 +260,16 @@ def _gemm2(
     ENTRIES,
     H: tl.constexpr, I: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr, SWAP: tl.constexpr,
     GROUP: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TWICE: tl.constexpr, BK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
+    TWICE: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = h · w2ᵀ for BM pairs of one expert, SPLIT of which make one of GEMM1's tiles, and BN columns of H, or
-    twice as many in two products that share their rows: one product so wide would need two of its accumulators."""
+    twice as many in two products that share their rows: one product so wide would need two of its accumulators. SPAN
+    such tiles follow each other in one loop, so that short ones don't wait for their first loads and last stores."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     WIDTH: tl.constexpr = 2 * BN if TWICE else BN
-    COLUMNS: tl.constexpr = (H + WIDTH - 1) // WIDTH
+    COLUMNS: tl.constexpr = (H + WIDTH * SPAN - 1) // (WIDTH * SPAN)
     tile, column = _place(tl.program_id(0), ENTRIES * SPLIT, COLUMNS, GROUP)
     expert = tl.load(table + tile // SPLIT)
     if expert < 0:
@@ -272,41 +282,54 @@ def _gemm2(
     j = first_pair + tl.arange(0, BM)
     real = j < count
     at_row = (start + j).to(tl.int64)
+    pair = tl.load(order + start + j, mask=real, other=0).to(tl.int64)
     WHOLE_K: tl.constexpr = I % BK == 0
-    WHOLE: tl.constexpr = WHOLE_K and H % WIDTH == 0
+    WHOLE: tl.constexpr = WHOLE_K and H % (WIDTH * SPAN) == 0
+    STEPS: tl.constexpr = (I + BK - 1) // BK
     K_BLOCKS: tl.constexpr = (I + 127) // 128
     N_BLOCKS: tl.constexpr = (H + 127) // 128
-    first = column * WIDTH
-    n = first + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    w_row = expert * H + first
-    left_scales = ws + (expert * N_BLOCKS + first // 128) * K_BLOCKS
-    # Beyond H the second half reads some scale for columns that are not stored.
-    right_scales = ws + (expert * N_BLOCKS + tl.minimum((first + BN) // 128, N_BLOCKS - 1)) * K_BLOCKS
+    scales = ws + expert * N_BLOCKS * K_BLOCKS
     rows = h + at_row[:, None] * I + k[None, :]
     left = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
     right = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
-    scale = tl.zeros((BM,), tl.float32)
-    for at in range(0, I, BK):
+    for step in range(0, STEPS * SPAN):
+        at = step % STEPS * BK
+        first = (column * SPAN + step // STEPS) * WIDTH
+        n = first + tl.arange(0, BN)
         if WHOLE_K:
             a = tl.load(rows + at, mask=real[:, None], other=0.0)
         else:
             a = tl.load(rows + at, mask=real[:, None] & (k < I - at)[None, :], other=0.0)
+        b = _weight_tile(w, descriptor, expert * H + first, at, n, H, I, BN, BK, WHOLE, TMA)
         if KIND == 1:
+            # Beyond H a tile reads some scale for columns that are not stored.
+            block = tl.minimum(first // 128, N_BLOCKS - 1)
             scale = tl.load(hs + at_row * K_BLOCKS + at // 128, mask=real, other=0.0)
-        b = _weight_tile(w, descriptor, w_row, at, n, H, I, BN, BK, WHOLE, TMA)
-        of_left = scale * tl.load(left_scales + at // 128) if KIND == 1 else scale
-        left = _added(left, a, b, of_left, SWAP, KIND == 1)
+            left = _added(left, a, b, scale * tl.load(scales + block * K_BLOCKS + at // 128), SWAP, True)
+        else:
+            left = _added(left, a, b, 0.0, SWAP, False)
         if TWICE:
             if FENCE:
                 left = _finished(left)
-            b = _weight_tile(w, descriptor, w_row + BN, at, n + BN, H, I, BN, BK, WHOLE, TMA)
-            of_right = scale * tl.load(right_scales + at // 128) if KIND == 1 else scale
-            right = _added(right, a, b, of_right, SWAP, KIND == 1)
-    pair = tl.load(order + start + j, mask=real, other=0).to(tl.int64)
-    _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, H, KIND, PER_TENSOR, SWAP)
-    if TWICE:
-        _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, H, KIND, PER_TENSOR, SWAP)
+            b = _weight_tile(w, descriptor, expert * H + first + BN, at, n + BN, H, I, BN, BK, WHOLE, TMA)
+            if KIND == 1:
+                block = tl.minimum((first + BN) // 128, N_BLOCKS - 1)
+                right = _added(right, a, b, scale * tl.load(scales + block * K_BLOCKS + at // 128), SWAP, True)
+            else:
+                right = _added(right, a, b, 0.0, SWAP, False)
+        if SPAN > 1:  # noqa: SIM102  # known when it is compiled
+            if step % STEPS == STEPS - 1:
+                _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, H, KIND, PER_TENSOR, SWAP)
+                left = tl.zeros_like(left)
+                if TWICE:
+                    _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, H, KIND, PER_TENSOR, SWAP)
+                    right = tl.zeros_like(right)
+    if SPAN == 1:
+        n = column * WIDTH + tl.arange(0, BN)
+        _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, H, KIND, PER_TENSOR, SWAP)
+        if TWICE:
+            _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, H, KIND, PER_TENSOR, SWAP)
 
 
 @triton.jit
@@ -372,10 +395,10 @@ def _requantize(
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles and launch options. `bm`: pairs of a tile, which GEMM2 may split. `swap`: weights are the left operand,
-    which tensor cores want when a tile has few pairs. `bn`: columns of a tile; GEMM1 has as many of gate and of up,
-    GEMM2 twice as many with `twice`. `group`: tiles that go through all columns together. `tma`: weights come by the
-    tensor memory accelerator. `pdl`: programmatic dependent launch.
+    """Tiles and launch options. `bm`: pairs of a tile, which GEMM2 may split in `split2`. `swap`: weights are the left
+    operand, which tensor cores want when a tile has few pairs. `bn`: columns of a tile; GEMM1 has as many of gate and
+    of up, GEMM2 twice as many with `twice`, and `span` such tiles in one program. `group`: tiles that go through all
+    columns together. `tma`: weights come by the tensor memory accelerator. `pdl`: programmatic dependent launch.
     """
 
     bm: int
@@ -389,6 +412,7 @@ class Config:
     warps2: int
     stages2: int
     twice: bool = False
+    span: int = 1
     split2: int = 1
     group: int = 8
     tma: bool = False
@@ -464,13 +488,15 @@ def fused_moe(
         together = P <= MOST_PAIRS_TOGETHER
         if quantizes and not together:
             quantize_rows(source, experts.kind, out=QuantizedRows(values, scales))
+        parts = 1 if together else max(1, min(8, 256 // E))  # programs enough for the chip
+        block = min(4096, triton.next_power_of_2(max(P, 16)))
         launch(
             _prepare,
-            (E + (R * -(-blocks_of(H) // GROUPS_TOGETHER) if quantizes and together else 0), 1, 1),
+            (E * parts + (R * -(-blocks_of(H) // GROUPS_TOGETHER) if quantizes and together else 0), 1, 1),
             (slots_RK, source, values, scales, table, starts, stops, order),
             (R, entries),
-            (E, K, config.bm, min(4096, triton.next_power_of_2(max(P, 16))), H, GROUPS_TOGETHER, FP8_MAX, TINY, pdl),
-            **_options(8, 3, pdl),
+            (E, K, parts, config.bm, block, H, GROUPS_TOGETHER, FP8_MAX, TINY, pdl),
+            **_options(8, 1, pdl),
         )
 
     s13 = hs if experts.s13 is None else experts.s13
@@ -502,7 +528,7 @@ def fused_moe(
             h = codes
     with stages("gemm2"):
         by_tma = tiles_of(experts.w2_eHi, config.bn2, config.bk2) if config.tma else hs
-        columns = -(-H // (config.bn2 * (2 if config.twice else 1)))
+        columns = -(-H // (config.bn2 * (2 if config.twice else 1) * config.span))
         launch(
             _gemm2,
             (entries * config.split2 * columns, 1, 1),
@@ -510,7 +536,7 @@ def fused_moe(
             (entries,),
             (
                 *(H, width, kind, per_tensor, config.swap, config.group, config.tma, config.split2),
-                *(config.bm // config.split2, config.bn2, config.twice, config.bk2, fence, pdl),
+                *(config.bm // config.split2, config.bn2, config.twice, config.span, config.bk2, fence, pdl),
             ),
             **_options(config.warps2, config.stages2, pdl),
         )
