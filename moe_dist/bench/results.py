@@ -139,7 +139,7 @@ def provenance(machine: Machine) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
-        "command": " ".join(["moe-dist", *map(_without_folder, sys.argv[1:])]),
+        "command": " ".join([_program(), *map(_without_folder, sys.argv[1:])]),
         "machine": {
             "gpu": machine.name if gpu else None,
             "cpu": None if gpu else machine.name,
@@ -153,6 +153,12 @@ def provenance(machine: Machine) -> dict[str, Any]:
             "flashinfer": _version("flashinfer-python"),
         },
     }
+
+
+def _program() -> str:
+    """What was started, as one would type it in the repository: the command itself, or a script of benchmarks/."""
+    path = Path(sys.argv[0])
+    return f"{path.parent.name}/{path.name}" if path.parent.name == "benchmarks" else "moe-dist"
 
 
 def _without_folder(argument: str) -> str:

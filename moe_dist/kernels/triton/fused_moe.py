@@ -23,7 +23,7 @@ from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_dist.kernels.triton.launch import launch
-from moe_dist.kernels.triton.quantize import divided, quantize_rows, quantized
+from moe_dist.kernels.triton.quantize import divided, quantize_rows, quantized, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
 from moe_dist.spec import BLOCK, QuantKind
 from moe_dist.stages import NO_STAGES, Stages
@@ -254,22 +254,25 @@ def _weight_scale(
         return tl.load(ws + expert * F + half * I + n, mask=n < I, other=0.0)
 
 
-@triton.jit(do_not_specialize=["ENTRIES"])
+@triton.jit(do_not_specialize=["ENTRIES", "P"])
 def _gemm2(
     h, hs, w, ws, a2, table, starts, stops, order, out, descriptor,
-    ENTRIES,
+    ENTRIES, P,
     H: tl.constexpr, I: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr, SWAP: tl.constexpr,
     GROUP: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TWICE: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr,
+    TWICE: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr, FENCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = h · w2ᵀ for BM pairs of one expert, SPLIT of which make one of GEMM1's tiles, and BN columns of H, or
-    twice as many in two products that share their rows: one product so wide would need two of its accumulators. SPAN
-    such tiles follow each other in one loop, so that short ones don't wait for their first loads and last stores."""
+    """out[part, pair] = h · w2ᵀ over one of SPLIT_K parts of the sum, for BM pairs of one expert, SPLIT of which make
+    one of GEMM1's tiles, and BN columns of H, or twice as many in two products that share their rows: one product so
+    wide would need two of its accumulators. SPAN such tiles follow each other in one loop, so that short ones don't
+    wait for their first loads and last stores."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     WIDTH: tl.constexpr = 2 * BN if TWICE else BN
     COLUMNS: tl.constexpr = (H + WIDTH * SPAN - 1) // (WIDTH * SPAN)
+    STEPS: tl.constexpr = ((I + BK - 1) // BK + SPLIT_K - 1) // SPLIT_K  # of one part
     tile, column = _place(tl.program_id(0), ENTRIES * SPLIT, COLUMNS, GROUP)
     expert = tl.load(table + tile // SPLIT)
     if expert < 0:
@@ -283,9 +286,10 @@ def _gemm2(
     real = j < count
     at_row = (start + j).to(tl.int64)
     pair = tl.load(order + start + j, mask=real, other=0).to(tl.int64)
-    WHOLE_K: tl.constexpr = I % BK == 0
+    WHOLE_K: tl.constexpr = I % (BK * SPLIT_K) == 0
     WHOLE: tl.constexpr = WHOLE_K and H % (WIDTH * SPAN) == 0
-    STEPS: tl.constexpr = (I + BK - 1) // BK
+    part = tl.program_id(1)
+    out += part.to(tl.int64) * P * H
     K_BLOCKS: tl.constexpr = (I + 127) // 128
     N_BLOCKS: tl.constexpr = (H + 127) // 128
     k = tl.arange(0, BK)
@@ -294,7 +298,7 @@ def _gemm2(
     left = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
     right = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
     for step in range(0, STEPS * SPAN):
-        at = step % STEPS * BK
+        at = (part * STEPS + step % STEPS) * BK
         first = (column * SPAN + step // STEPS) * WIDTH
         n = first + tl.arange(0, BN)
         if WHOLE_K:
@@ -303,10 +307,11 @@ def _gemm2(
             a = tl.load(rows + at, mask=real[:, None] & (k < I - at)[None, :], other=0.0)
         b = _weight_tile(w, descriptor, expert * H + first, at, n, H, I, BN, BK, WHOLE, TMA)
         if KIND == 1:
-            # Beyond H a tile reads some scale for columns that are not stored.
+            # Beyond H a tile reads some scale for columns that are not stored, beyond I one for zeros.
             block = tl.minimum(first // 128, N_BLOCKS - 1)
-            scale = tl.load(hs + at_row * K_BLOCKS + at // 128, mask=real, other=0.0)
-            left = _added(left, a, b, scale * tl.load(scales + block * K_BLOCKS + at // 128), SWAP, True)
+            k_block = tl.minimum(at // 128, K_BLOCKS - 1)
+            scale = tl.load(hs + at_row * K_BLOCKS + at // 128, mask=real & (at < I), other=0.0)
+            left = _added(left, a, b, scale * tl.load(scales + block * K_BLOCKS + k_block), SWAP, True)
         else:
             left = _added(left, a, b, 0.0, SWAP, False)
         if TWICE:
@@ -315,7 +320,7 @@ def _gemm2(
             b = _weight_tile(w, descriptor, expert * H + first + BN, at, n + BN, H, I, BN, BK, WHOLE, TMA)
             if KIND == 1:
                 block = tl.minimum((first + BN) // 128, N_BLOCKS - 1)
-                right = _added(right, a, b, scale * tl.load(scales + block * K_BLOCKS + at // 128), SWAP, True)
+                right = _added(right, a, b, scale * tl.load(scales + block * K_BLOCKS + k_block), SWAP, True)
             else:
                 right = _added(right, a, b, 0.0, SWAP, False)
         if SPAN > 1:  # noqa: SIM102  # known when it is compiled
@@ -350,7 +355,8 @@ def _store_rows(
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, y, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    out, slots, weights, y, H: tl.constexpr, K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K."""
     if PDL:
@@ -359,12 +365,16 @@ def _weighted_sum(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
+    part = tl.num_programs(0).to(tl.int64) * K * H
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for place in tl.static_range(K):
         pair = row * K + place
         slot = tl.load(slots + pair)
         weight = tl.load(weights + pair)
-        value = tl.load(out + pair * H + column, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        at = out + pair * H + column
+        value = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        for number in tl.static_range(1, SPLIT_K):
+            value += tl.load(at + number * part, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
         total += weight * value
     tl.store(y + row * H + column, total.to(y.dtype.element_ty), mask=inside)
 
@@ -387,7 +397,7 @@ def _requantize(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     values = tl.load(h + row * I + column, mask=column < I, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.load(maxima + row) / FP8_MAX, TINY)
+    scale = scale_from(tl.load(maxima + row), FP8_MAX, TINY)
     codes = tl.clamp(divided(values, scale), -FP8_MAX, FP8_MAX)
     tl.store(q + row * I + column, codes.to(q.dtype.element_ty), mask=column < I)
     tl.store(s + row, scale)
@@ -398,7 +408,8 @@ class Config:
     """Tiles and launch options. `bm`: pairs of a tile, which GEMM2 may split in `split2`. `swap`: weights are the left
     operand, which tensor cores want when a tile has few pairs. `bn`: columns of a tile; GEMM1 has as many of gate and
     of up, GEMM2 twice as many with `twice`, and `span` such tiles in one program. `group`: tiles that go through all
-    columns together. `tma`: weights come by the tensor memory accelerator. `pdl`: programmatic dependent launch.
+    columns together. `split_k`: parts of GEMM2's sum, for so few tiles that they don't fill the chip. `tma`: weights
+    come by the tensor memory accelerator. `pdl`: programmatic dependent launch.
     """
 
     bm: int
@@ -414,6 +425,7 @@ class Config:
     twice: bool = False
     span: int = 1
     split2: int = 1
+    split_k: int = 1
     group: int = 8
     tma: bool = False
     pdl: bool = False
@@ -466,7 +478,7 @@ def fused_moe(
         scratch.want(size, dtype=torch.int32)
     scratch.want(P, width, dtype=FP8 if kind in (BLOCK_SCALES, STATIC) else torch.bfloat16)
     scratch.want(P, blocks if kind == BLOCK_SCALES else 1, dtype=torch.float32)
-    scratch.want(P, H, dtype=torch.bfloat16)
+    scratch.want(config.split_k, P, H, dtype=torch.bfloat16)
     if rows_kept:
         scratch.want(P, width, dtype=FP8)
         scratch.want(P, dtype=torch.float32)
@@ -531,12 +543,21 @@ def fused_moe(
         columns = -(-H // (config.bn2 * (2 if config.twice else 1) * config.span))
         launch(
             _gemm2,
-            (entries * config.split2 * columns, 1, 1),
+            (entries * config.split2 * columns, config.split_k, 1),
             (h, hs, experts.w2_eHi, s2, a2, table, starts, stops, order, out, by_tma),
-            (entries,),
+            (entries, P),
             (
                 *(H, width, kind, per_tensor, config.swap, config.group, config.tma, config.split2),
-                *(config.bm // config.split2, config.bn2, config.twice, config.span, config.bk2, fence, pdl),
+                *(
+                    config.bm // config.split2,
+                    config.bn2,
+                    config.twice,
+                    config.span,
+                    config.bk2,
+                    config.split_k,
+                    fence,
+                    pdl,
+                ),
             ),
             **_options(config.warps2, config.stages2, pdl),
         )
@@ -547,7 +568,7 @@ def fused_moe(
             (R, -(-H // block), 1),
             (out, slots_RK, weights_RK, y),
             (),
-            (H, K, block, pdl),
+            (H, K, config.split_k, block, pdl),
             **_options(4, 1, pdl),
         )
     return y

@@ -63,9 +63,14 @@ def divided(values, scale):
 
 
 @triton.jit
+def scale_from(amax, FP8_MAX: tl.constexpr, TINY: tl.constexpr):
+    return tl.maximum(tl.div_rn(amax, tl.full(amax.shape, FP8_MAX, tl.float32)), TINY)
+
+
+@triton.jit
 def quantized(values, amax, FP8_MAX: tl.constexpr, TINY: tl.constexpr):
     """(codes in float32, scales) of values with one largest magnitude for each row of them."""
-    scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + FP8_MAX), TINY)
+    scale = scale_from(amax, FP8_MAX, TINY)
     return tl.clamp(divided(values, scale[:, None]), -FP8_MAX, FP8_MAX), scale
 
 
@@ -89,7 +94,7 @@ def _quantize_whole_rows(x, q, s, H, FP8_MAX: tl.constexpr, TINY: tl.constexpr, 
     column = tl.arange(0, WIDTH)
     inside = column < H
     values = tl.load(x + row * H + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), 0) / FP8_MAX, TINY)
+    scale = scale_from(tl.max(tl.abs(values), 0), FP8_MAX, TINY)
     codes = tl.clamp(divided(values, scale), -FP8_MAX, FP8_MAX)
     tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=inside)
     tl.store(s + row, scale)
