@@ -21,6 +21,7 @@ from moe_dist.weights import ExpertWeights
 if TYPE_CHECKING:
     from moe_dist.kernels.triton.fused_moe import Config
 
+SCARCE_COLUMNS = 264 * 128  # of GEMM2's output, over all experts in use: fewer tiles than two for each multiprocessor
 GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and bytes of a wide load
 
 
@@ -76,7 +77,8 @@ class TritonFused(Backend):
         bk = 128 if spec.quantized else 64
         few: dict[str, Any] = {
             "bm": 16, "swap": True, "bn1": 128, "bk1": bk, "warps1": 4, "stages1": 3, "bn2": 128, "bk2": bk,
-            "warps2": 4, "stages2": 4, "twice": False, "span": 1, "split2": 1, "group": 8, "tma": False, "pdl": True,
+            "warps2": 4, "stages2": 4, "twice": False, "span": 1, "split2": 1, "split_k": 1,
+            "group": 8, "tma": False, "pdl": True,
         }  # fmt: skip
         some = few | {"bm": 64, "swap": False, "warps1": 8, "stages1": 4, "stages2": 3, "tma": True}
         many = some | {"bm": 128, "split2": 2, "stages1": 3, "stages2": 4, "span": 4}
@@ -86,6 +88,9 @@ class TritonFused(Backend):
                 {}, {"tma": True}, {"twice": True, "stages2": 3}, {"span": 2}, {"stages1": 4, "stages2": 3},
                 {"stages1": 5, "stages2": 6}, {"tma": True, "warps2": 8, "stages2": 3}, {"bm": 48 - few["bm"]},
             ]  # fmt: skip
+            here = rows * spec.top_k * problem.num_local / spec.num_experts
+            if min(here, problem.num_local) * spec.hidden < SCARCE_COLUMNS:
+                changes += [{"split_k": 2}, {"split_k": 4, "stages2": 3}]
             return [few | change for change in changes]
         if each <= 128:
             changes = [{}, {"span": 8}, {"warps1": 4, "stages1": 2, "span": 4}, {"stages1": 3}]

@@ -124,7 +124,7 @@ def tune_shape(
     for rows in buckets:
         search = _Search(backend, part, rows, shown, step)
         shown(f"{search.label}: inputs and the oracle")
-        sample = partial(_sample, plan, part, shard, backend, rows)
+        sample = partial(draw_sample, plan, part, shard, backend, rows)
         search.run(sample(0), lambda sample=sample: [sample(seed) for seed in range(1, seeds)])  # type: ignore[misc]
         tuned.found.append(search.found)
     backend.use_config(None)
@@ -154,7 +154,7 @@ def _random_shard(part: Part, seed: int, device: torch.device, shown: Shown) -> 
     )
 
 
-def _sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, rows: int, seed: int) -> Sample:
+def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, rows: int, seed: int) -> Sample:
     spec, placement, rank, device = part.problem.spec, part.placement, part.rank, shard.device
     generator = torch.Generator(device).manual_seed(seed)
     x_RH = torch.randn(rows, spec.hidden, generator=generator, device=device).to(spec.torch_dtype)

@@ -16,8 +16,8 @@ from moe_dist.routing import Routing
 from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
 
-# Tokens a rank. An H200's host needs 0.3 to 0.5 ms more for exact splits than for even ones; so much padding crosses
-# NVLink sooner. Packing spares a collective and costs a copy of all rows.
+# Tokens a rank. For so few, padding takes less time on NVLink than the host takes to learn exact splits (seen on H200s);
+# packing spares a collective and costs a copy of all rows.
 EVEN_UP_TO = 1024
 PACKED_UP_TO = 256
 

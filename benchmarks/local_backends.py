@@ -1,0 +1,212 @@
+"""One rank's share of the layer on one GPU, backends side by side with what else computes it:
+
+    python benchmarks/local_backends.py OUT.json [SECONDS]
+
+DeepSeek-V3 under EP4 and TP4 and Qwen3-235B-A22B under TP4, as rank 0 holds them, from bf16 rows: the whole operation
+in a CUDA graph (quantizing included), dense random data, uniform routing, median over five seeds; the floor is that of
+the routing drawn. Where the package deep_gemm is installed its two grouped GEMMs are timed alone, on rows sorted and
+quantized beforehand: no whole operation. Rows go into the project's results form, with layer "local". Without time for
+everything within SECONDS the last sizes are left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends import BACKENDS
+from moe_dist.bench.results import provenance
+from moe_dist.bench.roofline import PEAKS, rank_floor_us
+from moe_dist.bench.tune import draw_sample, forward_us
+from moe_dist.config import find_model
+from moe_dist.graph import capture
+from moe_dist.plan import Machine, Part, Plan, make_plan
+from moe_dist.quantization import FP8
+from moe_dist.reference import relative_error
+from moe_dist.routing import synthetic_routing
+from moe_dist.spec import BLOCK, ParallelSpec
+from moe_dist.weights import ExpertWeights, random_expert, shard_from
+
+SHAPES = (("DeepSeek-V3", {"ep": 4}), ("DeepSeek-V3", {"tp": 4}), ("Qwen3-235B-A22B", {"tp": 4}))
+ROWS = (8, 128, 2048, 8192)
+SEEDS, ITERS = 5, 20
+OURS, PEERS = ("triton", "cutlass"), ("flashinfer_cutlass",)
+
+
+def main() -> None:
+    path, until = sys.argv[1], time.time() + (float(sys.argv[2]) if len(sys.argv) > 2 else 3600.0)
+    machine, rows = Machine.detect("cuda"), []
+    names = [name for name in (*OURS, *PEERS) if name in BACKENDS.names() and BACKENDS.get(name).available("cuda").ok]
+    print(f"backends: {', '.join(names)}; deep_gemm: {deep_gemm_version() or 'not installed'}", flush=True)
+    with torch.inference_mode():
+        for model, grid in SHAPES:
+            spec, parallel = find_model(model), ParallelSpec(**grid)
+            shard: ExpertWeights | None = None
+            for name in names:
+                plan = make_plan(spec, parallel, exchange="ag_rs", backend=name, payload="unquantized", machine=machine)
+                part = plan.parts()[0]
+                if shard is None:
+                    make = lambda expert, spec=spec: random_expert(spec, expert, 0, "cuda")  # noqa: E731
+                    shard = shard_from(make, part.placement, part.rank)
+                backend = BACKENDS.get(name)(spec, plan.out_dtype)
+                backend.prepare(shard)
+                for count in ROWS:
+                    if time.time() > until:
+                        print(f"left out, no time: {model} {parallel.label} {name} {count}", flush=True)
+                        continue
+                    rows.append(measured(plan, part, shard, backend, count))
+                    print(line(rows[-1]), flush=True)
+            if shard is not None and deep_gemm_version():
+                shard.turn(gate_first=True)
+                for count in ROWS:
+                    if time.time() < until:
+                        rows.append(gemms_alone(plan, part, shard, count))
+                        print(line(rows[-1]), flush=True)
+            del shard, backend
+            torch.cuda.empty_cache()
+            with open(path, "w") as file:
+                json.dump(provenance(machine) | {"rows": rows}, file, indent=1, allow_nan=False)
+
+
+def measured(plan: Plan, part: Part, shard: ExpertWeights, backend: Any, count: int) -> dict[str, Any]:
+    times, floors, errors, stages = [], [], [], {}
+    for seed in range(SEEDS):
+        sample = draw_sample(plan, part, shard, backend, count, seed)
+        backend.use_config(None)
+        if seed == 0:
+            errors.append(relative_error(backend.forward(sample.rows[0]), sample.expected_RH))
+            stages = kernels_us(lambda sample=sample: backend.forward(sample.rows[0]))
+        times.append(forward_us(backend, sample, ITERS))
+        floors.append(sample.floor_us or float("nan"))
+    return (
+        row(plan, sample.rows[0].slots_RK, count)
+        | {
+            "backend": plan.backend,
+            "p50_us": round(median(times), 2),
+            "floor_us": round(median(floors), 2),
+            "ratio": round(median(t / f for t, f in zip(times, floors, strict=True)), 3),
+            "err_oracle": max(errors),
+            "ok": max(errors) <= backend.numerics.tolerance * 1.5,
+            "kernels_us": stages,
+        }
+        | ({"peer": f"flashinfer {version('flashinfer-python')}"} if plan.backend in PEERS else {})
+    )
+
+
+def row(plan: Plan, here: Tensor, count: int) -> dict[str, Any]:
+    """`here`: the slots of one seed's routing."""
+    spec, placement = plan.spec, plan.placement
+    return {
+        "model": spec.name, "hidden": spec.hidden, "intermediate": spec.intermediate, "num_experts": spec.num_experts,
+        "top_k": spec.top_k, "activation": spec.activation, "quant": spec.quant_label, "tp": placement.tp,
+        "ep": placement.ep, "world": placement.world, "placement": plan.parallel.label, "layer": "local",
+        "exchange": "local", "token_layout": "replicated", "global_tokens": count, "skew": "uniform", "seed": 0,
+        "seeds": SEEDS, "iters": ITERS, "graph": True, "runtime": None, "payload_dtype": "bf16",
+        "combine_dtype": plan.combine_dtype, "p99_us": None, "err_exact": None, "pairs": int((here >= 0).sum()),
+        "active_experts": int(here[here >= 0].unique().numel()), "chosen_by": "name",
+    }  # fmt: skip
+
+
+def kernels_us(call: Callable[[], object], count: int = 5) -> dict[str, float]:
+    """Median microseconds of each kernel of one call, run eagerly, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+    times = {
+        event.key.split("(")[0].split("<")[0][:80]: event.self_device_time_total / count
+        for event in found.key_averages()
+    }
+    return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us > 0.05}
+
+
+def deep_gemm_version() -> str | None:
+    try:
+        import deep_gemm  # noqa: F401
+
+        return version("sgl-deep-gemm")
+    except (ImportError, PackageNotFoundError, OSError):
+        return None
+
+
+def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dict[str, Any]:
+    """DeepGEMM's contiguous grouped GEMMs on rows that lie sorted by expert, each expert's padded to whole blocks."""
+    import deep_gemm
+
+    times, floors = [], []
+    for seed in range(SEEDS):
+        routing = synthetic_routing(plan.spec, count, "uniform", seed).to("cuda")
+        slots = part.placement.slots_on(part.rank, routing.ids_TK)
+        counts = torch.bincount(slots[slots >= 0].long(), minlength=shard.num_experts)
+        padded = (counts + BLOCK - 1) // BLOCK * BLOCK
+        expert = torch.repeat_interleave(torch.arange(shard.num_experts, device="cuda", dtype=torch.int32), padded)
+        total = len(expert)
+        calls = []
+        for weights, scales in ((shard.w13_eFH, shard.s13), (shard.w2_eHi, shard.s2)):
+            wide, columns = weights.shape[2], weights.shape[1]
+            codes, of_codes = quantized(torch.randn(total, wide, device="cuda", dtype=torch.bfloat16))
+            out = torch.empty(total, columns, device="cuda", dtype=torch.bfloat16)
+            calls.append((codes, of_codes, weights, scales, out))
+
+        def both(calls: list[Any] = calls, expert: Tensor = expert) -> None:
+            for codes, of_codes, weights, scales, out in calls:
+                deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, of_codes), (weights, scales), out, expert)
+
+        graph, _ = capture(both, both)
+        times.append(replay_us(graph.replay))
+        pairs, active = int(counts.sum()), int((counts > 0).sum())
+        floors.append(rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, PEAKS[plan.machine.name]))
+    return row(plan, slots, count) | {
+        "backend": "deep_gemm: two GEMMs alone",
+        "peer": f"sgl-deep-gemm {deep_gemm_version()}",
+        "p50_us": round(median(times), 2),
+        "floor_us": round(median(floors), 2),
+        "ratio": round(median(t / f for t, f in zip(times, floors, strict=True)), 3),
+        "err_oracle": None,
+        "ok": None,
+    }
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    import deep_gemm
+
+    groups = x.float().unflatten(1, (-1, BLOCK))
+    scales = groups.abs().amax(-1).clamp_min(1e-6) / 448
+    codes = (groups / scales[..., None]).to(FP8).flatten(1)
+    turn = getattr(deep_gemm, "get_mn_major_tma_aligned_tensor", lambda tensor: tensor)
+    return codes, turn(scales)
+
+
+def replay_us(replay: Callable[[], object]) -> float:
+    times = []
+    for _ in range(ITERS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return median(times)
+
+
+def line(found: dict[str, Any]) -> str:
+    error = "" if found["err_oracle"] is None else f" err {found['err_oracle']:.4f}"
+    return (
+        f"{found['model']:16s} {found['placement']:4s} {found['global_tokens']:5d} {found['backend']:28s}"
+        f" {found['p50_us']:9.1f} µs  floor {found['floor_us']:7.1f}  x{found['ratio']:.3f}{error}"
+    )
+
+
+if __name__ == "__main__":
+    main()
