@@ -67,9 +67,20 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
 
 
+def _call(self: Any, *arguments: Any, **named: Any) -> Any:
+    """A kernel calls another function. As it comes, the interpreter patches Triton's language anew each time, which
+    takes longer than all the rest; for the functions of one module once is enough."""
+    if self.fn.__module__ not in _patched_for:
+        _patched_for.add(self.fn.__module__)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*arguments, **named)
+
+
+_patched_for: set[str] = set()
 _plain_dot = interpreter.InterpreterBuilder.create_dot
 _plain_cast = interpreter.InterpreterBuilder.cast_impl
 interpreter._convert_float = convert_float
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter.InterpreterBuilder.create_fma = _fma
+interpreter.InterpretedFunction.__call__ = _call

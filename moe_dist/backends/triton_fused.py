@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_dist.kernels.triton.fused_moe import Config
 
 SCARCE_COLUMNS = 264 * 128  # of GEMM2's output, over all experts in use: fewer tiles than two for each multiprocessor
+LONGEST_ROW = 16384  # what one program quantizes with one scale
 GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and bytes of a wide load
 
 
@@ -62,6 +63,9 @@ class TritonFused(Backend):
         if spec.hidden % GRANULARITY or width % GRANULARITY:
             sizes = f"hidden ({spec.hidden}) and slices ({width})"
             return Support(False, f"needs {sizes} in multiples of {GRANULARITY}")
+        if spec.quant in ("fp8_channel", "fp8_tensor_dynamic") and max(spec.hidden, width) > LONGEST_ROW:
+            sizes = f"hidden ({spec.hidden}) and slices ({width})"
+            return Support(False, f"{spec.quant} needs {sizes} of at most {LONGEST_ROW}: a whole row has one scale")
         return Support(True)
 
     @classmethod
@@ -115,11 +119,14 @@ class TritonFused(Backend):
         self._empty = weights.num_experts == 0 or weights.width == 0
         self._forced: Config | None = None
         self._chosen: dict[int, Config] = {}
+        self._tiles: dict[tuple[int, int, int], Any] = {}
 
     def use_config(self, config: dict[str, Any] | None) -> None:
         from moe_dist.kernels.triton.fused_moe import Config
 
         self._forced = None if config is None else Config(**config)
+        if self._forced is not None:
+            self._forced.check(self.spec.quant)
 
     def forward(self, rows: TokenRows) -> Tensor:
         from moe_dist.kernels.triton.fused_moe import fused_moe
@@ -131,7 +138,7 @@ class TritonFused(Backend):
         config = self._forced or self._chosen.get(count) or self._choose(rows)
         return fused_moe(
             rows.x, rows.slots_RK, rows.weights_RK, self._weights, self.spec.activation, config, self.out_dtype,
-            self.stages,
+            self.stages, self._tiles,
         )  # fmt: skip
 
     def _choose(self, rows: TokenRows) -> Config:
@@ -144,5 +151,7 @@ class TritonFused(Backend):
             payload = "fp8" if isinstance(rows.x, QuantizedRows) else "bf16"
             problem = Problem(self.spec, weights.width, weights.num_experts, "cuda", (9, 0), payload)
             values = self.default_config(problem, count)
-        self._chosen[count] = config = Config(**values)
+        config = Config(**values)
+        config.check(self.spec.quant)
+        self._chosen[count] = config
         return config

@@ -16,7 +16,7 @@ from moe_dist.routing import Routing
 from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
 
-# Tokens a rank. For so few, padding takes less time on NVLink than the host takes to learn exact splits (seen on H200s);
+# Tokens a rank. For so few, padding takes less time on NVLink than a host takes to learn exact splits (seen on H200s);
 # packing spares a collective and costs a copy of all rows.
 EVEN_UP_TO = 1024
 PACKED_UP_TO = 256

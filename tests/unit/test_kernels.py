@@ -1,22 +1,38 @@
 """The Triton kernels without a GPU: run in Triton's interpreter, compiled for sm_90."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from moe_dist.backends import Problem
+from moe_dist.backends.triton_fused import TritonFused
+from moe_dist.spec import MoESpec
 
 TESTS = Path(__file__).parents[1]
+SHARED_MEMORY = 227 * 1024  # bytes that one program can have on SM90
 
 
-def test_in_the_interpreter():
+def in_the_interpreter(file: str, passed: int, timeout_s: float) -> None:
     """Triton reads the variable when kernels are decorated, so they get a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/kernels_interpreted.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/{file}"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "11 passed" in done.stdout, done.stdout[-500:]
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert re.search(rf"^{passed} passed in", done.stdout, re.MULTILINE), done.stdout[-500:]
+
+
+def test_row_kernels_in_the_interpreter():
+    in_the_interpreter("kernels_interpreted.py", passed=11, timeout_s=170)
+
+
+@pytest.mark.timeout(400)
+def test_fused_moe_in_the_interpreter():
+    in_the_interpreter("fused_moe_interpreted.py", passed=105, timeout_s=390)
 
 
 def kernels():
@@ -63,3 +79,94 @@ def test_compiles_for_sm_90(index):
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
+
+
+TYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.float32: "fp32", torch.int32: "i32"}
+FEW, MANY = 16, 16384  # rows; with DeepSeek-V3's experts half a pair for each and 512
+ALWAYS = ["_prepare", "_gemm1", "_gemm2", "_weighted_sum"]
+REQUANTIZED = ["_prepare", "_gemm1", "_row_maxima", "_requantize", "_gemm2", "_weighted_sum"]
+
+
+def launched(quant: str, rows: int, quantized: bool = False, **changes):
+    """What the fused MoE launches with its default config for a rank of DeepSeek-V3, compiled for sm_90: {kernel's
+    name: compiled}, in order, and the config."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from moe_dist.kernels.triton import fused_moe, precompile, quantize
+
+    calls = []
+
+    def record(kernel, grid, tensors, integers, constants=(), **options):
+        calls.append((kernel, tensors, integers, constants, options))
+
+    spec = MoESpec(hidden=7168, intermediate=2048, num_experts=256, top_k=8, quant=quant)
+    problem = Problem(spec, 2048, 256, "cuda", (9, 0), "fp8" if quantized else "bf16")
+    config = TritonFused.default_config(problem, rows) | changes
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fused_moe, quantize):
+            patch.setattr(module, "launch", record)
+        precompile._compile(spec, 2048, 256, rows, quantized, config)
+    found = {}
+    for kernel, tensors, integers, constants, options in calls:
+        types = [
+            f"*{TYPES[tensor.dtype]}"
+            if isinstance(tensor, torch.Tensor)
+            else f"tensordesc<{TYPES[tensor.base.dtype]}{tensor.block_shape}>"
+            for tensor in tensors
+        ] + ["i32"] * len(integers)
+        names = kernel.arg_names
+        signature = dict(zip(names, types + ["constexpr"] * len(constants), strict=True))
+        aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types) if kind[0] == "*"}
+        source = ASTSource(kernel, signature, dict(zip(names[len(types) :], constants, strict=True)), aligned)
+        found[kernel.fn.__name__] = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return found, config
+
+
+def stack_bytes(compiled, folder: Path) -> int:
+    """What a thread keeps in memory because its registers don't hold it."""
+    import triton
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    (size,) = re.findall(r"STACK:(\d+)", done.stdout)
+    return int(size)
+
+
+@pytest.mark.parametrize(
+    ("quant", "rows", "quantized", "changes", "names"),
+    [
+        ("fp8_block", FEW, False, {}, ALWAYS),
+        ("fp8_block", FEW, True, {"tma": True, "span": 2, "split_k": 2, "pdl": False}, ALWAYS),
+        ("fp8_block", MANY, False, {}, ["_quantize_groups", *ALWAYS]),
+        ("none", FEW, False, {}, ALWAYS),
+        ("none", MANY, False, {}, ALWAYS),
+        ("fp8_channel", FEW, False, {}, ["_quantize_whole_rows", *REQUANTIZED]),
+        ("fp8_tensor_static", MANY, True, {"twice": True, "split2": 1, "warps2": 8}, ALWAYS),
+        ("fp8_tensor_dynamic", FEW, True, {"bm": 32}, REQUANTIZED),
+    ],
+)
+def test_fused_moe_compiles_for_sm_90(quant, rows, quantized, changes, names):
+    """On Hopper's tensor cores, within its shared memory, with what the config asks for."""
+    found, config = launched(quant, rows, quantized, **changes)
+    assert list(found) == names
+    assert (config["bm"], config["swap"]) == ((128, False) if rows == MANY else (changes.get("bm", 16), True))
+    for name in ALWAYS:
+        assert ("griddepcontrol.wait" in found[name].asm["ptx"]) == config["pdl"], name
+    for name in ("_gemm1", "_gemm2"):
+        code = found[name].asm["ptx"]
+        assert "wgmma.mma_async" in code
+        assert "mma.sync" not in code
+        assert ("cp.async.bulk.tensor" in code) == config["tma"]
+        assert found[name].metadata.shared <= SHARED_MEMORY
+
+
+def test_the_large_gemms_spill_nothing(tmp_path: Path):
+    """GEMM1 was 1.7 times slower when it did."""
+    found, config = launched("fp8_block", MANY)
+    sizes = {"bm": 128, "bn1": 128, "bk1": 128, "warps1": 8, "stages1": 3, "tma": True}
+    assert config | sizes == config
+    assert stack_bytes(found["_gemm1"], tmp_path) == 0
+    assert stack_bytes(found["_gemm2"], tmp_path) == 0

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_dist.errors import ConfigError
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, quantized, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
@@ -430,6 +431,24 @@ class Config:
     tma: bool = False
     pdl: bool = False
 
+    def check(self, quant: QuantKind) -> None:
+        """Raises ConfigError for sizes with which the kernels would compute something else."""
+        sizes = {"bm": self.bm, "bn1": self.bn1, "bk1": self.bk1, "bn2": self.bn2, "bk2": self.bk2}
+        for name, size in sizes.items():
+            if size < 16 or size & (size - 1):
+                raise ConfigError(f"config.{name}", size, "tiles are powers of two", "16 and more")
+        if self.split2 < 1 or self.bm % self.split2 or self.bm // self.split2 < 16:
+            raise ConfigError("config.split2", self.split2, f"cuts {self.bm} pairs into tiles of 16 and more")
+        for name, count in (("span", self.span), ("split_k", self.split_k), ("group", self.group)):
+            if count < 1:
+                raise ConfigError(f"config.{name}", count, "counts something", "1 and more")
+        if quant == "fp8_block":
+            for name in ("bn1", "bk1", "bk2"):
+                if sizes[name] != BLOCK:
+                    raise ConfigError(f"config.{name}", sizes[name], "one scale block of fp8_block", (BLOCK,))
+            if self.bn2 > BLOCK:
+                raise ConfigError("config.bn2", self.bn2, "at most one scale block of fp8_block", f"16 to {BLOCK}")
+
 
 class Scratch:
     """Tensors for one step, cut from one allocation."""
@@ -463,9 +482,12 @@ def fused_moe(
     config: Config,
     out_dtype: torch.dtype,
     stages: Stages = NO_STAGES,
+    tiles: dict[tuple[int, int, int], Any] | None = None,
 ) -> Tensor:
-    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights."""
+    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights. `tiles`
+    keeps the descriptors of these weights from call to call."""
     (R, K), device = slots_RK.shape, slots_RK.device
+    slots_RK, weights_RK = slots_RK.contiguous(), weights_RK.contiguous()
     P, E, H, width = R * K, experts.num_experts, experts.hidden, experts.width
     kind, pdl = kind_of(experts.kind), config.pdl
     fence = not triton.knobs.runtime.interpret  # which has no assembler
@@ -495,8 +517,8 @@ def fused_moe(
             source = x.contiguous()
             values, scales = (more[-2], more[-1]) if quantizes else (source, hs)
         else:
-            source = values = x.values_RH
-            scales = hs if x.scales_RS is None else x.scales_RS  # hs stands in for what this kind does not have
+            source = values = x.values_RH.contiguous()
+            scales = hs if x.scales_RS is None else x.scales_RS.contiguous()  # hs stands in for what is not there
         together = P <= MOST_PAIRS_TOGETHER
         if quantizes and not together:
             quantize_rows(source, experts.kind, out=QuantizedRows(values, scales))
@@ -517,7 +539,7 @@ def fused_moe(
     a2 = hs if experts.a2 is None else experts.a2
     per_tensor = experts.kind.startswith("fp8_tensor")
     with stages("gemm1"):
-        by_tma = tiles_of(experts.w13_eFH, config.bn1, config.bk1) if config.tma else hs
+        by_tma = tiles_of(1, experts.w13_eFH, config.bn1, config.bk1, tiles) if config.tma else hs
         launch(
             _gemm1,
             (entries * -(-width // config.bn1), 1, 1),
@@ -539,7 +561,7 @@ def fused_moe(
             launch(_requantize, (P, 1, 1), (h, maxima, codes, hs), (), (width, wide, FP8_MAX, TINY))
             h = codes
     with stages("gemm2"):
-        by_tma = tiles_of(experts.w2_eHi, config.bn2, config.bk2) if config.tma else hs
+        by_tma = tiles_of(2, experts.w2_eHi, config.bn2, config.bk2, tiles) if config.tma else hs
         columns = -(-H // (config.bn2 * (2 if config.twice else 1) * config.span))
         launch(
             _gemm2,
@@ -574,9 +596,12 @@ def fused_moe(
     return y
 
 
-def tiles_of(weights: Tensor, bn: int, bk: int) -> Any:
+def tiles_of(gemm: int, weights: Tensor, bn: int, bk: int, kept: dict[tuple[int, int, int], Any] | None) -> Any:
     """A matrix of all experts' rows for the tensor memory accelerator."""
-    return TensorDescriptor.from_tensor(weights.view(-1, weights.shape[-1]), [bn, bk])
+    kept = {} if kept is None else kept
+    if (gemm, bn, bk) not in kept:
+        kept[gemm, bn, bk] = TensorDescriptor.from_tensor(weights.view(-1, weights.shape[-1]), [bn, bk])
+    return kept[gemm, bn, bk]
 
 
 def blocks_of(size: int) -> int:
