@@ -63,8 +63,9 @@ def _cast(self: Any, value: Any, dtype: Any) -> Any:
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     """Rounded once: float64 holds the product of two float32 values."""
-    found = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-    return interpreter.TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
+    with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU: infinity or NaN
+        found = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
 
 
 def _call(self: Any, *arguments: Any, **named: Any) -> Any:

@@ -23,7 +23,7 @@ def in_the_interpreter(file: str, passed: int, timeout_s: float) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert re.search(rf"^{passed} passed in", done.stdout, re.MULTILINE), done.stdout[-500:]
+    assert re.search(rf"^{passed} passed\b", done.stdout, re.MULTILINE), done.stdout[-500:]
 
 
 def test_row_kernels_in_the_interpreter():
