@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends import BACKENDS
+from moe_dist.bench.clock import time_steps
 from moe_dist.bench.results import provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.bench.tune import draw_sample, forward_us
+from moe_dist.comm import Comm
 from moe_dist.config import find_model
 from moe_dist.graph import capture
+from moe_dist.kernels import quantize_rows
 from moe_dist.plan import Machine, Part, Plan, make_plan
-from moe_dist.quantization import FP8
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import BLOCK, ParallelSpec
@@ -155,7 +157,8 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
         calls = []
         for weights, scales in ((shard.w13_eFH, shard.s13), (shard.w2_eHi, shard.s2)):
             wide, columns = weights.shape[2], weights.shape[1]
-            codes, of_codes = quantized(torch.randn(total, wide, device="cuda", dtype=torch.bfloat16))
+            rows = quantize_rows(torch.randn(total, wide, device="cuda", dtype=torch.bfloat16), "fp8_block")
+            codes, of_codes = rows.values_RH, deep_gemm.get_mn_major_tma_aligned_tensor(rows.scales_RS)
             out = torch.empty(total, columns, device="cuda", dtype=torch.bfloat16)
             calls.append((codes, of_codes, weights, scales, out))
 
@@ -164,7 +167,7 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
                 deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, of_codes), (weights, scales), out, expert)
 
         graph, _ = capture(both, both)
-        times.append(replay_us(graph.replay))
+        times.append(median(time_steps(Comm.single("cuda"), graph.replay, ITERS, queued=True)))
         pairs, active = int(counts.sum()), int((counts > 0).sum())
         floors.append(rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, PEAKS[plan.machine.name]))
     return row(plan, slots, count) | {
@@ -176,28 +179,6 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
         "err_oracle": None,
         "ok": None,
     }
-
-
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    import deep_gemm
-
-    groups = x.float().unflatten(1, (-1, BLOCK))
-    scales = groups.abs().amax(-1).clamp_min(1e-6) / 448
-    codes = (groups / scales[..., None]).to(FP8).flatten(1)
-    turn = getattr(deep_gemm, "get_mn_major_tma_aligned_tensor", lambda tensor: tensor)
-    return codes, turn(scales)
-
-
-def replay_us(replay: Callable[[], object]) -> float:
-    times = []
-    for _ in range(ITERS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return median(times)
 
 
 def line(found: dict[str, Any]) -> str:

@@ -42,19 +42,13 @@ def work(device: int, devices: int, folder: str, until: float) -> None:
     import torch
 
     from moe_dist.backends import BACKENDS
-    from moe_dist.bench.tune import configs_of, tune_shape
+    from moe_dist.bench.tune import tune_shape, wanted_configs
 
     torch.cuda.set_device(device)
     mine = [(plan, part) for plan in plans() for part in plan.parts()][device::devices]
     start = time.time()
     backend = BACKENDS.get(BACKEND)
-    wanted = [
-        (part.problem, rows, config)
-        for _, part in mine
-        for rows in ROWS
-        for config in configs_of(backend, part.problem, rows)
-    ]
-    for _ in backend.compile_ahead(wanted):
+    for _ in backend.compile_ahead(wanted_configs(backend, [part for _, part in mine], ROWS)):
         pass
     print(f"GPU {device}: {len(mine)} shapes, compiled in {time.time() - start:.0f} s", flush=True)
     seen = set()

@@ -74,14 +74,14 @@ class Backend(ABC):
 
     @classmethod
     def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:
-        """The configs worth trying for so many rows entering this rank, asked for problems that it does not support
-        too; JSON values only. Most backends have no choice."""
+        """The configs worth trying for so many rows entering this rank, the default one first; asked for problems that
+        it does not support too; JSON values only. Most backends have no choice."""
         return []
 
     @classmethod
     def default_config(cls, problem: Problem, rows: int) -> dict[str, Any]:
         """What it runs with where no table is."""
-        return {}
+        return next(iter(cls.candidates(problem, rows)), {})
 
     @classmethod
     def compile_ahead(cls, wanted: list[tuple[Problem, int, dict[str, Any]]]) -> Iterator[int]:

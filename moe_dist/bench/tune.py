@@ -92,23 +92,25 @@ def check_tunable(case: Case, machine: Machine, buckets: list[int]) -> None:
 
 def count_steps(plan: Plan, buckets: list[int]) -> int:
     """How often `tune_shape` will call `step` for all of the plan's parts."""
-    return len(_wanted(plan, buckets)) + len(plan.parts()) * len(buckets)
+    wanted = wanted_configs(BACKENDS.get(plan.backend), plan.parts(), buckets)
+    return len(wanted) + len(plan.parts()) * len(buckets)
 
 
 def compile_ahead(plan: Plan, buckets: list[int], shown: Shown) -> None:
     """All configs of all the plan's parts, before the first is timed."""
-    wanted = _wanted(plan, buckets)
-    for done in BACKENDS.get(plan.backend).compile_ahead(wanted):
+    backend = BACKENDS.get(plan.backend)
+    wanted = wanted_configs(backend, plan.parts(), buckets)
+    for done in backend.compile_ahead(wanted):
         shown(f"{plan.spec.name}: compiled {done} of {len(wanted)}")
 
 
-def _wanted(plan: Plan, buckets: list[int]) -> list[tuple[Problem, int, Config]]:
-    backend = BACKENDS.get(plan.backend)
+def wanted_configs(backend: type[Backend], parts: list[Part], buckets: list[int]) -> list[tuple[Problem, int, Config]]:
+    """All that tuning these parts will run."""
     return [
         (part.problem, rows, config)
-        for part in plan.parts()
+        for part in parts
         for rows in buckets
-        for config in configs_of(backend, part.problem, rows)
+        for config in _configs(backend, part.problem, rows)
     ]
 
 
@@ -135,7 +137,7 @@ def tune_shape(
     return tuned
 
 
-def configs_of(backend: type[Backend], problem: Problem, rows: int) -> list[Config]:
+def _configs(backend: type[Backend], problem: Problem, rows: int) -> list[Config]:
     """The default, then every candidate that is another one."""
     default = backend.default_config(problem, rows)
     return [default, *[config for config in backend.candidates(problem, rows) if config != default]]
@@ -204,7 +206,7 @@ class _Search:
 
     def __init__(self, backend: Backend, part: Part, rows: int, shown: Shown, step: Callable[[], None]) -> None:
         self._backend, self._shown, self._step = backend, shown, step
-        self._configs = configs_of(type(backend), part.problem, rows)
+        self._configs = _configs(type(backend), part.problem, rows)
         self.label = f"{part.problem.spec.name} I{part.shape.width} E{part.shape.experts}, {rows} rows"
         self.found = Found(rows, tried=len(self._configs))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dist.placement import Placement, tables_on
+from moe_dist.placement import Placement
 from moe_dist.quantization import QuantizedRows
 from moe_dist.quantization import quantize_rows as quantize_rows_torch
 from moe_dist.routing import Routing
@@ -41,9 +41,9 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tenso
         from moe_dist.kernels.triton.rows import take_sends as kernel
 
         return kernel(rows, token_WB, counts_W)
-    taken = rows[token_WB.flatten().clamp_min(0)] if len(rows) else None
-    if taken is None:
+    if not len(rows):
         return rows.new_empty(token_WB.numel(), *rows.shape[1:])
+    taken = rows[token_WB.flatten().clamp_min(0)]
     if counts_W is None:
         return taken
     real = torch.arange(token_WB.shape[1])[None] < counts_W[:, None]
@@ -92,18 +92,11 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
 
 def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> SendLists:
     """What `rank` sends to whom: each token once to every rank that serves one of its pairs."""
-    ids_TK, weights_TK = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
-    if ids_TK.is_cuda:
+    if routing.ids_TK.is_cuda:
         from moe_dist.kernels.triton.sendlist import send_lists as kernel
 
-        tables = tables_on(placement, ids_TK.device)
-        own_group = rank // placement.tp
-        return SendLists(
-            *kernel(
-                ids_TK, weights_TK, tables.slots_GE, tables.groups_EC, tables.copies_E, own_group, placement.tp, bucket
-            )
-        )
-    return _send_lists_torch(placement, Routing(ids_TK, weights_TK), rank, bucket)
+        return SendLists(*kernel(placement, routing, rank, bucket))
+    return _send_lists_torch(placement, routing, rank, bucket)
 
 
 def packed_sends(
@@ -117,14 +110,7 @@ def packed_sends(
     if routing.ids_TK.is_cuda:
         from moe_dist.kernels.triton.sendlist import packed_sends as kernel
 
-        ids_TK, weights_TK = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
-        tables = tables_on(placement, ids_TK.device)
-        scales = words[1] if len(words) > 1 else None
-        own_group = rank // placement.tp
-        return kernel(
-            ids_TK, weights_TK, words[0], scales, tables.slots_GE, tables.groups_EC, tables.copies_E, own_group,
-            placement.tp, bucket,
-        )  # fmt: skip
+        return kernel(placement, routing, words, rank, bucket)
     lists = send_lists(placement, routing, rank, bucket)
     taken = [take_sends(part, lists.token_WB, None) for part in words]
     return torch.cat([*taken, lists.pairs_WPM[:, :-1].flatten(0, 1)], 1), lists.order_TW

@@ -55,7 +55,6 @@ def test_sum_rows():
 
 def test_send_lists():
     from moe_dist.kernels.triton.sendlist import send_lists, unpack_pairs
-    from moe_dist.placement import tables_on
 
     for tp, ep, replicas, tokens, bucket in (
         (1, 4, {}, 37, 40), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 3, {2: [1, 2]}, 600, 640), (4, 1, {}, 3, 9),
@@ -67,10 +66,7 @@ def test_send_lists():
         routing = Routing(ids, torch.rand(tokens, 3))
         rank = placement.world - 1
         expected = kernels.send_lists(placement, routing, rank, bucket)
-        tables = tables_on(placement, ids.device)
-        found = send_lists(
-            ids, routing.weights_TK, tables.slots_GE, tables.groups_EC, tables.copies_E, rank // tp, tp, bucket
-        )
+        found = send_lists(placement, routing, rank, bucket)
         for name, one, other in zip(expected._fields, found, expected, strict=True):
             if name == "pairs_WPM":  # of the last place only the number counts
                 assert torch.equal(one[:, -1, 0], other[:, -1, 0])
@@ -89,7 +85,6 @@ def test_packed_sends(kind):
     """Rows packed and unpacked are those that the lists name; padding has slot -1 and weight 0."""
     from moe_dist.exchange.base import parts_of
     from moe_dist.kernels.triton.sendlist import packed_sends, unpack_rows
-    from moe_dist.placement import tables_on
 
     for tp, ep, replicas, tokens, bucket in ((1, 4, {}, 13, 16), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 2, {}, 0, 2)):
         spec = MoESpec(hidden=384, intermediate=512, num_experts=7, top_k=3)
@@ -101,12 +96,8 @@ def test_packed_sends(kind):
         parts = parts_of(x if kind == "bf16" else kernels.quantize_rows(x, kind))
         rank = placement.world - 1
         expected_wire, expected_order = kernels.packed_sends(placement, routing, parts, rank, bucket)
-        tables = tables_on(placement, ids.device)
         words = [part.flatten(1).view(torch.int32) for part in parts]
-        wire, order = packed_sends(
-            ids, routing.weights_TK, words[0], words[1] if len(words) > 1 else None, tables.slots_GE, tables.groups_EC,
-            tables.copies_E, rank // tp, tp, bucket,
-        )  # fmt: skip
+        wire, order = packed_sends(placement, routing, words, rank, bucket)
         assert torch.equal(order, expected_order)
         assert torch.equal(wire[:, -6:], expected_wire[:, -6:])
         used = (wire[:, -6:-3] >= 0).any(1)  # rows of padding may hold anything

@@ -33,6 +33,7 @@ from moe_dist.weights import ExpertWeights
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
 GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
 MOST_PAIRS_TOGETHER = 4096  # beyond, programs that sort and programs that quantize get into each other's way
+FENCE = not triton.knobs.runtime.interpret  # the interpreter has no assembler
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 
@@ -450,29 +451,6 @@ class Config:
                 raise ConfigError("config.bn2", self.bn2, "at most one scale block of fp8_block", f"16 to {BLOCK}")
 
 
-class Scratch:
-    """Tensors for one step, cut from one allocation."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._wanted: list[tuple[tuple[int, ...], torch.dtype]] = []
-
-    def want(self, *shape: int, dtype: torch.dtype) -> None:
-        self._wanted.append((shape, dtype))
-
-    def cut(self) -> list[Tensor]:
-        sizes = [-(-math.prod(shape) * dtype.itemsize // 256) * 256 for shape, dtype in self._wanted]
-        pieces = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device).split(sizes)
-        return [
-            piece[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for piece, (shape, dtype) in zip(pieces, self._wanted, strict=True)
-        ]
-
-
-def kind_of(quant: QuantKind) -> int:
-    return {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(quant, ROW_SCALES)
-
-
 def fused_moe(
     x: Activations,
     slots_RK: Tensor,
@@ -486,127 +464,167 @@ def fused_moe(
 ) -> Tensor:
     """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights. `tiles`
     keeps the descriptors of these weights from call to call."""
-    (R, K), device = slots_RK.shape, slots_RK.device
-    slots_RK, weights_RK = slots_RK.contiguous(), weights_RK.contiguous()
-    P, E, H, width = R * K, experts.num_experts, experts.hidden, experts.width
-    kind, pdl = kind_of(experts.kind), config.pdl
-    fence = not triton.knobs.runtime.interpret  # which has no assembler
-    rows_kept = kind == ROW_SCALES  # a scale for a whole row of h needs another pass over it
-    entries, blocks = P // config.bm + E, blocks_of(width)
-    quantizes = kind == BLOCK_SCALES and isinstance(x, Tensor)
-
-    scratch = Scratch(device)
-    for size in (entries, E, E, P):
-        scratch.want(size, dtype=torch.int32)
-    scratch.want(P, width, dtype=FP8 if kind in (BLOCK_SCALES, STATIC) else torch.bfloat16)
-    scratch.want(P, blocks if kind == BLOCK_SCALES else 1, dtype=torch.float32)
-    scratch.want(config.split_k, P, H, dtype=torch.bfloat16)
-    if rows_kept:
-        scratch.want(P, width, dtype=FP8)
-        scratch.want(P, dtype=torch.float32)
-    if quantizes:
-        scratch.want(R, H, dtype=FP8)
-        scratch.want(R, blocks_of(H), dtype=torch.float32)
-    table, starts, stops, order, h, hs, out, *more = scratch.cut()
-    y = torch.empty(R, H, dtype=out_dtype, device=device)
-
+    step = _Step(slots_RK.contiguous(), experts, config, {} if tiles is None else tiles)
     with stages("quantize"):
-        if isinstance(x, Tensor) and kind in (ROW_SCALES, STATIC):
-            x = quantize_rows(x, experts.kind, experts.a13)
-        if isinstance(x, Tensor):
-            source = x.contiguous()
-            values, scales = (more[-2], more[-1]) if quantizes else (source, hs)
-        else:
-            source = values = x.values_RH.contiguous()
-            scales = hs if x.scales_RS is None else x.scales_RS.contiguous()  # hs stands in for what is not there
-        together = P <= MOST_PAIRS_TOGETHER
-        if quantizes and not together:
-            quantize_rows(source, experts.kind, out=QuantizedRows(values, scales))
-        parts = 1 if together else max(1, min(8, 256 // E))  # programs enough for the chip
-        block = min(4096, triton.next_power_of_2(max(P, 16)))
-        launch(
-            _prepare,
-            (E * parts + (R * -(-blocks_of(H) // GROUPS_TOGETHER) if quantizes and together else 0), 1, 1),
-            (slots_RK, source, values, scales, table, starts, stops, order),
-            (R, entries),
-            (E, K, parts, config.bm, block, H, GROUPS_TOGETHER, FP8_MAX, TINY, pdl),
-            **_options(8, 1, pdl),
-        )
-
-    s13 = hs if experts.s13 is None else experts.s13
-    s2 = hs if experts.s2 is None else experts.s2
-    a13 = hs if experts.a13 is None else experts.a13
-    a2 = hs if experts.a2 is None else experts.a2
-    per_tensor = experts.kind.startswith("fp8_tensor")
+        values, scales = step.prepare(x)
     with stages("gemm1"):
-        by_tma = tiles_of(1, experts.w13_eFH, config.bn1, config.bk1, tiles) if config.tma else hs
-        launch(
-            _gemm1,
-            (entries * -(-width // config.bn1), 1, 1),
-            (values, scales, experts.w13_eFH, s13, a13, a2, table, starts, stops, order, h, hs, by_tma),
-            (entries,),
-            (
-                *(H, width, K, kind, per_tensor, ACTIVATIONS[activation], experts.gate_first, config.swap),
-                *(config.group, config.tma, config.bm, config.bn1, config.bk1, FP8_MAX, TINY, fence, pdl),
-            ),
-            **_options(config.warps1, config.stages1, pdl),
-        )
-    if rows_kept:
+        step.gemm1(values, scales, activation)
+    if step.kind == ROW_SCALES:
         with stages("quantize"):
-            codes, maxima = more[0], more[1]
-            wide = triton.next_power_of_2(width)
-            launch(_row_maxima, (P, 1, 1), (h, stops, maxima), (), (width, E, wide))
-            if experts.kind == "fp8_tensor_dynamic":
-                maxima.copy_(maxima.amax().expand(P))
-            launch(_requantize, (P, 1, 1), (h, maxima, codes, hs), (), (width, wide, FP8_MAX, TINY))
-            h = codes
+            step.requantize()
     with stages("gemm2"):
-        by_tma = tiles_of(2, experts.w2_eHi, config.bn2, config.bk2, tiles) if config.tma else hs
-        columns = -(-H // (config.bn2 * (2 if config.twice else 1) * config.span))
-        launch(
-            _gemm2,
-            (entries * config.split2 * columns, config.split_k, 1),
-            (h, hs, experts.w2_eHi, s2, a2, table, starts, stops, order, out, by_tma),
-            (entries, P),
-            (
-                *(H, width, kind, per_tensor, config.swap, config.group, config.tma, config.split2),
-                *(
-                    config.bm // config.split2,
-                    config.bn2,
-                    config.twice,
-                    config.span,
-                    config.bk2,
-                    config.split_k,
-                    fence,
-                    pdl,
-                ),
-            ),
-            **_options(config.warps2, config.stages2, pdl),
-        )
+        step.gemm2()
     with stages("combine"):
-        block = min(1024, triton.next_power_of_2(H))
-        launch(
-            _weighted_sum,
-            (R, -(-H // block), 1),
-            (out, slots_RK, weights_RK, y),
-            (),
-            (H, K, config.split_k, block, pdl),
-            **_options(4, 1, pdl),
+        return step.weighted_sum(weights_RK.contiguous(), out_dtype)
+
+
+class _Step:
+    """One call's tensors and its launches, in their order."""
+
+    def __init__(
+        self, slots_RK: Tensor, experts: ExpertWeights, config: Config, tiles: dict[tuple[int, int, int], Any]
+    ) -> None:
+        self.slots_RK, self.experts, self.config, self.tiles = slots_RK, experts, config, tiles
+        self.kind = {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(
+            experts.kind, ROW_SCALES
         )
-    return y
+        self.pairs = slots_RK.numel()
+        self.entries = self.pairs // config.bm + experts.num_experts
+        P, E, i = self.pairs, experts.num_experts, experts.width
+        # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
+        codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
+        self.table, self.starts, self.stops, self.order, self.h, self.hs, self.out = _cut(
+            slots_RK.device,
+            *(((size,), torch.int32) for size in (self.entries, E, E, P)),
+            ((P, i), codes),
+            ((P, _blocks(i) if self.kind == BLOCK_SCALES else 1), torch.float32),
+            ((config.split_k, P, experts.hidden), torch.bfloat16),
+        )
+
+    def prepare(self, x: Activations) -> tuple[Tensor, Tensor]:
+        """GEMM1's rows and their scales; what is not there, `hs` stands in for."""
+        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
+        together, chunks = self.pairs <= MOST_PAIRS_TOGETHER, 0
+        if isinstance(x, Tensor) and self.kind != UNQUANTIZED:
+            if self.kind == BLOCK_SCALES and together:
+                chunks = R * -(-_blocks(H) // GROUPS_TOGETHER)
+                wanted = ((R, H), FP8), ((R, _blocks(H)), torch.float32)
+                source, x = x.contiguous(), QuantizedRows(*_cut(x.device, *wanted))
+            else:
+                x = quantize_rows(x, self.experts.kind, self.experts.a13)
+        values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
+        scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
+        parts = 1 if together else max(1, min(8, 256 // E))  # programs enough for the chip
+        block = min(4096, triton.next_power_of_2(max(self.pairs, 16)))
+        self._launch(
+            _prepare,
+            (E * parts + chunks, 1, 1),
+            (self.slots_RK, source if chunks else values, values, scales, *self._lists),
+            (R, self.entries),
+            (E, K, parts, self.config.bm, block, H, GROUPS_TOGETHER, FP8_MAX, TINY),
+            (8, 1),
+        )
+        return values, scales
+
+    def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
+        experts, config = self.experts, self.config
+        self._launch(
+            _gemm1,
+            (self.entries * -(-experts.width // config.bn1), 1, 1),
+            (
+                *(values, scales, experts.w13_eFH, *map(self._or_nothing, (experts.s13, experts.a13, experts.a2))),
+                *(*self._lists, self.h, self.hs, self._tiles(1, experts.w13_eFH, config.bn1, config.bk1)),
+            ),
+            (self.entries,),
+            (
+                *(experts.hidden, experts.width, self.slots_RK.shape[1], self.kind, self._per_tensor),
+                *(ACTIVATIONS[activation], experts.gate_first, config.swap, config.group, config.tma),
+                *(config.bm, config.bn1, config.bk1, FP8_MAX, TINY, FENCE),
+            ),
+            (config.warps1, config.stages1),
+        )
+
+    def requantize(self) -> None:
+        """h from bf16 to codes with a scale for each row, or one for all."""
+        P, i = self.pairs, self.experts.width
+        wide = triton.next_power_of_2(i)
+        codes, maxima = _cut(self.h.device, ((P, i), FP8), ((P,), torch.float32))
+        launch(_row_maxima, (P, 1, 1), (self.h, self.stops, maxima), (), (i, self.experts.num_experts, wide))
+        if self.experts.kind == "fp8_tensor_dynamic":
+            maxima.copy_(maxima.amax().expand(P))
+        launch(_requantize, (P, 1, 1), (self.h, maxima, codes, self.hs), (), (i, wide, FP8_MAX, TINY))
+        self.h = codes
+
+    def gemm2(self) -> None:
+        experts, config = self.experts, self.config
+        columns = -(-experts.hidden // (config.bn2 * (2 if config.twice else 1) * config.span))
+        self._launch(
+            _gemm2,
+            (self.entries * config.split2 * columns, config.split_k, 1),
+            (
+                *(self.h, self.hs, experts.w2_eHi, *map(self._or_nothing, (experts.s2, experts.a2))),
+                *(*self._lists, self.out, self._tiles(2, experts.w2_eHi, config.bn2, config.bk2)),
+            ),
+            (self.entries, self.pairs),
+            (
+                *(experts.hidden, experts.width, self.kind, self._per_tensor, config.swap, config.group, config.tma),
+                *(config.split2, config.bm // config.split2, config.bn2, config.twice, config.span, config.bk2),
+                *(config.split_k, FENCE),
+            ),
+            (config.warps2, config.stages2),
+        )
+
+    def weighted_sum(self, weights_RK: Tensor, out_dtype: torch.dtype) -> Tensor:
+        (R, K), H = self.slots_RK.shape, self.experts.hidden
+        y = torch.empty(R, H, dtype=out_dtype, device=weights_RK.device)
+        block = min(1024, triton.next_power_of_2(H))
+        tensors, constants = (self.out, self.slots_RK, weights_RK, y), (H, K, self.config.split_k, block)
+        self._launch(_weighted_sum, (R, -(-H // block), 1), tensors, (), constants, (4, 1))
+        return y
+
+    def _launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        tensors: tuple[Any, ...],
+        integers: tuple[int, ...],
+        constants: tuple[Any, ...],
+        warps_and_stages: tuple[int, int],
+    ) -> None:
+        """Kernels whose last constant is PDL."""
+        pdl = self.config.pdl
+        options = dict(zip(("num_warps", "num_stages"), warps_and_stages, strict=True))
+        launch(kernel, grid, tensors, integers, (*constants, pdl), **options, **({"launch_pdl": True} if pdl else {}))
+
+    @property
+    def _lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.table, self.starts, self.stops, self.order
+
+    @property
+    def _per_tensor(self) -> bool:
+        return self.experts.kind.startswith("fp8_tensor")
+
+    def _or_nothing(self, scales: Tensor | None) -> Tensor:
+        return self.hs if scales is None else scales
+
+    def _tiles(self, gemm: int, weights: Tensor, bn: int, bk: int) -> Any:
+        """A matrix of all experts' rows for the tensor memory accelerator, if that brings them."""
+        if not self.config.tma:
+            return self.hs
+        if (gemm, bn, bk) not in self.tiles:
+            self.tiles[gemm, bn, bk] = TensorDescriptor.from_tensor(weights.view(-1, weights.shape[-1]), [bn, bk])
+        return self.tiles[gemm, bn, bk]
 
 
-def tiles_of(gemm: int, weights: Tensor, bn: int, bk: int, kept: dict[tuple[int, int, int], Any] | None) -> Any:
-    """A matrix of all experts' rows for the tensor memory accelerator."""
-    kept = {} if kept is None else kept
-    if (gemm, bn, bk) not in kept:
-        kept[gemm, bn, bk] = TensorDescriptor.from_tensor(weights.view(-1, weights.shape[-1]), [bn, bk])
-    return kept[gemm, bn, bk]
+def _cut(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes from one allocation."""
+    used = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
+    sizes = [-(-size // 256) * 256 for size in used]
+    pieces = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+    return [
+        piece[:size].view(dtype).view(shape) for piece, size, (shape, dtype) in zip(pieces, used, wanted, strict=True)
+    ]
 
 
-def blocks_of(size: int) -> int:
+def _blocks(size: int) -> int:
     return -(-size // BLOCK)
-
-
-def _options(warps: int, stages: int, pdl: bool) -> dict[str, Any]:
-    return {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if pdl else {})

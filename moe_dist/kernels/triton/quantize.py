@@ -14,18 +14,14 @@ from moe_dist.spec import BLOCK, QuantKind
 LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row
 
 
-def quantize_rows(
-    x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None, out: QuantizedRows | None = None
-) -> QuantizedRows:
-    """See quantization.quantize_rows. `out`, for fp8_block: where to put them."""
+def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
+    """See quantization.quantize_rows."""
     R, H = x_RH.shape
     x_RH = x_RH.contiguous()
-    values = torch.empty(R, H, dtype=FP8, device=x_RH.device) if out is None else out.values_RH
+    values = torch.empty(R, H, dtype=FP8, device=x_RH.device)
     if kind == "fp8_block":
         groups = triton.cdiv(H, BLOCK)
-        scales = None if out is None else out.scales_RS
-        if scales is None:
-            scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
+        scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
         together = 8  # groups of one row in a program
         grid = (R, triton.cdiv(groups, together), 1)
         launch(

@@ -11,36 +11,42 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.launch import launch
+from moe_dist.placement import Placement, tables_on
+from moe_dist.routing import Routing
 
 
-def send_lists(
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    slots_GE: Tensor,
-    groups_EC: Tensor,
-    copies_E: Tensor,
-    own_group: int,
-    tp: int,
-    bucket: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels.send_lists."""
-    tokens, top_k = ids_TK.shape
-    world, device = slots_GE.shape[0] * tp, ids_TK.device
+    (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
+    inputs, sizes, constants = _choices(placement, routing, rank)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     token_WB = torch.empty(world, bucket, dtype=torch.int32, device=device)
     pairs_WPM = torch.empty(world, bucket + 1, 2 * top_k, dtype=torch.int32, device=device)
     counts_W = torch.empty(world, dtype=torch.int32, device=device)
-    places = triton.next_power_of_2(top_k)
-    block = max(16, min(512, 4096 // places, triton.next_power_of_2(max(tokens, 1))))
+    block = max(16, min(512, 4096 // constants[-1], triton.next_power_of_2(max(tokens, 1))))
     launch(
         _send_lists,
         (world, 1, 1),
-        (ids_TK, weights_TK, slots_GE, groups_EC, copies_E, order_TW, token_WB, pairs_WPM, counts_W),
-        (tokens, bucket, own_group, slots_GE.shape[1], groups_EC.shape[1]),
-        (top_k, tp, groups_EC.shape[1] > 1, places, block),
+        (*inputs, order_TW, token_WB, pairs_WPM, counts_W),
+        (tokens, bucket, *sizes),
+        (*constants, block),
         num_warps=8,
     )
     return order_TW, token_WB, pairs_WPM, counts_W
+
+
+def _choices(
+    placement: Placement, routing: Routing, rank: int
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
+    """What tells a kernel who serves which pair: tensors, sizes, constants, each in the order of its parameters."""
+    tables = tables_on(placement, routing.ids_TK.device)
+    experts, copies, top_k = tables.slots_GE.shape[1], tables.groups_EC.shape[1], routing.ids_TK.shape[1]
+    chosen = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
+    return (
+        (*chosen, tables.slots_GE, tables.groups_EC, tables.copies_E),
+        (rank // placement.tp, experts, copies),
+        (top_k, placement.tp, copies > 1, triton.next_power_of_2(top_k)),
+    )
 
 
 @triton.jit
@@ -147,20 +153,12 @@ def _unpack_pairs(
 
 
 def packed_sends(
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    slots_GE: Tensor,
-    groups_EC: Tensor,
-    copies_E: Tensor,
-    own_group: int,
-    tp: int,
-    bucket: int,
+    placement: Placement, routing: Routing, words: list[Tensor], rank: int, bucket: int
 ) -> tuple[Tensor, Tensor]:
-    """See kernels.packed_sends; `values` and `scales` are [T, words] of int32."""
-    tokens, top_k = ids_TK.shape
-    world, device = slots_GE.shape[0] * tp, ids_TK.device
+    """See kernels.packed_sends; `words` are its parts as [T, words] of int32."""
+    (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
+    inputs, sizes, constants = _choices(placement, routing, rank)
+    values, scales = words[0], words[1] if len(words) > 1 else None
     value_words, scale_words = values.shape[1], 0 if scales is None else scales.shape[1]
     row_words = value_words + scale_words + 2 * top_k
     wire = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
@@ -170,19 +168,16 @@ def packed_sends(
     launch(
         _packed_sends,
         (world, bucket, triton.cdiv(value_words, block)),
-        (ids_TK, weights_TK, values, beside, slots_GE, groups_EC, copies_E, wire, order_TW),
-        (tokens, own_group, slots_GE.shape[1], groups_EC.shape[1], value_words, scale_words, row_words),
-        (
-            *(top_k, tp, groups_EC.shape[1] > 1, triton.next_power_of_2(top_k)),
-            *(triton.next_power_of_2(max(tokens, 16)), triton.next_power_of_2(max(scale_words, 1)), block),
-        ),
+        (*inputs, values, beside, wire, order_TW),
+        (tokens, *sizes, value_words, scale_words, row_words),
+        (*constants, triton.next_power_of_2(max(tokens, 16)), triton.next_power_of_2(max(scale_words, 1)), block),
     )
     return wire, order_TW
 
 
 @triton.jit(do_not_specialize=["T"])
 def _packed_sends(
-    ids, weights, values, scales, slot_table, group_table, copy_counts, wire, orders,
+    ids, weights, slot_table, group_table, copy_counts, values, scales, wire, orders,
     T, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, ROW_WORDS, K: tl.constexpr, TP: tl.constexpr,
     REPLICATED: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
