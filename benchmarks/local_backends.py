@@ -126,10 +126,11 @@ def kernels_us(call: Callable[[], object], count: int = 5) -> dict[str, float]:
         for _ in range(count):
             call()
         torch.cuda.synchronize()
-    times = {
-        event.key.split("(")[0].split("<")[0][:80]: event.self_device_time_total / count
-        for event in found.key_averages()
-    }
+    times: dict[str, float] = {}
+    for event in found.key_averages():
+        name = event.key.split("(")[0]
+        name = name if len(name) <= 80 else name.split("<")[0][:80]
+        times[name] = times.get(name, 0.0) + event.self_device_time_total / count
     return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us > 0.05}
 
 

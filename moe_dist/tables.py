@@ -134,11 +134,16 @@ def read_table(path: Path) -> TuningTable:
     return table
 
 
-def user_folder() -> Path:
-    """Where this user's own tables lie: MOE_DIST_CACHE, else $XDG_CACHE_HOME/moe_dist, else ~/.cache/moe_dist."""
+def cache_folder() -> Path:
+    """What this user's machine keeps: MOE_DIST_CACHE, else $XDG_CACHE_HOME/moe_dist, else ~/.cache/moe_dist."""
     given = os.environ.get("MOE_DIST_CACHE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
-    return Path(given or cache) / "tables"
+    return Path(given or cache)
+
+
+def user_folder() -> Path:
+    """Where this user's own tables lie."""
+    return cache_folder() / "tables"
 
 
 def _files(shape: Shape) -> Iterator[tuple[str, Path]]:

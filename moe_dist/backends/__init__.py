@@ -8,6 +8,7 @@ BACKENDS: Registry[Backend] = Registry(
     {
         "torch": "moe_dist.backends.torch_reference:TorchBackend",
         "triton": "moe_dist.backends.triton_fused:TritonFused",
+        "cutlass": "moe_dist.backends.cutlass_fused:CutlassFused",
         "flashinfer_cutlass": "moe_dist.backends.flashinfer_cutlass:FlashInferCutlass",
     },
 )

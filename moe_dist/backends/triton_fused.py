@@ -7,66 +7,30 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from moe_dist.backends.base import Backend, Problem
-from moe_dist.quantization import QuantizedRows
-from moe_dist.reference import Numerics
+from moe_dist.backends.base import Problem
+from moe_dist.backends.own import OwnKernels
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
-from moe_dist.tables import Shape, device_name, tuned_config
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
     from moe_dist.kernels.triton.fused_moe import Config
 
 SCARCE_COLUMNS = 264 * 128  # of GEMM2's output, over all experts in use: fewer tiles than two for each multiprocessor
-LONGEST_ROW = 16384  # what one program quantizes with one scale
-GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and bytes of a wide load
 
 
-class TritonFused(Backend):
-    """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already."""
-
-    capturable = True
-    deterministic = True
+class TritonFused(OwnKernels["Config"]):
+    name = "triton"
     table_revision = 1
 
     @classmethod
     def available(cls, device: str) -> Support:
-        if device != "cuda" or not torch.cuda.is_available():
-            return Support(False, "needs an NVIDIA Hopper GPU (SM90)")
-        capability = torch.cuda.get_device_capability()
-        if capability != (9, 0):
-            return Support(False, f"needs SM90, this GPU is SM{capability[0]}{capability[1]}")
-        if find_spec("triton") is None:
+        hopper = cls.on_hopper(device)
+        if hopper.ok and find_spec("triton") is None:
             return Support(False, "needs the package triton")
-        return Support(True, f"triton {version('triton')}")
-
-    @classmethod
-    def numerics_of(cls, spec: MoESpec) -> Numerics:
-        """A scale for a whole row of GEMM2's input needs a second pass over it; it waits for that in bf16."""
-        return Numerics(bf16_activation=spec.quant in ("none", "fp8_channel", "fp8_tensor_dynamic"))
-
-    @classmethod
-    def payloads(cls, spec: MoESpec) -> frozenset[str]:
-        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quantized else set()))
-
-    @classmethod
-    def supports(cls, problem: Problem) -> Support:
-        spec, width = problem.spec, problem.width
-        if problem.capability != (9, 0):
-            return Support(False, f"needs compute capability 9.0, not {problem.capability}")
-        if spec.dtype != "bf16":
-            return Support(False, f"computes bf16 and FP8 layers, not {spec.quant_label}")
-        if spec.hidden % GRANULARITY or width % GRANULARITY:
-            sizes = f"hidden ({spec.hidden}) and slices ({width})"
-            return Support(False, f"needs {sizes} in multiples of {GRANULARITY}")
-        if spec.quant in ("fp8_channel", "fp8_tensor_dynamic") and max(spec.hidden, width) > LONGEST_ROW:
-            sizes = f"hidden ({spec.hidden}) and slices ({width})"
-            return Support(False, f"{spec.quant} needs {sizes} of at most {LONGEST_ROW}: a whole row has one scale")
-        return Support(True)
+        return Support(True, f"triton {version('triton')}") if hopper.ok else hopper
 
     @classmethod
     def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:
@@ -111,44 +75,22 @@ class TritonFused(Backend):
             for problem, rows, config in wanted
         )
 
-    def prepare(self, weights: ExpertWeights) -> None:
-        self._weights = weights
-        self._empty = weights.num_experts == 0 or weights.width == 0
-        self._forced: Config | None = None
-        self._chosen: dict[int, Config] = {}
-        self._tiles: dict[tuple[int, int, int], Any] = {}
-
-    def use_config(self, config: dict[str, Any] | None) -> None:
+    @classmethod
+    def config_of(cls, values: dict[str, Any], spec: MoESpec) -> Config:
         from moe_dist.kernels.triton.fused_moe import Config
 
-        self._forced = None if config is None else Config(**config)
-        if self._forced is not None:
-            self._forced.check(self.spec.quant)
+        config = Config(**values)
+        config.check(spec.quant)
+        return config
 
-    def forward(self, rows: TokenRows) -> Tensor:
+    def prepare(self, weights: ExpertWeights) -> None:
+        super().prepare(weights)
+        self._tiles: dict[tuple[int, int, int], Any] = {}
+
+    def compute(self, rows: TokenRows, config: Config) -> Tensor:
         from moe_dist.kernels.triton.fused_moe import fused_moe
 
-        count = rows.slots_RK.shape[0]
-        if count == 0 or self._empty:
-            shape = count, self.spec.hidden
-            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
-        config = self._forced or self._chosen.get(count) or self._choose(rows)
         return fused_moe(
             rows.x, rows.slots_RK, rows.weights_RK, self._weights, self.spec.activation, config, self.out_dtype,
             self.stages, self._tiles,
         )  # fmt: skip
-
-    def _choose(self, rows: TokenRows) -> Config:
-        from moe_dist.kernels.triton.fused_moe import Config
-
-        weights, count = self._weights, rows.slots_RK.shape[0]
-        shape = Shape.of("triton", device_name(weights.device), self.spec, weights.width, weights.num_experts)
-        values = tuned_config(shape, self.table_revision, count)
-        if values is None:
-            payload = "fp8" if isinstance(rows.x, QuantizedRows) else "bf16"
-            problem = Problem(self.spec, weights.width, weights.num_experts, "cuda", (9, 0), payload)
-            values = self.default_config(problem, count)
-        config = Config(**values)
-        config.check(self.spec.quant)
-        self._chosen[count] = config
-        return config

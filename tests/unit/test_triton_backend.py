@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_dist import tables
-from moe_dist.backends import BACKENDS, triton_fused
+from moe_dist.backends import BACKENDS, own, triton_fused
 from moe_dist.backends.base import Problem
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.errors import ConfigError
@@ -191,7 +191,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What the kernels are called with, on a GPU's name and tables of this test's own."""
     monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(triton_fused, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(own, "device_name", lambda device: "NVIDIA H200")
     find_table.cache_clear()
     tables.say_missing_once.cache_clear()
     made = []

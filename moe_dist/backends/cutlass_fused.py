@@ -1,0 +1,76 @@
+"""Backend `cutlass`: our own fused MoE with grouped FP8 GEMMs in CUDA C++ on CUTLASS's wrappers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from moe_dist.backends.base import Problem
+from moe_dist.backends.own import OwnKernels
+from moe_dist.kernels.cutlass.library import build_state, ensure_built
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec
+from moe_dist.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from moe_dist.kernels.cutlass.fused_moe import Config
+
+MOST_EXPERTS = 512  # on one rank: their tiles are found in shared memory
+
+
+class CutlassFused(OwnKernels["Config"]):
+    """FP8 only."""
+
+    name = "cutlass"
+    table_revision = 1
+
+    @classmethod
+    def available(cls, device: str) -> Support:
+        hopper = cls.on_hopper(device)
+        return build_state() if hopper.ok else hopper
+
+    @classmethod
+    def supports(cls, problem: Problem) -> Support:
+        if not problem.spec.quantized:
+            return Support(False, f"computes FP8 layers, not {problem.spec.quant_label}")
+        if problem.num_local > MOST_EXPERTS:
+            return Support(False, f"takes at most {MOST_EXPERTS} experts on a rank, not {problem.num_local}")
+        return super().supports(problem)
+
+    @classmethod
+    def build(cls) -> None:
+        ensure_built()
+
+    @classmethod
+    def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:
+        """Blocks that share weights need several tiles of an expert's tokens."""
+        each = rows * problem.spec.top_k / problem.spec.num_experts
+        shares = [(2, 2), (1, 1), (2, 1), (1, 2)] if each > 96 else [(1, 1), (2, 2), (2, 1), (1, 2)]
+        return [{"share1": one, "share2": two, "pdl": True} for one, two in shares]
+
+    @classmethod
+    def config_of(cls, values: dict[str, Any], spec: MoESpec) -> Config:
+        from moe_dist.kernels.cutlass.fused_moe import Config
+
+        config = Config(**values)
+        config.check()
+        return config
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Builds the library if that was not done (minutes)."""
+        from moe_dist.kernels.cutlass.fused_moe import Matrices
+        from moe_dist.kernels.cutlass.library import load
+
+        super().prepare(weights)
+        library = load()
+        if not self._empty:
+            self._matrices = Matrices(library, weights)
+
+    def compute(self, rows: TokenRows, config: Config) -> Tensor:
+        from moe_dist.kernels.cutlass.fused_moe import fused_moe
+
+        return fused_moe(
+            rows.x, rows.slots_RK, rows.weights_RK, self._matrices, self.spec.activation, config, self.out_dtype,
+            self.stages,
+        )  # fmt: skip

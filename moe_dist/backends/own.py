@@ -1,0 +1,102 @@
+"""What the backends with kernels of our own share: the numerics around the GEMMs, and how one of their configs is
+chosen."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_dist.backends.base import Backend, Problem
+from moe_dist.quantization import QuantizedRows
+from moe_dist.reference import Numerics
+from moe_dist.rows import Support, TokenRows
+from moe_dist.spec import MoESpec
+from moe_dist.tables import Shape, device_name, tuned_config
+from moe_dist.weights import ExpertWeights
+
+C = TypeVar("C")
+
+LONGEST_ROW = 16384  # what one program quantizes with one scale
+GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and bytes of a wide load
+HOPPER = (9, 0)
+
+
+class OwnKernels(Backend, Generic[C]):
+    """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already. `name` is the backend's, as
+    its tables have it."""
+
+    capturable = True
+    deterministic = True
+    name: ClassVar[str]
+
+    @classmethod
+    def numerics_of(cls, spec: MoESpec) -> Numerics:
+        """A scale for a whole row of GEMM2's input needs a second pass over it; it waits for that in bf16."""
+        return Numerics(bf16_activation=spec.quant in ("none", "fp8_channel", "fp8_tensor_dynamic"))
+
+    @classmethod
+    def payloads(cls, spec: MoESpec) -> frozenset[str]:
+        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quantized else set()))
+
+    @classmethod
+    def supports(cls, problem: Problem) -> Support:
+        spec, width = problem.spec, problem.width
+        if problem.capability != HOPPER:
+            return Support(False, f"needs compute capability 9.0, not {problem.capability}")
+        if spec.dtype != "bf16":
+            return Support(False, f"computes bf16 and FP8 layers, not {spec.quant_label}")
+        sizes = f"hidden ({spec.hidden}) and slices ({width})"
+        if spec.hidden % GRANULARITY or width % GRANULARITY:
+            return Support(False, f"needs {sizes} in multiples of {GRANULARITY}")
+        if spec.quant in ("fp8_channel", "fp8_tensor_dynamic") and max(spec.hidden, width) > LONGEST_ROW:
+            return Support(False, f"{spec.quant} needs {sizes} of at most {LONGEST_ROW}: a whole row has one scale")
+        return Support(True)
+
+    @classmethod
+    def on_hopper(cls, device: str) -> Support:
+        """Whether there is the GPU that these kernels are for."""
+        if device != "cuda" or not torch.cuda.is_available():
+            return Support(False, "needs an NVIDIA Hopper GPU (SM90)")
+        capability = torch.cuda.get_device_capability()
+        if capability != HOPPER:
+            return Support(False, f"needs SM90, this GPU is SM{capability[0]}{capability[1]}")
+        return Support(True)
+
+    @classmethod
+    @abstractmethod
+    def config_of(cls, values: dict[str, Any], spec: MoESpec) -> C:
+        """A config from its JSON values; raises ConfigError for one that can't run."""
+
+    @abstractmethod
+    def compute(self, rows: TokenRows, config: C) -> Tensor:
+        """`forward` of at least one row through at least one expert."""
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._empty = weights.num_experts == 0 or weights.width == 0
+        self._forced: C | None = None
+        self._chosen: dict[int, C] = {}
+
+    def use_config(self, config: dict[str, Any] | None) -> None:
+        self._forced = None if config is None else self.config_of(config, self.spec)
+
+    def forward(self, rows: TokenRows) -> Tensor:
+        count = rows.slots_RK.shape[0]
+        if count == 0 or self._empty:
+            shape = count, self.spec.hidden
+            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
+        return self.compute(rows, self._forced or self._chosen.get(count) or self._choose(rows))
+
+    def _choose(self, rows: TokenRows) -> C:
+        weights, count = self._weights, rows.slots_RK.shape[0]
+        shape = Shape.of(self.name, device_name(weights.device), self.spec, weights.width, weights.num_experts)
+        values = tuned_config(shape, self.table_revision, count)
+        if values is None:
+            payload = "fp8" if isinstance(rows.x, QuantizedRows) else "bf16"
+            problem = Problem(self.spec, weights.width, weights.num_experts, "cuda", HOPPER, payload)
+            values = self.default_config(problem, count)
+        self._chosen[count] = config = self.config_of(values, self.spec)
+        return config

@@ -1,0 +1,106 @@
+"""The fused MoE with the two GEMMs of grouped_gemm.cuh; what is around them is the triton backend's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import ConfigError
+from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
+from moe_dist.kernels.triton.step import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Step, blocks
+from moe_dist.quantization import Activations
+from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.weights import ExpertWeights
+
+SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
+TABLE_TILE = 1024  # the table of tiles is not used: as small as can be
+
+
+@dataclass(frozen=True)
+class Config:
+    """`share1`, `share2`: thread blocks that work on the same weights with other tokens, each loading half for both, in
+    GEMM1 and in GEMM2. `pdl`: programmatic dependent launch."""
+
+    share1: int
+    share2: int
+    pdl: bool = True
+
+    def check(self) -> None:
+        """Raises ConfigError for what is not compiled."""
+        for name, share in (("share1", self.share1), ("share2", self.share2)):
+            if share not in SHARES:
+                raise ConfigError(f"config.{name}", share, "thread blocks that share weights", SHARES)
+
+
+class Matrices:
+    """One shard's weights as the kernels read them; the tensors must stay where they are."""
+
+    def __init__(self, library: Library, experts: ExpertWeights) -> None:
+        self.library, self.experts = library, experts
+        w13, w2 = experts.w13_eFH, experts.w2_eHi
+        self.w13 = library.weights_map(w13.data_ptr(), w13.shape[0] * w13.shape[1], w13.shape[2])
+        self.w2 = library.weights_map(w2.data_ptr(), w2.shape[0] * w2.shape[1], w2.shape[2])
+        self.sms = torch.cuda.get_device_properties(w13.device).multi_processor_count
+
+
+def fused_moe(
+    x: Activations,
+    slots_RK: Tensor,
+    weights_RK: Tensor,
+    matrices: Matrices,
+    activation: str,
+    config: Config,
+    out_dtype: torch.dtype,
+    stages: Stages = NO_STAGES,
+) -> Tensor:
+    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through the shard."""
+    return _CutlassStep(slots_RK.contiguous(), matrices, config).run(x, weights_RK, activation, out_dtype, stages)
+
+
+class _CutlassStep(Step):
+    def __init__(self, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
+        super().__init__(slots_RK, matrices.experts, TABLE_TILE, config.pdl)
+        self.matrices, self.config = matrices, config
+
+    def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
+        experts = self.experts
+        if values.data_ptr() % 16:  # rows are read by sixteen bytes
+            values = values.clone()
+        self._gemm(
+            UP_GATED if experts.gated else UP,
+            self.matrices.w13,
+            self.config.share1,
+            x=values.data_ptr(), x_scales=scales.data_ptr(), w_scales=_address(experts.s13),
+            x_static=_address(experts.a13), h_static=_address(experts.a2),
+            out=self.h.data_ptr(), out_scales=self.hs.data_ptr(),
+            x_scale_row=blocks(experts.hidden) if self.kind == BLOCK_SCALES else 1,
+            x_scale_k=int(self.kind == BLOCK_SCALES),
+            k=experts.hidden, width=experts.width, activation=ACTIVATIONS[activation],
+        )  # fmt: skip
+
+    def gemm2(self) -> None:
+        experts = self.experts
+        self._gemm(
+            DOWN,
+            self.matrices.w2,
+            self.config.share2,
+            x=self.h.data_ptr(), x_scales=self.hs.data_ptr(), w_scales=_address(experts.s2),
+            x_static=_address(experts.a2), out=self.out.data_ptr(),
+            x_scale_row=1, x_scale_k=0 if self.kind == ROW_SCALES else self.pairs,
+            k=experts.width, width=experts.hidden,
+        )  # fmt: skip
+
+    def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
+        args = Args(
+            starts=self.starts.data_ptr(), stops=self.stops.data_ptr(), order=self.order.data_ptr(),
+            experts=self.experts.num_experts, top_k=self.slots_RK.shape[1], pairs=self.pairs,
+            gate_first=self.experts.gate_first, per_tensor=self.per_tensor, **fields,
+        )  # fmt: skip
+        stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
+        self.matrices.library.gemm(gemm, self.kind, args, weights, share, self.matrices.sms, self.pdl, stream)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,15 @@
+// One GEMM in one format: compiled once for each pair, with MOE_DIST_GEMM and MOE_DIST_KIND defined.
+#include "grouped_gemm.cuh"
+
+#define MOE_DIST_NAME_(gemm, kind) moe_dist_gemm_##gemm##_##kind
+#define MOE_DIST_NAME(gemm, kind) MOE_DIST_NAME_(gemm, kind)
+
+// `share`: how many thread blocks share weights, 1 or 2. A CUDA error code; cudaErrorInvalidValue for another number.
+extern "C" int MOE_DIST_NAME(MOE_DIST_GEMM, MOE_DIST_KIND)(const moe_dist::Args* args, const CUtensorMap* weights,
+                                                           int share, int sms, int early, cudaStream_t stream) {
+  if (share == 2) return moe_dist::launch<MOE_DIST_GEMM, MOE_DIST_KIND, 2>(*args, *weights, sms, early, stream);
+#ifndef MOE_DIST_ONE_INSTANCE
+  if (share == 1) return moe_dist::launch<MOE_DIST_GEMM, MOE_DIST_KIND, 1>(*args, *weights, sms, early, stream);
+#endif
+  return cudaErrorInvalidValue;
+}

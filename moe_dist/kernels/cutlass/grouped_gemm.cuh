@@ -1,0 +1,585 @@
+// Grouped FP8 GEMMs of the experts for SM90, on CUTLASS's wgmma, TMA and barrier wrappers.
+//
+// A tile is up to 128 tokens of one expert times 2 x 128 rows of its matrix: gate and up of the same 128 columns, or 256
+// neighbours. A thread block is persistent: one warpgroup loads (weights by TMA; token rows, which lie anywhere, by
+// cp.async), two multiply. Each 128 columns of the sum are scaled and added in float32 outside the tensor cores'
+// accumulators.
+//
+// It is what the L2 cache can deliver that bounds tiles of this size. In a cluster two thread blocks take 128 tokens each
+// and the same weights: either loads half of them and sends it to both. What is left of an expert's tokens, 128 or less,
+// both take with weights of their own. Up to 64 tokens both warpgroups work on the same rows, with half the columns each:
+// nothing is multiplied for padding but in units of 64 tokens.
+#pragma once
+
+#include <cstdint>
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+#include <utility>
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+namespace moe_dist {
+
+// What is computed: act(gate) * up, act(x), or the second GEMM. How it is scaled: by blocks of 128 x 128 and groups of
+// 128; by rows and channels (or matrices); by one static number.
+enum Gemm { UP_GATED = 0, UP = 1, DOWN = 2 };
+enum Kind { BLOCK = 1, ROW = 2, STATIC = 3 };
+enum Activation { SWIGLU = 0, GEGLU = 1, RELU2 = 2 };
+
+// One call. P pairs lie sorted by expert, expert e's from starts[e] to stops[e]; pair order[j] belongs to row
+// order[j] / top_k. ctypes fills this: keep the order of fields as moe_dist/kernels/cutlass/library.py has it.
+struct Args {
+  const uint8_t* x;      // UP*: token rows [R, K]; DOWN: [P, K] in the order of the sorted pairs; E4M3
+  const float* x_scales; // at row * x_scale_row + k_block * x_scale_k
+  const float* w_scales; // as ExpertWeights.s13 or s2
+  const float* x_static; // STATIC: UP* one number, DOWN one for each expert
+  const float* h_static; // STATIC, UP*: one for each expert, to quantize the output by
+  const int* starts;
+  const int* stops;
+  const int* order;
+  void* out;         // UP*: [P, width] sorted, E4M3 (ROW: bf16); DOWN: [P, width] bf16, by pair
+  float* out_scales; // BLOCK, UP*: [ceil(width / 128), P]
+  int64_t x_scale_row, x_scale_k;
+  int k;             // length of the sum
+  int width;         // columns of the output
+  int experts, top_k, pairs;
+  int activation, gate_first, per_tensor;
+};
+
+constexpr int BLOCK_K = 128;              // bytes of a swizzled row, and columns of a scale block
+constexpr int HALF_BYTES = 128 * BLOCK_K; // of weights
+constexpr int MATH_THREADS = 256, LOAD_THREADS = 128, THREADS = MATH_THREADS + LOAD_THREADS;
+constexpr int STAGED_ROW = 144; // bytes of a token's staged row: 128 and a shift by four banks
+constexpr int MOST_SHARED = 232448;
+
+constexpr int TOKENS = 128, UNIT = 64;     // of a tile; of one warpgroup's product
+constexpr int STAGES = 4;
+constexpr int SCALES = TOKENS + 4;        // of a stage: the tokens', and one for each half of the weights
+constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
+constexpr int AT_STAGED = AT_TOKENS + STAGES * TOKENS * BLOCK_K;
+constexpr int AT_SCALES = AT_STAGED + 2 * UNIT * STAGED_ROW;
+constexpr int AT_MAXIMA = AT_SCALES + STAGES * SCALES * 4;
+constexpr int AT_BARRIERS = AT_MAXIMA + 2 * UNIT * 4;
+constexpr int AT_TILES = AT_BARRIERS + 2 * STAGES * 8;
+inline int shared_bytes(int experts) { return AT_TILES + (3 * experts + 1) * 4; }
+
+template <int N> struct Mma;
+#define MOE_DIST_MMA(N)                                                                                                \
+  template <> struct Mma<N> {                                                                                          \
+    using Op = cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<cute::SM90::GMMA::ScaleIn::One,                     \
+                                                                   cute::SM90::GMMA::ScaleIn::One>;                    \
+  };
+MOE_DIST_MMA(64)
+MOE_DIST_MMA(128)
+#undef MOE_DIST_MMA
+
+__device__ inline uint32_t shared_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
+
+__device__ inline void copy_16(uint32_t to, const void* from, int bytes) { // the rest of the 16 becomes 0
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ inline void copy_4(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+template <int ID_THREADS> __device__ inline void meet(int id) { // of ID_THREADS threads
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(ID_THREADS) : "memory");
+}
+
+// A K-major operand of 128-byte rows under the 128-byte swizzle: 1024 bytes from 8 rows to the next 8.
+__device__ inline uint64_t operand(const uint8_t* shared) {
+  return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | (shared_address(shared) >> 4);
+}
+
+template <int N, int... I>
+__device__ inline void multiply(uint64_t a, uint64_t b, float (&d)[N / 2], bool add, std::integer_sequence<int, I...>) {
+  using cute::SM90::GMMA::ScaleOut;
+  Mma<N>::Op::fma(a, b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
+}
+
+// d = 64 tokens x N rows of weights over 128 columns of the sum.
+template <int N> __device__ inline void product(uint64_t a, uint64_t b, float (&d)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(d[i]);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < BLOCK_K / 32; ++k)
+    multiply<N>(a + k * 2, b + k * 2, d, k != 0, std::make_integer_sequence<int, N / 2>{});
+  cute::warpgroup_commit_batch();
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(d[i]);
+  cute::warpgroup_wait<0>();
+}
+
+// A thread has rows lane / 4 + {0, 8} of its warp's 16 in d[4j + {0, 1}] and d[4j + {2, 3}], columns 8j + 2 (lane % 4) +
+// {0, 1}.
+template <int N>
+__device__ inline void add_scaled(float (&total)[N / 2], const float (&d)[N / 2], float upper, float lower) {
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    total[4 * j] += d[4 * j] * upper;
+    total[4 * j + 1] += d[4 * j + 1] * upper;
+    total[4 * j + 2] += d[4 * j + 2] * lower;
+    total[4 * j + 3] += d[4 * j + 3] * lower;
+  }
+}
+
+__device__ inline float swiglu(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
+
+__device__ inline float geglu(float gate, float up) { // 0.5 (1 + tanh z) = sigmoid(2 z)
+  const float z = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
+  return __fdividef(gate, 1.0f + __expf(-2.0f * z)) * up;
+}
+
+__device__ inline float relu2(float x) { return fmaxf(x, 0.0f) * fmaxf(x, 0.0f); }
+
+// Which tiles there are. Of an expert's n tokens a cluster takes 2 x 128 at a time, and 129 to 255 that are left in two
+// halves; 128 or less are left to tiles in which its blocks have different columns. An expert's tiles of one column come
+// one after the other, then its next column: what is at work at a time shares weights and tokens in L2.
+template <int CLUSTER> struct Tiles {
+  int *before, *start, *count; // [experts + 1] tiles before an expert; [experts]
+  int experts, columns, number, expert = 0;
+  int column, first, tokens; // of this thread block: its first token, of the expert's; how many
+  bool shared;               // whether the cluster's blocks have the same weights
+
+  __device__ Tiles(int* room, int experts, int columns)
+      : before(room), start(room + experts + 1), count(start + experts), experts(experts), columns(columns),
+        number(int(blockIdx.x) / CLUSTER) {}
+
+  static constexpr int TOGETHER = CLUSTER * TOKENS;
+  __device__ static int full_tiles(int n) { // in a column
+    return CLUSTER == 1 ? (n + TOKENS - 1) / TOKENS : n / TOGETHER + (n % TOGETHER > TOKENS);
+  }
+  __device__ int split_tiles(int n) const { // in all columns
+    return CLUSTER == 1 || n % TOGETHER == 0 || n % TOGETHER > TOKENS ? 0 : (columns + 1) / 2;
+  }
+
+  __device__ void find(const int* starts, const int* stops) { // by all threads
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+      start[e] = starts[e];
+      count[e] = stops[e] - starts[e];
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      int total = 0;
+      for (int at = 0; at < experts; at += 32) {
+        const int e = at + int(threadIdx.x);
+        const int tiles = e < experts ? full_tiles(count[e]) * columns + split_tiles(count[e]) : 0;
+        int sum = tiles;
+        for (int step = 1; step < 32; step *= 2) {
+          const int other = __shfl_up_sync(~0u, sum, step);
+          if (int(threadIdx.x) >= step) sum += other;
+        }
+        if (e < experts) before[e] = total + sum - tiles;
+        total += __shfl_sync(~0u, sum, 31);
+      }
+      if (threadIdx.x == 0) before[experts] = total;
+    }
+    __syncthreads();
+  }
+
+  __device__ bool next() {
+    while (expert < experts && number >= before[expert + 1]) ++expert;
+    if (expert == experts) return false;
+    const int n = count[expert], full = full_tiles(n), within = number - before[expert];
+    const int rank = int(blockIdx.x) % CLUSTER;
+    shared = within < full * columns;
+    if (shared) {
+      column = within / full;
+      const int left = n - within % full * TOGETHER;
+      const int each = CLUSTER == 1 || left >= TOGETHER ? TOKENS : (left + 1) / 2;
+      first = within % full * TOGETHER + rank * each;
+      tokens = min(each, n - first);
+    } else {
+      column = (within - full * columns) * 2 + rank;
+      first = full * TOGETHER;
+      tokens = column < columns ? n - first : 0;
+    }
+    number += int(gridDim.x) / CLUSTER;
+    return true;
+  }
+};
+
+struct Turn { // which stage of the pipeline, and its parity
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+template <int GEMM, int KIND, int CLUSTER> struct Kernel {
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  static constexpr int COLUMNS = GEMM == UP_GATED ? 128 : 256; // of the output in a tile
+
+  const Args& args;
+  uint8_t* shared;
+  int wide = (args.k + BLOCK_K - 1) / BLOCK_K;
+
+  __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(shared + AT_BARRIERS) + stage; }
+  __device__ Barrier* empty(int stage) const { return full(STAGES + stage); }
+  __device__ float* scales(int stage) const { return reinterpret_cast<float*>(shared + AT_SCALES) + stage * SCALES; }
+  __device__ float* maxima() const { return reinterpret_cast<float*>(shared + AT_MAXIMA); } // [2 warpgroups, 64]
+
+  // The weights' half 0 is gate's, or the first 128 of 256 columns.
+  __device__ int place(int half) const { return half == (args.gate_first ? 0 : 1) ? 0 : 1; }
+  __device__ int matrix_row(const Tiles<CLUSTER>& tile, int half) const {
+    if constexpr (GEMM == UP_GATED) return (tile.expert * 2 + place(half)) * args.width + tile.column * 128;
+    return tile.expert * args.width + tile.column * 256 + half * 128;
+  }
+  __device__ const float* block_scales(const Tiles<CLUSTER>& tile, int half) const {
+    int blocks = (args.width + 127) / 128;
+    if constexpr (GEMM == UP_GATED)
+      return args.w_scales + int64_t((tile.expert * 2 + place(half)) * blocks + tile.column) * wide;
+    return args.w_scales + int64_t(tile.expert * blocks + min(tile.column * 2 + half, blocks - 1)) * wide;
+  }
+  __device__ float channel_scale(const Tiles<CLUSTER>& tile, int half, int channel) const {
+    constexpr int HALVES = GEMM == UP_GATED ? 2 : 1;
+    int matrix = tile.expert * HALVES + (GEMM == UP_GATED ? place(half) : 0);
+    if (args.per_tensor) return args.w_scales[matrix];
+    return channel < args.width ? args.w_scales[int64_t(matrix) * args.width + channel] : 0.0f;
+  }
+
+  __device__ int source(const Tiles<CLUSTER>& tile, int token) const {
+    int at = tile.start[tile.expert] + tile.first + token;
+    return GEMM == DOWN ? at : int(uint32_t(args.order[at]) / uint32_t(args.top_k));
+  }
+
+  __device__ void load(Tiles<CLUSTER>& tile, const CUtensorMap* weights) const {
+    constexpr int PASSES = TOKENS / 16; // 16 rows of 8 x 16 bytes each
+    const int thread = int(threadIdx.x) - MATH_THREADS, chunk = thread % 8;
+    const uint32_t rank = blockIdx.x % CLUSTER;
+    const uint32_t to = uint32_t(thread / 8 * 128 + ((chunk ^ (thread / 8 % 8)) * 16));
+    Turn turn;
+    while (tile.next()) {
+      const uint8_t* rows[PASSES];
+#pragma unroll
+      for (int i = 0; i < PASSES; ++i) {
+        int token = i * 16 + thread / 8;
+        rows[i] = token < tile.tokens ? args.x + int64_t(source(tile, token)) * args.k + chunk * 16 : nullptr;
+      }
+      const float *of_token = nullptr, *of_weights = nullptr;
+      if (KIND != STATIC && thread < tile.tokens) of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
+      if (KIND == BLOCK && thread < 2) of_weights = block_scales(tile, thread);
+      const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
+      for (int block = 0; block < wide; ++block, turn.advance()) {
+        empty(turn.stage)->wait(turn.phase ^ 1);
+        uint64_t* barrier = reinterpret_cast<uint64_t*>(full(turn.stage));
+        if (thread == 0) {
+          full(turn.stage)->arrive_and_expect_tx(2 * HALF_BYTES);
+          uint8_t* halves = shared + turn.stage * 2 * HALF_BYTES;
+          const uint64_t hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+          if (CLUSTER == 2 && tile.shared) {
+            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(weights, barrier, uint16_t(3), hint, halves + rank * HALF_BYTES,
+                                                   block * BLOCK_K, rank ? row1 : row0);
+          } else {
+            cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves, block * BLOCK_K, row0);
+            cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves + HALF_BYTES, block * BLOCK_K, row1);
+          }
+        }
+        const uint32_t tokens = shared_address(shared + AT_TOKENS + turn.stage * TOKENS * BLOCK_K) + to;
+        const int inside = block * BLOCK_K + chunk * 16 < args.k ? 16 : 0;
+#pragma unroll
+        for (int i = 0; i < PASSES; ++i)
+          if (rows[i]) copy_16(tokens + i * 2048, inside ? rows[i] + block * BLOCK_K : rows[i], inside);
+        const uint32_t factors = shared_address(scales(turn.stage));
+        if (of_token) copy_4(factors + thread * 4, of_token + block * args.x_scale_k);
+        if (of_weights) copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
+        cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
+      }
+    }
+  }
+
+  __device__ void release(int stage) const { // by a whole warp that is done with a stage, to the blocks that fill it
+    __syncwarp();
+    if (threadIdx.x % 32 < CLUSTER) empty(stage)->arrive(threadIdx.x % 32);
+  }
+
+  __device__ void work(Tiles<CLUSTER>& tile) const {
+    Turn turn;
+    while (tile.next()) {
+      if (tile.tokens > UNIT) {
+        work_on<128>(tile, turn);
+      } else if (tile.tokens > 0) {
+        work_on<64>(tile, turn);
+      } else {
+        for (int block = 0; block < wide; ++block, turn.advance()) {
+          full(turn.stage)->wait(turn.phase);
+          release(turn.stage);
+        }
+      }
+    }
+  }
+
+  // N = 128: 64 tokens by each warpgroup; N = 64: half of the columns by each.
+  template <int N> __device__ void work_on(const Tiles<CLUSTER>& tile, Turn& turn) const {
+    const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), my_unit = N == 128 ? group : 0;
+    const uint64_t a0 = operand(shared + AT_TOKENS + my_unit * UNIT * BLOCK_K);
+    const uint64_t b0 = operand(shared + (N == 128 ? 0 : group * 64 * BLOCK_K));
+    const int row = my_unit * UNIT + int(threadIdx.x) % 128 / 32 * 16 + int(threadIdx.x) % 32 / 4;
+    float left[N / 2] = {}, right[N / 2] = {};
+    {
+      float d[N / 2];
+      for (int block = 0; block < wide; ++block, turn.advance()) {
+        full(turn.stage)->wait(turn.phase);
+        const float* factors = scales(turn.stage);
+        float upper = 1.0f, lower = 1.0f;
+        float2 of_weights = {1.0f, 1.0f};
+        if constexpr (KIND != STATIC) upper = factors[row], lower = factors[row + 8];
+        if constexpr (KIND == BLOCK) of_weights = *reinterpret_cast<const float2*>(factors + TOKENS);
+        cutlass::arch::fence_view_async_shared(); // what cp.async wrote is to be read by wgmma
+        const uint64_t a = a0 + turn.stage * (TOKENS * BLOCK_K >> 4), b = b0 + turn.stage * (2 * HALF_BYTES >> 4);
+        product<N>(a, b, d);
+        add_scaled<N>(left, d, upper * of_weights.x, lower * of_weights.x);
+        product<N>(a, b + (HALF_BYTES >> 4), d);
+        release(turn.stage);
+        add_scaled<N>(right, d, upper * of_weights.y, lower * of_weights.y);
+      }
+    }
+    finish<N>(tile, left, right);
+  }
+
+  template <int N> __device__ void finish(const Tiles<CLUSTER>& tile, float (&left)[N / 2], float (&right)[N / 2]) const {
+    // This thread's first column of the left half, and of the output.
+    const int at = (N == 128 ? 0 : int(threadIdx.x) / 128 * 64) + int(threadIdx.x) % 4 * 2;
+    const int channel = tile.column * COLUMNS + at;
+    if constexpr (KIND != BLOCK) {
+      float all = 1.0f;
+      if constexpr (KIND == STATIC) all = args.x_static[GEMM == DOWN ? tile.expert : 0];
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float of_left = all * channel_scale(tile, 0, channel + 8 * j + i);
+          const float of_right = all * channel_scale(tile, 1, channel + 8 * j + i + (GEMM == UP_GATED ? 0 : 128));
+          left[4 * j + i] *= of_left, left[4 * j + 2 + i] *= of_left;
+          right[4 * j + i] *= of_right, right[4 * j + 2 + i] *= of_right;
+        }
+    }
+    if constexpr (GEMM == UP_GATED) {
+      if (args.activation == SWIGLU) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) left[i] = swiglu(left[i], right[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) left[i] = geglu(left[i], right[i]);
+      }
+      if (tile.column * 128 + 128 > args.width) { // what is beyond must not count in the scales
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i)
+          if (channel + i / 4 * 8 + i % 2 >= args.width) left[i] = 0.0f;
+      }
+      put<N>(tile, left, tile.column * 128);
+    } else {
+      if constexpr (GEMM == UP) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+          const int here = channel + i / 4 * 8 + i % 2;
+          left[i] = here < args.width ? relu2(left[i]) : 0.0f;
+          right[i] = here + 128 < args.width ? relu2(right[i]) : 0.0f;
+        }
+      }
+      put<N>(tile, left, tile.column * 256);
+      if (tile.column * 256 + 128 < args.width) put<N>(tile, right, tile.column * 256 + 128);
+    }
+  }
+
+  // 128 columns of the output from `channel` on: of 64 tokens by each warpgroup, or 64 columns of the same by each.
+  template <int N> __device__ void put(const Tiles<CLUSTER>& tile, const float (&values)[N / 2], int channel) const {
+    const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+    const Place place = {
+        shared + AT_STAGED + group * UNIT * STAGED_ROW,
+        tile.start[tile.expert] + tile.first + (N == 128 ? group * UNIT : 0),
+        min(UNIT, tile.tokens - (N == 128 ? group * UNIT : 0)),
+        channel + (N == 128 ? 0 : group * 64),
+        thread / 32 * 16 + lane / 4,
+    };
+    if constexpr (GEMM == DOWN || KIND == ROW) {
+      put_bf16<N>(place, values);
+    } else {
+      float upper, lower;
+      if constexpr (KIND == STATIC)
+        upper = lower = args.h_static[tile.expert];
+      else
+        group_scales<N>(values, place.row, upper, lower);
+      if (KIND == BLOCK && lane % 4 == 0 && (N == 128 || group == 0)) {
+        float* out = args.out_scales + int64_t(channel / 128) * args.pairs + place.first;
+        if (place.row < place.tokens) out[place.row] = upper;
+        if (place.row + 8 < place.tokens) out[place.row + 8] = lower;
+      }
+      put_codes<N>(place, values, upper, lower);
+    }
+  }
+
+  struct Place { // one warpgroup's part of a tile
+    uint8_t* staged;
+    int first, tokens; // of the sorted pairs
+    int channel;
+    int row; // this thread's, of 64; and the one 8 further
+  };
+
+  // The scales of two tokens' 128 columns, of which a quad of threads has all or, with N = 64, half.
+  template <int N>
+  __device__ void group_scales(const float (&values)[N / 2], int row, float& upper, float& lower) const {
+    upper = lower = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      upper = fmaxf(upper, fmaxf(fabsf(values[4 * j]), fabsf(values[4 * j + 1])));
+      lower = fmaxf(lower, fmaxf(fabsf(values[4 * j + 2]), fabsf(values[4 * j + 3])));
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      upper = fmaxf(upper, __shfl_xor_sync(~0u, upper, step));
+      lower = fmaxf(lower, __shfl_xor_sync(~0u, lower, step));
+    }
+    if constexpr (N == 64) {
+      const int group = int(threadIdx.x) / 128;
+      meet<MATH_THREADS>(1); // what was there has been read
+      if (threadIdx.x % 4 == 0) maxima()[group * UNIT + row] = upper, maxima()[group * UNIT + row + 8] = lower;
+      meet<MATH_THREADS>(1);
+      upper = fmaxf(upper, maxima()[(group ^ 1) * UNIT + row]);
+      lower = fmaxf(lower, maxima()[(group ^ 1) * UNIT + row + 8]);
+    }
+    upper = fmaxf(__fdiv_rn(upper, 448.0f), TINY);
+    lower = fmaxf(__fdiv_rn(lower, 448.0f), TINY);
+  }
+  static constexpr float TINY = 1e-12f;
+
+  template <int N>
+  __device__ void put_codes(const Place& place, const float (&values)[N / 2], float upper, float lower) const {
+    const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+    const float of_upper = __frcp_rn(upper), of_lower = __frcp_rn(lower);
+    meet<128>(2 + group); // what was staged has been copied out
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      uint8_t* to = place.staged + place.row * STAGED_ROW + 8 * j + thread % 4 * 2;
+      *reinterpret_cast<uint16_t*>(to) = codes(values[4 * j], values[4 * j + 1], upper, of_upper);
+      *reinterpret_cast<uint16_t*>(to + 8 * STAGED_ROW) = codes(values[4 * j + 2], values[4 * j + 3], lower, of_lower);
+    }
+    meet<128>(2 + group);
+    constexpr int CHUNKS = N / 16;
+    const int at = thread % CHUNKS * 16;
+    uint8_t* out = static_cast<uint8_t*>(args.out) + int64_t(place.first) * args.width + place.channel + at;
+    if (place.channel + at < args.width)
+      for (int row = thread / CHUNKS; row < place.tokens; row += 128 / CHUNKS)
+        *reinterpret_cast<uint4*>(out + int64_t(row) * args.width) =
+            *reinterpret_cast<const uint4*>(place.staged + row * STAGED_ROW + at);
+  }
+
+  // Two quotients by one scale, rounded as division rounds: a product with the reciprocal and one correction (Markstein
+  // 1990). The codes must be torch's, ties included. Values beyond FP8's range saturate.
+  __device__ static uint16_t codes(float low, float high, float scale, float inverse) {
+    return __nv_cvt_float2_to_fp8x2({divided(low, scale, inverse), divided(high, scale, inverse)}, __NV_SATFINITE,
+                                    __NV_E4M3);
+  }
+  __device__ static float divided(float value, float scale, float inverse) {
+    const float quotient = value * inverse;
+    return __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
+  }
+
+  template <int N> __device__ void put_bf16(const Place& place, const float (&values)[N / 2]) const {
+    const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+    const int at = thread % 8 * 8;
+    int64_t rows[UNIT / 16]; // of the output, for those that this thread copies
+#pragma unroll
+    for (int i = 0; i < UNIT / 16; ++i) {
+      const int row = i * 16 + thread / 8;
+      rows[i] = row >= place.tokens ? -1 : GEMM == DOWN ? args.order[place.first + row] : place.first + row;
+    }
+#pragma unroll
+    for (int column = 0; column < N; column += 64) { // what is staged at a time
+      meet<128>(2 + group);
+#pragma unroll
+      for (int j = column / 8; j < column / 8 + 8; j += 2) {
+        const int row = warp * 16 + lane % 16, to_column = (j - column / 8 + lane / 16) * 8;
+        const uint32_t to = shared_address(place.staged + row * STAGED_ROW + to_column * 2);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                     "r"(pair(values[4 * j], values[4 * j + 1])), "r"(pair(values[4 * j + 2], values[4 * j + 3])),
+                     "r"(pair(values[4 * j + 4], values[4 * j + 5])), "r"(pair(values[4 * j + 6], values[4 * j + 7]))
+                     : "memory");
+      }
+      meet<128>(2 + group);
+      if (place.channel + column + at < args.width)
+#pragma unroll
+        for (int i = 0; i < UNIT / 16; ++i)
+          if (rows[i] >= 0)
+            *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.out) + rows[i] * args.width + place.channel +
+                                      column + at) =
+                *reinterpret_cast<const uint4*>(place.staged + (i * 16 + thread / 8) * STAGED_ROW + at * 2);
+    }
+  }
+
+  __device__ static uint32_t pair(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&both);
+  }
+};
+
+template <int GEMM, int KIND, int CLUSTER>
+__global__ void __launch_bounds__(THREADS, 1)
+    grouped_gemm(const __grid_constant__ Args args, const __grid_constant__ CUtensorMap weights) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t shared[];
+  Kernel<GEMM, KIND, CLUSTER> kernel{args, shared};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      kernel.full(stage)->init(1 + LOAD_THREADS);
+      kernel.empty(stage)->init(CLUSTER * MATH_THREADS / 32);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  Tiles<CLUSTER> tile(reinterpret_cast<int*>(shared + AT_TILES), args.experts,
+                (args.width + kernel.COLUMNS - 1) / kernel.COLUMNS);
+  tile.find(args.starts, args.stops);
+  if constexpr (CLUSTER > 1) { // barriers that the other block arrives at must be there
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+  if (threadIdx.x >= MATH_THREADS) {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    kernel.load(tile, &weights);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    kernel.work(tile);
+  }
+  if constexpr (CLUSTER > 1) { // nor may they go while it does
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+#endif
+}
+
+// On `sms` multiprocessors; a CUDA error code.
+template <int GEMM, int KIND, int CLUSTER>
+int launch(const Args& args, const CUtensorMap& weights, int sms, bool early, cudaStream_t stream) {
+  auto kernel = grouped_gemm<GEMM, KIND, CLUSTER>;
+  const int bytes = shared_bytes(args.experts);
+  if (bytes > MOST_SHARED) return cudaErrorInvalidValue;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = CLUSTER;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(sms / CLUSTER * CLUSTER);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = early ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, args, weights);
+}
+
+} // namespace moe_dist

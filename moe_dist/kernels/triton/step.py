@@ -1,0 +1,287 @@
+"""What every fused MoE of ours does around its two grouped GEMMs: align, quantize, requantize, weighted sum.
+
+Pairs are (token, expert) choices, numbered as in the flattened slots: pair p belongs to row p // K. `order` lists the
+pairs that are here by expert; expert e has `starts[e]` to `stops[e]` of it. GEMM1's output has its rows in that order,
+GEMM2 writes each row back to its pair, and the last kernel adds a token's pairs up in the order of K: no atomics, equal
+bits in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.quantize import divided, quantize_rows, quantized, scale_from
+from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
+from moe_dist.spec import BLOCK
+from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.weights import ExpertWeights
+
+UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
+GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
+MOST_PAIRS_TOGETHER = 4096  # beyond, programs that sort and programs that quantize get into each other's way
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
+
+
+@triton.jit(do_not_specialize=["R", "ENTRIES"])
+def _prepare(
+    slots, x, q, s, table, starts, stops, order,
+    R, ENTRIES,
+    E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr,
+    TOGETHER: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first E · PARTS programs sort the pairs by expert, the others quantize rows by groups of 128."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if pid < E * PARTS:
+        _align(slots, table, starts, stops, order, pid // PARTS, pid % PARTS, R * K, ENTRIES, E, PARTS, BM, BLOCK)
+    else:
+        GROUPS: tl.constexpr = (H + 127) // 128
+        CHUNKS: tl.constexpr = (GROUPS + TOGETHER - 1) // TOGETHER
+        row = ((pid - E * PARTS) // CHUNKS).to(tl.int64)
+        group = (pid - E * PARTS) % CHUNKS * TOGETHER + tl.arange(0, TOGETHER)
+        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        values = tl.load(x + row * H + column, mask=column < H, other=0.0).to(tl.float32)
+        codes, scale = quantized(values, tl.max(tl.abs(values), 1), FP8_MAX, TINY)
+        tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=column < H)
+        tl.store(s + row * GROUPS + group, scale, mask=group < GROUPS)
+
+
+@triton.jit
+def _align(
+    slots, table, starts, stops, order, expert, part, P, ENTRIES, E: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One expert's part of `order`, from one of PARTS runs of the pairs, and its part of `table`. It counts all that
+    comes before itself: nobody waits for anybody."""
+    lane = tl.arange(0, BLOCK)
+    first = part * tl.cdiv(P, BLOCK * PARTS) * BLOCK
+    last = tl.minimum(first + tl.cdiv(P, BLOCK * PARTS) * BLOCK, P)
+    lower = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    earlier = tl.zeros((BLOCK,), tl.int32)
+    for at in range(0, P, BLOCK):
+        slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
+        lower += ((slot >= 0) & (slot < expert)).to(tl.int32)
+        mine = (slot == expert).to(tl.int32)
+        equal += mine
+        if PARTS > 1:
+            earlier += tl.where(at < first, mine, 0)
+    before = tl.sum(lower, 0)
+    count = tl.sum(equal, 0)
+    if part == 0:
+        tl.store(starts + expert, before)
+        tl.store(stops + expert, before + count)
+        base = before // BM + expert
+        used = base + (count + BM - 1) // BM
+        end = (before + count) // BM + expert + 1
+        if expert == E - 1:
+            end = ENTRIES
+        for at in range(base, end, 128):
+            entry = at + tl.arange(0, 128)
+            tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
+    taken = before + tl.sum(earlier, 0)
+    if count > 0:
+        for at in range(first, last, BLOCK):
+            slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
+            mine = (slot == expert).to(tl.int32)
+            place = taken + tl.cumsum(mine, 0) - 1
+            tl.store(order + place, at + lane, mask=mine > 0)
+            taken += tl.sum(mine, 0)
+
+
+@triton.jit
+def _weighted_sum(
+    out, slots, weights, y, H: tl.constexpr, K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    part = tl.num_programs(0).to(tl.int64) * K * H
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for place in tl.static_range(K):
+        pair = row * K + place
+        slot = tl.load(slots + pair)
+        weight = tl.load(weights + pair)
+        at = out + pair * H + column
+        value = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        for number in tl.static_range(1, SPLIT_K):
+            value += tl.load(at + number * part, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        total += weight * value
+    tl.store(y + row * H + column, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_maxima(h, stops, maxima, I: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest magnitude of each row of h that is in use, 0 for the others."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    used = row < tl.load(stops + E - 1)
+    values = tl.load(h + row * I + column, mask=(column < I) & used, other=0.0).to(tl.float32)
+    tl.store(maxima + row, tl.max(tl.abs(values), 0))
+
+
+@triton.jit
+def _requantize(
+    h, maxima, q, s, I: tl.constexpr, WIDTH: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
+    """Rows of h to FP8 by the magnitudes given for them; rows not in use get codes that nobody reads."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    values = tl.load(h + row * I + column, mask=column < I, other=0.0).to(tl.float32)
+    scale = scale_from(tl.load(maxima + row), FP8_MAX, TINY)
+    codes = tl.clamp(divided(values, scale), -FP8_MAX, FP8_MAX)
+    tl.store(q + row * I + column, codes.to(q.dtype.element_ty), mask=column < I)
+    tl.store(s + row, scale)
+
+
+class Step(ABC):
+    """One call's tensors and its launches, in their order; the two GEMMs are a subclass's. `tile` pairs make an entry
+    of `table`, the expert of each tile: expert e's begin at entry starts[e] // tile + e, which leaves room for every
+    partial tile whatever the counts are, so that experts need not wait for each other's; entries between are -1."""
+
+    def __init__(self, slots_RK: Tensor, experts: ExpertWeights, tile: int, pdl: bool, split_k: int = 1) -> None:
+        self.slots_RK, self.experts, self.tile, self.pdl, self.split_k = slots_RK, experts, tile, pdl, split_k
+        self.kind = {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(
+            experts.kind, ROW_SCALES
+        )
+        self.pairs = slots_RK.numel()
+        self.entries = self.pairs // tile + experts.num_experts
+        P, E, i = self.pairs, experts.num_experts, experts.width
+        # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
+        codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
+        self.table, self.starts, self.stops, self.order, self.h, self.hs, self.out = cut(
+            slots_RK.device,
+            *(((size,), torch.int32) for size in (self.entries, E, E, P)),
+            ((P, i), codes),
+            ((P * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
+            ((split_k, P, experts.hidden), torch.bfloat16),
+        )
+
+    def run(
+        self,
+        x: Activations,
+        weights_RK: Tensor,
+        activation: str,
+        out_dtype: torch.dtype,
+        stages: Stages = NO_STAGES,
+    ) -> Tensor:
+        """[R, H] in `out_dtype`, the weighted sum over the experts that are here."""
+        with stages("quantize"):
+            values, scales = self.prepare(x)
+        with stages("gemm1"):
+            self.gemm1(values, scales, activation)
+        if self.kind == ROW_SCALES:
+            with stages("quantize"):
+                self.requantize()
+        with stages("gemm2"):
+            self.gemm2()
+        with stages("combine"):
+            return self.weighted_sum(weights_RK.contiguous(), out_dtype)
+
+    @abstractmethod
+    def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
+        """`h` from the rows and their scales: FP8 with `hs`, or bf16 where a scale is a whole row's."""
+
+    @abstractmethod
+    def gemm2(self) -> None:
+        """`out`, by pair, from `h` and `hs`."""
+
+    def prepare(self, x: Activations) -> tuple[Tensor, Tensor]:
+        """GEMM1's rows and their scales; what is not there, `hs` stands in for."""
+        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
+        together, chunks = self.pairs <= MOST_PAIRS_TOGETHER, 0
+        if isinstance(x, Tensor) and self.kind != UNQUANTIZED:
+            if self.kind == BLOCK_SCALES and together:
+                chunks = R * -(-blocks(H) // GROUPS_TOGETHER)
+                wanted = ((R, H), FP8), ((R, blocks(H)), torch.float32)
+                source, x = x.contiguous(), QuantizedRows(*cut(x.device, *wanted))
+            else:
+                x = quantize_rows(x, self.experts.kind, self.experts.a13)
+        values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
+        scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
+        parts = 1 if together else max(1, min(8, 256 // E))  # programs enough for the chip
+        block = min(4096, triton.next_power_of_2(max(self.pairs, 16)))
+        self.launch(
+            _prepare,
+            (E * parts + chunks, 1, 1),
+            (self.slots_RK, source if chunks else values, values, scales, *self.lists),
+            (R, self.entries),
+            (E, K, parts, self.tile, block, H, GROUPS_TOGETHER, FP8_MAX, TINY),
+            (8, 1),
+        )
+        return values, scales
+
+    def requantize(self) -> None:
+        """h from bf16 to codes with a scale for each row, or one for all."""
+        P, i = self.pairs, self.experts.width
+        wide = triton.next_power_of_2(i)
+        codes, maxima = cut(self.h.device, ((P, i), FP8), ((P,), torch.float32))
+        launch(_row_maxima, (P, 1, 1), (self.h, self.stops, maxima), (), (i, self.experts.num_experts, wide))
+        if self.experts.kind == "fp8_tensor_dynamic":
+            maxima.copy_(maxima.amax().expand(P))
+        launch(_requantize, (P, 1, 1), (self.h, maxima, codes, self.hs), (), (i, wide, FP8_MAX, TINY))
+        self.h = codes
+
+    def weighted_sum(self, weights_RK: Tensor, out_dtype: torch.dtype) -> Tensor:
+        (R, K), H = self.slots_RK.shape, self.experts.hidden
+        y = torch.empty(R, H, dtype=out_dtype, device=weights_RK.device)
+        block = min(1024, triton.next_power_of_2(H))
+        tensors, constants = (self.out, self.slots_RK, weights_RK, y), (H, K, self.split_k, block)
+        self.launch(_weighted_sum, (R, -(-H // block), 1), tensors, (), constants, (4, 1))
+        return y
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        tensors: tuple[Any, ...],
+        integers: tuple[int, ...],
+        constants: tuple[Any, ...],
+        warps_and_stages: tuple[int, int],
+    ) -> None:
+        """Kernels whose last constant is PDL."""
+        options: dict[str, Any] = dict(zip(("num_warps", "num_stages"), warps_and_stages, strict=True))
+        if self.pdl:
+            options["launch_pdl"] = True
+        launch(kernel, grid, tensors, integers, (*constants, self.pdl), **options)
+
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.table, self.starts, self.stops, self.order
+
+    @property
+    def per_tensor(self) -> bool:
+        return self.experts.kind.startswith("fp8_tensor")
+
+    def or_nothing(self, scales: Tensor | None) -> Tensor:
+        return self.hs if scales is None else scales
+
+
+def cut(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes from one allocation."""
+    used = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
+    sizes = [-(-size // 256) * 256 for size in used]
+    pieces = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+    return [
+        piece[:size].view(dtype).view(shape) for piece, size, (shape, dtype) in zip(pieces, used, wanted, strict=True)
+    ]
+
+
+def blocks(size: int) -> int:
+    return -(-size // BLOCK)
