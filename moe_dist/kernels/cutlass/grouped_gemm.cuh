@@ -60,6 +60,7 @@ constexpr int MOST_SHARED = 232448;
 
 constexpr int TOKENS = 128, UNIT = 64;     // of a tile; of one warpgroup's product
 constexpr int STAGES = 4;
+constexpr int ALL_MATH = 1, TURNS = 2; // named barriers: one, and one for each warpgroup
 constexpr int SCALES = TOKENS + 4;        // of a stage: the tokens', and one for each half of the weights
 constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
 constexpr int AT_STAGED = AT_TOKENS + STAGES * TOKENS * BLOCK_K;
@@ -93,6 +94,10 @@ template <int ID_THREADS> __device__ inline void meet(int id) { // of ID_THREADS
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(ID_THREADS) : "memory");
 }
 
+template <int ID_THREADS> __device__ inline void pass(int id) { // to those who wait there
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(ID_THREADS) : "memory");
+}
+
 // A K-major operand of 128-byte rows under the 128-byte swizzle: 1024 bytes from 8 rows to the next 8.
 __device__ inline uint64_t operand(const uint8_t* shared) {
   return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | (shared_address(shared) >> 4);
@@ -104,15 +109,22 @@ __device__ inline void multiply(uint64_t a, uint64_t b, float (&d)[N / 2], bool 
   Mma<N>::Op::fma(a, b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
 }
 
-// d = 64 tokens x N rows of weights over 128 columns of the sum.
-template <int N> __device__ inline void product(uint64_t a, uint64_t b, float (&d)[N / 2]) {
+// d = 64 tokens x N rows of weights over 128 columns of the sum: there after `finished`. The two warpgroups take turns:
+// else their products would run at the same time, both twice as long, and then their additions, with the tensor cores
+// idle.
+template <int N> __device__ inline void start_product(uint64_t a, uint64_t b, float (&d)[N / 2], int group) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(d[i]);
+  meet<MATH_THREADS>(TURNS + group);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < BLOCK_K / 32; ++k)
     multiply<N>(a + k * 2, b + k * 2, d, k != 0, std::make_integer_sequence<int, N / 2>{});
   cute::warpgroup_commit_batch();
+  pass<MATH_THREADS>(TURNS + (group ^ 1));
+}
+
+template <int N> __device__ inline void finished(float (&d)[N / 2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(d[i]);
   cute::warpgroup_wait<0>();
@@ -207,11 +219,13 @@ template <int CLUSTER> struct Tiles {
   }
 };
 
-struct Turn { // which stage of the pipeline, and its parity
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+// The parity of each stage's next use. A tile begins with stage 0 whatever the one before ended with.
+struct Parities {
+  uint32_t bits = 0;
+  __device__ uint32_t take(int stage) {
+    const uint32_t parity = bits >> stage & 1;
+    bits ^= 1u << stage;
+    return parity;
   }
 };
 
@@ -257,7 +271,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     const int thread = int(threadIdx.x) - MATH_THREADS, chunk = thread % 8;
     const uint32_t rank = blockIdx.x % CLUSTER;
     const uint32_t to = uint32_t(thread / 8 * 128 + ((chunk ^ (thread / 8 % 8)) * 16));
-    Turn turn;
+    Parities parities;
     while (tile.next()) {
       const uint8_t* rows[PASSES];
 #pragma unroll
@@ -269,12 +283,13 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       if (KIND != STATIC && thread < tile.tokens) of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
       if (KIND == BLOCK && thread < 2) of_weights = block_scales(tile, thread);
       const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
-      for (int block = 0; block < wide; ++block, turn.advance()) {
-        empty(turn.stage)->wait(turn.phase ^ 1);
-        uint64_t* barrier = reinterpret_cast<uint64_t*>(full(turn.stage));
+      for (int block = 0; block < wide; ++block) {
+        const int stage = block % STAGES;
+        empty(stage)->wait(parities.take(stage) ^ 1);
+        uint64_t* barrier = reinterpret_cast<uint64_t*>(full(stage));
         if (thread == 0) {
-          full(turn.stage)->arrive_and_expect_tx(2 * HALF_BYTES);
-          uint8_t* halves = shared + turn.stage * 2 * HALF_BYTES;
+          full(stage)->arrive_and_expect_tx(2 * HALF_BYTES);
+          uint8_t* halves = shared + stage * 2 * HALF_BYTES;
           const uint64_t hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
           if (CLUSTER == 2 && tile.shared) {
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(weights, barrier, uint16_t(3), hint, halves + rank * HALF_BYTES,
@@ -284,12 +299,12 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
             cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves + HALF_BYTES, block * BLOCK_K, row1);
           }
         }
-        const uint32_t tokens = shared_address(shared + AT_TOKENS + turn.stage * TOKENS * BLOCK_K) + to;
+        const uint32_t tokens = shared_address(shared + AT_TOKENS + stage * TOKENS * BLOCK_K) + to;
         const int inside = block * BLOCK_K + chunk * 16 < args.k ? 16 : 0;
 #pragma unroll
         for (int i = 0; i < PASSES; ++i)
           if (rows[i]) copy_16(tokens + i * 2048, inside ? rows[i] + block * BLOCK_K : rows[i], inside);
-        const uint32_t factors = shared_address(scales(turn.stage));
+        const uint32_t factors = shared_address(scales(stage));
         if (of_token) copy_4(factors + thread * 4, of_token + block * args.x_scale_k);
         if (of_weights) copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
         cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
@@ -303,50 +318,54 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 
   __device__ void work(Tiles<CLUSTER>& tile) const {
-    Turn turn;
+    Parities parities;
+    if (threadIdx.x >= 128) pass<MATH_THREADS>(TURNS); // the first turn is the first warpgroup's
     while (tile.next()) {
       if (tile.tokens > UNIT) {
-        work_on<128>(tile, turn);
+        work_on<128>(tile, parities);
       } else if (tile.tokens > 0) {
-        work_on<64>(tile, turn);
+        work_on<64>(tile, parities);
       } else {
-        for (int block = 0; block < wide; ++block, turn.advance()) {
-          full(turn.stage)->wait(turn.phase);
-          release(turn.stage);
+        for (int block = 0; block < wide; ++block) {
+          full(block % STAGES)->wait(parities.take(block % STAGES));
+          release(block % STAGES);
         }
       }
     }
   }
 
   // N = 128: 64 tokens by each warpgroup; N = 64: half of the columns by each.
-  template <int N> __device__ void work_on(const Tiles<CLUSTER>& tile, Turn& turn) const {
+  template <int N> __device__ void work_on(const Tiles<CLUSTER>& tile, Parities& parities) const {
     const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), my_unit = N == 128 ? group : 0;
     const uint64_t a0 = operand(shared + AT_TOKENS + my_unit * UNIT * BLOCK_K);
     const uint64_t b0 = operand(shared + (N == 128 ? 0 : group * 64 * BLOCK_K));
     const int row = my_unit * UNIT + int(threadIdx.x) % 128 / 32 * 16 + int(threadIdx.x) % 32 / 4;
+    // The output's row of one of this warp's tokens: asked for now, to be there in the end.
+    const int mine = first_row<N>() + int(threadIdx.x) % 16, sorted = tile.start[tile.expert] + tile.first + mine;
+    const int target = mine >= tile.tokens ? 0 : GEMM == DOWN ? args.order[sorted] : sorted;
     float left[N / 2] = {}, right[N / 2] = {};
-    {
-      float d[N / 2];
-      for (int block = 0; block < wide; ++block, turn.advance()) {
-        full(turn.stage)->wait(turn.phase);
-        const float* factors = scales(turn.stage);
-        float upper = 1.0f, lower = 1.0f;
-        float2 of_weights = {1.0f, 1.0f};
-        if constexpr (KIND != STATIC) upper = factors[row], lower = factors[row + 8];
-        if constexpr (KIND == BLOCK) of_weights = *reinterpret_cast<const float2*>(factors + TOKENS);
-        cutlass::arch::fence_view_async_shared(); // what cp.async wrote is to be read by wgmma
-        const uint64_t a = a0 + turn.stage * (TOKENS * BLOCK_K >> 4), b = b0 + turn.stage * (2 * HALF_BYTES >> 4);
-        product<N>(a, b, d);
-        add_scaled<N>(left, d, upper * of_weights.x, lower * of_weights.x);
-        product<N>(a, b + (HALF_BYTES >> 4), d);
-        release(turn.stage);
-        add_scaled<N>(right, d, upper * of_weights.y, lower * of_weights.y);
-      }
+    for (int block = 0; block < wide; ++block) {
+      const int stage = __shfl_sync(~0u, block % STAGES, 0); // in a uniform register, as descriptors want it
+      const uint64_t a = a0 + stage * (TOKENS * BLOCK_K >> 4), b = b0 + stage * (2 * HALF_BYTES >> 4);
+      const float* factors = scales(stage);
+      float upper = 1.0f, lower = 1.0f, d[N / 2];
+      float2 of_weights = {1.0f, 1.0f};
+      full(stage)->wait(parities.take(stage));
+      cutlass::arch::fence_view_async_shared(); // what cp.async wrote is to be read by wgmma
+      start_product<N>(a, b, d, group);
+      if constexpr (KIND != STATIC) upper = factors[row], lower = factors[row + 8];
+      if constexpr (KIND == BLOCK) of_weights = *reinterpret_cast<const float2*>(factors + TOKENS);
+      finished<N>(d);
+      add_scaled<N>(left, d, upper * of_weights.x, lower * of_weights.x);
+      start_product<N>(a, b + (HALF_BYTES >> 4), d, group);
+      finished<N>(d);
+      release(stage);
+      add_scaled<N>(right, d, upper * of_weights.y, lower * of_weights.y);
     }
-    finish<N>(tile, left, right);
+    finish<N>(tile, left, right, target);
   }
 
-  template <int N> __device__ void finish(const Tiles<CLUSTER>& tile, float (&left)[N / 2], float (&right)[N / 2]) const {
+  template <int N> __device__ void finish(const Tiles<CLUSTER>& tile, float (&left)[N / 2], float (&right)[N / 2], int target) const {
     // This thread's first column of the left half, and of the output.
     const int at = (N == 128 ? 0 : int(threadIdx.x) / 128 * 64) + int(threadIdx.x) % 4 * 2;
     const int channel = tile.column * COLUMNS + at;
@@ -376,7 +395,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
         for (int i = 0; i < N / 2; ++i)
           if (channel + i / 4 * 8 + i % 2 >= args.width) left[i] = 0.0f;
       }
-      put<N>(tile, left, tile.column * 128);
+      put<N>(tile, left, tile.column * 128, target);
     } else {
       if constexpr (GEMM == UP) {
 #pragma unroll
@@ -386,29 +405,29 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
           right[i] = here + 128 < args.width ? relu2(right[i]) : 0.0f;
         }
       }
-      put<N>(tile, left, tile.column * 256);
-      if (tile.column * 256 + 128 < args.width) put<N>(tile, right, tile.column * 256 + 128);
+      put<N>(tile, left, tile.column * 256, target);
+      if (tile.column * 256 + 128 < args.width) put<N>(tile, right, tile.column * 256 + 128, target);
     }
   }
 
   // 128 columns of the output from `channel` on: of 64 tokens by each warpgroup, or 64 columns of the same by each.
-  template <int N> __device__ void put(const Tiles<CLUSTER>& tile, const float (&values)[N / 2], int channel) const {
-    const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+  template <int N> __device__ void put(const Tiles<CLUSTER>& tile, const float (&values)[N / 2], int channel, int target) const {
+    const int group = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32, first = first_row<N>();
     const Place place = {
-        shared + AT_STAGED + group * UNIT * STAGED_ROW,
-        tile.start[tile.expert] + tile.first + (N == 128 ? group * UNIT : 0),
-        min(UNIT, tile.tokens - (N == 128 ? group * UNIT : 0)),
+        shared + AT_STAGED + int(threadIdx.x) / 32 * 16 * STAGED_ROW,
+        tile.start[tile.expert] + tile.first + first,
+        max(0, min(16, tile.tokens - first)),
         channel + (N == 128 ? 0 : group * 64),
-        thread / 32 * 16 + lane / 4,
+        lane / 4,
     };
     if constexpr (GEMM == DOWN || KIND == ROW) {
-      put_bf16<N>(place, values);
+      put_bf16<N>(place, values, target);
     } else {
       float upper, lower;
       if constexpr (KIND == STATIC)
         upper = lower = args.h_static[tile.expert];
       else
-        group_scales<N>(values, place.row, upper, lower);
+        group_scales<N>(values, upper, lower);
       if (KIND == BLOCK && lane % 4 == 0 && (N == 128 || group == 0)) {
         float* out = args.out_scales + int64_t(channel / 128) * args.pairs + place.first;
         if (place.row < place.tokens) out[place.row] = upper;
@@ -418,16 +437,21 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     }
   }
 
-  struct Place { // one warpgroup's part of a tile
+  // The first of this warp's 16 tokens of the tile.
+  template <int N> __device__ static int first_row() {
+    return (N == 128 ? int(threadIdx.x) / 32 : int(threadIdx.x) % 128 / 32) * 16;
+  }
+
+  struct Place { // one warp's part of a tile: nobody else has to be waited for
     uint8_t* staged;
     int first, tokens; // of the sorted pairs
     int channel;
-    int row; // this thread's, of 64; and the one 8 further
+    int row; // this thread's, of 16; and the one 8 further
   };
 
   // The scales of two tokens' 128 columns, of which a quad of threads has all or, with N = 64, half.
   template <int N>
-  __device__ void group_scales(const float (&values)[N / 2], int row, float& upper, float& lower) const {
+  __device__ void group_scales(const float (&values)[N / 2], float& upper, float& lower) const {
     upper = lower = 0.0f;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -440,10 +464,10 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       lower = fmaxf(lower, __shfl_xor_sync(~0u, lower, step));
     }
     if constexpr (N == 64) {
-      const int group = int(threadIdx.x) / 128;
-      meet<MATH_THREADS>(1); // what was there has been read
+      const int group = int(threadIdx.x) / 128, row = first_row<N>() + int(threadIdx.x) % 32 / 4;
+      meet<MATH_THREADS>(ALL_MATH); // what was there has been read
       if (threadIdx.x % 4 == 0) maxima()[group * UNIT + row] = upper, maxima()[group * UNIT + row + 8] = lower;
-      meet<MATH_THREADS>(1);
+      meet<MATH_THREADS>(ALL_MATH);
       upper = fmaxf(upper, maxima()[(group ^ 1) * UNIT + row]);
       lower = fmaxf(lower, maxima()[(group ^ 1) * UNIT + row + 8]);
     }
@@ -454,23 +478,25 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   template <int N>
   __device__ void put_codes(const Place& place, const float (&values)[N / 2], float upper, float lower) const {
-    const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+    const int lane = int(threadIdx.x) % 32;
     const float of_upper = __frcp_rn(upper), of_lower = __frcp_rn(lower);
-    meet<128>(2 + group); // what was staged has been copied out
+    __syncwarp(); // what was staged has been copied out
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      uint8_t* to = place.staged + place.row * STAGED_ROW + 8 * j + thread % 4 * 2;
+      uint8_t* to = place.staged + place.row * STAGED_ROW + 8 * j + lane % 4 * 2;
       *reinterpret_cast<uint16_t*>(to) = codes(values[4 * j], values[4 * j + 1], upper, of_upper);
       *reinterpret_cast<uint16_t*>(to + 8 * STAGED_ROW) = codes(values[4 * j + 2], values[4 * j + 3], lower, of_lower);
     }
-    meet<128>(2 + group);
-    constexpr int CHUNKS = N / 16;
-    const int at = thread % CHUNKS * 16;
+    __syncwarp();
+    constexpr int CHUNKS = N / 16; // of 16 bytes
+    const int at = lane % CHUNKS * 16;
     uint8_t* out = static_cast<uint8_t*>(args.out) + int64_t(place.first) * args.width + place.channel + at;
     if (place.channel + at < args.width)
-      for (int row = thread / CHUNKS; row < place.tokens; row += 128 / CHUNKS)
-        *reinterpret_cast<uint4*>(out + int64_t(row) * args.width) =
-            *reinterpret_cast<const uint4*>(place.staged + row * STAGED_ROW + at);
+#pragma unroll
+      for (int row = lane / CHUNKS; row < 16; row += 32 / CHUNKS)
+        if (row < place.tokens)
+          *reinterpret_cast<uint4*>(out + int64_t(row) * args.width) =
+              *reinterpret_cast<const uint4*>(place.staged + row * STAGED_ROW + at);
   }
 
   // Two quotients by one scale, rounded as division rounds: a product with the reciprocal and one correction (Markstein
@@ -484,35 +510,29 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     return __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
   }
 
-  template <int N> __device__ void put_bf16(const Place& place, const float (&values)[N / 2]) const {
-    const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
-    const int at = thread % 8 * 8;
-    int64_t rows[UNIT / 16]; // of the output, for those that this thread copies
-#pragma unroll
-    for (int i = 0; i < UNIT / 16; ++i) {
-      const int row = i * 16 + thread / 8;
-      rows[i] = row >= place.tokens ? -1 : GEMM == DOWN ? args.order[place.first + row] : place.first + row;
-    }
+  template <int N> __device__ void put_bf16(const Place& place, const float (&values)[N / 2], int target) const {
+    const int lane = int(threadIdx.x) % 32, at = lane % 8 * 8;
 #pragma unroll
     for (int column = 0; column < N; column += 64) { // what is staged at a time
-      meet<128>(2 + group);
+      __syncwarp();
 #pragma unroll
       for (int j = column / 8; j < column / 8 + 8; j += 2) {
-        const int row = warp * 16 + lane % 16, to_column = (j - column / 8 + lane / 16) * 8;
-        const uint32_t to = shared_address(place.staged + row * STAGED_ROW + to_column * 2);
+        const int to_column = (j - column / 8 + lane / 16) * 8;
+        const uint32_t to = shared_address(place.staged + lane % 16 * STAGED_ROW + to_column * 2);
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                      "r"(pair(values[4 * j], values[4 * j + 1])), "r"(pair(values[4 * j + 2], values[4 * j + 3])),
                      "r"(pair(values[4 * j + 4], values[4 * j + 5])), "r"(pair(values[4 * j + 6], values[4 * j + 7]))
                      : "memory");
       }
-      meet<128>(2 + group);
-      if (place.channel + column + at < args.width)
+      __syncwarp();
 #pragma unroll
-        for (int i = 0; i < UNIT / 16; ++i)
-          if (rows[i] >= 0)
-            *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.out) + rows[i] * args.width + place.channel +
-                                      column + at) =
-                *reinterpret_cast<const uint4*>(place.staged + (i * 16 + thread / 8) * STAGED_ROW + at * 2);
+      for (int i = 0; i < 4; ++i) {
+        const int row = i * 4 + lane / 8, to_row = __shfl_sync(~0u, target, row);
+        if (row < place.tokens && place.channel + column + at < args.width)
+          *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.out) + int64_t(to_row) * args.width +
+                                    place.channel + column + at) =
+              *reinterpret_cast<const uint4*>(place.staged + row * STAGED_ROW + at * 2);
+      }
     }
   }
 
