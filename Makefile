@@ -4,6 +4,7 @@
 #   make compare                            TP against EP on what is here
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
+#   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test lint gpu-test clean
+.PHONY: compare test lint kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
 ifdef CHECKPOINT
@@ -39,6 +40,11 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
+# CUTLASS's headers wants others for its Python part, which is not used.
+kernels-check: $(VENV)/.ready-kernels
+	CUDA_HOME="$$(echo $(VENV)/lib/python3*/site-packages/nvidia/cu13)" $(BIN)/python -m moe_dist.kernels.cutlass.check
+
 clean:
 	rm -rf $(VENV) $(dir $(DEMO))
 
@@ -56,6 +62,11 @@ $(VENV)/.ready-test: $(VENV)/.ready
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.ready-kernels: $(VENV)/.ready
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[kernels]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps "nvidia-cutlass>=4.2,<5"
 	@touch $@
 
 COMMA := ,

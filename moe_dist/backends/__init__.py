@@ -9,6 +9,7 @@ BACKENDS: Registry[Backend] = Registry(
         "torch": "moe_dist.backends.torch_reference:TorchBackend",
         "triton": "moe_dist.backends.triton_fused:TritonFused",
         "cutlass": "moe_dist.backends.cutlass_fused:CutlassFused",
+        "deep_gemm": "moe_dist.backends.deep_gemm_grouped:DeepGemm",
         "flashinfer_cutlass": "moe_dist.backends.flashinfer_cutlass:FlashInferCutlass",
     },
 )

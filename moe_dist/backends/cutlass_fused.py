@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moe_dist.backends.base import Problem
-from moe_dist.backends.own import OwnKernels
+from moe_dist.backends.own import OwnKernels, on_hopper
 from moe_dist.kernels.cutlass.library import build_state, ensure_built
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
@@ -27,7 +27,7 @@ class CutlassFused(OwnKernels["Config"]):
 
     @classmethod
     def available(cls, device: str) -> Support:
-        hopper = cls.on_hopper(device)
+        hopper = on_hopper(device)
         return build_state() if hopper.ok else hopper
 
     @classmethod

@@ -24,6 +24,16 @@ GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and by
 HOPPER = (9, 0)
 
 
+def on_hopper(device: str) -> Support:
+    """Whether there is the GPU that these kernels are for."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return Support(False, "needs an NVIDIA Hopper GPU (SM90)")
+    capability = torch.cuda.get_device_capability()
+    if capability != HOPPER:
+        return Support(False, f"needs SM90, this GPU is SM{capability[0]}{capability[1]}")
+    return Support(True)
+
+
 class OwnKernels(Backend, Generic[C]):
     """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already. `name` is the backend's, as
     its tables have it."""
@@ -53,16 +63,6 @@ class OwnKernels(Backend, Generic[C]):
             return Support(False, f"needs {sizes} in multiples of {GRANULARITY}")
         if spec.quant in ("fp8_channel", "fp8_tensor_dynamic") and max(spec.hidden, width) > LONGEST_ROW:
             return Support(False, f"{spec.quant} needs {sizes} of at most {LONGEST_ROW}: a whole row has one scale")
-        return Support(True)
-
-    @classmethod
-    def on_hopper(cls, device: str) -> Support:
-        """Whether there is the GPU that these kernels are for."""
-        if device != "cuda" or not torch.cuda.is_available():
-            return Support(False, "needs an NVIDIA Hopper GPU (SM90)")
-        capability = torch.cuda.get_device_capability()
-        if capability != HOPPER:
-            return Support(False, f"needs SM90, this GPU is SM{capability[0]}{capability[1]}")
         return Support(True)
 
     @classmethod

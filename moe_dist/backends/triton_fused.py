@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moe_dist.backends.base import Problem
-from moe_dist.backends.own import OwnKernels
+from moe_dist.backends.own import OwnKernels, on_hopper
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
@@ -27,7 +27,7 @@ class TritonFused(OwnKernels["Config"]):
 
     @classmethod
     def available(cls, device: str) -> Support:
-        hopper = cls.on_hopper(device)
+        hopper = on_hopper(device)
         if hopper.ok and find_spec("triton") is None:
             return Support(False, "needs the package triton")
         return Support(True, f"triton {version('triton')}") if hopper.ok else hopper

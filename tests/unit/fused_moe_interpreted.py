@@ -15,9 +15,11 @@ import triton_interpreter  # noqa: F401  # before any kernel is decorated
 from torch import Tensor
 
 from moe_dist.backends.triton_fused import TritonFused
-from moe_dist.kernels.triton import fused_moe as module
-from moe_dist.kernels.triton.fused_moe import Config, _prepare, _requantize, _row_maxima, _weighted_sum, fused_moe
+from moe_dist.kernels.triton import step as module
+from moe_dist.kernels.triton.fused_moe import Config, fused_moe
+from moe_dist.kernels.triton.padded import TILE, PaddedStep
 from moe_dist.kernels.triton.quantize import divided
+from moe_dist.kernels.triton.step import _prepare, _requantize, _row_maxima, _weighted_sum
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, quantize_rows, scale_of
 from moe_dist.reference import oracle_partial, relative_error
@@ -404,9 +406,61 @@ def test_weighted_sum(dtype, split_k):
     weights, out = torch.randn(4, 4), torch.randn(split_k, 16, 1100).bfloat16()
     out[:, slots.flatten() < 0] = torch.nan
     y = torch.empty(4, 1100, dtype=dtype)
-    _weighted_sum[(4, 2, 1)](out, slots, weights, y, H=1100, K=4, SPLIT_K=split_k, BLOCK=1024, PDL=False)
+    sizes = {"H": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
+    _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, PLACED=False, **sizes)
     pairs = sum(part.float() for part in out).view(4, 4, 1100)
     expected = torch.zeros(4, 1100)
     for place in range(4):
         expected += torch.where(slots[:, place, None] < 0, 0.0, weights[:, place, None] * pairs[:, place])
     assert torch.equal(y, expected.to(dtype))
+    places = torch.randperm(16, dtype=torch.int32)
+    moved = torch.empty_like(out)
+    moved[:, places] = out
+    y.fill_(torch.nan)
+    _weighted_sum[(4, 2, 1)](moved, slots, weights, places, y, PLACED=True, **sizes)
+    assert torch.equal(y, expected.to(dtype))
+
+
+class TestPadded:
+    """What is around DeepGEMM's grouped GEMMs; for those stands a GEMM that knows what they ask of their rows."""
+
+    @staticmethod
+    def gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, expert_R: Tensor) -> None:
+        (codes, scales), (w, s) = rows, weights
+        assert len(codes) % TILE == 0
+        assert (codes.shape, out.shape[1]) == ((len(out), w.shape[2]), w.shape[1])
+        for tile in expert_R.view(-1, TILE):  # one expert in a tile, and its padding last
+            real = tile[tile >= 0]
+            assert torch.equal(tile[: len(real)], real)
+            assert len(real.unique()) <= 1
+        assert (expert_R.diff()[(expert_R >= 0)[1:] & (expert_R >= 0)[:-1]] >= 0).all()
+        for expert in range(len(w)):
+            mine = expert_R == expert
+            k = torch.arange(codes.shape[1]) // 128
+            values = codes[mine].float() * scales[mine][:, k]
+            dense = w[expert].float() * s[expert][torch.arange(len(w[expert])) // 128][:, k]
+            out[mine] = (values @ dense.T).bfloat16()
+
+    def run(self, case: Problem, quantized: bool = False) -> Tensor:
+        x = quantize_rows(case.x, "fp8_block") if quantized else case.x
+        step = PaddedStep(case.routing.ids_TK, case.experts, self.gemm)
+        return step.run(x, case.routing.weights_TK, case.spec.activation, torch.float32)
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
+    def test_against_the_oracle(self, activation, quantized):
+        case = problem(rows=90, hidden=256, width=384, activation=activation)
+        assert case.error(self.run(case, quantized)) <= TritonFused.numerics_of(case.spec).tolerance
+        case.experts.turn(gate_first=False)
+        assert case.error(self.run(case, quantized)) <= TritonFused.numerics_of(case.spec).tolerance
+
+    @pytest.mark.parametrize("where", ["none here", "all on one", "one expert", "none on the first"])
+    def test_who_is_where(self, where):
+        case = problem(rows=140, hidden=128, width=128, num_experts=1 if where == "one expert" else 4, top_k=1)
+        ids = case.routing.ids_TK
+        if where == "none here":
+            ids.fill_(-1)
+            assert not self.run(case).any()
+            return
+        ids.fill_(2) if where == "all on one" else ids.clamp_(min=1 if where == "none on the first" else 0)
+        assert case.error(self.run(case)) <= TritonFused.numerics_of(case.spec).tolerance

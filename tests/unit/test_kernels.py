@@ -93,7 +93,7 @@ def launched(quant: str, rows: int, quantized: bool = False, **changes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from moe_dist.kernels.triton import fused_moe, precompile, quantize
+    from moe_dist.kernels.triton import precompile, quantize, step
 
     calls = []
 
@@ -104,7 +104,7 @@ def launched(quant: str, rows: int, quantized: bool = False, **changes):
     problem = Problem(spec, 2048, 256, "cuda", (9, 0), "fp8" if quantized else "bf16")
     config = TritonFused.default_config(problem, rows) | changes
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fused_moe, quantize):
+        for module in (step, quantize):
             patch.setattr(module, "launch", record)
         precompile._compile(spec, 2048, 256, rows, quantized, config)
     found = {}

@@ -254,7 +254,7 @@ class TestForward:
 
     def test_a_table_is_asked_once_for_a_number_of_rows(self, calls, monkeypatch):
         asked = []
-        monkeypatch.setattr(triton_fused, "tuned_config", lambda *arguments: asked.append(arguments))
+        monkeypatch.setattr(own, "tuned_config", lambda *arguments: asked.append(arguments))
         backend = prepared()
         for count in (3, 3, 4, 3, 4):
             backend.forward(rows_of(count))

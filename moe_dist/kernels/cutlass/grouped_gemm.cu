@@ -1,5 +1,8 @@
-// One GEMM in one format: compiled once for each pair, with MOE_DIST_GEMM and MOE_DIST_KIND defined.
+// One GEMM in one format: compiled once for each pair, with MOE_DIST_GEMM and MOE_DIST_KIND defined, and the size that
+// library.py takes Args to have.
 #include "grouped_gemm.cuh"
+
+static_assert(sizeof(moe_dist::Args) == MOE_DIST_ARGS_BYTES, "library.py fills another structure");
 
 #define MOE_DIST_NAME_(gemm, kind) moe_dist_gemm_##gemm##_##kind
 #define MOE_DIST_NAME(gemm, kind) MOE_DIST_NAME_(gemm, kind)

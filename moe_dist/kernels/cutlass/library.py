@@ -34,6 +34,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
     *("-Xcompiler", "-fPIC"),
 )
+HEADERS = (("flashinfer", "data/cutlass/include"), ("cutlass_library", "source/include"))  # packages, and where in them
 UP_GATED, UP, DOWN = 0, 1, 2  # grouped_gemm.cuh's Gemm
 GEMMS, KINDS = (UP_GATED, UP, DOWN), (1, 2, 3)
 SAY_EVERY_S = 15.0
@@ -163,7 +164,7 @@ def find_nvcc() -> str:
 def find_headers() -> tuple[Path, tuple[int, ...]]:
     """CUTLASS's folder `include` and its version: flashinfer-python's, else the package nvidia-cutlass's."""
     old = "none"
-    for package, folder in (("flashinfer", "data/cutlass/include"), ("cutlass_library", "source/include")):
+    for package, folder in HEADERS:
         spec = find_spec(package)
         for root in (spec.submodule_search_locations or ()) if spec else ():
             headers = Path(root) / folder
@@ -177,30 +178,23 @@ def find_headers() -> tuple[Path, tuple[int, ...]]:
     raise ResourceError("headers", needed, old, "pip install flashinfer-python, or nvidia-cutlass.")
 
 
-def compile_object(source: str, target: Path, defines: tuple[str, ...] = ()) -> None:
-    """One source of this folder with nvcc. Raises BuildError with its last lines."""
+def compile_object(source: str, target: Path, defines: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> str:
+    """One source of this folder with nvcc; what nvcc said. Raises BuildError with its last lines."""
     nvcc, (headers, _) = find_nvcc(), find_headers()
-    includes = ["-I", str(headers), *_packaged_includes(nvcc)]
-    _run(
-        [
-            nvcc,
-            *FLAGS,
-            *includes,
-            *(f"-D{define}" for define in defines),
-            "-c",
-            str(SOURCES / source),
-            "-o",
-            str(target),
-        ]
-    )
+    includes = ("-I", str(headers), *_packaged_includes(nvcc))
+    defined = (f"-D{define}" for define in defines)
+    return _run([nvcc, *FLAGS, *flags, *includes, *defined, "-c", str(SOURCES / source), "-o", str(target)])
+
+
+def gemm_defines(gemm: int, kind: int) -> tuple[str, ...]:
+    """What grouped_gemm.cu is compiled with."""
+    return f"MOE_DIST_GEMM={gemm}", f"MOE_DIST_KIND={kind}", f"MOE_DIST_ARGS_BYTES={ctypes.sizeof(Args)}"
 
 
 def _build(path: Path) -> None:
     began, nvcc = time.monotonic(), find_nvcc()
     wanted: list[tuple[str, str, tuple[str, ...]]] = [
-        (f"gemm_{gemm}_{kind}.o", "grouped_gemm.cu", (f"MOE_DIST_GEMM={gemm}", f"MOE_DIST_KIND={kind}"))
-        for kind in KINDS
-        for gemm in GEMMS
+        (f"gemm_{gemm}_{kind}.o", "grouped_gemm.cu", gemm_defines(gemm, kind)) for kind in KINDS for gemm in GEMMS
     ]
     wanted.append(("weights_map.o", "weights_map.cu", ()))
     workers = min(len(wanted), os.cpu_count() or 1)
@@ -220,14 +214,16 @@ def _build(path: Path) -> None:
         linked.replace(path)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} took longer than {COMPILE_TIMEOUT_S:.0f} s: {' '.join(command)}") from None
+    said = done.stdout + done.stderr
     if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+        last = "\n".join(said.strip().splitlines()[-20:])
         raise BuildError(f"nvcc failed with {done.returncode}: {' '.join(command)}\n{last}")
+    return said
 
 
 @contextmanager

@@ -102,10 +102,11 @@ def _align(
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, y, H: tl.constexpr, K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    out, slots, weights, places, y, H: tl.constexpr, K: tl.constexpr, SPLIT_K: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K."""
+    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K. A pair's row
+    of `out` has its number or, if PLACED, that in `places`."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -118,7 +119,8 @@ def _weighted_sum(
         pair = row * K + place
         slot = tl.load(slots + pair)
         weight = tl.load(weights + pair)
-        at = out + pair * H + column
+        place_of = tl.load(places + pair, mask=slot >= 0, other=0).to(tl.int64) if PLACED else pair
+        at = out + place_of * H + column
         value = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
         for number in tl.static_range(1, SPLIT_K):
             value += tl.load(at + number * part, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
@@ -155,22 +157,27 @@ class Step(ABC):
     of `table`, the expert of each tile: expert e's begin at entry starts[e] // tile + e, which leaves room for every
     partial tile whatever the counts are, so that experts need not wait for each other's; entries between are -1."""
 
-    def __init__(self, slots_RK: Tensor, experts: ExpertWeights, tile: int, pdl: bool, split_k: int = 1) -> None:
+    def __init__(
+        self, slots_RK: Tensor, experts: ExpertWeights, tile: int, pdl: bool, split_k: int = 1, rows: int | None = None
+    ) -> None:
+        """`rows` of h and of GEMM2's output: by pair, unless a subclass says otherwise and sets `places`."""
         self.slots_RK, self.experts, self.tile, self.pdl, self.split_k = slots_RK, experts, tile, pdl, split_k
         self.kind = {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(
             experts.kind, ROW_SCALES
         )
         self.pairs = slots_RK.numel()
+        self.places: Tensor | None = None  # of pairs among GEMM2's rows, where those don't lie by pair
         self.entries = self.pairs // tile + experts.num_experts
         P, E, i = self.pairs, experts.num_experts, experts.width
+        rows = P if rows is None else rows
         # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
         codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
         self.table, self.starts, self.stops, self.order, self.h, self.hs, self.out = cut(
             slots_RK.device,
             *(((size,), torch.int32) for size in (self.entries, E, E, P)),
-            ((P, i), codes),
-            ((P * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
-            ((split_k, P, experts.hidden), torch.bfloat16),
+            ((rows, i), codes),
+            ((rows * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
+            ((split_k, rows, experts.hidden), torch.bfloat16),
         )
 
     def run(
@@ -242,7 +249,9 @@ class Step(ABC):
         (R, K), H = self.slots_RK.shape, self.experts.hidden
         y = torch.empty(R, H, dtype=out_dtype, device=weights_RK.device)
         block = min(1024, triton.next_power_of_2(H))
-        tensors, constants = (self.out, self.slots_RK, weights_RK, y), (H, K, self.split_k, block)
+        placed = self.places is not None
+        tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, y)
+        constants = (H, K, self.split_k, placed, block)
         self.launch(_weighted_sum, (R, -(-H // block), 1), tensors, (), constants, (4, 1))
         return y
 
