@@ -4,9 +4,10 @@
 
 DeepSeek-V3 under EP4 and TP4 and Qwen3-235B-A22B under TP4, as rank 0 holds them, from bf16 rows: the whole operation
 in a CUDA graph (quantizing included), dense random data, uniform routing, median over five seeds; the floor is that of
-the routing drawn. Where the package deep_gemm is installed its two grouped GEMMs are timed alone, on rows sorted and
-quantized beforehand: no whole operation. Rows go into the project's results form, with layer "local". Without time for
-everything within SECONDS the last sizes are left out, and said.
+the routing drawn. The two grouped GEMMs are timed alone too, ours with the activation in them, and DeepGEMM's, where
+that package is installed, on rows sorted and quantized beforehand; TFLOP/s count the real pairs, no padding. Rows go
+into the project's results form, with layer "local". Without time for everything within SECONDS the last sizes are left
+out, and said.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -26,32 +27,38 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.clock import time_steps
 from moe_dist.bench.results import provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
-from moe_dist.bench.tune import draw_sample, forward_us
+from moe_dist.bench.tune import Sample, draw_sample, forward_us
 from moe_dist.comm import Comm
 from moe_dist.config import find_model
 from moe_dist.graph import capture
 from moe_dist.kernels import quantize_rows
+from moe_dist.kernels.cutlass.fused_moe import CutlassStep
+from moe_dist.kernels.triton.fused_moe import TritonStep
+from moe_dist.kernels.triton.step import Step
 from moe_dist.plan import Machine, Part, Plan, make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
+from moe_dist.rows import TokenRows
 from moe_dist.spec import BLOCK, ParallelSpec
 from moe_dist.weights import ExpertWeights, random_expert, shard_from
 
 SHAPES = (("DeepSeek-V3", {"ep": 4}), ("DeepSeek-V3", {"tp": 4}), ("Qwen3-235B-A22B", {"tp": 4}))
 ROWS = (8, 128, 2048, 8192)
+PACKAGES = {"flashinfer_cutlass": "flashinfer-python", "deep_gemm": "sgl-deep-gemm"}
 SEEDS, ITERS = 5, 20
-OURS, PEERS = ("triton", "cutlass"), ("flashinfer_cutlass",)
+OURS, PEERS = ("triton", "cutlass"), ("flashinfer_cutlass", "deep_gemm")
 
 
 def main() -> None:
     path, until = sys.argv[1], time.time() + (float(sys.argv[2]) if len(sys.argv) > 2 else 3600.0)
     machine, rows = Machine.detect("cuda"), []
-    names = [name for name in (*OURS, *PEERS) if name in BACKENDS.names() and BACKENDS.get(name).available("cuda").ok]
-    print(f"backends: {', '.join(names)}; deep_gemm: {deep_gemm_version() or 'not installed'}", flush=True)
+    names = [name for name in (*OURS, *PEERS) if BACKENDS.get(name).available("cuda").ok]
+    print(f"backends: {', '.join(names)}", flush=True)
     with torch.inference_mode():
         for model, grid in SHAPES:
             spec, parallel = find_model(model), ParallelSpec(**grid)
             shard: ExpertWeights | None = None
+            known: dict[Any, Sample] = {}  # the oracle takes seconds, and backends of equal numerics the same one
             for name in names:
                 plan = make_plan(spec, parallel, exchange="ag_rs", backend=name, payload="unquantized", machine=machine)
                 part = plan.parts()[0]
@@ -59,14 +66,15 @@ def main() -> None:
                     make = lambda expert, spec=spec: random_expert(spec, expert, 0, "cuda")  # noqa: E731
                     shard = shard_from(make, part.placement, part.rank)
                 backend = BACKENDS.get(name)(spec, plan.out_dtype)
+                shard.turn(gate_first=True)
                 backend.prepare(shard)
                 for count in ROWS:
                     if time.time() > until:
                         print(f"left out, no time: {model} {parallel.label} {name} {count}", flush=True)
                         continue
-                    rows.append(measured(plan, part, shard, backend, count))
+                    rows.append(measured(plan, part, shard, backend, count, known))
                     print(line(rows[-1]), flush=True)
-            if shard is not None and deep_gemm_version():
+            if shard is not None and "deep_gemm" in names:
                 shard.turn(gate_first=True)
                 for count in ROWS:
                     if time.time() < until:
@@ -78,16 +86,24 @@ def main() -> None:
                 json.dump(provenance(machine) | {"rows": rows}, file, indent=1, allow_nan=False)
 
 
-def measured(plan: Plan, part: Part, shard: ExpertWeights, backend: Any, count: int) -> dict[str, Any]:
-    times, floors, errors, stages = [], [], [], {}
+def measured(
+    plan: Plan, part: Part, shard: ExpertWeights, backend: Any, count: int, known: dict[Any, Sample]
+) -> dict[str, Any]:
+    times, floors, errors, stages, gemms, rates = [], [], [], {}, [], []
     for seed in range(SEEDS):
-        sample = draw_sample(plan, part, shard, backend, count, seed)
+        key = count, seed, backend.numerics if seed == 0 else None
+        if key not in known:
+            known[key] = draw_sample(plan, part, shard, backend, count, seed)
+        sample = known[key]
         backend.use_config(None)
         if seed == 0:
             errors.append(relative_error(backend.forward(sample.rows[0]), sample.expected_RH))
             stages = kernels_us(lambda sample=sample: backend.forward(sample.rows[0]))
         times.append(forward_us(backend, sample, ITERS))
         floors.append(sample.floor_us or float("nan"))
+        if plan.backend in OURS:
+            gemms.append(own_gemms_us(plan, shard, backend, sample.rows[0]))
+            rates.append(flops(plan, part, sample.rows[0].slots_RK) / gemms[-1] / 1e6)
     return (
         row(plan, sample.rows[0].slots_RK, count)
         | {
@@ -99,8 +115,32 @@ def measured(plan: Plan, part: Part, shard: ExpertWeights, backend: Any, count: 
             "ok": max(errors) <= backend.numerics.tolerance * 1.5,
             "kernels_us": stages,
         }
-        | ({"peer": f"flashinfer {version('flashinfer-python')}"} if plan.backend in PEERS else {})
+        | ({"gemms_us": round(median(gemms), 2), "gemms_tflops": round(median(rates))} if gemms else {})
+        | ({"peer": f"{PACKAGES[plan.backend]} {version(PACKAGES[plan.backend])}"} if plan.backend in PEERS else {})
     )
+
+
+def own_gemms_us(plan: Plan, shard: ExpertWeights, backend: Any, rows: TokenRows) -> float:
+    """Both GEMMs of one of our backends, on rows that were sorted and quantized before."""
+    config, slots = backend.config_for(rows), rows.slots_RK.contiguous()
+    step: Step = (
+        CutlassStep(slots, backend.matrices, config)
+        if plan.backend == "cutlass"
+        else TritonStep(slots, shard, config, {})
+    )
+    values, scales = step.prepare(rows.x)
+
+    def both() -> None:
+        step.gemm1(values, scales, plan.spec.activation)
+        step.gemm2()
+
+    graph, _ = capture(both, both)
+    return median(time_steps(Comm.single("cuda"), graph.replay, ITERS, queued=True))
+
+
+def flops(plan: Plan, part: Part, slots: Tensor) -> float:
+    """Of the pairs that are here: a multiplication and an addition for each weight."""
+    return 2.0 * int((slots >= 0).sum()) * 3 * plan.spec.hidden * part.problem.width
 
 
 def row(plan: Plan, here: Tensor, count: int) -> dict[str, Any]:
@@ -134,20 +174,11 @@ def kernels_us(call: Callable[[], object], count: int = 5) -> dict[str, float]:
     return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us > 0.05}
 
 
-def deep_gemm_version() -> str | None:
-    try:
-        import deep_gemm  # noqa: F401
-
-        return version("sgl-deep-gemm")
-    except (ImportError, PackageNotFoundError, OSError):
-        return None
-
-
 def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dict[str, Any]:
     """DeepGEMM's contiguous grouped GEMMs on rows that lie sorted by expert, each expert's padded to whole blocks."""
     import deep_gemm
 
-    times, floors = [], []
+    times, floors, rates = [], [], []
     for seed in range(SEEDS):
         routing = synthetic_routing(plan.spec, count, "uniform", seed).to("cuda")
         slots = part.placement.slots_on(part.rank, routing.ids_TK)
@@ -169,14 +200,17 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
 
         graph, _ = capture(both, both)
         times.append(median(time_steps(Comm.single("cuda"), graph.replay, ITERS, queued=True)))
+        rates.append(flops(plan, part, slots) / times[-1] / 1e6)
         pairs, active = int(counts.sum()), int((counts > 0).sum())
         floors.append(rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, PEAKS[plan.machine.name]))
     return row(plan, slots, count) | {
         "backend": "deep_gemm: two GEMMs alone",
-        "peer": f"sgl-deep-gemm {deep_gemm_version()}",
+        "peer": f"{PACKAGES['deep_gemm']} {version(PACKAGES['deep_gemm'])}",
         "p50_us": round(median(times), 2),
         "floor_us": round(median(floors), 2),
         "ratio": round(median(t / f for t, f in zip(times, floors, strict=True)), 3),
+        "gemms_us": round(median(times), 2),
+        "gemms_tflops": round(median(rates)),
         "err_oracle": None,
         "ok": None,
     }
@@ -184,6 +218,8 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
 
 def line(found: dict[str, Any]) -> str:
     error = "" if found["err_oracle"] is None else f" err {found['err_oracle']:.4f}"
+    if "gemms_us" in found:
+        error += f"  GEMMs {found['gemms_us']:.1f} µs {found['gemms_tflops']} TFLOP/s"
     return (
         f"{found['model']:16s} {found['placement']:4s} {found['global_tokens']:5d} {found['backend']:28s}"
         f" {found['p50_us']:9.1f} µs  floor {found['floor_us']:7.1f}  x{found['ratio']:.3f}{error}"

@@ -88,7 +88,11 @@ class OwnKernels(Backend, Generic[C]):
         if count == 0 or self._empty:
             shape = count, self.spec.hidden
             return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
-        return self.compute(rows, self._forced or self._chosen.get(count) or self._choose(rows))
+        return self.compute(rows, self.config_for(rows))
+
+    def config_for(self, rows: TokenRows) -> C:
+        """The config in use, else the table's, else the default."""
+        return self._forced or self._chosen.get(rows.slots_RK.shape[0]) or self._choose(rows)
 
     def _choose(self, rows: TokenRows) -> C:
         weights, count = self._weights, rows.slots_RK.shape[0]

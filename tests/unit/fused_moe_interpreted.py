@@ -14,6 +14,8 @@ import triton.language as tl
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
 from torch import Tensor
 
+from moe_dist.backends.base import Backend
+from moe_dist.backends.deep_gemm_grouped import DeepGemm
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.kernels.triton import step as module
 from moe_dist.kernels.triton.fused_moe import Config, fused_moe
@@ -57,10 +59,10 @@ class Problem:
         ids, weights = self.routing.ids_TK, self.routing.weights_TK
         return fused_moe(x, ids, weights, experts, self.spec.activation, config, out_dtype)
 
-    def error(self, y: Tensor) -> float:
+    def error(self, y: Tensor, backend: type[Backend] = TritonFused) -> float:
         spec, ids = self.spec, self.routing.ids_TK
         alone, together = Placement.build(spec, ParallelSpec()), [(0, len(self.x))]
-        groups, numerics = torch.where(ids < 0, -1, 0), TritonFused.numerics_of(spec)
+        groups, numerics = torch.where(ids < 0, -1, 0), backend.numerics_of(spec)
         expected = oracle_partial(self.x, self.routing, self.experts, spec, alone, 0, together, groups, numerics)
         assert expected.any() or not (ids >= 0).any()
         return relative_error(y, expected)
@@ -450,9 +452,9 @@ class TestPadded:
     @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
     def test_against_the_oracle(self, activation, quantized):
         case = problem(rows=90, hidden=256, width=384, activation=activation)
-        assert case.error(self.run(case, quantized)) <= TritonFused.numerics_of(case.spec).tolerance
+        assert case.error(self.run(case, quantized), DeepGemm) <= DeepGemm.numerics_of(case.spec).tolerance
         case.experts.turn(gate_first=False)
-        assert case.error(self.run(case, quantized)) <= TritonFused.numerics_of(case.spec).tolerance
+        assert case.error(self.run(case, quantized), DeepGemm) <= DeepGemm.numerics_of(case.spec).tolerance
 
     @pytest.mark.parametrize("where", ["none here", "all on one", "one expert", "none on the first"])
     def test_who_is_where(self, where):
@@ -463,4 +465,4 @@ class TestPadded:
             assert not self.run(case).any()
             return
         ids.fill_(2) if where == "all on one" else ids.clamp_(min=1 if where == "none on the first" else 0)
-        assert case.error(self.run(case)) <= TritonFused.numerics_of(case.spec).tolerance
+        assert case.error(self.run(case), DeepGemm) <= DeepGemm.numerics_of(case.spec).tolerance

@@ -56,10 +56,10 @@ def fused_moe(
     stages: Stages = NO_STAGES,
 ) -> Tensor:
     """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through the shard."""
-    return _CutlassStep(slots_RK.contiguous(), matrices, config).run(x, weights_RK, activation, out_dtype, stages)
+    return CutlassStep(slots_RK.contiguous(), matrices, config).run(x, weights_RK, activation, out_dtype, stages)
 
 
-class _CutlassStep(Step):
+class CutlassStep(Step):
     def __init__(self, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
         super().__init__(slots_RK, matrices.experts, TABLE_TILE, config.pdl)
         self.matrices, self.config = matrices, config

@@ -331,11 +331,11 @@ def fused_moe(
 ) -> Tensor:
     """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights. `tiles`
     keeps the descriptors of these weights from call to call."""
-    step = _TritonStep(slots_RK.contiguous(), experts, config, {} if tiles is None else tiles)
+    step = TritonStep(slots_RK.contiguous(), experts, config, {} if tiles is None else tiles)
     return step.run(x, weights_RK, activation, out_dtype, stages)
 
 
-class _TritonStep(Step):
+class TritonStep(Step):
     def __init__(
         self, slots_RK: Tensor, experts: ExpertWeights, config: Config, tiles: dict[tuple[int, int, int], Any]
     ) -> None:
