@@ -39,6 +39,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror moe_dist/kernels/cutlass/*.cu moe_dist/kernels/cutlass/*.cuh
 
 # Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
 # CUTLASS's headers wants others for its Python part, which is not used.

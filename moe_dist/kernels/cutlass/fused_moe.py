@@ -99,7 +99,8 @@ class CutlassStep(Step):
             gate_first=self.experts.gate_first, per_tensor=self.per_tensor, **fields,
         )  # fmt: skip
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
-        self.matrices.library.gemm(gemm, self.kind, args, weights, share, self.matrices.sms, self.pdl, stream)
+        device = self.slots_RK.device.index
+        self.matrices.library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
 
 
 def _address(tensor: Tensor | None) -> int:

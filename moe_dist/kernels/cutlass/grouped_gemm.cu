@@ -7,12 +7,18 @@ static_assert(sizeof(moe_dist::Args) == MOE_DIST_ARGS_BYTES, "library.py fills a
 #define MOE_DIST_NAME_(gemm, kind) moe_dist_gemm_##gemm##_##kind
 #define MOE_DIST_NAME(gemm, kind) MOE_DIST_NAME_(gemm, kind)
 
-// `share`: how many thread blocks share weights, 1 or 2. A CUDA error code; cudaErrorInvalidValue for another number.
-extern "C" int MOE_DIST_NAME(MOE_DIST_GEMM, MOE_DIST_KIND)(const moe_dist::Args* args, const CUtensorMap* weights,
-                                                           int share, int sms, int early, cudaStream_t stream) {
-  if (share == 2) return moe_dist::launch<MOE_DIST_GEMM, MOE_DIST_KIND, 2>(*args, *weights, sms, early, stream);
+// `share`: how many thread blocks share weights, 1 or 2. On `sms` multiprocessors of `device`, which this library's own
+// CUDA runtime must be told. A CUDA error code; cudaErrorInvalidValue for another `share`.
+extern "C" int MOE_DIST_NAME(MOE_DIST_GEMM, MOE_DIST_KIND)(const moe_dist::Args *args, const CUtensorMap *weights,
+                                                           int share, int device, int sms, int early,
+                                                           cudaStream_t stream) {
+  if (cudaError_t error = cudaSetDevice(device))
+    return error;
+  if (share == 2)
+    return moe_dist::launch<MOE_DIST_GEMM, MOE_DIST_KIND, 2>(*args, *weights, sms, early, stream);
 #ifndef MOE_DIST_ONE_INSTANCE
-  if (share == 1) return moe_dist::launch<MOE_DIST_GEMM, MOE_DIST_KIND, 1>(*args, *weights, sms, early, stream);
+  if (share == 1)
+    return moe_dist::launch<MOE_DIST_GEMM, MOE_DIST_KIND, 1>(*args, *weights, sms, early, stream);
 #endif
   return cudaErrorInvalidValue;
 }

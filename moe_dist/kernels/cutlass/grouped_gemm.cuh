@@ -1,14 +1,14 @@
 // Grouped FP8 GEMMs of the experts for SM90, on CUTLASS's wgmma, TMA and barrier wrappers.
 //
-// A tile is up to 128 tokens of one expert times 2 x 128 rows of its matrix: gate and up of the same 128 columns, or 256
-// neighbours. A thread block is persistent: one warpgroup loads (weights by TMA; token rows, which lie anywhere, by
+// A tile is up to 128 tokens of one expert times 2 x 128 rows of its matrix: gate and up of the same 128 columns, or
+// 256 neighbours. A thread block is persistent: one warpgroup loads (weights by TMA; token rows, which lie anywhere, by
 // cp.async), two multiply. Each 128 columns of the sum are scaled and added in float32 outside the tensor cores'
 // accumulators.
 //
-// It is what the L2 cache can deliver that bounds tiles of this size. In a cluster two thread blocks take 128 tokens each
-// and the same weights: either loads half of them and sends it to both. What is left of an expert's tokens, 128 or less,
-// both take with weights of their own. Up to 64 tokens both warpgroups work on the same rows, with half the columns each:
-// nothing is multiplied for padding but in units of 64 tokens.
+// It is what the L2 cache can deliver that bounds tiles of this size. In a cluster two thread blocks take 128 tokens
+// each and the same weights: either loads half of them and sends it to both. What is left of an expert's tokens, 128 or
+// less, both take with weights of their own. Up to 64 tokens both warpgroups work on the same rows, with half the
+// columns each: nothing is multiplied for padding but in units of 64 tokens.
 #pragma once
 
 #include <cstdint>
@@ -30,24 +30,24 @@ namespace moe_dist {
 // 128; by rows and channels (or matrices); by one static number.
 enum Gemm { UP_GATED = 0, UP = 1, DOWN = 2 };
 enum Kind { BLOCK = 1, ROW = 2, STATIC = 3 };
-enum Activation { SWIGLU = 0, GEGLU = 1, RELU2 = 2 };
+enum Activation { SWIGLU = 0, GEGLU = 1, RELU2 = 2 }; // UP is always the last
 
 // One call. P pairs lie sorted by expert, expert e's from starts[e] to stops[e]; pair order[j] belongs to row
 // order[j] / top_k. ctypes fills this: keep the order of fields as moe_dist/kernels/cutlass/library.py has it.
 struct Args {
-  const uint8_t* x;      // UP*: token rows [R, K]; DOWN: [P, K] in the order of the sorted pairs; E4M3
-  const float* x_scales; // at row * x_scale_row + k_block * x_scale_k
-  const float* w_scales; // as ExpertWeights.s13 or s2
-  const float* x_static; // STATIC: UP* one number, DOWN one for each expert
-  const float* h_static; // STATIC, UP*: one for each expert, to quantize the output by
-  const int* starts;
-  const int* stops;
-  const int* order;
-  void* out;         // UP*: [P, width] sorted, E4M3 (ROW: bf16); DOWN: [P, width] bf16, by pair
-  float* out_scales; // BLOCK, UP*: [ceil(width / 128), P]
+  const uint8_t *x;      // UP*: token rows [R, K]; DOWN: [P, K] in the order of the sorted pairs; E4M3
+  const float *x_scales; // at row * x_scale_row + k_block * x_scale_k
+  const float *w_scales; // as ExpertWeights.s13 or s2
+  const float *x_static; // STATIC: UP* one number, DOWN one for each expert
+  const float *h_static; // STATIC, UP*: one for each expert, to quantize the output by
+  const int *starts;
+  const int *stops;
+  const int *order;
+  void *out;         // UP*: [P, width] sorted, E4M3 (ROW: bf16); DOWN: [P, width] bf16, by pair
+  float *out_scales; // BLOCK, UP*: [ceil(width / 128), P]
   int64_t x_scale_row, x_scale_k;
-  int k;             // length of the sum
-  int width;         // columns of the output
+  int k;     // length of the sum
+  int width; // columns of the output
   int experts, top_k, pairs;
   int activation, gate_first, per_tensor;
 };
@@ -58,10 +58,10 @@ constexpr int MATH_THREADS = 256, LOAD_THREADS = 128, THREADS = MATH_THREADS + L
 constexpr int STAGED_ROW = 144; // bytes of a token's staged row: 128 and a shift by four banks
 constexpr int MOST_SHARED = 232448;
 
-constexpr int TOKENS = 128, UNIT = 64;     // of a tile; of one warpgroup's product
+constexpr int TOKENS = 128, UNIT = 64; // of a tile; of one warpgroup's product
 constexpr int STAGES = 4;
 constexpr int ALL_MATH = 1, TURNS = 2; // named barriers: one, and one for each warpgroup
-constexpr int SCALES = TOKENS + 4;        // of a stage: the tokens', and one for each half of the weights
+constexpr int SCALES = TOKENS + 4;     // of a stage: the tokens', and one for each half of the weights
 constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
 constexpr int AT_STAGED = AT_TOKENS + STAGES * TOKENS * BLOCK_K;
 constexpr int AT_SCALES = AT_STAGED + 2 * UNIT * STAGED_ROW;
@@ -80,13 +80,13 @@ MOE_DIST_MMA(64)
 MOE_DIST_MMA(128)
 #undef MOE_DIST_MMA
 
-__device__ inline uint32_t shared_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
+__device__ inline uint32_t shared_address(const void *p) { return cute::cast_smem_ptr_to_uint(p); }
 
-__device__ inline void copy_16(uint32_t to, const void* from, int bytes) { // the rest of the 16 becomes 0
+__device__ inline void copy_16(uint32_t to, const void *from, int bytes) { // the rest of the 16 becomes 0
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-__device__ inline void copy_4(uint32_t to, const void* from) {
+__device__ inline void copy_4(uint32_t to, const void *from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
@@ -99,7 +99,7 @@ template <int ID_THREADS> __device__ inline void pass(int id) { // to those who 
 }
 
 // A K-major operand of 128-byte rows under the 128-byte swizzle: 1024 bytes from 8 rows to the next 8.
-__device__ inline uint64_t operand(const uint8_t* shared) {
+__device__ inline uint64_t operand(const uint8_t *shared) {
   return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | (shared_address(shared) >> 4);
 }
 
@@ -114,7 +114,8 @@ __device__ inline void multiply(uint64_t a, uint64_t b, float (&d)[N / 2], bool 
 // idle.
 template <int N> __device__ inline void start_product(uint64_t a, uint64_t b, float (&d)[N / 2], int group) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(d[i]);
+  for (int i = 0; i < N / 2; ++i)
+    cute::warpgroup_fence_operand(d[i]);
   meet<MATH_THREADS>(TURNS + group);
   cute::warpgroup_arrive();
 #pragma unroll
@@ -126,12 +127,13 @@ template <int N> __device__ inline void start_product(uint64_t a, uint64_t b, fl
 
 template <int N> __device__ inline void finished(float (&d)[N / 2]) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) cute::warpgroup_fence_operand(d[i]);
+  for (int i = 0; i < N / 2; ++i)
+    cute::warpgroup_fence_operand(d[i]);
   cute::warpgroup_wait<0>();
 }
 
-// A thread has rows lane / 4 + {0, 8} of its warp's 16 in d[4j + {0, 1}] and d[4j + {2, 3}], columns 8j + 2 (lane % 4) +
-// {0, 1}.
+// A thread has rows lane / 4 + {0, 8} of its warp's 16 in d[4j + {0, 1}] and d[4j + {2, 3}], columns 8j + 2 (lane % 4)
+// + {0, 1}.
 template <int N>
 __device__ inline void add_scaled(float (&total)[N / 2], const float (&d)[N / 2], float upper, float lower) {
 #pragma unroll
@@ -153,15 +155,15 @@ __device__ inline float geglu(float gate, float up) { // 0.5 (1 + tanh z) = sigm
 __device__ inline float relu2(float x) { return fmaxf(x, 0.0f) * fmaxf(x, 0.0f); }
 
 // Which tiles there are. Of an expert's n tokens a cluster takes 2 x 128 at a time, and 129 to 255 that are left in two
-// halves; 128 or less are left to tiles in which its blocks have different columns. An expert's tiles of one column come
-// one after the other, then its next column: what is at work at a time shares weights and tokens in L2.
+// halves; 128 or less are left to tiles in which its blocks have different columns. An expert's tiles of one column
+// come one after the other, then its next column: what is at work at a time shares weights and tokens in L2.
 template <int CLUSTER> struct Tiles {
   int *before, *start, *count; // [experts + 1] tiles before an expert; [experts]
   int experts, columns, number, expert = 0;
   int column, first, tokens; // of this thread block: its first token, of the expert's; how many
   bool shared;               // whether the cluster's blocks have the same weights
 
-  __device__ Tiles(int* room, int experts, int columns)
+  __device__ Tiles(int *room, int experts, int columns)
       : before(room), start(room + experts + 1), count(start + experts), experts(experts), columns(columns),
         number(int(blockIdx.x) / CLUSTER) {}
 
@@ -173,7 +175,7 @@ template <int CLUSTER> struct Tiles {
     return CLUSTER == 1 || n % TOGETHER == 0 || n % TOGETHER > TOKENS ? 0 : (columns + 1) / 2;
   }
 
-  __device__ void find(const int* starts, const int* stops) { // by all threads
+  __device__ void find(const int *starts, const int *stops) { // by all threads
     for (int e = threadIdx.x; e < experts; e += THREADS) {
       start[e] = starts[e];
       count[e] = stops[e] - starts[e];
@@ -187,19 +189,24 @@ template <int CLUSTER> struct Tiles {
         int sum = tiles;
         for (int step = 1; step < 32; step *= 2) {
           const int other = __shfl_up_sync(~0u, sum, step);
-          if (int(threadIdx.x) >= step) sum += other;
+          if (int(threadIdx.x) >= step)
+            sum += other;
         }
-        if (e < experts) before[e] = total + sum - tiles;
+        if (e < experts)
+          before[e] = total + sum - tiles;
         total += __shfl_sync(~0u, sum, 31);
       }
-      if (threadIdx.x == 0) before[experts] = total;
+      if (threadIdx.x == 0)
+        before[experts] = total;
     }
     __syncthreads();
   }
 
   __device__ bool next() {
-    while (expert < experts && number >= before[expert + 1]) ++expert;
-    if (expert == experts) return false;
+    while (expert < experts && number >= before[expert + 1])
+      ++expert;
+    if (expert == experts)
+      return false;
     const int n = count[expert], full = full_tiles(n), within = number - before[expert];
     const int rank = int(blockIdx.x) % CLUSTER;
     shared = within < full * columns;
@@ -233,63 +240,67 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   static constexpr int COLUMNS = GEMM == UP_GATED ? 128 : 256; // of the output in a tile
 
-  const Args& args;
-  uint8_t* shared;
+  const Args &args;
+  uint8_t *shared;
   int wide = (args.k + BLOCK_K - 1) / BLOCK_K;
 
-  __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(shared + AT_BARRIERS) + stage; }
-  __device__ Barrier* empty(int stage) const { return full(STAGES + stage); }
-  __device__ float* scales(int stage) const { return reinterpret_cast<float*>(shared + AT_SCALES) + stage * SCALES; }
-  __device__ float* maxima() const { return reinterpret_cast<float*>(shared + AT_MAXIMA); } // [2 warpgroups, 64]
+  __device__ Barrier *full(int stage) const { return reinterpret_cast<Barrier *>(shared + AT_BARRIERS) + stage; }
+  __device__ Barrier *empty(int stage) const { return full(STAGES + stage); }
+  __device__ float *scales(int stage) const { return reinterpret_cast<float *>(shared + AT_SCALES) + stage * SCALES; }
+  __device__ float *maxima() const { return reinterpret_cast<float *>(shared + AT_MAXIMA); } // [2 warpgroups, 64]
 
   // The weights' half 0 is gate's, or the first 128 of 256 columns.
   __device__ int place(int half) const { return half == (args.gate_first ? 0 : 1) ? 0 : 1; }
-  __device__ int matrix_row(const Tiles<CLUSTER>& tile, int half) const {
-    if constexpr (GEMM == UP_GATED) return (tile.expert * 2 + place(half)) * args.width + tile.column * 128;
+  __device__ int matrix_row(const Tiles<CLUSTER> &tile, int half) const {
+    if constexpr (GEMM == UP_GATED)
+      return (tile.expert * 2 + place(half)) * args.width + tile.column * 128;
     return tile.expert * args.width + tile.column * 256 + half * 128;
   }
-  __device__ const float* block_scales(const Tiles<CLUSTER>& tile, int half) const {
+  __device__ const float *block_scales(const Tiles<CLUSTER> &tile, int half) const {
     int blocks = (args.width + 127) / 128;
     if constexpr (GEMM == UP_GATED)
       return args.w_scales + int64_t((tile.expert * 2 + place(half)) * blocks + tile.column) * wide;
     return args.w_scales + int64_t(tile.expert * blocks + min(tile.column * 2 + half, blocks - 1)) * wide;
   }
-  __device__ float channel_scale(const Tiles<CLUSTER>& tile, int half, int channel) const {
+  __device__ float channel_scale(const Tiles<CLUSTER> &tile, int half, int channel) const {
     constexpr int HALVES = GEMM == UP_GATED ? 2 : 1;
     int matrix = tile.expert * HALVES + (GEMM == UP_GATED ? place(half) : 0);
-    if (args.per_tensor) return args.w_scales[matrix];
+    if (args.per_tensor)
+      return args.w_scales[matrix];
     return channel < args.width ? args.w_scales[int64_t(matrix) * args.width + channel] : 0.0f;
   }
 
-  __device__ int source(const Tiles<CLUSTER>& tile, int token) const {
+  __device__ int source(const Tiles<CLUSTER> &tile, int token) const {
     int at = tile.start[tile.expert] + tile.first + token;
     return GEMM == DOWN ? at : int(uint32_t(args.order[at]) / uint32_t(args.top_k));
   }
 
-  __device__ void load(Tiles<CLUSTER>& tile, const CUtensorMap* weights) const {
+  __device__ void load(Tiles<CLUSTER> &tile, const CUtensorMap *weights) const {
     constexpr int PASSES = TOKENS / 16; // 16 rows of 8 x 16 bytes each
     const int thread = int(threadIdx.x) - MATH_THREADS, chunk = thread % 8;
     const uint32_t rank = blockIdx.x % CLUSTER;
     const uint32_t to = uint32_t(thread / 8 * 128 + ((chunk ^ (thread / 8 % 8)) * 16));
     Parities parities;
     while (tile.next()) {
-      const uint8_t* rows[PASSES];
+      const uint8_t *rows[PASSES];
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
         int token = i * 16 + thread / 8;
         rows[i] = token < tile.tokens ? args.x + int64_t(source(tile, token)) * args.k + chunk * 16 : nullptr;
       }
       const float *of_token = nullptr, *of_weights = nullptr;
-      if (KIND != STATIC && thread < tile.tokens) of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
-      if (KIND == BLOCK && thread < 2) of_weights = block_scales(tile, thread);
+      if (KIND != STATIC && thread < tile.tokens)
+        of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
+      if (KIND == BLOCK && thread < 2)
+        of_weights = block_scales(tile, thread);
       const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
       for (int block = 0; block < wide; ++block) {
         const int stage = block % STAGES;
         empty(stage)->wait(parities.take(stage) ^ 1);
-        uint64_t* barrier = reinterpret_cast<uint64_t*>(full(stage));
+        uint64_t *barrier = reinterpret_cast<uint64_t *>(full(stage));
         if (thread == 0) {
           full(stage)->arrive_and_expect_tx(2 * HALF_BYTES);
-          uint8_t* halves = shared + stage * 2 * HALF_BYTES;
+          uint8_t *halves = shared + stage * 2 * HALF_BYTES;
           const uint64_t hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
           if (CLUSTER == 2 && tile.shared) {
             cute::SM90_TMA_LOAD_MULTICAST_2D::copy(weights, barrier, uint16_t(3), hint, halves + rank * HALF_BYTES,
@@ -303,10 +314,13 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
         const int inside = block * BLOCK_K + chunk * 16 < args.k ? 16 : 0;
 #pragma unroll
         for (int i = 0; i < PASSES; ++i)
-          if (rows[i]) copy_16(tokens + i * 2048, inside ? rows[i] + block * BLOCK_K : rows[i], inside);
+          if (rows[i])
+            copy_16(tokens + i * 2048, inside ? rows[i] + block * BLOCK_K : rows[i], inside);
         const uint32_t factors = shared_address(scales(stage));
-        if (of_token) copy_4(factors + thread * 4, of_token + block * args.x_scale_k);
-        if (of_weights) copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
+        if (of_token)
+          copy_4(factors + thread * 4, of_token + block * args.x_scale_k);
+        if (of_weights)
+          copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
         cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
       }
     }
@@ -314,12 +328,14 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   __device__ void release(int stage) const { // by a whole warp that is done with a stage, to the blocks that fill it
     __syncwarp();
-    if (threadIdx.x % 32 < CLUSTER) empty(stage)->arrive(threadIdx.x % 32);
+    if (threadIdx.x % 32 < CLUSTER)
+      empty(stage)->arrive(threadIdx.x % 32);
   }
 
-  __device__ void work(Tiles<CLUSTER>& tile) const {
+  __device__ void work(Tiles<CLUSTER> &tile) const {
     Parities parities;
-    if (threadIdx.x >= 128) pass<MATH_THREADS>(TURNS); // the first turn is the first warpgroup's
+    if (threadIdx.x >= 128)
+      pass<MATH_THREADS>(TURNS); // the first turn is the first warpgroup's
     while (tile.next()) {
       if (tile.tokens > UNIT) {
         work_on<128>(tile, parities);
@@ -335,7 +351,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 
   // N = 128: 64 tokens by each warpgroup; N = 64: half of the columns by each.
-  template <int N> __device__ void work_on(const Tiles<CLUSTER>& tile, Parities& parities) const {
+  template <int N> __device__ void work_on(const Tiles<CLUSTER> &tile, Parities &parities) const {
     const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), my_unit = N == 128 ? group : 0;
     const uint64_t a0 = operand(shared + AT_TOKENS + my_unit * UNIT * BLOCK_K);
     const uint64_t b0 = operand(shared + (N == 128 ? 0 : group * 64 * BLOCK_K));
@@ -347,14 +363,16 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     for (int block = 0; block < wide; ++block) {
       const int stage = __shfl_sync(~0u, block % STAGES, 0); // in a uniform register, as descriptors want it
       const uint64_t a = a0 + stage * (TOKENS * BLOCK_K >> 4), b = b0 + stage * (2 * HALF_BYTES >> 4);
-      const float* factors = scales(stage);
+      const float *factors = scales(stage);
       float upper = 1.0f, lower = 1.0f, d[N / 2];
       float2 of_weights = {1.0f, 1.0f};
       full(stage)->wait(parities.take(stage));
       cutlass::arch::fence_view_async_shared(); // what cp.async wrote is to be read by wgmma
       start_product<N>(a, b, d, group);
-      if constexpr (KIND != STATIC) upper = factors[row], lower = factors[row + 8];
-      if constexpr (KIND == BLOCK) of_weights = *reinterpret_cast<const float2*>(factors + TOKENS);
+      if constexpr (KIND != STATIC)
+        upper = factors[row], lower = factors[row + 8];
+      if constexpr (KIND == BLOCK)
+        of_weights = *reinterpret_cast<const float2 *>(factors + TOKENS);
       finished<N>(d);
       add_scaled<N>(left, d, upper * of_weights.x, lower * of_weights.x);
       start_product<N>(a, b + (HALF_BYTES >> 4), d, group);
@@ -365,13 +383,15 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     finish<N>(tile, left, right, target);
   }
 
-  template <int N> __device__ void finish(const Tiles<CLUSTER>& tile, float (&left)[N / 2], float (&right)[N / 2], int target) const {
+  template <int N>
+  __device__ void finish(const Tiles<CLUSTER> &tile, float (&left)[N / 2], float (&right)[N / 2], int target) const {
     // This thread's first column of the left half, and of the output.
     const int at = (N == 128 ? 0 : int(threadIdx.x) / 128 * 64) + int(threadIdx.x) % 4 * 2;
     const int channel = tile.column * COLUMNS + at;
     if constexpr (KIND != BLOCK) {
       float all = 1.0f;
-      if constexpr (KIND == STATIC) all = args.x_static[GEMM == DOWN ? tile.expert : 0];
+      if constexpr (KIND == STATIC)
+        all = args.x_static[GEMM == DOWN ? tile.expert : 0];
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)
 #pragma unroll
@@ -385,15 +405,18 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     if constexpr (GEMM == UP_GATED) {
       if (args.activation == SWIGLU) {
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) left[i] = swiglu(left[i], right[i]);
+        for (int i = 0; i < N / 2; ++i)
+          left[i] = swiglu(left[i], right[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) left[i] = geglu(left[i], right[i]);
+        for (int i = 0; i < N / 2; ++i)
+          left[i] = geglu(left[i], right[i]);
       }
       if (tile.column * 128 + 128 > args.width) { // what is beyond must not count in the scales
 #pragma unroll
         for (int i = 0; i < N / 2; ++i)
-          if (channel + i / 4 * 8 + i % 2 >= args.width) left[i] = 0.0f;
+          if (channel + i / 4 * 8 + i % 2 >= args.width)
+            left[i] = 0.0f;
       }
       put<N>(tile, left, tile.column * 128, target);
     } else {
@@ -406,12 +429,14 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
         }
       }
       put<N>(tile, left, tile.column * 256, target);
-      if (tile.column * 256 + 128 < args.width) put<N>(tile, right, tile.column * 256 + 128, target);
+      if (tile.column * 256 + 128 < args.width)
+        put<N>(tile, right, tile.column * 256 + 128, target);
     }
   }
 
   // 128 columns of the output from `channel` on: of 64 tokens by each warpgroup, or 64 columns of the same by each.
-  template <int N> __device__ void put(const Tiles<CLUSTER>& tile, const float (&values)[N / 2], int channel, int target) const {
+  template <int N>
+  __device__ void put(const Tiles<CLUSTER> &tile, const float (&values)[N / 2], int channel, int target) const {
     const int group = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32, first = first_row<N>();
     const Place place = {
         shared + AT_STAGED + int(threadIdx.x) / 32 * 16 * STAGED_ROW,
@@ -429,9 +454,11 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       else
         group_scales<N>(values, upper, lower);
       if (KIND == BLOCK && lane % 4 == 0 && (N == 128 || group == 0)) {
-        float* out = args.out_scales + int64_t(channel / 128) * args.pairs + place.first;
-        if (place.row < place.tokens) out[place.row] = upper;
-        if (place.row + 8 < place.tokens) out[place.row + 8] = lower;
+        float *out = args.out_scales + int64_t(channel / 128) * args.pairs + place.first;
+        if (place.row < place.tokens)
+          out[place.row] = upper;
+        if (place.row + 8 < place.tokens)
+          out[place.row + 8] = lower;
       }
       put_codes<N>(place, values, upper, lower);
     }
@@ -443,15 +470,14 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 
   struct Place { // one warp's part of a tile: nobody else has to be waited for
-    uint8_t* staged;
+    uint8_t *staged;
     int first, tokens; // of the sorted pairs
     int channel;
     int row; // this thread's, of 16; and the one 8 further
   };
 
   // The scales of two tokens' 128 columns, of which a quad of threads has all or, with N = 64, half.
-  template <int N>
-  __device__ void group_scales(const float (&values)[N / 2], float& upper, float& lower) const {
+  template <int N> __device__ void group_scales(const float (&values)[N / 2], float &upper, float &lower) const {
     upper = lower = 0.0f;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -466,7 +492,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     if constexpr (N == 64) {
       const int group = int(threadIdx.x) / 128, row = first_row<N>() + int(threadIdx.x) % 32 / 4;
       meet<MATH_THREADS>(ALL_MATH); // what was there has been read
-      if (threadIdx.x % 4 == 0) maxima()[group * UNIT + row] = upper, maxima()[group * UNIT + row + 8] = lower;
+      if (threadIdx.x % 4 == 0)
+        maxima()[group * UNIT + row] = upper, maxima()[group * UNIT + row + 8] = lower;
       meet<MATH_THREADS>(ALL_MATH);
       upper = fmaxf(upper, maxima()[(group ^ 1) * UNIT + row]);
       lower = fmaxf(lower, maxima()[(group ^ 1) * UNIT + row + 8]);
@@ -477,26 +504,26 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   static constexpr float TINY = 1e-12f;
 
   template <int N>
-  __device__ void put_codes(const Place& place, const float (&values)[N / 2], float upper, float lower) const {
+  __device__ void put_codes(const Place &place, const float (&values)[N / 2], float upper, float lower) const {
     const int lane = int(threadIdx.x) % 32;
     const float of_upper = __frcp_rn(upper), of_lower = __frcp_rn(lower);
     __syncwarp(); // what was staged has been copied out
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      uint8_t* to = place.staged + place.row * STAGED_ROW + 8 * j + lane % 4 * 2;
-      *reinterpret_cast<uint16_t*>(to) = codes(values[4 * j], values[4 * j + 1], upper, of_upper);
-      *reinterpret_cast<uint16_t*>(to + 8 * STAGED_ROW) = codes(values[4 * j + 2], values[4 * j + 3], lower, of_lower);
+      uint8_t *to = place.staged + place.row * STAGED_ROW + 8 * j + lane % 4 * 2;
+      *reinterpret_cast<uint16_t *>(to) = codes(values[4 * j], values[4 * j + 1], upper, of_upper);
+      *reinterpret_cast<uint16_t *>(to + 8 * STAGED_ROW) = codes(values[4 * j + 2], values[4 * j + 3], lower, of_lower);
     }
     __syncwarp();
     constexpr int CHUNKS = N / 16; // of 16 bytes
     const int at = lane % CHUNKS * 16;
-    uint8_t* out = static_cast<uint8_t*>(args.out) + int64_t(place.first) * args.width + place.channel + at;
+    uint8_t *out = static_cast<uint8_t *>(args.out) + int64_t(place.first) * args.width + place.channel + at;
     if (place.channel + at < args.width)
 #pragma unroll
       for (int row = lane / CHUNKS; row < 16; row += 32 / CHUNKS)
         if (row < place.tokens)
-          *reinterpret_cast<uint4*>(out + int64_t(row) * args.width) =
-              *reinterpret_cast<const uint4*>(place.staged + row * STAGED_ROW + at);
+          *reinterpret_cast<uint4 *>(out + int64_t(row) * args.width) =
+              *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at);
   }
 
   // Two quotients by one scale, rounded as division rounds: a product with the reciprocal and one correction (Markstein
@@ -510,7 +537,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     return __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
   }
 
-  template <int N> __device__ void put_bf16(const Place& place, const float (&values)[N / 2], int target) const {
+  template <int N> __device__ void put_bf16(const Place &place, const float (&values)[N / 2], int target) const {
     const int lane = int(threadIdx.x) % 32, at = lane % 8 * 8;
 #pragma unroll
     for (int column = 0; column < N; column += 64) { // what is staged at a time
@@ -529,16 +556,16 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       for (int i = 0; i < 4; ++i) {
         const int row = i * 4 + lane / 8, to_row = __shfl_sync(~0u, target, row);
         if (row < place.tokens && place.channel + column + at < args.width)
-          *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.out) + int64_t(to_row) * args.width +
-                                    place.channel + column + at) =
-              *reinterpret_cast<const uint4*>(place.staged + row * STAGED_ROW + at * 2);
+          *reinterpret_cast<uint4 *>(static_cast<__nv_bfloat16 *>(args.out) + int64_t(to_row) * args.width +
+                                     place.channel + column + at) =
+              *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at * 2);
       }
     }
   }
 
   __device__ static uint32_t pair(float low, float high) {
     __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t*>(&both);
+    return *reinterpret_cast<uint32_t *>(&both);
   }
 };
 
@@ -557,8 +584,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  Tiles<CLUSTER> tile(reinterpret_cast<int*>(shared + AT_TILES), args.experts,
-                (args.width + kernel.COLUMNS - 1) / kernel.COLUMNS);
+  Tiles<CLUSTER> tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
+                      (args.width + kernel.COLUMNS - 1) / kernel.COLUMNS);
   tile.find(args.starts, args.stops);
   if constexpr (CLUSTER > 1) { // barriers that the other block arrives at must be there
     cute::cluster_arrive();
@@ -580,12 +607,14 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // On `sms` multiprocessors; a CUDA error code.
 template <int GEMM, int KIND, int CLUSTER>
-int launch(const Args& args, const CUtensorMap& weights, int sms, bool early, cudaStream_t stream) {
+int launch(const Args &args, const CUtensorMap &weights, int sms, bool early, cudaStream_t stream) {
   auto kernel = grouped_gemm<GEMM, KIND, CLUSTER>;
   const int bytes = shared_bytes(args.experts);
-  if (bytes > MOST_SHARED) return cudaErrorInvalidValue;
+  if (bytes > MOST_SHARED)
+    return cudaErrorInvalidValue;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess)
+    return error;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = CLUSTER;

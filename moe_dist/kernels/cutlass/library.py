@@ -65,7 +65,8 @@ class Library:
         for gemm in GEMMS:
             for kind in KINDS:
                 self._gemm(gemm, kind).argtypes = (
-                    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
+                    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+                    *(ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
                 )
 
     def _gemm(self, gemm: int, kind: int) -> ctypes._NamedFuncPointer:
@@ -84,13 +85,14 @@ class Library:
         args: Args,
         weights: WeightsMap,
         share: int,
+        device: int,
         sms: int,
         pdl: bool,
         stream: int,
     ) -> None:
-        """Launch on `sms` multiprocessors of the current device. `share`: how many thread blocks share weights."""
+        """Launch on `sms` multiprocessors of `device`. `share`: how many thread blocks share weights."""
         launch = self._gemm(gemm, kind)
-        self._check(launch(ctypes.addressof(args), weights.address, share, sms, int(pdl), stream))
+        self._check(launch(ctypes.addressof(args), weights.address, share, device, sms, int(pdl), stream))
 
     def _check(self, error: int) -> None:
         if error:

@@ -4,16 +4,19 @@
 #include <cuda_runtime.h>
 
 // `rows` of `k` bytes, all experts' together. Rows and columns beyond them are read as 0. A CUDA error code.
-extern "C" int moe_dist_weights_map(CUtensorMap* map, void* weights, int64_t rows, int64_t k) {
-  void* found = nullptr;
+extern "C" int moe_dist_weights_map(CUtensorMap *map, void *weights, int64_t rows, int64_t k) {
+  void *found = nullptr;
   cudaDriverEntryPointQueryResult query;
 #if CUDART_VERSION >= 12050
-  cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &query);
+  cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &query);
 #else
   cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &query);
 #endif
-  if (error != cudaSuccess) return error;
-  if (query != cudaDriverEntryPointSuccess || !found) return cudaErrorNotSupported;
+  if (error != cudaSuccess)
+    return error;
+  if (query != cudaDriverEntryPointSuccess || !found)
+    return cudaErrorNotSupported;
   const cuuint64_t size[2] = {cuuint64_t(k), cuuint64_t(rows)}, stride[1] = {cuuint64_t(k)};
   const cuuint32_t box[2] = {128, 128}, step[2] = {1, 1};
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
@@ -22,4 +25,4 @@ extern "C" int moe_dist_weights_map(CUtensorMap* map, void* weights, int64_t row
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-extern "C" const char* moe_dist_error(int error) { return cudaGetErrorString(cudaError_t(error)); }
+extern "C" const char *moe_dist_error(int error) { return cudaGetErrorString(cudaError_t(error)); }
