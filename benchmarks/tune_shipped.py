@@ -1,9 +1,10 @@
 """Makes the tuning tables that the package ships, on as many GPUs as are here:
 
-    python benchmarks/tune_shipped.py OUT_DIR [SECONDS]
+    python benchmarks/tune_shipped.py OUT_DIR [SECONDS [BACKEND]]
 
 The shapes of the models in configs/models under TP and EP of 1, 2, 4 and 8, the most asked for first; each is one
-rank's shard on one GPU. Without time for all of them within SECONDS the last ones are left out, and said.
+rank's shard on one GPU. Without time for all of them within SECONDS the last ones are left out, and said. BACKEND:
+triton or cutlass.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ MODELS = ("DeepSeek-V3", "Qwen3-235B-A22B", "Qwen3-30B-A3B", "GLM-4.7", "Nemotro
 GRIDS = ({"tp": 4}, {"ep": 4}, {"tp": 2}, {"ep": 2}, {"tp": 8}, {"ep": 8}, {})
 ROWS = [8, 32, 128, 512, 2048, 8192]
 SEEDS = 2
-BACKEND = "triton"
 
 
-def plans() -> list[Any]:
+def plans(backend: str) -> list[Any]:
     from moe_dist.config import find_model
     from moe_dist.errors import MoeDistError
     from moe_dist.plan import make_plan
@@ -32,22 +32,22 @@ def plans() -> list[Any]:
         for name in MODELS:
             exchange = "ag_rs" if grid else "local"
             try:
-                found.append(make_plan(find_model(name), ParallelSpec(**grid), exchange=exchange, backend=BACKEND))
+                found.append(make_plan(find_model(name), ParallelSpec(**grid), exchange=exchange, backend=backend))
             except MoeDistError as error:
                 print(f"left out: {name} {grid}: {error}", flush=True)
     return found
 
 
-def work(device: int, devices: int, folder: str, until: float) -> None:
+def work(device: int, devices: int, folder: str, until: float, name: str) -> None:
     import torch
 
     from moe_dist.backends import BACKENDS
     from moe_dist.bench.tune import tune_shape, wanted_configs
 
     torch.cuda.set_device(device)
-    mine = [(plan, part) for plan in plans() for part in plan.parts()][device::devices]
+    mine = [(plan, part) for plan in plans(name) for part in plan.parts()][device::devices]
     start = time.time()
-    backend = BACKENDS.get(BACKEND)
+    backend = BACKENDS.get(name)
     for _ in backend.compile_ahead(wanted_configs(backend, [part for _, part in mine], ROWS)):
         pass
     print(f"GPU {device}: {len(mine)} shapes, compiled in {time.time() - start:.0f} s", flush=True)
@@ -84,9 +84,10 @@ def main() -> None:
     import torch
 
     folder, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 3600.0
+    name = sys.argv[3] if len(sys.argv) > 3 else "triton"
     devices, until = torch.cuda.device_count(), time.time() + seconds
     spawn = get_context("spawn")
-    processes = [spawn.Process(target=work, args=(n, devices, folder, until)) for n in range(devices)]
+    processes = [spawn.Process(target=work, args=(n, devices, folder, until, name)) for n in range(devices)]
     for process in processes:
         process.start()
     for process in processes:
