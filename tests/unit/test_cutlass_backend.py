@@ -177,7 +177,7 @@ class TestBuild:
         file = tmp_path / "packages" / "flashinfer" / "data" / "cutlass" / "include" / "cutlass" / "version.h"
         file.write_text(file.read_text().replace("MAJOR 4", "MAJOR 2"))
         monkeypatch.setattr(library, "HEADERS", library.HEADERS[:1])
-        with pytest.raises(ResourceError, match=r"CUTLASS 3\.5 or newer needed, 2\.5\.0 of flashinfer available"):
+        with pytest.raises(ResourceError, match=r"CUTLASS 3\.7 or newer needed, 2\.5\.0 of flashinfer available"):
             library.find_headers()
         file.unlink()
         with pytest.raises(ResourceError, match=r"needed, none available\. pip install flashinfer-python"):
@@ -269,3 +269,13 @@ def test_the_forward_needs_no_library_for_an_empty_shard_s_rows(monkeypatch):
     backend.prepare(empty_like(random_weights(problem().spec, 0)))
     rows = TokenRows(torch.zeros(3, 256).bfloat16(), torch.full((3, 2), -1, dtype=torch.int32), torch.zeros(3, 2))
     assert torch.equal(backend.forward(rows), torch.zeros(3, 256).bfloat16())
+
+
+def test_weights_that_are_not_contiguous_are_refused_by_name():
+    from moe_dist.kernels.cutlass.fused_moe import Matrices
+    from moe_dist.weights import random_weights
+
+    weights = random_weights(problem().spec, 0)
+    turned = weights.with_tensors(s2=weights.s2.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ConfigError, match=r"weights\.s2 .*contiguous"):
+        Matrices(None, turned)

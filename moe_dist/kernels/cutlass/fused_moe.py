@@ -39,6 +39,9 @@ class Matrices:
 
     def __init__(self, library: Library, experts: ExpertWeights) -> None:
         self.library, self.experts = library, experts
+        for name, tensor in experts.tensors().items():
+            if not tensor.is_contiguous():
+                raise ConfigError(f"weights.{name}", tuple(tensor.stride()), "the kernels read contiguous tensors")
         w13, w2 = experts.w13_eFH, experts.w2_eHi
         self.w13 = library.weights_map(w13.data_ptr(), w13.shape[0] * w13.shape[1], w13.shape[2])
         self.w2 = library.weights_map(w2.data_ptr(), w2.shape[0] * w2.shape[1], w2.shape[2])

@@ -152,7 +152,7 @@ __device__ inline float geglu(float gate, float up) { // 0.5 (1 + tanh z) = sigm
   return __fdividef(gate, 1.0f + __expf(-2.0f * z)) * up;
 }
 
-__device__ inline float relu2(float x) { return fmaxf(x, 0.0f) * fmaxf(x, 0.0f); }
+__device__ inline float relu2(float x) { return x <= 0.0f ? 0.0f : x * x; } // NaN stays
 
 // Which tiles there are. Of an expert's n tokens a cluster takes 2 x 128 at a time, and 129 to 255 that are left in two
 // halves; 128 or less are left to tiles in which its blocks have different columns. An expert's tiles of one column
@@ -291,7 +291,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       const float *of_token = nullptr, *of_weights = nullptr;
       if (KIND != STATIC && thread < tile.tokens)
         of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
-      if (KIND == BLOCK && thread < 2)
+      if (KIND == BLOCK && thread < 2 && tile.tokens > 0) // without tokens the column may lie beyond the last
         of_weights = block_scales(tile, thread);
       const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
       for (int block = 0; block < wide; ++block) {
@@ -534,7 +534,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
   __device__ static float divided(float value, float scale, float inverse) {
     const float quotient = value * inverse;
-    return __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
+    const float corrected = __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
+    return fabsf(quotient) <= 3.0e38f ? corrected : quotient; // an infinite one has no correction
   }
 
   template <int N> __device__ void put_bf16(const Place &place, const float (&values)[N / 2], int target) const {

@@ -29,7 +29,7 @@ from moe_dist.tables import cache_folder
 SOURCES = Path(__file__).parent
 BUILD_COMMAND = "moe-dist build cutlass"
 OLDEST_NVCC = (12, 4)
-OLDEST_CUTLASS = (3, 5)
+OLDEST_CUTLASS = (3, 7)
 FLAGS = (
     *("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
     *("-Xcompiler", "-fPIC"),
