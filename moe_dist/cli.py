@@ -24,6 +24,7 @@ from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps
 from moe_dist.config import model_names, override, read_yaml, resolve_models
 from moe_dist.doctor import examine
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError, UnsupportedError
+from moe_dist.exchange import EXCHANGES
 from moe_dist.plan import Machine, Plan
 from moe_dist.progress import Reporter
 from moe_dist.spec import TOKEN_LAYOUTS
@@ -97,7 +98,11 @@ def doctor(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     experiment = _single(args)
     machine = Machine.detect(experiment.device)
-    (case,) = experiment.cases("cpu" if experiment.modes is None else machine.device)
+    cases = list(experiment.cases("cpu" if experiment.modes is None else machine.device))
+    if len(cases) != 1:
+        rule = "plan is for one configuration; compare takes lists"
+        raise ConfigError("overrides", " ".join(args.overrides), rule, "one world of tp·ep ranks, one value a key")
+    (case,) = cases
     made = case.plan(machine)
     if args.json:
         print(json.dumps(made.as_dict() | {"wire_bytes": made.wire_bytes(case.workload.tokens)}, indent=1))
@@ -124,9 +129,9 @@ def _print_plan(console: Console, made: Plan, tokens: int) -> None:
     console.print(ranks)
     share = -(-tokens // world) if made.token_layout == "sharded" else tokens
     console.print(
-        f"{tokens} tokens: at most {made.most_rows(share)} rows and about {size(made.scratch_bytes(share))} of scratch"
-        f" on a rank, at most {size(made.wire_bytes(tokens))} sent by one; CUDA graph: "
-        + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
+        f"{tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
+        f" {size(made.scratch_bytes(share))} of scratch on a rank, at most {size(made.wire_bytes(tokens))} sent by one;"
+        " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
         highlight=False,
     )
     for name, source in made.tables().items():
@@ -171,8 +176,9 @@ def build(args: argparse.Namespace) -> int:
     backend = BACKENDS.get(args.backend)
     backend.build()
     state = backend.available(Machine.detect().device)
-    print(json.dumps(state._asdict()) if args.json else f"{args.backend}: {'ready' if state.ok else state.reason}")
-    return OK if state.ok else BAD_INPUT
+    said = "ready" if state.ok else f"built, but it can't run here: {state.reason}"
+    print(json.dumps(state._asdict()) if args.json else f"{args.backend}: {said}")
+    return OK if state.ok else TOO_SMALL
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -278,9 +284,17 @@ def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
 
 def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> int:
     machine = Machine.detect(experiment.device)
+    if experiment.runtime == "ray" and "TORCHELASTIC_RUN_ID" in os.environ:
+        rule = "torchrun has started this process as one of its ranks, and each would start Ray's ranks too"
+        raise ConfigError("runtime", "ray", rule, "--runtime torchrun")
+    for name in experiment.backends:
+        BACKENDS.get(name)  # an unknown name is a mistake, not a case that can't run here
+    for name in experiment.exchanges:
+        EXCHANGES.get(name)
     if args.build:  # here, before any rank is there: one process compiles, and the user sees how far it is
-        for backend in experiment.backends:
-            BACKENDS.get(backend).build()
+        for backend in map(BACKENDS.get, experiment.backends):
+            if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
+                backend.build()
     planned, refused = plan_cases(experiment.cases(machine.device), machine)
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
@@ -355,10 +369,12 @@ def _parser() -> argparse.ArgumentParser:
         _model_flags(sub)
         _grid_flags(sub)
         if name == "run":
+            _build_flag(sub)
             sub.add_argument("--out", help="write the results file here")
     sub = command("compare", compare, "placements × exchanges × backends × tokens × skews, side by side")
     sub.add_argument("file", nargs="?", help="experiment file (YAML); without one, the small embedded default")
     _model_flags(sub)
+    _build_flag(sub)
     sub.add_argument("--out", help="write the results file here")
     sub = command("check", check, "numbers against the oracle at a model's real shapes")
     _model_flags(sub)
@@ -366,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=int, nargs="+", default=[1, 16], help="global tokens")
     sub.add_argument("--backend", nargs="+", default=["torch"])
     sub.add_argument("--skew", nargs="+", default=["uniform", "single"])
+    _build_flag(sub)
     sub.add_argument("--out", help="write the results file here")
     sub = command("build", build, "compile what a backend needs, once; can take many minutes")
     sub.add_argument("backend", choices=BACKENDS.names())
@@ -398,6 +415,9 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
 def _model_flags(sub: argparse.ArgumentParser) -> None:
     _source_flags(sub)
     sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
+
+
+def _build_flag(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--build", action="store_true", help="first build backends that are not built (many minutes)")
 
 

@@ -20,11 +20,24 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError("file", str(path), f"can't be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("file", str(path), f"is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ConfigError("file", str(path), f"holds {type(loaded).__name__}", "a mapping of keys to values")
+    _check_keys(loaded, str(path))
     return loaded
+
+
+def _check_keys(value: Any, where: str) -> None:
+    """Keys are names, at every depth."""
+    if isinstance(value, list):
+        for item in value:
+            _check_keys(item, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(where, key, f"is a key of type {type(key).__name__}", "names as keys")
+            _check_keys(item, f"{where}: {key}")
 
 
 def override(config: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
 
 from moe_dist.backends import BACKENDS
+from moe_dist.errors import MoeDistError
 from moe_dist.exchange import EXCHANGES
+from moe_dist.kernels.cutlass.library import find_nvcc
 from moe_dist.plan import Machine
 
-PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python")
+PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
 
 
 def examine() -> dict[str, Any]:
@@ -31,7 +32,7 @@ def examine() -> dict[str, Any]:
             "cores": os.cpu_count(),
         },
         "packages": {package: _version(package) for package in PACKAGES},
-        "nvcc": shutil.which("nvcc") is not None,
+        "nvcc": _nvcc(),
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "backends": {name: _answer(*_backend(name, machine.device)) for name in BACKENDS.names()},
         "exchanges": {name: _answer(*_exchange(name)) for name in EXCHANGES.names()},
@@ -50,6 +51,14 @@ def _exchange(name: str) -> tuple[bool, str]:
     if name != "local" and not dist.is_available():
         return False, "this torch was built without torch.distributed"
     return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
+
+
+def _nvcc() -> bool:
+    try:
+        find_nvcc()
+    except MoeDistError:
+        return False
+    return True
 
 
 def _answer(ok: bool, reason: str) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routi
     """
     check_skew(skew)
     kind, _, argument = skew.partition(":")
+    check_skew_fits(skew, spec)
     generator = torch.Generator().manual_seed(seed)
     E, K = spec.num_experts, spec.top_k
     if kind == "router":
@@ -132,6 +133,20 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routi
     return Routing(ids.to(torch.int32), logits.softmax(-1) * spec.routed_scaling)
 
 
+def check_skew_fits(skew: str, spec: MoESpec) -> None:
+    """Raises ConfigError for a skew that this model's experts don't allow."""
+    kind, _, argument = skew.partition(":")
+    E, K = spec.num_experts, spec.top_k
+    if kind == "hot" and int(argument) > E:
+        raise ConfigError("workload.skew", skew, "more hot experts than there are", f"hot:1 to hot:{E}")
+    if kind == "limited":
+        groups, chosen = map(int, argument.split("x"))
+        if E % groups or chosen * (E // groups) < K:
+            legal = [f"limited:{G}x{-(-K * G // E)}" for G in range(2, E + 1) if E % G == 0]
+            rule = f"{E} experts must divide into the groups, and the chosen ones hold top_k = {K} experts"
+            raise ConfigError("workload.skew", skew, rule, f"with the least number chosen: {', '.join(legal)}")
+
+
 def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torch.Generator) -> Tensor:
     """K distinct places out of E for each token: the largest of log-odds + Gumbel noise (Gumbel top-k sampling)."""
     log_odds = torch.zeros(E)
@@ -139,8 +154,6 @@ def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torc
         log_odds = -float(argument) * torch.arange(1, E + 1).float().log()
     elif kind == "hot":
         log_odds[: int(argument)] = 1e6
-    if kind == "hot" and int(argument) > E:
-        raise ConfigError("workload.skew", f"hot:{argument}", "more hot experts than there are", f"hot:1 to hot:{E}")
     chunks = [
         (log_odds - torch.empty(n, E).exponential_(generator=generator).log()).topk(K, dim=-1).indices
         for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)
@@ -150,9 +163,6 @@ def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torc
 
 def _draw_limited(E: int, K: int, tokens: int, argument: str, generator: torch.Generator) -> Tensor:
     groups, chosen = map(int, argument.split("x"))
-    if E % groups or chosen * (E // groups) < K:
-        rule = f"{E} experts must divide into the groups, and the chosen ones hold top_k = {K} experts"
-        raise ConfigError("workload.skew", f"limited:{argument}", rule)
     kept_TG = torch.rand(tokens, groups, generator=generator).argsort(-1) < chosen
     odds_TE = torch.rand(tokens, E, generator=generator).masked_fill(~kept_TG.repeat_interleave(E // groups, 1), -1.0)
     return odds_TE.topk(K, dim=-1).indices

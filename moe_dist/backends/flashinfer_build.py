@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moe_dist.errors import ResourceError
 from moe_dist.rows import Support
 
 MODULE = "fused_moe_90"
@@ -37,6 +38,8 @@ def ensure_built() -> None:
 
     Progress goes to standard error every 15 seconds: objects compiled so far and the time.
     """
+    if find_spec("flashinfer") is None:
+        raise ResourceError("package", "flashinfer-python", "none", "pip install 'moe_dist[gpu]'")
     if _built():
         return
     from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module

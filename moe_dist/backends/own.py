@@ -4,6 +4,7 @@ chosen."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from importlib.util import find_spec
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -31,6 +32,8 @@ def on_hopper(device: str) -> Support:
     capability = torch.cuda.get_device_capability()
     if capability != HOPPER:
         return Support(False, f"needs SM90, this GPU is SM{capability[0]}{capability[1]}")
+    if find_spec("triton") is None:  # for what is around the GEMMs, whoever computes those
+        return Support(False, "needs the package triton")
     return Support(True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,8 +27,6 @@ class TritonFused(OwnKernels["Config"]):
     @classmethod
     def available(cls, device: str) -> Support:
         hopper = on_hopper(device)
-        if hopper.ok and find_spec("triton") is None:
-            return Support(False, "needs the package triton")
         return Support(True, f"triton {version('triton')}") if hopper.ok else hopper
 
     @classmethod

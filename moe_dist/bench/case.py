@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.routing import check_skew
+from moe_dist.routing import check_skew, check_skew_fits
 from moe_dist.runtime.context import RaySpec
 from moe_dist.spec import MoESpec, ParallelSpec, Section, TokenLayout, WorkloadSpec
 
@@ -112,6 +112,8 @@ class Experiment(Section):
             raise ConfigError("experiment.skews", "router", "only a checkpoint has a router: give source.checkpoint")
         for placement in self.placements:
             parse_placement(placement, self.worlds[0])
+        for skew, model in product(self.skews, self.models):
+            check_skew_fits(skew, model)
         return self
 
     def cases(self, device: str) -> Iterator[Case]:

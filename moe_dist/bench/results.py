@@ -151,6 +151,7 @@ def provenance(machine: Machine) -> dict[str, Any]:
             "triton": _version("triton"),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
             "flashinfer": _version("flashinfer-python"),
+            "deep_gemm": _version("sgl-deep-gemm"),
         },
     }
 

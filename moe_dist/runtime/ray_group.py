@@ -12,7 +12,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -138,7 +138,7 @@ class RayGroup:
             ready, _ = ray.wait(list(futures), num_returns=len(futures), timeout=0)
             rank = next(rank for rank, future in enumerate(futures) if future not in ready)
             raise RankFailure(rank, op, -1, f"no answer within {timeout_s:g} s") from None
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             raise self._named(0 if len(futures) == 1 else None, op, error) from error
 
     def describe(self) -> Sequence[str]:
@@ -177,7 +177,7 @@ class RayGroup:
                 try:
                     self._beats[rank] = ray.get(beat)
                     heard[rank] = time.monotonic()
-                except RayActorError:
+                except RayError:
                     continue  # its own future reports the death
             shown(self._beats[0][0])
             for rank in (futures.index(future) for future in pending):
@@ -214,7 +214,7 @@ class RayGroup:
         if rank is None:
             dead = getattr(error, "actor_id", None)
             rank = next((r for r, actor in enumerate(self._actors) if actor._actor_id.hex() == dead), -1)
-        return RankFailure(rank, op, self._sequence(rank), f"the actor died: {str(error).splitlines()[0]}")
+        return RankFailure(rank, op, self._sequence(rank), f"the actor died: {str(error).strip().splitlines()[0]}")
 
     def _sequence(self, rank: int | None) -> int:
         return -1 if rank is None or rank < 0 else self._beats[rank][2]
@@ -238,7 +238,7 @@ def _failure(future: Any) -> Exception | None:
         ray.get(future, timeout=0)
     except GetTimeoutError:
         return None
-    except (RayActorError, RayTaskError) as error:
+    except RayError as error:  # raised, died, killed for memory, lost
         return error
     return None
 

@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError
 from ray.util import placement_group_table
 
 from moe_dist.errors import ConfigError, RankFailure, ResourceError
+from moe_dist.runtime import ray_group
 from moe_dist.runtime.context import RankContext, RaySpec
 from moe_dist.runtime.ray_group import RayGroup
 
@@ -236,3 +239,19 @@ def test_too_small_a_cluster_is_refused_at_once(world: int, device: str, spec: R
     assert time.monotonic() - begin < 2.0
     for text in said:
         assert text in str(raised.value)
+
+
+def test_a_rank_killed_for_memory_is_named(monkeypatch):
+    """Ray has an error of its own for that, neither a task's nor an actor's death."""
+
+    def killed(*_, **__):
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.\nand more")
+
+    monkeypatch.setattr(ray_group.ray, "get", killed)
+    error = ray_group._failure(object())
+    group = SimpleNamespace(_beats=[(), ("run", 0.0, 5)], _sequence=lambda rank: 5, _actors=[])
+    named = ray_group.RayGroup._named(group, 1, "run", error)
+    assert isinstance(named, RankFailure)
+    assert (named.rank, named.op, named.seq) == (1, "run", 5)
+    assert "running low on memory" in named.cause
+    assert "and more" not in named.cause

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import stat
 import subprocess
@@ -153,15 +152,33 @@ class TestBuild:
             library.ensure_built()
 
     def test_no_nvcc(self, toolkit, monkeypatch):
-        toolkit.unlink()
-        monkeypatch.setenv("PATH", os.environ["PATH"] and "/nowhere")
+        monkeypatch.delenv("CUDA_HOME")
+        monkeypatch.delenv("CUDA_PATH", raising=False)
+        monkeypatch.setenv("PATH", "/nowhere")
         monkeypatch.setattr(library, "_nvidia_folders", list)
         with pytest.raises(ResourceError, match=r"nvcc needed, none available\. Set CUDA_HOME"):
             library.ensure_built()
         assert "CUDA_HOME" in library.build_state().reason
 
-    def test_the_packaged_nvcc_is_found_last(self, toolkit, monkeypatch, tmp_path):
+    def test_a_toolkit_that_is_named_must_be_there(self, toolkit):
         toolkit.unlink()
+        with pytest.raises(
+            ResourceError, match=r"cuda/bin/nvcc needed, none available\. CUDA_HOME names a CUDA toolkit"
+        ):
+            library.ensure_built()
+
+    def test_one_that_fails_is_named(self, toolkit):
+        script(toolkit, "exit 7")
+        assert re.search(r"bin/nvcc, which fails: .*exit status 7", library.build_state().reason)
+
+    def test_a_cache_that_is_a_file(self, toolkit, tmp_path, monkeypatch):
+        monkeypatch.setenv("MOE_DIST_CACHE", __file__)
+        with pytest.raises(ConfigError, match=r"MOE_DIST_CACHE = .*can't be written"):
+            library.ensure_built()
+
+    def test_the_packaged_nvcc_is_found_last(self, toolkit, monkeypatch, tmp_path):
+        monkeypatch.delenv("CUDA_HOME")
+        monkeypatch.delenv("CUDA_PATH", raising=False)
         monkeypatch.setenv("PATH", "/nowhere")
         packaged = script(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc", SAYS + WRITES)
         monkeypatch.setattr(library, "_nvidia_folders", lambda: [tmp_path / "nvidia"])

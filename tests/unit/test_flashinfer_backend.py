@@ -113,6 +113,7 @@ def test_building_says_so_and_shows_how_far_it_is(monkeypatch, tmp_path, capfd):
     for name in ("flashinfer", "flashinfer.jit"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flashinfer.jit.fused_moe", module)
+    monkeypatch.setattr(flashinfer_build, "find_spec", lambda name: True)
     monkeypatch.setattr(flashinfer_build, "_built", lambda: False)
     monkeypatch.setattr(flashinfer_build, "SAY_EVERY_S", 0.05)
     flashinfer_build.ensure_built()
@@ -120,6 +121,17 @@ def test_building_says_so_and_shows_how_far_it_is(monkeypatch, tmp_path, capfd):
     assert "compiling 4 sources now, 23 minutes on 64 cores" in said
     assert "3 of 4 objects" in said
     assert said.rstrip().endswith("is built.")
+
+
+def test_building_without_the_package_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(flashinfer_build, "find_spec", lambda name: None)
+    assert cli.main(["build", "flashinfer_cutlass"]) == cli.TOO_SMALL
+    assert "flashinfer-python needed, none available. pip install 'moe_dist[gpu]'" in capsys.readouterr().err
+
+
+def test_what_cannot_run_here_is_not_built(monkeypatch):
+    monkeypatch.setattr(FlashInferCutlass, "build", classmethod(lambda cls: pytest.fail("built")))
+    assert cli.main(["run", "--backend", "flashinfer_cutlass", "--device", "cpu", "--build"]) == cli.BAD_INPUT
 
 
 def test_nothing_is_built_unless_asked_for(monkeypatch):

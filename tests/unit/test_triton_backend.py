@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_dist import tables
-from moe_dist.backends import BACKENDS, own, triton_fused
+from moe_dist.backends import BACKENDS, own
 from moe_dist.backends.base import Problem
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.errors import ConfigError
@@ -98,7 +98,7 @@ class TestAvailable:
     def test_on_a_gpu(self, monkeypatch, capability, package, ok, reason):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(triton_fused, "find_spec", lambda name: package or None)
+        monkeypatch.setattr(own, "find_spec", lambda name: package or None)
         state = TritonFused.available("cuda")
         assert state.ok == ok
         assert re.search(reason, state.reason), state.reason

@@ -22,7 +22,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from moe_dist.errors import MoeDistError, ResourceError
+from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.rows import Support
 from moe_dist.tables import cache_folder
 
@@ -129,7 +129,10 @@ def ensure_built() -> Path:
     path = library_path()
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("MOE_DIST_CACHE", str(cache_folder()), f"can't be written: {error.strerror}") from None
     with _alone(path.parent / "lock"):
         if not path.exists():
             _build(path)
@@ -147,11 +150,15 @@ def library_path() -> Path:
 
 
 def find_nvcc() -> str:
-    """$CUDA_HOME's, else the one in PATH, else the one of the package nvidia-cuda-nvcc."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    """$CUDA_HOME's if that is set, else the one in PATH, else the one of the package nvidia-cuda-nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     packaged = [str(path) for root in _nvidia_folders() for path in sorted(root.glob("*/bin/nvcc"))]
-    found = [shutil.which(f"{home}/bin/nvcc") for home in homes] + [shutil.which("nvcc")] + packaged
+    found = [shutil.which(f"{home}/bin/nvcc")] if home else [shutil.which("nvcc"), *packaged]
     nvcc = next((path for path in found if path), None)
+    if nvcc is None and home:
+        raise ResourceError(
+            "compiler", f"{home}/bin/nvcc", "none", "CUDA_HOME names a CUDA toolkit; unset it or mend it."
+        )
     if nvcc is None:
         raise ResourceError("compiler", "nvcc", "none", "Set CUDA_HOME, or pip install nvidia-cuda-nvcc.")
     version = _version(r"release (\d+)\.(\d+)", _nvcc_says(nvcc))
@@ -251,7 +258,12 @@ def _say(text: str) -> None:
 
 @cache
 def _nvcc_says(nvcc: str) -> str:
-    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    try:
+        return subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ResourceError(
+            "compiler", "nvcc", f"{nvcc}, which fails: {error}", "Set CUDA_HOME to another one."
+        ) from None
 
 
 def _nvidia_folders() -> list[Path]:
