@@ -5,10 +5,10 @@
 // cp.async), two multiply. Each 128 columns of the sum are scaled and added in float32 outside the tensor cores'
 // accumulators.
 //
-// It is what the L2 cache can deliver that bounds tiles of this size. In a cluster two thread blocks take 128 tokens
-// each and the same weights: either loads half of them and sends it to both. What is left of an expert's tokens, 128 or
-// less, both take with weights of their own. Up to 64 tokens both warpgroups work on the same rows, with half the
-// columns each: nothing is multiplied for padding but in units of 64 tokens.
+// Tiles of this size ask much of the L2 cache, so weights are shared: in a cluster two thread blocks take 128 tokens
+// each and the same weights, and either loads half of them and sends it to both. What is left of an expert's tokens,
+// 128 or less, both take with weights of their own. Up to 64 tokens both warpgroups work on the same rows, with half
+// the columns each: nothing is multiplied for padding but in units of 64 tokens.
 #pragma once
 
 #include <cstdint>
