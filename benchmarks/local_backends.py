@@ -32,9 +32,6 @@ from moe_dist.comm import Comm
 from moe_dist.config import find_model
 from moe_dist.graph import capture
 from moe_dist.kernels import quantize_rows
-from moe_dist.kernels.cutlass.fused_moe import CutlassStep
-from moe_dist.kernels.triton.fused_moe import TritonStep
-from moe_dist.kernels.triton.step import Step
 from moe_dist.plan import Machine, Part, Plan, make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
@@ -102,7 +99,7 @@ def measured(
         times.append(forward_us(backend, sample, ITERS))
         floors.append(sample.floor_us or float("nan"))
         if plan.backend in OURS:
-            gemms.append(own_gemms_us(plan, shard, backend, sample.rows[0]))
+            gemms.append(own_gemms_us(plan, backend, sample.rows[0]))
             rates.append(flops(plan, part, sample.rows[0].slots_RK) / gemms[-1] / 1e6)
     return (
         row(plan, sample.rows[0].slots_RK, count)
@@ -120,14 +117,9 @@ def measured(
     )
 
 
-def own_gemms_us(plan: Plan, shard: ExpertWeights, backend: Any, rows: TokenRows) -> float:
+def own_gemms_us(plan: Plan, backend: Any, rows: TokenRows) -> float:
     """Both GEMMs of one of our backends, on rows that were sorted and quantized before."""
-    config, slots = backend.config_for(rows), rows.slots_RK.contiguous()
-    step: Step = (
-        CutlassStep(slots, backend.matrices, config)
-        if plan.backend == "cutlass"
-        else TritonStep(slots, shard, config, {})
-    )
+    step = backend.step(rows)
     values, scales = step.prepare(rows.x)
 
     def both() -> None:
@@ -158,7 +150,7 @@ def row(plan: Plan, here: Tensor, count: int) -> dict[str, Any]:
 
 
 def kernels_us(call: Callable[[], object], count: int = 5) -> dict[str, float]:
-    """Median microseconds of each kernel of one call, run eagerly, longest first."""
+    """Mean microseconds of each kernel of one call, run eagerly, longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     call()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import OwnKernels, on_hopper
 from moe_dist.kernels.cutlass.library import build_state, ensure_built
@@ -14,7 +12,7 @@ from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
-    from moe_dist.kernels.cutlass.fused_moe import Config
+    from moe_dist.kernels.cutlass.fused_moe import Config, CutlassStep
 
 MOST_EXPERTS = 512  # on one rank: their tiles are found in shared memory
 
@@ -63,12 +61,9 @@ class CutlassFused(OwnKernels["Config"]):
         super().prepare(weights)
         library = load()
         if not self._empty:
-            self.matrices = Matrices(library, weights)
+            self._matrices = Matrices(library, weights)
 
-    def compute(self, rows: TokenRows, config: Config) -> Tensor:
-        from moe_dist.kernels.cutlass.fused_moe import fused_moe
+    def step_with(self, rows: TokenRows, config: Config) -> CutlassStep:
+        from moe_dist.kernels.cutlass.fused_moe import CutlassStep
 
-        return fused_moe(
-            rows.x, rows.slots_RK, rows.weights_RK, self.matrices, self.spec.activation, config, self.out_dtype,
-            self.stages,
-        )  # fmt: skip
+        return CutlassStep(rows.slots_RK.contiguous(), self._matrices, config)

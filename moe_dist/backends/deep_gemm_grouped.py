@@ -5,17 +5,19 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe_dist.backends.base import Backend, Problem
-from moe_dist.backends.own import HOPPER, on_hopper
+from moe_dist.backends.base import Problem
+from moe_dist.backends.own import HOPPER, OwnSteps, on_hopper
 from moe_dist.reference import Numerics
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import BLOCK, MoESpec
-from moe_dist.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from moe_dist.kernels.triton.padded import PaddedStep
 
 PACKAGE = "sgl-deep-gemm"
 
@@ -38,11 +40,8 @@ def installed() -> Support:
         return Support(True, "deep_gemm")
 
 
-class DeepGemm(Backend):
+class DeepGemm(OwnSteps):
     """fp8_block. Its kernels are compiled for each shape at the first call (seconds)."""
-
-    capturable = True
-    deterministic = True
 
     @classmethod
     def available(cls, device: str) -> Support:
@@ -52,10 +51,6 @@ class DeepGemm(Backend):
     @classmethod
     def numerics_of(cls, spec: MoESpec) -> Numerics:
         return Numerics(bf16_gemm1=True)
-
-    @classmethod
-    def payloads(cls, spec: MoESpec) -> frozenset[str]:
-        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quantized else set()))
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:
@@ -68,19 +63,10 @@ class DeepGemm(Backend):
             return Support(False, f"needs hidden ({spec.hidden}) and slices ({width}) in whole blocks of {BLOCK}")
         return installed()
 
-    def prepare(self, weights: ExpertWeights) -> None:
-        self._weights = weights
-        self._empty = weights.num_experts == 0 or weights.width == 0
-
-    def forward(self, rows: TokenRows) -> Tensor:
-        count = rows.slots_RK.shape[0]
-        if count == 0 or self._empty:
-            shape = count, self.spec.hidden
-            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
+    def step(self, rows: TokenRows) -> PaddedStep:
         from moe_dist.kernels.triton.padded import PaddedStep
 
-        step = PaddedStep(rows.slots_RK.contiguous(), self._weights, grouped_gemm)
-        return step.run(rows.x, rows.weights_RK, self.spec.activation, self.out_dtype, self.stages)
+        return PaddedStep(rows.slots_RK.contiguous(), self._weights, grouped_gemm)
 
 
 def grouped_gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], out: Tensor, experts: Tensor) -> None:

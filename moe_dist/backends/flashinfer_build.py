@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ResourceError
 from moe_dist.rows import Support
 
 MODULE = "fused_moe_90"
 BUILD_COMMAND = "moe-dist build flashinfer_cutlass"
-SAY_EVERY_S = 15.0
 
 
 def build_state() -> Support:
@@ -46,7 +44,7 @@ def ensure_built() -> None:
 
     spec = gen_cutlass_fused_moe_sm90_module()
     objects = [Path(path) for path in spec.get_object_paths()]
-    _say(f"FlashInfer's SM90 module is not built: compiling {len(objects)} sources now, 23 minutes on 64 cores.")
+    say(f"FlashInfer's SM90 module is not built: compiling {len(objects)} sources now, 23 minutes on 64 cores.")
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(objects, done), daemon=True)
     watcher.start()
@@ -56,20 +54,16 @@ def ensure_built() -> None:
     finally:
         done.set()
         watcher.join()
-    _say("FlashInfer's SM90 module is built.")
+    say("FlashInfer's SM90 module is built.")
 
 
 def _watch(objects: list[Path], done: threading.Event) -> None:
     began = time.monotonic()
     while not done.wait(SAY_EVERY_S):
         ready = sum(path.exists() for path in objects)
-        _say(f"one process compiles FlashInfer's SM90 module: {ready} of {len(objects)} objects, {_since(began)}")
+        say(f"one process compiles FlashInfer's SM90 module: {ready} of {len(objects)} objects, {_since(began)}")
 
 
 def _since(began: float) -> str:
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     return f"{minutes} min {seconds} s"
-
-
-def _say(text: str) -> None:
-    print(f"moe-dist (pid {os.getpid()}): {text}", file=sys.stderr, flush=True)

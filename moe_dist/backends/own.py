@@ -1,11 +1,10 @@
-"""What the backends with kernels of our own share: the numerics around the GEMMs, and how one of their configs is
-chosen."""
+"""What backends share whose forward is a `kernels.triton.step.Step`, and how those with configs choose one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from importlib.util import find_spec
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +16,9 @@ from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
 from moe_dist.tables import Shape, device_name, tuned_config
 from moe_dist.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from moe_dist.kernels.triton.step import Step
 
 C = TypeVar("C")
 
@@ -37,22 +39,41 @@ def on_hopper(device: str) -> Support:
     return Support(True)
 
 
-class OwnKernels(Backend, Generic[C]):
-    """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already. `name` is the backend's, as
-    its tables have it."""
+class OwnSteps(Backend):
+    """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already."""
 
     capturable = True
     deterministic = True
+
+    @classmethod
+    def payloads(cls, spec: MoESpec) -> frozenset[str]:
+        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quantized else set()))
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._empty = weights.num_experts == 0 or weights.width == 0
+
+    @abstractmethod
+    def step(self, rows: TokenRows) -> Step:
+        """The launches for at least one row through at least one expert."""
+
+    def forward(self, rows: TokenRows) -> Tensor:
+        count = rows.slots_RK.shape[0]
+        if count == 0 or self._empty:
+            shape = count, self.spec.hidden
+            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
+        return self.step(rows).run(rows.x, rows.weights_RK, self.spec.activation, self.out_dtype, self.stages)
+
+
+class OwnKernels(OwnSteps, Generic[C]):
+    """With configs. `name` is the backend's, as its tables have it."""
+
     name: ClassVar[str]
 
     @classmethod
     def numerics_of(cls, spec: MoESpec) -> Numerics:
         """A scale for a whole row of GEMM2's input needs a second pass over it; it waits for that in bf16."""
         return Numerics(bf16_activation=spec.quant in ("none", "fp8_channel", "fp8_tensor_dynamic"))
-
-    @classmethod
-    def payloads(cls, spec: MoESpec) -> frozenset[str]:
-        return frozenset({"none", "bf16"} | ({"fp8"} if spec.quantized else set()))
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:
@@ -74,28 +95,20 @@ class OwnKernels(Backend, Generic[C]):
         """A config from its JSON values; raises ConfigError for one that can't run."""
 
     @abstractmethod
-    def compute(self, rows: TokenRows, config: C) -> Tensor:
-        """`forward` of at least one row through at least one expert."""
+    def step_with(self, rows: TokenRows, config: C) -> Step:
+        """`step` with this config."""
 
     def prepare(self, weights: ExpertWeights) -> None:
-        self._weights = weights
-        self._empty = weights.num_experts == 0 or weights.width == 0
+        super().prepare(weights)
         self._forced: C | None = None
         self._chosen: dict[int, C] = {}
 
     def use_config(self, config: dict[str, Any] | None) -> None:
         self._forced = None if config is None else self.config_of(config, self.spec)
 
-    def forward(self, rows: TokenRows) -> Tensor:
-        count = rows.slots_RK.shape[0]
-        if count == 0 or self._empty:
-            shape = count, self.spec.hidden
-            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
-        return self.compute(rows, self.config_for(rows))
-
-    def config_for(self, rows: TokenRows) -> C:
-        """The config in use, else the table's, else the default."""
-        return self._forced or self._chosen.get(rows.slots_RK.shape[0]) or self._choose(rows)
+    def step(self, rows: TokenRows) -> Step:
+        """With the config in use, else the table's, else the default."""
+        return self.step_with(rows, self._forced or self._chosen.get(rows.slots_RK.shape[0]) or self._choose(rows))
 
     def _choose(self, rows: TokenRows) -> C:
         weights, count = self._weights, rows.slots_RK.shape[0]

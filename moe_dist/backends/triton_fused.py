@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import OwnKernels, on_hopper
 from moe_dist.rows import Support, TokenRows
@@ -15,7 +13,7 @@ from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
-    from moe_dist.kernels.triton.fused_moe import Config
+    from moe_dist.kernels.triton.fused_moe import Config, TritonStep
 
 SCARCE_COLUMNS = 264 * 128  # of GEMM2's output, over all experts in use: fewer tiles than two for each multiprocessor
 
@@ -84,10 +82,7 @@ class TritonFused(OwnKernels["Config"]):
         super().prepare(weights)
         self._tiles: dict[tuple[int, int, int], Any] = {}
 
-    def compute(self, rows: TokenRows, config: Config) -> Tensor:
-        from moe_dist.kernels.triton.fused_moe import fused_moe
+    def step_with(self, rows: TokenRows, config: Config) -> TritonStep:
+        from moe_dist.kernels.triton.fused_moe import TritonStep
 
-        return fused_moe(
-            rows.x, rows.slots_RK, rows.weights_RK, self._weights, self.spec.activation, config, self.out_dtype,
-            self.stages, self._tiles,
-        )  # fmt: skip
+        return TritonStep(rows.slots_RK.contiguous(), self._weights, config, self._tiles)

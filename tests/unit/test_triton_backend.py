@@ -196,11 +196,15 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tables.say_missing_once.cache_clear()
     made = []
 
-    def record(x, slots, weights, experts, activation, config, out_dtype, stages, *_):
-        made.append((config, x, activation, out_dtype, stages))
-        return torch.ones(len(slots), experts.hidden, dtype=out_dtype)
+    class Recorded:
+        def __init__(self, slots, experts, config, tiles):
+            self.shape, self.config = (len(slots), experts.hidden), config
 
-    monkeypatch.setattr(fused_moe, "fused_moe", record)
+        def run(self, x, weights, activation, out_dtype, stages):
+            made.append((self.config, x, activation, out_dtype, stages))
+            return torch.ones(self.shape, dtype=out_dtype)
+
+    monkeypatch.setattr(fused_moe, "TritonStep", Recorded)
     yield made
     find_table.cache_clear()
     tables.say_missing_once.cache_clear()

@@ -10,8 +10,6 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
 from moe_dist.kernels.triton.step import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Step, blocks
-from moe_dist.quantization import Activations
-from moe_dist.stages import NO_STAGES, Stages
 from moe_dist.weights import ExpertWeights
 
 SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
@@ -46,20 +44,6 @@ class Matrices:
         self.w13 = library.weights_map(w13.data_ptr(), w13.shape[0] * w13.shape[1], w13.shape[2])
         self.w2 = library.weights_map(w2.data_ptr(), w2.shape[0] * w2.shape[1], w2.shape[2])
         self.sms = torch.cuda.get_device_properties(w13.device).multi_processor_count
-
-
-def fused_moe(
-    x: Activations,
-    slots_RK: Tensor,
-    weights_RK: Tensor,
-    matrices: Matrices,
-    activation: str,
-    config: Config,
-    out_dtype: torch.dtype,
-    stages: Stages = NO_STAGES,
-) -> Tensor:
-    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through the shard."""
-    return CutlassStep(slots_RK.contiguous(), matrices, config).run(x, weights_RK, activation, out_dtype, stages)
 
 
 class CutlassStep(Step):

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.rows import Support
 from moe_dist.tables import cache_folder
@@ -37,7 +37,6 @@ FLAGS = (
 HEADERS = (("flashinfer", "data/cutlass/include"), ("cutlass_library", "source/include"))  # packages, and where in them
 UP_GATED, UP, DOWN = 0, 1, 2  # grouped_gemm.cuh's Gemm
 GEMMS, KINDS = (UP_GATED, UP, DOWN), (1, 2, 3)
-SAY_EVERY_S = 15.0
 COMPILE_TIMEOUT_S = 900.0
 
 
@@ -62,15 +61,14 @@ class Library:
         self._loaded = ctypes.CDLL(str(path))
         self._loaded.moe_dist_error.restype = ctypes.c_char_p
         self._loaded.moe_dist_weights_map.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        for gemm in GEMMS:
-            for kind in KINDS:
-                self._gemm(gemm, kind).argtypes = (
-                    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
-                    *(ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
-                )
-
-    def _gemm(self, gemm: int, kind: int) -> ctypes._NamedFuncPointer:
-        return getattr(self._loaded, f"moe_dist_gemm_{gemm}_{kind}")  # type: ignore[no-any-return]
+        self._gemms = {
+            (gemm, kind): getattr(self._loaded, f"moe_dist_gemm_{gemm}_{kind}") for gemm in GEMMS for kind in KINDS
+        }
+        for launch in self._gemms.values():
+            launch.argtypes = (
+                *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+                *(ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
+            )
 
     def weights_map(self, address: int, rows: int, k: int) -> WeightsMap:
         """How the tensor memory accelerator reads `rows` rows of `k` bytes; valid as long as they stay there."""
@@ -91,7 +89,7 @@ class Library:
         stream: int,
     ) -> None:
         """Launch on `sms` multiprocessors of `device`. `share`: how many thread blocks share weights."""
-        launch = self._gemm(gemm, kind)
+        launch = self._gemms[gemm, kind]
         self._check(launch(ctypes.addressof(args), weights.address, share, device, sms, int(pdl), stream))
 
     def _check(self, error: int) -> None:
@@ -207,13 +205,13 @@ def _build(path: Path) -> None:
     ]
     wanted.append(("weights_map.o", "weights_map.cu", ()))
     workers = min(len(wanted), os.cpu_count() or 1)
-    _say(f"compiling {len(wanted)} sources of the cutlass backend, {workers} at a time; this happens once")
+    say(f"compiling {len(wanted)} sources of the cutlass backend, {workers} at a time; this happens once")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(compile_object, source, Path(folder) / name, defines) for name, source, defines in wanted]
         try:
             for done, job in enumerate(as_completed(jobs), 1):
                 job.result()
-                _say(f"compiled {done} of {len(jobs)} sources, {time.monotonic() - began:.0f} s")
+                say(f"compiled {done} of {len(jobs)} sources, {time.monotonic() - began:.0f} s")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -247,13 +245,9 @@ def _alone(lock: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() - said >= SAY_EVERY_S:
                     said = time.monotonic()
-                    _say(f"waiting for another process that compiles the cutlass backend, {said - began:.0f} s")
+                    say(f"waiting for another process that compiles the cutlass backend, {said - began:.0f} s")
                 time.sleep(0.2)
         yield
-
-
-def _say(text: str) -> None:
-    print(f"moe-dist (pid {os.getpid()}): {text}", file=sys.stderr, flush=True)
 
 
 @cache

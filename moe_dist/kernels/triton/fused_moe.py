@@ -24,7 +24,7 @@ FENCE = not triton.knobs.runtime.interpret  # the interpreter has no assembler
 
 
 @triton.jit
-def _activated(gate, up, ACTIVATION: tl.constexpr):
+def activated(gate, up, ACTIVATION: tl.constexpr):
     if ACTIVATION == 0:
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == 1:
@@ -150,7 +150,7 @@ def _gemm1(
         gate *= of_row[:, None] * _weight_scale(ws, expert, GATE, n, I, F, 2 if GATED else 1, PER_TENSOR)[None, :]
         if GATED:
             up *= of_row[:, None] * _weight_scale(ws, expert, 1 - GATE, n, I, F, 2, PER_TENSOR)[None, :]
-    out = _activated(gate, up, ACTIVATION)
+    out = activated(gate, up, ACTIVATION)
     if not WHOLE:
         out = tl.where((n < I)[None, :], out, 0.0)  # columns read beyond the half must not count in the scale
     at_row = (start + j).to(tl.int64)

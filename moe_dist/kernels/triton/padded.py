@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.fused_moe import _activated
+from moe_dist.kernels.triton.fused_moe import activated
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import quantized
 from moe_dist.kernels.triton.step import ACTIVATIONS, Step, blocks, cut
@@ -74,7 +74,7 @@ def _activate_rows(
     up = gate
     if GATED:
         up = tl.load(d + row * WIDTH + (I if GATE_FIRST else 0) + column, mask=inside, other=0.0).to(tl.float32)
-    values = tl.where(inside, _activated(gate, up, ACTIVATION), 0.0)
+    values = tl.where(inside, activated(gate, up, ACTIVATION), 0.0)
     codes, scale = quantized(values, tl.max(tl.abs(values), 1), FP8_MAX, TINY)
     tl.store(h + row * I + column, codes.to(h.dtype.element_ty), mask=inside)
     tl.store(hs + row * GROUPS + group, scale, mask=group < GROUPS)
