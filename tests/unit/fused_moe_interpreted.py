@@ -18,10 +18,11 @@ from moe_dist.backends.base import Backend
 from moe_dist.backends.deep_gemm_grouped import DeepGemm
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.kernels.triton import step as module
+from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.fused_moe import Config, fused_moe
 from moe_dist.kernels.triton.padded import TILE, PaddedStep
 from moe_dist.kernels.triton.quantize import divided
-from moe_dist.kernels.triton.step import _prepare, _requantize, _row_maxima, _weighted_sum
+from moe_dist.kernels.triton.step import _requantize, _row_maxima, _weighted_sum
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, quantize_rows, scale_of
 from moe_dist.reference import oracle_partial, relative_error
@@ -243,7 +244,7 @@ def test_gate_and_up(quant, tma):
 
 
 def test_how_rows_are_quantized_makes_no_difference(monkeypatch):
-    """In the first launch or before it; rows may lie apart in memory."""
+    """Beside few pairs or many; rows may lie apart in memory."""
     case = problem(rows=4, num_experts=2, top_k=1)
     config = config_of(case.spec)
     y = case.run(config)
@@ -273,33 +274,41 @@ class Stop(Exception):
     """Raised where the rest of the launches is of no interest."""
 
 
-def prepared(slots: Tensor, experts: int, bm: int, together: bool, x: Tensor | None = None) -> list[Tensor]:
-    """q, s, table, starts, stops, order as `_prepare` leaves them, with rows to quantize or without; numbers that it
-    did not write are 12345. `together`: as it sorts few pairs, else many."""
-    run, found = module.launch, []
+def prepared(
+    slots: Tensor, experts: int, bm: int, together: bool | None = None, x: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What `_prepare`, or `_count` and `_place`, leave in their tensors, with rows to quantize or without; numbers that
+    they did not write are 12345. `together`: as they sort few pairs, as many, or by how many there are."""
+    run, found, kernels = module.launch, {}, []
 
     def launch(kernel, grid, tensors, *others, **options):
-        assert kernel is _prepare
-        found.extend(tensors[2:])
-        for numbers in found[2:]:
-            numbers.fill_(12345)
+        for name, tensor in zip(kernel.arg_names, tensors, strict=False):
+            if name not in found and name not in ("slots", "x", "q", "s"):
+                tensor.fill_(12345)
+            found[name] = tensor
         run(kernel, grid, tensors, *others, **options)
-        raise Stop
+        kernels.append(kernel)
+        if kernel is not _count:
+            raise Stop
 
     quant, code = ("none", torch.bfloat16) if x is None else ("fp8_block", FP8)
     x = torch.zeros(len(slots), 16).bfloat16() if x is None else x
     w13, w2 = (torch.zeros(experts, *sizes).to(code) for sizes in ((32, x.shape[1]), (x.shape[1], 16)))
     weights = ExpertWeights(quant, True, w13, w2)
+    together = slots.numel() <= module.MOST_PAIRS_TOGETHER if together is None else together
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "launch", launch)
         patch.setattr(module, "MOST_PAIRS_TOGETHER", slots.numel() if together else 0)
         with pytest.raises(Stop):
             fused_moe(x, slots, torch.ones(slots.shape), weights, "swiglu", config_of(bm=bm), torch.float32)
+    assert kernels == ([_prepare] if together else [_count, _place])
     return found
 
 
-def check_prepared(slots: Tensor, experts: int, bm: int, together: bool) -> None:
-    table, starts, stops, order = prepared(slots, experts, bm, together)[2:]
+def check_prepared(slots: Tensor, experts: int, bm: int, together: bool | None = None, x: Tensor | None = None) -> None:
+    found = prepared(slots, experts, bm, together, x)
+    table, starts, stops, order = (found[name] for name in ("table", "starts", "stops", "order"))
+    assert found["taken"].tolist() == [0, 0]
     flat = slots.flatten()
     counts = torch.bincount(flat[flat >= 0], minlength=experts)
     assert torch.equal(stops.long(), counts.cumsum(0))
@@ -314,6 +323,10 @@ def check_prepared(slots: Tensor, experts: int, bm: int, together: bool) -> None
         expected[first : first + tiles] = expert
     assert torch.equal(table, expected)
     assert [int((table == expert).sum()) for expert in range(experts)] == [-(-int(n) // bm) for n in counts]
+    if x is not None:
+        expected = quantize_rows(x, "fp8_block")
+        assert torch.equal(found["q"].view(torch.uint8), expected.values_RH.view(torch.uint8))
+        assert torch.equal(found["s"], expected.scales_RS)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -339,11 +352,40 @@ class TestPrepare:
     def test_rows_are_quantized_as_torch_does(self, together, hidden):
         x = (torch.randn(4, hidden) * torch.logspace(-6, 4, 4)[:, None]).bfloat16()
         x[2, 100:] = 0
-        values, scales, *_, order = prepared(torch.randint(0, 3, (4, 2), dtype=torch.int32), 3, 16, together, x)
-        expected = quantize_rows(x, "fp8_block")
-        assert torch.equal(values.view(torch.uint8), expected.values_RH.view(torch.uint8))
-        assert torch.equal(scales, expected.scales_RS)
-        assert sorted(order.tolist()) == list(range(8))
+        check_prepared(torch.randint(0, 3, (4, 2), dtype=torch.int32), 3, 16, together, x)
+
+
+def random_slots(rows: int, top_k: int, experts: int) -> Tensor:
+    """Some experts have many pairs, others none, and some pairs are not here."""
+    popular = torch.randint(0, experts, (1 + experts // 3,), dtype=torch.int32)
+    slots = popular[torch.randint(0, len(popular), (rows, top_k))]
+    slots[torch.rand(slots.shape) < 0.4] = -1
+    anywhere = torch.rand(slots.shape) < torch.rand(())
+    slots[anywhere] = torch.randint(-1, experts, (int(anywhere.sum()),), dtype=torch.int32)
+    return slots
+
+
+class TestManyPairs:
+    @pytest.mark.parametrize("experts", [1, 8, 43, 160, 300, 512])
+    @pytest.mark.parametrize(("chunks", "compared"), [(4, 32), (32, 16)])
+    def test_several_chunks_of_several_blocks(self, experts, chunks, compared, monkeypatch):
+        """So many chunks, too, that their counts are not added up at once."""
+        monkeypatch.setattr(module, "MOST_CHUNKS", chunks)
+        monkeypatch.setattr(module, "COMPARED", compared)
+        top_k, bm = int(torch.randint(1, 9, ())), (16, 64, 128)[int(torch.randint(0, 3, ()))]
+        for pairs in (chunks * compared - 1, int(torch.randint(1, 4 * chunks * compared, ())), 2 * chunks * compared):
+            check_prepared(random_slots(-(-pairs // top_k), top_k, experts), experts, bm, together=False)
+
+    @pytest.mark.parametrize("slot", [-1, 299])
+    def test_all_on_one_of_many_experts_or_none_here(self, slot, monkeypatch):
+        monkeypatch.setattr(module, "MOST_CHUNKS", 8)
+        check_prepared(torch.full((1300, 3), slot, dtype=torch.int32), 300, 16, together=False)
+
+    def test_how_many_pairs_are_many(self):
+        """Beside them, rows are quantized."""
+        for rows in (512, 513):
+            x = torch.randn(rows, 208).bfloat16()
+            check_prepared(random_slots(rows, 8, 160), 160, 64, x=x)
 
 
 @triton.jit

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.launch import launch
-from moe_dist.kernels.triton.quantize import divided, quantize_rows, quantized, scale_from
+from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
 from moe_dist.spec import BLOCK
 from moe_dist.stages import NO_STAGES, Stages
@@ -27,77 +28,10 @@ from moe_dist.weights import ExpertWeights
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
 GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
-MOST_PAIRS_TOGETHER = 4096  # beyond, programs that sort and programs that quantize get into each other's way
+MOST_PAIRS_TOGETHER = 4096  # beyond, one program for each expert that reads all pairs takes too long
+MOST_CHUNKS = 128  # of many pairs; each has a program that adds up the counts of all, and the chip has as many SMs
+COMPARED = 256  # pairs of a chunk with each other, one by each thread
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
-
-
-@triton.jit(do_not_specialize=["R", "ENTRIES"])
-def _prepare(
-    slots, x, q, s, table, starts, stops, order,
-    R, ENTRIES,
-    E: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr,
-    TOGETHER: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The first E · PARTS programs sort the pairs by expert, the others quantize rows by groups of 128."""
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
-    pid = tl.program_id(0)
-    if pid < E * PARTS:
-        _align(slots, table, starts, stops, order, pid // PARTS, pid % PARTS, R * K, ENTRIES, E, PARTS, BM, BLOCK)
-    else:
-        GROUPS: tl.constexpr = (H + 127) // 128
-        CHUNKS: tl.constexpr = (GROUPS + TOGETHER - 1) // TOGETHER
-        row = ((pid - E * PARTS) // CHUNKS).to(tl.int64)
-        group = (pid - E * PARTS) % CHUNKS * TOGETHER + tl.arange(0, TOGETHER)
-        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        values = tl.load(x + row * H + column, mask=column < H, other=0.0).to(tl.float32)
-        codes, scale = quantized(values, tl.max(tl.abs(values), 1), FP8_MAX, TINY)
-        tl.store(q + row * H + column, codes.to(q.dtype.element_ty), mask=column < H)
-        tl.store(s + row * GROUPS + group, scale, mask=group < GROUPS)
-
-
-@triton.jit
-def _align(
-    slots, table, starts, stops, order, expert, part, P, ENTRIES, E: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One expert's part of `order`, from one of PARTS runs of the pairs, and its part of `table`. It counts all that
-    comes before itself: nobody waits for anybody."""
-    lane = tl.arange(0, BLOCK)
-    first = part * tl.cdiv(P, BLOCK * PARTS) * BLOCK
-    last = tl.minimum(first + tl.cdiv(P, BLOCK * PARTS) * BLOCK, P)
-    lower = tl.zeros((BLOCK,), tl.int32)
-    equal = tl.zeros((BLOCK,), tl.int32)
-    earlier = tl.zeros((BLOCK,), tl.int32)
-    for at in range(0, P, BLOCK):
-        slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
-        lower += ((slot >= 0) & (slot < expert)).to(tl.int32)
-        mine = (slot == expert).to(tl.int32)
-        equal += mine
-        if PARTS > 1:
-            earlier += tl.where(at < first, mine, 0)
-    before = tl.sum(lower, 0)
-    count = tl.sum(equal, 0)
-    if part == 0:
-        tl.store(starts + expert, before)
-        tl.store(stops + expert, before + count)
-        base = before // BM + expert
-        used = base + (count + BM - 1) // BM
-        end = (before + count) // BM + expert + 1
-        if expert == E - 1:
-            end = ENTRIES
-        for at in range(base, end, 128):
-            entry = at + tl.arange(0, 128)
-            tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
-    taken = before + tl.sum(earlier, 0)
-    if count > 0:
-        for at in range(first, last, BLOCK):
-            slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)
-            mine = (slot == expert).to(tl.int32)
-            place = taken + tl.cumsum(mine, 0) - 1
-            tl.store(order + place, at + lane, mask=mine > 0)
-            taken += tl.sum(mine, 0)
 
 
 @triton.jit
@@ -155,7 +89,8 @@ def _requantize(
 class Step(ABC):
     """One call's tensors and its launches, in their order; the two GEMMs are a subclass's. `tile` pairs make an entry
     of `table`, the expert of each tile: expert e's begin at entry starts[e] // tile + e, which leaves room for every
-    partial tile whatever the counts are, so that experts need not wait for each other's; entries between are -1."""
+    partial tile whatever the counts are, so that experts need not wait for each other's; entries between are -1.
+    `taken` is two zeros, for GEMMs whose thread blocks take tiles as they come to count there."""
 
     def __init__(
         self, slots_RK: Tensor, experts: ExpertWeights, tile: int, pdl: bool, split_k: int = 1, rows: int | None = None
@@ -172,9 +107,9 @@ class Step(ABC):
         rows = P if rows is None else rows
         # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
         codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
-        self.table, self.starts, self.stops, self.order, self.h, self.hs, self.out = cut(
+        self.table, self.starts, self.stops, self.order, self.taken, self.h, self.hs, self.out = cut(
             slots_RK.device,
-            *(((size,), torch.int32) for size in (self.entries, E, E, P)),
+            *(((size,), torch.int32) for size in (self.entries, E, E, P, 2)),
             ((rows, i), codes),
             ((rows * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
             ((split_k, rows, experts.hidden), torch.bfloat16),
@@ -211,28 +146,54 @@ class Step(ABC):
 
     def prepare(self, x: Activations) -> tuple[Tensor, Tensor]:
         """GEMM1's rows and their scales; what is not there, `hs` stands in for."""
-        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
-        together, chunks = self.pairs <= MOST_PAIRS_TOGETHER, 0
-        if isinstance(x, Tensor) and self.kind != UNQUANTIZED:
-            if self.kind == BLOCK_SCALES and together:
-                chunks = R * -(-blocks(H) // GROUPS_TOGETHER)
-                wanted = ((R, H), FP8), ((R, blocks(H)), torch.float32)
-                source, x = x.contiguous(), QuantizedRows(*cut(x.device, *wanted))
-            else:
-                x = quantize_rows(x, self.experts.kind, self.experts.a13)
+        R, H = len(self.slots_RK), self.experts.hidden
+        source, groups = None, 0
+        if isinstance(x, Tensor) and self.kind == BLOCK_SCALES:
+            source, groups = x.contiguous(), R * blocks(H)
+            x = QuantizedRows(*cut(x.device, ((R, H), FP8), ((R, blocks(H)), torch.float32)))
+        elif isinstance(x, Tensor) and self.kind != UNQUANTIZED:
+            x = quantize_rows(x, self.experts.kind, self.experts.a13)
         values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
         scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
-        parts = 1 if together else max(1, min(8, 256 // E))  # programs enough for the chip
+        sort = self._sort_few if self.pairs <= MOST_PAIRS_TOGETHER else self._sort_many
+        sort((values if source is None else source, values, scales), -(-groups // GROUPS_TOGETHER))
+        return values, scales
+
+    def _sort_few(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
+        """`programs` quantize `rows`: (bf16, codes, scales)."""
+        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
         block = min(4096, triton.next_power_of_2(max(self.pairs, 16)))
         self.launch(
             _prepare,
-            (E * parts + chunks, 1, 1),
-            (self.slots_RK, source if chunks else values, values, scales, *self.lists),
+            (E + programs, 1, 1),
+            (self.slots_RK, *rows, *self.lists, self.taken),
             (R, self.entries),
-            (E, K, parts, self.tile, block, H, GROUPS_TOGETHER, FP8_MAX, TINY),
+            (E, K, self.tile, block, H, GROUPS_TOGETHER, FP8_MAX, TINY),
             (8, 1),
         )
-        return values, scales
+
+    def _sort_many(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
+        """Chunks of pairs are counted, beside the quantizing, before any of them is placed."""
+        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
+        length = -(-self.pairs // (MOST_CHUNKS * COMPARED)) * COMPARED
+        chunks, wide = -(-self.pairs // length), max(32, triton.next_power_of_2(E))
+        counts, ranks = cut(self.slots_RK.device, ((chunks, wide), torch.int32), ((self.pairs,), torch.int32))
+        self.launch(
+            _count,
+            (chunks + programs, 1, 1),
+            (self.slots_RK, *rows, counts, ranks, self.taken),
+            (R, length, chunks),
+            (K, wide, COMPARED, 16, H, GROUPS_TOGETHER, FP8_MAX, TINY),
+            (8, 1),
+        )
+        self.launch(
+            _place,
+            (chunks, 1, 1),
+            (self.slots_RK, counts, ranks, *self.lists),
+            (R, self.entries, length, chunks),
+            (E, K, wide, max(1, min(MOST_CHUNKS, 4096 // wide)), self.tile, 512),
+            (8, 1),
+        )
 
     def requantize(self) -> None:
         """h from bf16 to codes with a scale for each row, or one for all."""
