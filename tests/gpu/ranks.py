@@ -1,16 +1,18 @@
-"""Ranks on GPUs for tests: one spawned process each, NCCL between them."""
+"""Ranks on GPUs for tests: one spawned process each, NCCL between them or, where they must share GPUs, which NCCL
+refuses, gloo on the host."""
 
 from __future__ import annotations
 
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
+from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.runtime.context import RankContext
@@ -19,8 +21,42 @@ from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
 HOST = "127.0.0.1"
 
 
+class ThroughHost(Comm):
+    """Collectives of tensors that lie on a GPU, through host memory. Not fast, and not capturable."""
+
+    def __init__(self, host: Comm, device: torch.device) -> None:
+        super().__init__(host.rank, host.world, device)
+        self.host = host
+
+    def all_gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return self._here(self.host.all_gather([part.cpu() for part in parts]))
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        return self._here([self.host.reduce_scatter(rows.cpu())])[0]
+
+    def all_reduce(self, rows: Tensor) -> Tensor:
+        return rows.copy_(self._here([self.host.all_reduce(rows.cpu())])[0])
+
+    def all_to_all(self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
+        return self._here(self.host.all_to_all([part.cpu() for part in parts], send, receive))
+
+    def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self.sequence, self.bytes_sent = self.host.sequence, self.host.bytes_sent
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def agree_max(self, value: int) -> int:
+        return self.host.agree_max(value)
+
+    def align(self) -> None:
+        torch.cuda.synchronize()
+        self.host.barrier()
+
+    def barrier(self) -> None:
+        self.host.barrier()
+
+
 def run_on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 500.0) -> list[Any]:
-    """`function(context, *arguments)` on `world` GPUs; its results in rank order."""
+    """`function(context, *arguments)` on `world` ranks, a GPU each as far as there are; its results in rank order."""
     store, port = serve_store(HOST, world, 60.0)
     spawn = multiprocessing.get_context("spawn")
     processes, ends = [], {}
@@ -60,9 +96,13 @@ def _serve(rank: int, world: int, port: int, end: Any, function: Callable[..., A
     try:
         os.environ.setdefault("OMP_NUM_THREADS", "4")
         bind_gloo(HOST)
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        comm = Comm.join(rank, world, reach_store(HOST, port, world, 60.0), device, 120.0)
+        store = reach_store(HOST, port, world, 60.0)
+        if world <= torch.cuda.device_count():
+            comm = Comm.join(rank, world, store, device, 120.0)
+        else:
+            comm = ThroughHost(Comm.join(rank, world, store, torch.device("cpu"), 120.0), device)
         with torch.inference_mode():
             end.send((function(RankContext(comm, "test"), *arguments), ""))
         comm.leave()

@@ -21,7 +21,7 @@ def main(name: str) -> None:
             continue
         backend = backend_class(spec, torch.bfloat16)
         backend.prepare(random_weights(spec, seed=1).to("cuda"))
-        for count in (1, 7, 300):
+        for count in (1, 7, 300, 2100):  # the last: pairs enough to be sorted as many
             slots = torch.stack([torch.randperm(5)[:2] for _ in range(count)]).to(torch.int32)
             slots[torch.rand(count, 2) < 0.3] = -1
             rows = TokenRows(torch.randn(count, 256).bfloat16().cuda(), slots.cuda(), torch.rand(count, 2).cuda())

@@ -28,7 +28,7 @@ def backends_here() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS.names() if BACKENDS.get(name).available("cuda").ok)
 
 
-def experiments(world: int) -> list[Experiment]:
+def experiments(world: int, modes: tuple[str, ...] = ("eager", "graph")) -> list[Experiment]:
     """Real shapes; few tokens and more, even and skewed routing, both token layouts."""
     exchanges = ("local",) if world == 1 else ("all_reduce", "ag_rs", "all_to_all")
     common = {
@@ -39,7 +39,7 @@ def experiments(world: int) -> list[Experiment]:
         "seed": SEED,
         "source": {"seed": SEED},
         "iters": 0,
-        "modes": ("eager", "graph"),
+        "modes": modes,
     }
     large = [find_model(name) for name in ("DeepSeek-V3", "Qwen3-235B-A22B")]
     small = find_model("Qwen3-30B-A3B")
@@ -63,9 +63,22 @@ def measure_all(context, cases: list[Case]):
 def test_against_the_oracle(world):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
+    check(world, experiments(world))
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_ranks_that_share_gpus(world):
+    """Every rank's kernels and row lists of larger placements, where there are not as many GPUs: what NCCL and graphs
+    do is not in it."""
+    if torch.cuda.device_count() >= world:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs are here: nobody has to share")
+    check(world, experiments(world, ("eager",)), "_shared")
+
+
+def check(world: int, wanted: list[Experiment], suffix: str = "") -> None:
     machine = Machine.detect("cuda")
     planned, refused = [], []
-    for experiment in experiments(world):
+    for experiment in wanted:
         fit, unfit = plan_cases(experiment.cases("cuda"), machine)
         planned += fit
         refused += unfit
@@ -77,7 +90,7 @@ def test_against_the_oracle(world):
     ]
     if out := os.environ.get("GPU_TEST_ROWS"):
         Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / f"contract_{world}.json").write_text(json.dumps({"rows": rows, "refused": refused}))
+        (Path(out) / f"contract_{world}{suffix}.json").write_text(json.dumps({"rows": rows, "refused": refused}))
     bad = [
         f"{case.label}: {row['err_oracle']} {row['err_exact']}"
         for row, (case, _) in zip(rows, planned, strict=True)

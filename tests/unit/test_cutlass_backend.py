@@ -231,15 +231,15 @@ class TestBuild:
 
 
 def test_arguments_lie_as_in_c():
-    """Ten pointers, two 64-bit strides, eight integers, in the order of grouped_gemm.cuh; its size is checked when it
-    is compiled."""
+    """Eleven pointers, two 64-bit strides, eight integers, in the order of grouped_gemm.cuh, whose size is checked when
+    it is compiled."""
     text = (library.SOURCES / "grouped_gemm.cuh").read_text()
     body = text[text.index("struct Args {") : text.index("};", text.index("struct Args {"))]
     body = re.sub(r"//.*", "", body)
     declared = [name.strip(" *") for line in body.split("{")[1].split(";") for name in line.split(",")]
     names = [name.split()[-1].strip("*") for name in declared if name.strip()]
     assert names == [name for name, *_ in Args._fields_]
-    assert ctypes.sizeof(Args) == 10 * 8 + 2 * 8 + 8 * 4
+    assert ctypes.sizeof(Args) == 11 * 8 + 2 * 8 + 8 * 4
 
 
 @pytest.mark.parametrize(

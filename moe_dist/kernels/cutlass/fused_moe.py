@@ -82,6 +82,7 @@ class CutlassStep(Step):
     def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
         args = Args(
             starts=self.starts.data_ptr(), stops=self.stops.data_ptr(), order=self.order.data_ptr(),
+            taken=self.taken.data_ptr() + 4 * (gemm == DOWN),
             experts=self.experts.num_experts, top_k=self.slots_RK.shape[1], pairs=self.pairs,
             gate_first=self.experts.gate_first, per_tensor=self.per_tensor, **fields,
         )  # fmt: skip

@@ -43,6 +43,7 @@ struct Args {
   const int *starts;
   const int *stops;
   const int *order;
+  int *taken;        // how many tiles were asked for: 0 before a launch and after it
   void *out;         // UP*: [P, width] sorted, E4M3 (ROW: bf16); DOWN: [P, width] bf16, by pair
   float *out_scales; // BLOCK, UP*: [ceil(width / 128), P]
   int64_t x_scale_row, x_scale_k;
@@ -60,6 +61,8 @@ constexpr int MOST_SHARED = 232448;
 
 constexpr int TOKENS = 128, UNIT = 64; // of a tile; of one warpgroup's product
 constexpr int STAGES = 4;
+constexpr int AHEAD = 2;               // tiles that a cluster knows beforehand
+constexpr int NUMBERS = 8;             // of tiles that are kept: nobody is further behind the loads than STAGES tiles
 constexpr int ALL_MATH = 1, TURNS = 2; // named barriers: one, and one for each warpgroup
 constexpr int SCALES = TOKENS + 4;     // of a stage: the tokens', and one for each half of the weights
 constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
@@ -67,7 +70,8 @@ constexpr int AT_STAGED = AT_TOKENS + STAGES * TOKENS * BLOCK_K;
 constexpr int AT_SCALES = AT_STAGED + 2 * UNIT * STAGED_ROW;
 constexpr int AT_MAXIMA = AT_SCALES + STAGES * SCALES * 4;
 constexpr int AT_BARRIERS = AT_MAXIMA + 2 * UNIT * 4;
-constexpr int AT_TILES = AT_BARRIERS + 2 * STAGES * 8;
+constexpr int AT_NUMBERS = AT_BARRIERS + (2 * STAGES + NUMBERS) * 8;
+constexpr int AT_TILES = AT_NUMBERS + NUMBERS * 4;
 inline int shared_bytes(int experts) { return AT_TILES + (3 * experts + 1) * 4; }
 
 template <int N> struct Mma;
@@ -157,15 +161,15 @@ __device__ inline float relu2(float x) { return x <= 0.0f ? 0.0f : x * x; } // N
 // Which tiles there are. Of an expert's n tokens a cluster takes 2 x 128 at a time, and 129 to 255 that are left in two
 // halves; 128 or less are left to tiles in which its blocks have different columns. An expert's tiles of one column
 // come one after the other, then its next column: what is at work at a time shares weights and tokens in L2.
+// Some tiles take half as long as others, so clusters take them as they come.
 template <int CLUSTER> struct Tiles {
   int *before, *start, *count; // [experts + 1] tiles before an expert; [experts]
-  int experts, columns, number, expert = 0;
+  int experts, columns, expert = 0;
   int column, first, tokens; // of this thread block: its first token, of the expert's; how many
   bool shared;               // whether the cluster's blocks have the same weights
 
   __device__ Tiles(int *room, int experts, int columns)
-      : before(room), start(room + experts + 1), count(start + experts), experts(experts), columns(columns),
-        number(int(blockIdx.x) / CLUSTER) {}
+      : before(room), start(room + experts + 1), count(start + experts), experts(experts), columns(columns) {}
 
   static constexpr int TOGETHER = CLUSTER * TOKENS;
   __device__ static int full_tiles(int n) { // in a column
@@ -202,7 +206,7 @@ template <int CLUSTER> struct Tiles {
     __syncthreads();
   }
 
-  __device__ bool next() {
+  __device__ bool is(int number) { // numbers only grow
     while (expert < experts && number >= before[expert + 1])
       ++expert;
     if (expert == experts)
@@ -221,7 +225,6 @@ template <int CLUSTER> struct Tiles {
       first = full * TOGETHER;
       tokens = column < columns ? n - first : 0;
     }
-    number += int(gridDim.x) / CLUSTER;
     return true;
   }
 };
@@ -246,6 +249,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   __device__ Barrier *full(int stage) const { return reinterpret_cast<Barrier *>(shared + AT_BARRIERS) + stage; }
   __device__ Barrier *empty(int stage) const { return full(STAGES + stage); }
+  __device__ Barrier *told(int at) const { return full(2 * STAGES + at); }
+  __device__ int *numbers() const { return reinterpret_cast<int *>(shared + AT_NUMBERS); }
   __device__ float *scales(int stage) const { return reinterpret_cast<float *>(shared + AT_SCALES) + stage * SCALES; }
   __device__ float *maxima() const { return reinterpret_cast<float *>(shared + AT_MAXIMA); } // [2 warpgroups, 64]
 
@@ -275,13 +280,48 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     return GEMM == DOWN ? at : int(uint32_t(args.order[at]) / uint32_t(args.top_k));
   }
 
+  // This cluster's next tile: the first AHEAD by its own number, the others as its first block was told.
+  __device__ bool next(Tiles<CLUSTER> &tile, int round) const {
+    int number = int(blockIdx.x) / CLUSTER + round * (int(gridDim.x) / CLUSTER);
+    if (round >= AHEAD) {
+      const int at = (round - AHEAD) % NUMBERS;
+      told(at)->wait((round - AHEAD) / NUMBERS & 1);
+      number = *const_cast<const volatile int *>(numbers() + at);
+    }
+    return tile.is(number);
+  }
+
+  // To this cluster's blocks the number that comes after `taken` others, as bytes that a barrier counts: an order by
+  // fences would wait for all loads. Each tile asks once: the last leaves 0.
+  __device__ void tell(const Tiles<CLUSTER> &tile, int round, int taken) const {
+    if (taken == tile.before[args.experts] - 1)
+      atomicExch(args.taken, 0);
+    const int number = taken + AHEAD * (int(gridDim.x) / CLUSTER), at = round % NUMBERS;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; ++rank)
+      asm volatile("{\n"
+                   ".reg .b32 to, barrier;\n"
+                   "mapa.shared::cluster.u32 to, %0, %3;\n"
+                   "mapa.shared::cluster.u32 barrier, %1, %3;\n"
+                   "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %2, [barrier];\n"
+                   "}\n" ::"r"(shared_address(numbers() + at)),
+                   "r"(shared_address(told(at))), "r"(number), "r"(rank)
+                   : "memory");
+  }
+
   __device__ void load(Tiles<CLUSTER> &tile, const CUtensorMap *weights) const {
     constexpr int PASSES = TOKENS / 16; // 16 rows of 8 x 16 bytes each
     const int thread = int(threadIdx.x) - MATH_THREADS, chunk = thread % 8;
     const uint32_t rank = blockIdx.x % CLUSTER;
     const uint32_t to = uint32_t(thread / 8 * 128 + ((chunk ^ (thread / 8 % 8)) * 16));
     Parities parities;
-    while (tile.next()) {
+    for (int round = 0; next(tile, round); ++round) {
+      int taken = 0;
+      if (thread == 0) {
+        if (rank == 0)
+          taken = atomicAdd(args.taken, 1); // there long before it is told
+        told(round % NUMBERS)->arrive_and_expect_tx(sizeof(int));
+      }
       const uint8_t *rows[PASSES];
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -323,6 +363,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
           copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
         cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
       }
+      if (thread == 0 && rank == 0)
+        tell(tile, round, taken);
     }
   }
 
@@ -336,7 +378,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     Parities parities;
     if (threadIdx.x >= 128)
       pass<MATH_THREADS>(TURNS); // the first turn is the first warpgroup's
-    while (tile.next()) {
+    for (int round = 0; next(tile, round); ++round) {
       if (tile.tokens > UNIT) {
         work_on<128>(tile, parities);
       } else if (tile.tokens > 0) {
@@ -540,6 +582,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   template <int N> __device__ void put_bf16(const Place &place, const float (&values)[N / 2], int target) const {
     const int lane = int(threadIdx.x) % 32, at = lane % 8 * 8;
+    __nv_bfloat16 *out = static_cast<__nv_bfloat16 *>(args.out) + place.channel + at;
 #pragma unroll
     for (int column = 0; column < N; column += 64) { // what is staged at a time
       __syncwarp();
@@ -553,14 +596,19 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
                      : "memory");
       }
       __syncwarp();
+      uint4 chunks[4];
+      __nv_bfloat16 *to[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = i * 4 + lane / 8, to_row = __shfl_sync(~0u, target, row);
-        if (row < place.tokens && place.channel + column + at < args.width)
-          *reinterpret_cast<uint4 *>(static_cast<__nv_bfloat16 *>(args.out) + int64_t(to_row) * args.width +
-                                     place.channel + column + at) =
-              *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at * 2);
+      for (int i = 0; i < 4; ++i) { // all read before the first is written: nothing waits but once
+        const int row = i * 4 + lane / 8;
+        chunks[i] = *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at * 2);
+        to[i] = out + int64_t(__shfl_sync(~0u, target, row)) * args.width + column;
       }
+      if (place.channel + column + at < args.width)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i * 4 + lane / 8 < place.tokens)
+            *reinterpret_cast<uint4 *>(to[i]) = chunks[i];
     }
   }
 
@@ -581,6 +629,8 @@ __global__ void __launch_bounds__(THREADS, 1)
       kernel.full(stage)->init(1 + LOAD_THREADS);
       kernel.empty(stage)->init(CLUSTER * MATH_THREADS / 32);
     }
+    for (int number = 0; number < NUMBERS; ++number)
+      kernel.told(number)->init(1);
     cutlass::arch::fence_barrier_init();
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
