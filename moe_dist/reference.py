@@ -31,10 +31,16 @@ class Numerics:
     # FP8 products are summed in the tensor cores' own accumulators without being moved to float32 every 128 columns:
     # 0.1 to 0.2 % of error that no formula follows (seen on an H200), which moves GEMM2's input across E4M3 steps.
     fast_accumulation: bool = False
+    # All of GEMM2's input has one scale, from the largest of values that were rounded to bf16. The tensor cores' last
+    # bits now and then round that one the other way, and a bf16 step of the scale moves codes everywhere: 2.2 to 2.5 %
+    # of the output (seen on an H200 in 1 of some 30 draws).
+    bf16_maximum: bool = False
 
     @property
     def tolerance(self) -> float:
         """Relative L2 error allowed against the oracle."""
+        if self.bf16_maximum:
+            return 3e-2
         return 2.5e-2 if self.fast_accumulation or self.reciprocal else 1e-2
 
 

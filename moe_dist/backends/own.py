@@ -73,7 +73,10 @@ class OwnKernels(OwnSteps, Generic[C]):
     @classmethod
     def numerics_of(cls, spec: MoESpec) -> Numerics:
         """A scale for a whole row of GEMM2's input needs a second pass over it; it waits for that in bf16."""
-        return Numerics(bf16_activation=spec.quant in ("none", "fp8_channel", "fp8_tensor_dynamic"))
+        return Numerics(
+            bf16_activation=spec.quant in ("none", "fp8_channel", "fp8_tensor_dynamic"),
+            bf16_maximum=spec.quant == "fp8_tensor_dynamic",
+        )
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:

@@ -167,6 +167,18 @@ def test_only_dynamic_scales_of_gemm2_depend_on_the_slice(quant, sliced):
     assert change < (4e-2 if sliced else 2e-3)
 
 
+def test_what_a_bf16_step_of_the_largest_value_is_worth():
+    """With one scale for all: more than is allowed elsewhere, and less than is allowed here."""
+    gate, up = torch.randn(2, 300, 768)
+    h = (torch.nn.functional.silu(gate) * up).bfloat16()
+    largest = h.abs().max()
+    next_one = (largest.view(torch.int16) + 1).view(torch.bfloat16)
+    rounded = []
+    for scale in (largest.float() / 448, next_one.float() / 448):
+        rounded.append((h.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
+    assert Numerics().tolerance < relative_error(rounded[1], rounded[0]) < Numerics(bf16_maximum=True).tolerance
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("numerics", [Numerics(bf16_gemm1=True), Numerics(bf16_activation=True), Numerics(True, True)])
 def test_declared_rounding_to_bf16(activation, numerics):

@@ -77,7 +77,9 @@ class TestSupports:
         rounded = {quant for quant in QUANT_KINDS
                    if TritonFused.numerics_of(SPEC.with_changes(quant=quant)).bf16_activation}  # fmt: skip
         assert rounded == {"none", "fp8_channel", "fp8_tensor_dynamic"}
-        assert {TritonFused.numerics_of(SPEC.with_changes(quant=quant)).tolerance for quant in QUANT_KINDS} == {1e-2}
+        tolerances = {quant: TritonFused.numerics_of(SPEC.with_changes(quant=quant)).tolerance for quant in QUANT_KINDS}
+        assert tolerances.pop("fp8_tensor_dynamic") == 3e-2
+        assert set(tolerances.values()) == {1e-2}
 
 
 class TestAvailable:

@@ -283,30 +283,38 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   // This cluster's next tile: the first AHEAD by its own number, the others as its first block was told.
   __device__ bool next(Tiles<CLUSTER> &tile, int round) const {
     int number = int(blockIdx.x) / CLUSTER + round * (int(gridDim.x) / CLUSTER);
-    if (round >= AHEAD) {
-      const int at = (round - AHEAD) % NUMBERS;
-      told(at)->wait((round - AHEAD) / NUMBERS & 1);
-      number = *const_cast<const volatile int *>(numbers() + at);
-    }
+    if (round >= AHEAD)
+      number = hear(round - AHEAD);
     return tile.is(number);
   }
 
-  // To this cluster's blocks the number that comes after `taken` others, as bytes that a barrier counts: an order by
-  // fences would wait for all loads. Each tile asks once: the last leaves 0.
+  __device__ int hear(int told_in_round) const {
+    const int at = told_in_round % NUMBERS;
+    told(at)->wait(told_in_round / NUMBERS & 1);
+    return *const_cast<const volatile int *>(numbers() + at);
+  }
+
+  // To this cluster's blocks the number that comes after `taken` others. In a cluster of two it goes as bytes that the
+  // barriers count: an order by fences would wait for all loads. Each tile asks once: the last leaves 0.
   __device__ void tell(const Tiles<CLUSTER> &tile, int round, int taken) const {
     if (taken == tile.before[args.experts] - 1)
       atomicExch(args.taken, 0);
     const int number = taken + AHEAD * (int(gridDim.x) / CLUSTER), at = round % NUMBERS;
+    if constexpr (CLUSTER == 1) {
+      *const_cast<volatile int *>(numbers() + at) = number;
+      told(at)->arrive();
+    } else {
 #pragma unroll
-    for (int rank = 0; rank < CLUSTER; ++rank)
-      asm volatile("{\n"
-                   ".reg .b32 to, barrier;\n"
-                   "mapa.shared::cluster.u32 to, %0, %3;\n"
-                   "mapa.shared::cluster.u32 barrier, %1, %3;\n"
-                   "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %2, [barrier];\n"
-                   "}\n" ::"r"(shared_address(numbers() + at)),
-                   "r"(shared_address(told(at))), "r"(number), "r"(rank)
-                   : "memory");
+      for (int rank = 0; rank < CLUSTER; ++rank)
+        asm volatile("{\n"
+                     ".reg .b32 to, barrier;\n"
+                     "mapa.shared::cluster.u32 to, %0, %3;\n"
+                     "mapa.shared::cluster.u32 barrier, %1, %3;\n"
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %2, [barrier];\n"
+                     "}\n" ::"r"(shared_address(numbers() + at)),
+                     "r"(shared_address(told(at))), "r"(number), "r"(rank)
+                     : "memory");
+    }
   }
 
   __device__ void load(Tiles<CLUSTER> &tile, const CUtensorMap *weights) const {
@@ -315,12 +323,14 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     const uint32_t rank = blockIdx.x % CLUSTER;
     const uint32_t to = uint32_t(thread / 8 * 128 + ((chunk ^ (thread / 8 % 8)) * 16));
     Parities parities;
-    for (int round = 0; next(tile, round); ++round) {
+    int round = 0;
+    for (; next(tile, round); ++round) {
       int taken = 0;
       if (thread == 0) {
         if (rank == 0)
           taken = atomicAdd(args.taken, 1); // there long before it is told
-        told(round % NUMBERS)->arrive_and_expect_tx(sizeof(int));
+        if (CLUSTER > 1)
+          told(round % NUMBERS)->arrive_and_expect_tx(sizeof(int));
       }
       const uint8_t *rows[PASSES];
 #pragma unroll
@@ -366,6 +376,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       if (thread == 0 && rank == 0)
         tell(tile, round, taken);
     }
+    if (round > 0)
+      hear(round - 1); // nobody goes while bytes are on their way to its shared memory
   }
 
   __device__ void release(int stage) const { // by a whole warp that is done with a stage, to the blocks that fill it
