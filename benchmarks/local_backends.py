@@ -5,9 +5,9 @@
 DeepSeek-V3 under EP4 and TP4 and Qwen3-235B-A22B under TP4, as rank 0 holds them, from bf16 rows: the whole operation
 in a CUDA graph (quantizing included), dense random data, uniform routing, median over five seeds; the floor is that of
 the routing drawn. The two grouped GEMMs are timed alone too, ours with the activation in them, and DeepGEMM's, where
-that package is installed, on rows sorted and quantized beforehand; TFLOP/s count the real pairs, no padding. Rows go
-into the project's results form, with layer "local". Without time for everything within SECONDS the last sizes are left
-out, and said.
+that package is installed, on rows sorted and quantized beforehand; TFLOP/s count the real pairs, no padding. The GPU
+rests before each timing: at full load its clock falls, and one would pay for another. Rows go into the project's
+results form, with layer "local". Without time for everything within SECONDS the last sizes are left out, and said.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SHAPES = (("DeepSeek-V3", {"ep": 4}), ("DeepSeek-V3", {"tp": 4}), ("Qwen3-235B-A
 ROWS = (8, 128, 2048, 8192)
 PACKAGES = {"flashinfer_cutlass": "flashinfer-python", "deep_gemm": "sgl-deep-gemm"}
 SEEDS, ITERS = 5, 20
+REST_S = 0.1
 OURS, PEERS = ("triton", "cutlass"), ("flashinfer_cutlass", "deep_gemm")
 
 
@@ -96,6 +97,7 @@ def measured(
         if seed == 0:
             errors.append(relative_error(backend.forward(sample.rows[0]), sample.expected_RH))
             stages = kernels_us(lambda sample=sample: backend.forward(sample.rows[0]))
+        rest()
         times.append(forward_us(backend, sample, ITERS))
         floors.append(sample.floor_us or float("nan"))
         if plan.backend in OURS:
@@ -126,8 +128,18 @@ def own_gemms_us(plan: Plan, backend: Any, rows: TokenRows) -> float:
         step.gemm1(values, scales, plan.spec.activation)
         step.gemm2()
 
+    return both_us(both)
+
+
+def both_us(both: Callable[[], None]) -> float:
     graph, _ = capture(both, both)
+    rest()
     return median(time_steps(Comm.single("cuda"), graph.replay, ITERS, queued=True))
+
+
+def rest() -> None:
+    torch.cuda.synchronize()
+    time.sleep(REST_S)
 
 
 def flops(plan: Plan, part: Part, slots: Tensor) -> float:
@@ -190,8 +202,7 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
             for codes, of_codes, weights, scales, out in calls:
                 deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, of_codes), (weights, scales), out, expert)
 
-        graph, _ = capture(both, both)
-        times.append(median(time_steps(Comm.single("cuda"), graph.replay, ITERS, queued=True)))
+        times.append(both_us(both))
         rates.append(flops(plan, part, slots) / times[-1] / 1e6)
         pairs, active = int(counts.sum()), int((counts > 0).sum())
         floors.append(rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, PEAKS[plan.machine.name]))

@@ -20,6 +20,10 @@ from moe_dist.quantization import FP8
 
 R = TypeVar("R")
 
+# torch 2.13 has new names for these two and warns at the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Comm:
     """A rank's end of the group.
@@ -96,7 +100,7 @@ class Comm:
         def gather() -> None:
             with self._together(len(outs), named=True):
                 for out, wire in zip(outs, wires, strict=True):
-                    dist.all_gather_into_tensor(out, wire, group=self._group)
+                    _all_gather(out, wire, group=self._group)
 
         self._run("all_gather", gather)
         self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
@@ -135,7 +139,7 @@ class Comm:
         if self.world == 1:
             return rows
         out = rows.new_empty(rows.shape[0] // self.world, *rows.shape[1:])
-        self._run("reduce_scatter", lambda: dist.reduce_scatter_tensor(out, rows.contiguous(), group=self._group))
+        self._run("reduce_scatter", lambda: _reduce_scatter(out, rows.contiguous(), group=self._group))
         self.bytes_sent += rows.nbytes * (self.world - 1) // self.world
         return out
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.base import payload_row_bytes
 from moe_dist.placement import Placement
@@ -33,11 +33,11 @@ class Machine:
 
     @classmethod
     def detect(cls, device: str = "auto") -> Machine:
-        """This process's machine. Raises ConfigError for cuda where torch sees none."""
+        """This process's machine. Raises ConfigError for an unknown device, ResourceError for cuda without one."""
         if device not in ("auto", "cpu", "cuda"):
             raise ConfigError("device", device, "unknown", ("auto", "cpu", "cuda"))
         if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device", device, "torch sees no CUDA device here", ("auto", "cpu"))
+            raise ResourceError("CUDA devices", 1, 0, "Take device auto or cpu.")
         if device == "cpu" or not torch.cuda.is_available():
             return cls("cpu", 1, _cpu_name())
         properties = torch.cuda.get_device_properties(0)
