@@ -32,8 +32,9 @@ def installed() -> Support:
     except Exception as error:  # a compiled module that does not fit raises what it likes
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         return Support(False, f"the installed deep_gemm does not load with torch {torch.__version__}: {why}")
-    if not hasattr(deep_gemm, "m_grouped_fp8_gemm_nt_contiguous"):
-        return Support(False, "the installed deep_gemm has no m_grouped_fp8_gemm_nt_contiguous")
+    for name in ("m_grouped_fp8_gemm_nt_contiguous", "fp8_m_grouped_gemm_nt_masked"):
+        if not hasattr(deep_gemm, name):
+            return Support(False, f"the installed deep_gemm has no {name}")
     try:
         return Support(True, f"{PACKAGE} {version(PACKAGE)}")
     except PackageNotFoundError:
@@ -66,13 +67,24 @@ class DeepGemm(OwnSteps):
     def step(self, rows: TokenRows) -> PaddedStep:
         from moe_dist.kernels.triton.padded import PaddedStep
 
-        return PaddedStep(rows.slots_RK.contiguous(), self._weights, grouped_gemm)
+        return PaddedStep(rows.slots_RK.contiguous(), self._weights, contiguous_gemm, masked_gemm)
 
 
-def grouped_gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], out: Tensor, experts: Tensor) -> None:
+def contiguous_gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], out: Tensor, experts: Tensor) -> None:
     """out = rows · weightsᵀ, each row by its own expert's; see kernels/triton/padded.py."""
     import deep_gemm
 
     codes, scales = rows
     scales = deep_gemm.get_mn_major_tma_aligned_tensor(scales)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, scales), weights, out, experts)
+
+
+def masked_gemm(
+    rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], out: Tensor, counts: Tensor, expected: int
+) -> None:
+    """The same for the first `counts` rows of each expert's tile; `expected` of them, as a hint."""
+    import deep_gemm
+
+    codes, scales = rows
+    scales = deep_gemm.get_mn_major_tma_aligned_tensor(scales)
+    deep_gemm.fp8_m_grouped_gemm_nt_masked((codes, scales), weights, out, counts, expected)

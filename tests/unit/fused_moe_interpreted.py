@@ -466,10 +466,10 @@ def test_weighted_sum(dtype, split_k):
 
 
 class TestPadded:
-    """What is around DeepGEMM's grouped GEMMs; for those stands a GEMM that knows what they ask of their rows."""
+    """What is around DeepGEMM's grouped GEMMs; for those stand GEMMs that know what they ask of their rows."""
 
     @staticmethod
-    def gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, expert_R: Tensor) -> None:
+    def contiguous(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, expert_R: Tensor) -> None:
         (codes, scales), (w, s) = rows, weights
         assert len(codes) % TILE == 0
         assert (codes.shape, out.shape[1]) == ((len(out), w.shape[2]), w.shape[1])
@@ -485,22 +485,46 @@ class TestPadded:
             dense = w[expert].float() * s[expert][torch.arange(len(w[expert])) // 128][:, k]
             out[mine] = (values @ dense.T).bfloat16()
 
+    @staticmethod
+    def masked(
+        rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], out: Tensor, counts: Tensor, expected: int
+    ) -> None:
+        (codes, scales), (w, s) = rows, weights
+        assert codes.shape == (len(w), TILE, w.shape[2])
+        assert scales.shape == (len(w), TILE, -(-w.shape[2] // 128))
+        assert out.shape == (len(w), TILE, w.shape[1])
+        assert counts.dtype == torch.int32
+        assert int(counts.max()) <= TILE
+        assert expected >= 1
+        k = torch.arange(codes.shape[2]) // 128
+        out.fill_(torch.nan)  # what is not asked for
+        for expert, count in enumerate(counts.tolist()):
+            values = codes[expert, :count].float() * scales[expert, :count][:, k]
+            dense = w[expert].float() * s[expert][torch.arange(len(w[expert])) // 128][:, k]
+            out[expert, :count] = (values @ dense.T).bfloat16()
+
     def run(self, case: Problem, quantized: bool = False) -> Tensor:
         x = quantize_rows(case.x, "fp8_block") if quantized else case.x
-        step = PaddedStep(case.routing.ids_TK, case.experts, self.gemm)
+        step = PaddedStep(case.routing.ids_TK, case.experts, self.contiguous, self.masked)
+        assert step.one_each == (case.routing.ids_TK.numel() <= TILE)
+        step.expert_R.zero_()  # as another step may leave it
         return step.run(x, case.routing.weights_TK, case.spec.activation, torch.float32)
 
-    @pytest.mark.parametrize("quantized", [False, True])
-    @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
-    def test_against_the_oracle(self, activation, quantized):
-        case = problem(rows=90, hidden=256, width=384, activation=activation)
+    @pytest.mark.parametrize(
+        ("rows", "activation", "quantized"),
+        [(1, "geglu", False), (42, "swiglu", True), (42, "relu2", False), (90, "swiglu", False), (90, "geglu", True),
+         (90, "relu2", True)],
+    )  # fmt: skip
+    def test_against_the_oracle(self, activation, quantized, rows):
+        case = problem(rows=rows, hidden=256, width=384, activation=activation)
         assert case.error(self.run(case, quantized), DeepGemm) <= DeepGemm.numerics_of(case.spec).tolerance
         case.experts.turn(gate_first=False)
         assert case.error(self.run(case, quantized), DeepGemm) <= DeepGemm.numerics_of(case.spec).tolerance
 
+    @pytest.mark.parametrize("rows", [TILE, 140])
     @pytest.mark.parametrize("where", ["none here", "all on one", "one expert", "none on the first"])
-    def test_who_is_where(self, where):
-        case = problem(rows=140, hidden=128, width=128, num_experts=1 if where == "one expert" else 4, top_k=1)
+    def test_who_is_where(self, where, rows):
+        case = problem(rows=rows, hidden=128, width=128, num_experts=1 if where == "one expert" else 4, top_k=1)
         ids = case.routing.ids_TK
         if where == "none here":
             ids.fill_(-1)

@@ -67,13 +67,15 @@ def test_a_build_that_does_not_fit_is_explained(package):
     assert re.search(r"does not load with torch \S+: OSError: undefined symbol: _ZN3c104cuda", support.reason)
 
 
-def test_one_without_the_function(package):
+def test_one_without_a_function(package):
     package("")
     assert "has no m_grouped_fp8_gemm_nt_contiguous" in DeepGemm.supports(problem()).reason
+    package("m_grouped_fp8_gemm_nt_contiguous = None")
+    assert "has no fp8_m_grouped_gemm_nt_masked" in DeepGemm.supports(problem()).reason
 
 
 def test_one_that_fits(package):
-    package("m_grouped_fp8_gemm_nt_contiguous = get_mn_major_tma_aligned_tensor = None")
+    package("m_grouped_fp8_gemm_nt_contiguous = fp8_m_grouped_gemm_nt_masked = None")
     assert DeepGemm.supports(problem()).ok
 
 

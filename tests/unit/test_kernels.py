@@ -32,12 +32,12 @@ def test_row_kernels_in_the_interpreter():
 
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
-    in_the_interpreter("fused_moe_interpreted.py", passed=130, timeout_s=390)
+    in_the_interpreter("fused_moe_interpreted.py", passed=134, timeout_s=390)
 
 
 def kernels():
     """Every kernel with the types of its arguments and values for its constants."""
-    from moe_dist.kernels.triton import quantize, rows, sendlist
+    from moe_dist.kernels.triton import padded, quantize, rows, sendlist
 
     fp8 = {"H": "i32", "FP8_MAX": 448.0}
     yield quantize._quantize_groups, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "groups": "i32", "TINY": 1e-12,
@@ -67,9 +67,16 @@ def kernels():
     }  # fmt: skip
     yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "K": 8,
                                    "PLACES": 8, "SOURCES": 4, "COMPACT": True, "BLOCK": 128}  # fmt: skip
+    lists = dict.fromkeys(("starts", "stops", "order", "experts", "rows", "places"), "*i32")
+    yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
+                             "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
+                             "BLOCK": 4096}  # fmt: skip
+    yield padded._activate_rows, {**lists, "d": "*bf16", "h": "*fp8e4nv", "hs": "*fp32", "I": 2048, "E": 160,
+                                  "ACTIVATION": 0, "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12,
+                                  **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

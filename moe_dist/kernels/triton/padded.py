@@ -1,4 +1,4 @@
-"""Rows sorted by expert, each expert's part padded to whole tiles: the layout that DeepGEMM's grouped GEMMs want."""
+"""Rows sorted by expert, each expert's in whole tiles of its own: the layouts that DeepGEMM's grouped GEMMs want."""
 
 from __future__ import annotations
 
@@ -21,48 +21,57 @@ TILE = 128  # rows that an expert's part is padded to
 # (codes [rows, K], their scales [rows, K/128]), (weights [e, N, K], their scales), the output [rows, N] in bf16, and
 # the expert of each row, -1 in padding.
 GroupedGemm = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None], Tensor, Tensor], None]
+# The same with [e, TILE, ...] instead of rows, the number of rows of each expert, and how many there are on average.
+MaskedGemm = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None], Tensor, Tensor, int], None]
 
 
 @triton.jit
 def _pad_rows(
-    x, xs, starts, stops, ends, order, padded_x, padded_s, experts, places,
-    E: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    x, xs, starts, stops, order, padded_x, padded_s, experts, rows, places,
+    E: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, ONE_EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of the padded layout. `ends`: where each expert's padded part ends."""
-    row = tl.program_id(0)
+    """One pair, by its number in the order, to its row of the layout. Each expert has its first in a tile of its own:
+    the next after the expert before or, if ONE_EACH, that of its number."""
+    number = tl.program_id(0)
+    if number >= tl.load(stops + E - 1):
+        return
     lane = tl.arange(0, WIDE)
-    end = tl.load(ends + lane, mask=lane < E, other=2147483647)
-    expert = tl.sum((end <= row).to(tl.int32), 0)
-    here = expert < E
-    known = tl.minimum(expert, E - 1)
-    first = tl.max(tl.where(end <= row, end, 0), 0)
-    count = tl.load(stops + known) - tl.load(starts + known)
-    real = here & (row - first < count)
-    tl.store(experts + row, tl.where(real, expert, -1))
-    if real:
-        pair = tl.load(order + tl.load(starts + known) + row - first)
-        tl.store(places + pair, row)
-        source = (pair // K).to(tl.int64)
-        for at in range(0, H, BLOCK):
-            column = at + tl.arange(0, BLOCK)
-            codes = tl.load(x + source * H + column, mask=column < H)
-            tl.store(padded_x + row.to(tl.int64) * H + column, codes, mask=column < H)
-        GROUPS: tl.constexpr = (H + 127) // 128
-        for at in range(0, GROUPS, 128):
-            group = at + tl.arange(0, 128)
-            scale = tl.load(xs + source * GROUPS + group, mask=group < GROUPS)
-            tl.store(padded_s + row.to(tl.int64) * GROUPS + group, scale, mask=group < GROUPS)
+    stop = tl.load(stops + lane, mask=lane < E, other=2147483647)
+    expert = tl.sum((stop <= number).to(tl.int32), 0)
+    if ONE_EACH:
+        first = expert * TILE
+    else:
+        start = tl.load(starts + lane, mask=lane < expert, other=0)
+        first = tl.sum(tl.where(lane < expert, (stop - start + TILE - 1) // TILE * TILE, 0), 0)
+    row = first + number - tl.load(starts + expert)
+    pair = tl.load(order + number)
+    tl.store(experts + row, expert)
+    tl.store(rows + number, row)
+    tl.store(places + pair, row)
+    source = (pair // K).to(tl.int64)
+    for at in range(0, H, BLOCK):
+        column = at + tl.arange(0, BLOCK)
+        codes = tl.load(x + source * H + column, mask=column < H)
+        tl.store(padded_x + row.to(tl.int64) * H + column, codes, mask=column < H)
+    GROUPS: tl.constexpr = (H + 127) // 128
+    for at in range(0, GROUPS, 128):
+        group = at + tl.arange(0, 128)
+        scale = tl.load(xs + source * GROUPS + group, mask=group < GROUPS)
+        tl.store(padded_s + row.to(tl.int64) * GROUPS + group, scale, mask=group < GROUPS)
 
 
 @triton.jit
 def _activate_rows(
-    d, experts, h, hs, I: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, TOGETHER: tl.constexpr,
+    d, stops, rows, h, hs,
+    I: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, TOGETHER: tl.constexpr,
     FP8_MAX: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """h = act(d) in FP8, TOGETHER groups of 128 of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(experts + row) < 0:
+    """h = act(d) in FP8, TOGETHER groups of 128 of one pair's row."""
+    number = tl.program_id(0)
+    if number >= tl.load(stops + E - 1):
         return
+    row = tl.load(rows + number).to(tl.int64)
     GATED: tl.constexpr = ACTIVATION != 2
     WIDTH: tl.constexpr = 2 * I if GATED else I
     GROUPS: tl.constexpr = (I + 127) // 128
@@ -81,16 +90,19 @@ def _activate_rows(
 
 
 class PaddedStep(Step):
-    """fp8_block only. The number of rows is the most that there can be, so that it needs no word from the device."""
+    """fp8_block only. The number of rows is the most that there can be, so that it needs no word from the device. So
+    few pairs that an expert with all of them fills one tile have a tile for each expert, which `masked` knows how far
+    to read; else `contiguous` reads all there could be."""
 
-    def __init__(self, slots_RK: Tensor, experts: ExpertWeights, gemm: GroupedGemm) -> None:
-        E, H = experts.num_experts, experts.hidden
-        self.rows = (slots_RK.numel() + E * (TILE - 1)) // TILE * TILE
+    def __init__(self, slots_RK: Tensor, experts: ExpertWeights, contiguous: GroupedGemm, masked: MaskedGemm) -> None:
+        E, P, H = experts.num_experts, slots_RK.numel(), experts.hidden
+        self.one_each = P <= TILE
+        self.rows = E * TILE if self.one_each else (P + E * (TILE - 1)) // TILE * TILE
         super().__init__(slots_RK, experts, TILE, pdl=False, rows=self.rows)
-        self.gemm = gemm
-        self.expert_R, self.places, self.x, self.xs, self.d = cut(
+        self.contiguous, self.masked = contiguous, masked
+        self.expert_R, self.row_P, self.places, self.x, self.xs, self.d = cut(
             slots_RK.device,
-            *(((size,), torch.int32) for size in (self.rows, self.pairs)),
+            *(((size,), torch.int32) for size in (self.rows, P, P)),
             ((self.rows, H), FP8),
             ((self.rows, blocks(H)), torch.float32),
             ((self.rows, experts.w13_eFH.shape[1]), torch.bfloat16),
@@ -98,25 +110,33 @@ class PaddedStep(Step):
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
         experts, (E, H, i) = self.experts, (self.experts.num_experts, self.experts.hidden, self.experts.width)
-        ends = ((self.stops - self.starts + TILE - 1) // TILE * TILE).cumsum(0, dtype=torch.int32)
+        if not self.one_each:
+            self.expert_R.fill_(-1)
         launch(
             _pad_rows,
-            (self.rows, 1, 1),
-            (values, scales, self.starts, self.stops, ends, self.order, self.x, self.xs, self.expert_R, self.places),
+            (self.pairs, 1, 1),
+            (values, scales, *self.lists[1:], self.x, self.xs, self.expert_R, self.row_P, self.places),
             (),
-            (E, triton.next_power_of_2(E), self.slots_RK.shape[1], H, min(4096, triton.next_power_of_2(H))),
-        )
-        self.gemm((self.x, self.xs), (experts.w13_eFH, experts.s13), self.d, self.expert_R)
+            (E, triton.next_power_of_2(E), self.slots_RK.shape[1], H, TILE, self.one_each,
+             min(4096, triton.next_power_of_2(H))),
+        )  # fmt: skip
+        self._gemm(self.x, self.xs, experts.w13_eFH, experts.s13, self.d)
         together = min(4, triton.next_power_of_2(blocks(i)))
         launch(
             _activate_rows,
-            (self.rows, -(-blocks(i) // together), 1),
-            (self.d, self.expert_R, self.h, self.hs),
+            (self.pairs, -(-blocks(i) // together), 1),
+            (self.d, self.stops, self.row_P, self.h, self.hs),
             (),
-            (i, ACTIVATIONS[activation], experts.gate_first, together, FP8_MAX, TINY),
+            (i, E, ACTIVATIONS[activation], experts.gate_first, together, FP8_MAX, TINY),
         )
 
     def gemm2(self) -> None:
-        self.gemm(
-            (self.h, self.hs.view(self.rows, -1)), (self.experts.w2_eHi, self.experts.s2), self.out[0], self.expert_R
-        )
+        self._gemm(self.h, self.hs.view(self.rows, -1), self.experts.w2_eHi, self.experts.s2, self.out[0])
+
+    def _gemm(self, codes: Tensor, scales: Tensor, weights: Tensor, of_weights: Tensor | None, out: Tensor) -> None:
+        if not self.one_each:
+            self.contiguous((codes, scales), (weights, of_weights), out, self.expert_R)
+            return
+        E = self.experts.num_experts
+        rows = codes.view(E, TILE, -1), scales.view(E, TILE, -1)
+        self.masked(rows, (weights, of_weights), out.view(E, TILE, -1), self.stops - self.starts, -(-self.pairs // E))
