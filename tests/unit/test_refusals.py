@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moe_dist import cli
 
@@ -30,6 +31,15 @@ def test_ray_is_not_started_by_each_of_torchrun_s_ranks(monkeypatch, capsys):
     monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
     assert cli.main(["run"]) == cli.BAD_INPUT
     assert "legal: --runtime torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "compare", "check", "tune"])
+def test_no_gpu_where_one_is_asked_for(command, monkeypatch, capsys):
+    """The machine is too small; the words are all right."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backend = ["--backend", "triton"] if command == "tune" else []
+    assert cli.main([command, "--model", "Qwen3-30B-A3B", *backend, "--device", "cuda"]) == cli.TOO_SMALL
+    assert "not enough CUDA devices: 1 needed, 0 available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "said"), [(b"\xff\xfe1", "no valid YAML"), (b"1: 2", "names as keys"),
