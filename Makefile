@@ -28,8 +28,9 @@ else
 	$(BIN)/moe-dist compare --checkpoint $(DEMO) --layer $(LAYER) --out "$(OUT)" $(ARGS)
 endif
 
+# Whole files to each of two processes: ranks and Ray clusters are shared within a file.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 # Not in CI, which has no GPU.
 gpu-test: $(VENV)/.ready-test
