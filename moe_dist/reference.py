@@ -31,9 +31,9 @@ class Numerics:
     # FP8 products are summed in the tensor cores' own accumulators without being moved to float32 every 128 columns:
     # 0.1 to 0.2 % of error that no formula follows (seen on an H200), which moves GEMM2's input across E4M3 steps.
     fast_accumulation: bool = False
-    # All of GEMM2's input has one scale, from the largest of values that were rounded to bf16. The tensor cores' last
-    # bits now and then round that one the other way, and a bf16 step of the scale moves codes everywhere: 2.2 to 2.5 %
-    # of the output (seen on an H200 in 1 of some 30 draws).
+    # All of GEMM2's input has one scale, from the largest of values that were rounded to bf16. Another order of
+    # summing can round that one the other way, and a bf16 step of the scale moves codes everywhere: worth 1 to 3 %
+    # (tests/unit/test_reference.py).
     bf16_maximum: bool = False
 
     @property

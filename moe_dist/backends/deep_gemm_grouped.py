@@ -74,9 +74,7 @@ def contiguous_gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], ou
     """out = rows · weightsᵀ, each row by its own expert's; see kernels/triton/padded.py."""
     import deep_gemm
 
-    codes, scales = rows
-    scales = deep_gemm.get_mn_major_tma_aligned_tensor(scales)
-    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes, scales), weights, out, experts)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(_aligned(rows), weights, out, experts)
 
 
 def masked_gemm(
@@ -85,6 +83,12 @@ def masked_gemm(
     """The same for the first `counts` rows of each expert's tile; `expected` of them, as a hint."""
     import deep_gemm
 
+    deep_gemm.fp8_m_grouped_gemm_nt_masked(_aligned(rows), weights, out, counts, expected)
+
+
+def _aligned(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """With the scales as DeepGEMM loads them."""
+    import deep_gemm
+
     codes, scales = rows
-    scales = deep_gemm.get_mn_major_tma_aligned_tensor(scales)
-    deep_gemm.fp8_m_grouped_gemm_nt_masked((codes, scales), weights, out, counts, expected)
+    return codes, deep_gemm.get_mn_major_tma_aligned_tensor(scales)

@@ -67,13 +67,12 @@ def kernels():
     }  # fmt: skip
     yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "K": 8,
                                    "PLACES": 8, "SOURCES": 4, "COMPACT": True, "BLOCK": 128}  # fmt: skip
-    lists = dict.fromkeys(("starts", "stops", "order", "experts", "rows", "places"), "*i32")
+    lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
                              "BLOCK": 4096}  # fmt: skip
-    yield padded._activate_rows, {**lists, "d": "*bf16", "h": "*fp8e4nv", "hs": "*fp32", "I": 2048, "E": 160,
-                                  "ACTIVATION": 0, "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12,
-                                  **fp8}  # fmt: skip
+    yield padded._activate_rows, {**lists, "d": "*bf16", "h": "*fp8e4nv", "hs": "*fp32", "I": 2048, "ACTIVATION": 0,
+                                  "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
 @pytest.mark.parametrize("index", range(11))

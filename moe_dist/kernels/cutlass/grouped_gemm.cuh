@@ -94,12 +94,12 @@ __device__ inline void copy_4(uint32_t to, const void *from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-template <int ID_THREADS> __device__ inline void meet(int id) { // of ID_THREADS threads
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(ID_THREADS) : "memory");
+__device__ inline void meet(int id) { // of the math warpgroups
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(MATH_THREADS) : "memory");
 }
 
-template <int ID_THREADS> __device__ inline void pass(int id) { // to those who wait there
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(ID_THREADS) : "memory");
+__device__ inline void pass(int id) { // to those who wait there
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(MATH_THREADS) : "memory");
 }
 
 // A K-major operand of 128-byte rows under the 128-byte swizzle: 1024 bytes from 8 rows to the next 8.
@@ -120,13 +120,13 @@ template <int N> __device__ inline void start_product(uint64_t a, uint64_t b, fl
 #pragma unroll
   for (int i = 0; i < N / 2; ++i)
     cute::warpgroup_fence_operand(d[i]);
-  meet<MATH_THREADS>(TURNS + group);
+  meet(TURNS + group);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < BLOCK_K / 32; ++k)
     multiply<N>(a + k * 2, b + k * 2, d, k != 0, std::make_integer_sequence<int, N / 2>{});
   cute::warpgroup_commit_batch();
-  pass<MATH_THREADS>(TURNS + (group ^ 1));
+  pass(TURNS + (group ^ 1));
 }
 
 template <int N> __device__ inline void finished(float (&d)[N / 2]) {
@@ -389,7 +389,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   __device__ void work(Tiles<CLUSTER> &tile) const {
     Parities parities;
     if (threadIdx.x >= 128)
-      pass<MATH_THREADS>(TURNS); // the first turn is the first warpgroup's
+      pass(TURNS); // the first turn is the first warpgroup's
     for (int round = 0; next(tile, round); ++round) {
       if (tile.tokens > UNIT) {
         work_on<128>(tile, parities);
@@ -545,10 +545,10 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     }
     if constexpr (N == 64) {
       const int group = int(threadIdx.x) / 128, row = first_row<N>() + int(threadIdx.x) % 32 / 4;
-      meet<MATH_THREADS>(ALL_MATH); // what was there has been read
+      meet(ALL_MATH); // what was there has been read
       if (threadIdx.x % 4 == 0)
         maxima()[group * UNIT + row] = upper, maxima()[group * UNIT + row + 8] = lower;
-      meet<MATH_THREADS>(ALL_MATH);
+      meet(ALL_MATH);
       upper = fmaxf(upper, maxima()[(group ^ 1) * UNIT + row]);
       lower = fmaxf(lower, maxima()[(group ^ 1) * UNIT + row + 8]);
     }

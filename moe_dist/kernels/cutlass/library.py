@@ -6,7 +6,6 @@ The library has a C interface and a CUDA runtime of its own, so that it does not
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import re
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
@@ -236,18 +237,16 @@ def _run(command: list[str]) -> str:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Holds a lock between processes, and says so while it waits."""
-    with lock.open("w") as file:
-        began = said = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - said >= SAY_EVERY_S:
-                    said = time.monotonic()
-                    say(f"waiting for another process that compiles the cutlass backend, {said - began:.0f} s")
-                time.sleep(0.2)
+    held, began = FileLock(lock), time.monotonic()
+    while not held.is_locked:
+        try:
+            held.acquire(timeout=SAY_EVERY_S)
+        except Timeout:
+            say(f"waiting for another process that compiles the cutlass backend, {time.monotonic() - began:.0f} s")
+    try:
         yield
+    finally:
+        held.release()
 
 
 @cache

@@ -27,7 +27,7 @@ MaskedGemm = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None], Tens
 
 @triton.jit
 def _pad_rows(
-    x, xs, starts, stops, order, padded_x, padded_s, experts, rows, places,
+    x, xs, starts, stops, order, padded_x, padded_s, experts, places,
     E: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, ONE_EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,6 @@ def _pad_rows(
     row = first + number - tl.load(starts + expert)
     pair = tl.load(order + number)
     tl.store(experts + row, expert)
-    tl.store(rows + number, row)
     tl.store(places + pair, row)
     source = (pair // K).to(tl.int64)
     for at in range(0, H, BLOCK):
@@ -63,15 +62,15 @@ def _pad_rows(
 
 @triton.jit
 def _activate_rows(
-    d, stops, rows, h, hs,
-    I: tl.constexpr, E: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, TOGETHER: tl.constexpr,
+    d, slots, places, h, hs,
+    I: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, TOGETHER: tl.constexpr,
     FP8_MAX: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """h = act(d) in FP8, TOGETHER groups of 128 of one pair's row."""
-    number = tl.program_id(0)
-    if number >= tl.load(stops + E - 1):
+    pair = tl.program_id(0)
+    if tl.load(slots + pair) < 0:
         return
-    row = tl.load(rows + number).to(tl.int64)
+    row = tl.load(places + pair).to(tl.int64)
     GATED: tl.constexpr = ACTIVATION != 2
     WIDTH: tl.constexpr = 2 * I if GATED else I
     GROUPS: tl.constexpr = (I + 127) // 128
@@ -100,9 +99,9 @@ class PaddedStep(Step):
         self.rows = E * TILE if self.one_each else (P + E * (TILE - 1)) // TILE * TILE
         super().__init__(slots_RK, experts, TILE, pdl=False, rows=self.rows)
         self.contiguous, self.masked = contiguous, masked
-        self.expert_R, self.row_P, self.places, self.x, self.xs, self.d = cut(
+        self.expert_R, self.places, self.x, self.xs, self.d = cut(
             slots_RK.device,
-            *(((size,), torch.int32) for size in (self.rows, P, P)),
+            *(((size,), torch.int32) for size in (self.rows, P)),
             ((self.rows, H), FP8),
             ((self.rows, blocks(H)), torch.float32),
             ((self.rows, experts.w13_eFH.shape[1]), torch.bfloat16),
@@ -115,7 +114,7 @@ class PaddedStep(Step):
         launch(
             _pad_rows,
             (self.pairs, 1, 1),
-            (values, scales, *self.lists[1:], self.x, self.xs, self.expert_R, self.row_P, self.places),
+            (values, scales, *self.lists[1:], self.x, self.xs, self.expert_R, self.places),
             (),
             (E, triton.next_power_of_2(E), self.slots_RK.shape[1], H, TILE, self.one_each,
              min(4096, triton.next_power_of_2(H))),
@@ -125,9 +124,9 @@ class PaddedStep(Step):
         launch(
             _activate_rows,
             (self.pairs, -(-blocks(i) // together), 1),
-            (self.d, self.stops, self.row_P, self.h, self.hs),
+            (self.d, self.slots_RK, self.places, self.h, self.hs),
             (),
-            (i, E, ACTIVATIONS[activation], experts.gate_first, together, FP8_MAX, TINY),
+            (i, ACTIVATIONS[activation], experts.gate_first, together, FP8_MAX, TINY),
         )
 
     def gemm2(self) -> None:
