@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
+from moe_dist.stages import Marks, totals_us
 
 WARM_STEPS = 3  # compile what compiles at first use, and let NCCL connect, before the capture
 
@@ -35,16 +37,40 @@ class StepGraph:
         self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
         self._weights = torch.zeros(bucket, spec.top_k, device=device)
         self._fill(x_TH, routing)
-        inputs = Routing(self._ids, self._weights)
-        layer.exchange.static = True
+        self._layer = layer
+        self._graph, self._y = self._captured(self._step, lambda: layer.warm_up(self._x, self._routing(), bucket))
+
+    def _routing(self) -> Routing:
+        return Routing(self._ids, self._weights)
+
+    def _step(self) -> Tensor:
+        y_TH: Tensor = self._layer(self._x, self._routing(), max_tokens_per_rank=self.bucket)
+        return y_TH
+
+    def _captured(
+        self, step: Callable[[], Tensor], warm_up: Callable[[], object]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        exchange = self._layer.exchange
+        exchange.static = True
         try:
-            self._graph, y_TH = capture(
-                lambda: layer(self._x, inputs, max_tokens_per_rank=bucket),
-                warm_up=lambda: layer.warm_up(self._x, inputs, bucket),
-            )
+            return capture(step, warm_up)
         finally:
-            layer.exchange.static = False
-        self._y: Tensor = y_TH
+            exchange.static = False
+
+    def with_stages(self) -> StagedGraph:
+        """One more graph of this step on the inputs of the last call, with the clock of the layer's stages in it: that
+        costs time, so the graph in use has none. Collective."""
+        stages = self._layer.stages
+
+        def step() -> Tensor:
+            stages.on = True
+            try:
+                return self._step()
+            finally:
+                stages.on = False
+
+        graph, _ = self._captured(step, warm_up=lambda: None)
+        return StagedGraph(graph, stages.take())
 
     def _fill(self, x_TH: Tensor, routing: Routing) -> None:
         tokens = len(x_TH)
@@ -67,6 +93,21 @@ class StepGraph:
         """The step again on the inputs of the last call, with the padding's rows."""
         self._graph.replay()
         return self._y
+
+
+@dataclass(frozen=True)
+class StagedGraph:
+    """A step's graph with the boundaries of its stages, which it records and so must not outlive."""
+
+    graph: torch.cuda.CUDAGraph
+    marks: Marks
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def totals_us(self) -> dict[str, float]:
+        """Microseconds by stage of the last replay; waits for it."""
+        return totals_us(self.marks)
 
 
 def capture(call: Callable[[], T], warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, T]:

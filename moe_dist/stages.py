@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,18 +13,22 @@ import torch
 STAGES = ("dispatch", "convert", "quantize", "gemm1", "activation", "gemm2", "combine")
 NOTHING = nullcontext()
 
+# What ended at each boundary (a stage, or None between stages), and the CPU's clock or a CUDA event.
+Marks = list[tuple[str | None, Any]]
+
 
 class Stages:
     """`with stages("gemm1"):` books the time inside, less what inner stages take. Does nothing unless switched on.
 
     On CUDA every boundary is an event, so nothing waits for the device until `totals_us` is read; there it also opens
-    an NVTX range, which profilers show.
+    an NVTX range, which profilers show. Captured into a CUDA graph, the events become nodes of it, and each replay
+    records them anew: `take` them then.
     """
 
     def __init__(self, on: bool = False, device: torch.device | None = None) -> None:
         self.on = on
         self._cuda = device is not None and device.type == "cuda"
-        self._marks: list[tuple[str | None, Any]] = []
+        self._marks: Marks = []
         self._stack: list[str] = []
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
@@ -45,21 +50,31 @@ class Stages:
 
     def _mark(self) -> None:
         """Close the running segment: it belongs to the innermost open stage."""
-        now: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
+        now: Any = time.perf_counter()
         if self._cuda:
+            now = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
             now.record()
         self._marks.append((self._stack[-1] if self._stack else None, now))
 
+    def take(self) -> Marks:
+        """The boundaries since the last call."""
+        marks, self._marks = self._marks, []
+        return marks
+
     def totals_us(self) -> dict[str, float]:
         """Microseconds by stage since the last call; every stage of STAGES is there."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        totals = dict.fromkeys(STAGES, 0.0)
-        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
-            if name is not None:
-                totals[name] = totals.get(name, 0.0) + _elapsed_us(before, after)
-        self._marks.clear()
-        return totals
+        return totals_us(self.take())
+
+
+def totals_us(marks: Marks) -> dict[str, float]:
+    """See Stages.totals_us. Waits until the last boundary was reached."""
+    if marks and hasattr(marks[-1][1], "synchronize"):
+        marks[-1][1].synchronize()
+    totals = dict.fromkeys(STAGES, 0.0)
+    for (_, before), (name, after) in pairwise(marks):
+        if name is not None:
+            totals[name] = totals.get(name, 0.0) + _elapsed_us(before, after)
+    return totals
 
 
 def _elapsed_us(before: Any, after: Any) -> float:

@@ -31,7 +31,8 @@ STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones becaus
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's findings. `times_us`: one entry an iteration. `stages_us`: medians. Errors are the whole group's."""
+    """One rank's findings. `times_us`: one entry an iteration. `stages_us`: medians. Errors are the whole group's.
+    `max_memory`: bytes of a GPU, the weights and the most that making and running the step took beside them."""
 
     times_us: list[float]
     stages_us: dict[str, float]
@@ -69,48 +70,60 @@ def measure(context: RankContext, case: Case) -> RankResult:
     shard, shared, router = _weights(context, case, plan)
     context.progress(f"{case.label}: inputs")
     inputs = make_inputs(case, plan, comm, router)
-    stages = Stages(device=comm.device)
-    layer = MoELayer(plan, shard, comm, shared=shared, stages=stages)
+    before = _memory(comm.device)
+    layer = MoELayer(plan, shard, comm, shared=shared, stages=Stages(device=comm.device))
 
     x_TH, routing = inputs.mine()
     bucket = max(stop - start for start, stop in inputs.bounds)
-    step = _step(context, case, layer, x_TH, routing, bucket)
+    step, graph = _step(context, case, layer, x_TH, routing, bucket)
+    y_TH = step()
+    max_memory = None
+    if before is not None:
+        max_memory = torch.cuda.max_memory_allocated() - before + shard.nbytes() + (shared.nbytes() if shared else 0)
     groups_TK = _serving_groups(layer, plan, inputs)
     err_oracle = err_exact = None
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
-        err_oracle, err_exact = _errors(context, case, layer, inputs, shard, shared, groups_TK, step())
+        err_oracle, err_exact = _errors(context, case, layer, inputs, shard, shared, groups_TK, y_TH)
     context.progress(f"{case.label}: timing")
-    layer.exchange.static = plan.graph  # bytes and stages of a captured step are those of the same splits, run eagerly
+    layer.exchange.static = plan.graph  # the bytes of a captured step are those of the same splits, sent eagerly
     for _ in range(case.warmup if case.iters else 0):
         step()
     times = time_steps(comm, step, case.iters, queued=plan.graph)
     here_TK = groups_TK == comm.rank // plan.placement.tp
     return RankResult(
         times_us=times,
-        stages_us=_staged(layer, x_TH, routing, bucket, case, stages),
+        stages_us=_staged(layer, x_TH, routing, bucket, case, graph),
         bytes_sent=_sent(layer, x_TH, routing, bucket),
         rows=int(here_TK.sum()),
         active_experts=int(inputs.routing.ids_TK[here_TK].unique().numel()),
         err_oracle=err_oracle,
         err_exact=err_exact,
-        max_memory=torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else None,
+        max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
     )
 
 
+def _memory(device: torch.device) -> int | None:
+    """Bytes in use on a GPU; the peak counts from here."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def _step(
     context: RankContext, case: Case, layer: MoELayer, x: Tensor, routing: Routing, bucket: int
-) -> Callable[[], Tensor]:
+) -> tuple[Callable[[], Tensor], StepGraph | None]:
     """One step on fixed inputs: eager, or a graph's replay."""
     context.progress(f"{case.label}: warming up")
     if not layer.plan.graph:
         layer.warm_up(x, routing, bucket)
-        return lambda: layer(x, routing, max_tokens_per_rank=bucket)
+        return lambda: layer(x, routing, max_tokens_per_rank=bucket), None
     context.progress(f"{case.label}: capturing")
     graph = StepGraph(layer, bucket, x, routing)
-    return lambda: graph.replay()[: len(x)]
+    return lambda: graph.replay()[: len(x)], graph
 
 
 def _weights(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, ExpertWeights | None, Router | None]:
@@ -256,15 +269,22 @@ def _sent(layer: MoELayer, x: Tensor, routing: Routing, bucket: int) -> int:
     return layer.comm.bytes_sent - before
 
 
-def _staged(layer: MoELayer, x: Tensor, routing: Routing, bucket: int, case: Case, stages: Stages) -> dict[str, float]:
-    """Median microseconds of each stage over a few further steps, run eagerly: a graph has no stages to time."""
+def _staged(
+    layer: MoELayer, x: Tensor, routing: Routing, bucket: int, case: Case, graph: StepGraph | None
+) -> dict[str, float]:
+    """Median microseconds of each stage over a few further steps, run as the timed ones were."""
     totals: list[dict[str, float]] = []
-    stages.on = True
+    staged = graph.with_stages() if graph and case.iters else None
     for _ in range(min(case.iters, STAGE_ITERS)):
+        if staged:
+            time_steps(layer.comm, staged.replay, 1, queued=True)
+            totals.append(staged.totals_us())
+            continue
         layer.comm.barrier()
+        layer.stages.on = True
         layer(x, routing, max_tokens_per_rank=bucket)
-        totals.append(stages.totals_us())
-    stages.on = False
+        layer.stages.on = False
+        totals.append(layer.stages.totals_us())
     return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
 
 

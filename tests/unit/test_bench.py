@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from io import StringIO
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from moe_dist.bench.table import family, groups, last_line, refused_table, table
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan import Machine
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.stages import Stages, totals_us
 
 CPU = Machine("cpu", 1, "a test's CPU")
 H200 = Machine("cuda", 4, "NVIDIA H200", (9, 0), 141 << 30)
@@ -95,6 +97,41 @@ class TestQuantile:
     )
     def test_is_the_least_value_that_so_many_do_not_exceed(self, values, q, expected):
         assert quantile(values, q) == expected
+
+
+class TestStages:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """Every look at it is a millisecond later."""
+        ticks = count(1)
+        monkeypatch.setattr("moe_dist.stages.time.perf_counter", lambda: next(ticks) / 1e3)
+
+    def test_an_inner_stage_is_not_counted_twice(self, clock):
+        stages = Stages(on=True)
+        with stages("dispatch"), stages("quantize"):
+            pass
+        with stages("gemm1"):
+            pass
+        found = stages.totals_us()
+        assert {name: round(us) for name, us in found.items() if us} == {
+            "dispatch": 2000, "quantize": 1000, "gemm1": 1000,
+        }  # fmt: skip
+        assert set(stages.totals_us().values()) == {0.0}
+
+    def test_what_was_taken_can_be_read_again(self, clock):
+        stages = Stages(on=True)
+        with stages("combine"):
+            pass
+        marks = stages.take()
+        assert stages.take() == []
+        assert totals_us(marks) == totals_us(marks)
+        assert round(totals_us(marks)["combine"]) == 1000
+
+    def test_nothing_is_marked_while_it_is_off(self):
+        stages = Stages()
+        with stages("combine"):
+            pass
+        assert stages.take() == []
 
 
 class TestMakeRow:

@@ -1,0 +1,38 @@
+"""What the clock says of a captured step: its stages are its own, its memory is its weights and little more."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+from gpu.ranks import run_on_ranks
+
+from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import Case
+from moe_dist.bench.measure import measure
+from moe_dist.config import find_model
+from moe_dist.plan import Machine
+from moe_dist.spec import ParallelSpec, WorkloadSpec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+def backends_here() -> list[str]:
+    names = [name for name in BACKENDS.names() if name != "torch"]
+    return [name for name in names if BACKENDS.get(name).available("cuda").ok]
+
+
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_a_graphs_stages_are_measured_in_the_graph(tokens):
+    """Run eagerly, the stages of a few tokens take their launch times: more than the whole graph."""
+    model = find_model("Qwen3-30B-A3B")
+    for backend in backends_here():
+        case = Case(
+            model=model, parallel=ParallelSpec(), exchange="local", backend=backend, graph=True, iters=20, check=False,
+            workload=WorkloadSpec(tokens=tokens, token_layout="replicated"),
+        )  # fmt: skip
+        (result,) = run_on_ranks(1, measure, case)
+        p50, staged = median(result.times_us), sum(result.stages_us.values())
+        assert 0.6 * p50 < staged < 1.25 * p50, f"{backend}: {result.stages_us} of {p50}"
+        weights = case.plan(Machine.detect("cuda")).weight_bytes(0)
+        assert weights < result.max_memory < 1.1 * weights + tokens * (1 << 20), f"{backend}: {result.max_memory}"
