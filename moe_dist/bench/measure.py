@@ -44,6 +44,7 @@ class RankResult:
     max_memory: int | None
     payload: str
     combine_dtype: str
+    splits: str | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def measure(context: RankContext, case: Case) -> RankResult:
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
+        splits=layer.exchange.splits(bucket),
     )
 
 
@@ -305,4 +307,5 @@ def merge(results: list[RankResult]) -> dict[str, Any]:
         "max_memory": max((result.max_memory or 0) for result in results) or None,
         "payload_dtype": first.payload,
         "combine_dtype": first.combine_dtype,
+        "splits": first.splits,
     }

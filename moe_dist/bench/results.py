@@ -85,6 +85,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "runtime": runtime,
         "payload_dtype": merged["payload_dtype"],
         "combine_dtype": merged["combine_dtype"],
+        "splits": merged["splits"],
         "p50_us": p50,
         "p99_us": quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,
         "floor_us": floor_us(spec, placement, rows, merged["active_per_rank"], plan.machine.name),

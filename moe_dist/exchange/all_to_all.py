@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -12,14 +13,18 @@ from moe_dist.exchange.base import Exchange, Handle, activations_of, parts_of, p
 from moe_dist.kernels import packed_sends, row_bytes, send_lists, sum_rows, take_sends, unpack_pairs, unpack_rows
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
-from moe_dist.routing import Routing
+from moe_dist.routing import Routing, route
 from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
 
-# Tokens a rank. For so few, padding takes less time on NVLink than a host takes to learn exact splits (seen on H200s);
-# packing spares a collective and costs a copy of all rows.
+# Tokens a rank. Packing spares a collective and costs a copy of all rows.
 EVEN_UP_TO = 1024
 PACKED_UP_TO = 256
+# Bytes. On a GPU a host that learns exact splits stands still until the device has told it, and what it launches next
+# comes late: 0.45 to 0.53 ms a step on two H200s, in which NVLink carries this much padding at 370 GB/s. On a CPU there
+# is nothing to wait for.
+PADDING_UP_TO = 170_000_000
+DRAWN = 4096
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,11 @@ class _Sent:
 
 
 class AllToAll(Exchange):
-    """Two ways to split, chosen alike on all ranks from the agreed bucket.
+    """Two ways to split, chosen alike on all ranks from the agreed bucket and the model's routing rule.
 
-    Uneven: ranks tell each other how many rows will come, and exactly these rows move. Even: every rank sends every
+    Exact: ranks tell each other how many rows will come, and exactly these rows move. Even: every rank sends every
     other `bucket` rows, padded with slot -1; static shapes and no host sync, so it can be captured in a CUDA graph, and
-    it is also quicker for few tokens.
+    outside of one it is quicker while the padding is small.
     """
 
     token_layout: ClassVar[TokenLayout] = "sharded"
@@ -49,13 +54,19 @@ class AllToAll(Exchange):
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """The worst case: every token goes to every other rank that top-k can reach, or splits are even."""
         shard, others = -(-tokens // placement.world), placement.world - 1
-        reached = others if shard <= EVEN_UP_TO else min(others, spec.top_k * placement.tp)
+        even = shard <= EVEN_UP_TO or padding_bytes(spec, placement, payload, shard) <= PADDING_UP_TO
+        reached = others if even else min(others, spec.top_k * placement.tp)
         pairs = 8 * spec.top_k
         row = payload_row_bytes(spec, payload) - pairs + spec.hidden * combine_itemsize
         return shard * row * reached + (shard + (shard > PACKED_UP_TO)) * pairs * others
 
-    def splits_evenly(self, bucket: int) -> bool:
-        return self.static or bucket <= EVEN_UP_TO
+    def splits(self, bucket: int) -> str:
+        """ "even" or "exact"."""
+        if self.static or bucket <= EVEN_UP_TO:
+            return "even"
+        cuda = self.comm.device.type == "cuda"
+        small = cuda and padding_bytes(self.spec, self.placement, self.payload, bucket) <= PADDING_UP_TO
+        return "even" if small else "exact"
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bucket = self.check_bucket(routing.tokens, bucket)
@@ -70,7 +81,7 @@ class AllToAll(Exchange):
             one_each = [1] * world
             (pairs,) = self.comm.all_to_all([lists.pairs_WPM.flatten(1)], one_each, one_each)
             pairs_WPM = pairs.view(lists.pairs_WPM.shape)
-            if self.splits_evenly(bucket):
+            if self.splits(bucket) == "even":
                 taken = [take_sends(part, lists.token_WB, None) for part in parts]
                 received, sent = self.comm.all_to_all(taken, even, even), _Sent(lists.order_TW, None, even, even)
             else:
@@ -99,3 +110,22 @@ class AllToAll(Exchange):
             sent: _Sent = handle.notes
             (back_SH,) = self.comm.all_to_all([y_RH], sent.receive, sent.send)
             return sum_rows(back_SH, sent.order_TW, sent.counts_W, sent.send[0])
+
+
+def padding_bytes(spec: MoESpec, placement: Placement, payload: str, bucket: int) -> float:
+    """What even splits are expected to move in vain: rows there and back of tokens that a rank is not reached by."""
+    row = payload_row_bytes(spec, payload) - 8 * spec.top_k + spec.hidden * spec.torch_dtype.itemsize
+    return (1.0 - expected_reach(spec, placement)) * bucket * (placement.world - 1) * row
+
+
+@cache
+def expected_reach(spec: MoESpec, placement: Placement) -> float:
+    """The share of all ranks that a token goes to if the router's scores are random, under the model's own rule of
+    top-k and groups. Drawn from a fixed seed, so that every rank finds the same."""
+    with torch.device("cpu"):
+        scores_TE = torch.rand(DRAWN, spec.num_experts, generator=torch.Generator().manual_seed(0))
+        routing = route(scores_TE, spec, torch.zeros(spec.num_experts) if spec.correction_bias else None)
+        rows = torch.arange(DRAWN)
+        groups_TK = placement.serving_groups(routing.ids_TK, rows, rows % placement.world)
+        reached_TG = (groups_TK[..., None] == torch.arange(placement.ep)).any(1)
+    return float(reached_TG.float().mean())

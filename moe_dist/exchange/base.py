@@ -76,6 +76,10 @@ class Exchange(ABC):
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
         """Partial sums of the computed rows to this rank's finished tokens [T, H], in the dtype of `y_RH`."""
 
+    def splits(self, bucket: int) -> str | None:
+        """How a step at this bucket cuts what it sends, where there is a choice."""
+        return None
+
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """(row on its source, source rank or None) of every global token, where `bounds[r]` is rank r's run of them:
         what decides which copy of an expert serves it. The oracle asks."""

@@ -51,6 +51,9 @@ class ShardedToReplicated(_Converted):
         start = self.comm.rank * bucket
         return y[start : start + handle.tokens]
 
+    def splits(self, bucket: int) -> str | None:
+        return self.inner.splits(bucket)
+
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """As for every exchange of sharded tokens."""
         return Exchange.identify(self.inner, bounds)
@@ -82,6 +85,9 @@ class ReplicatedToSharded(_Converted):
                 return gathered
             pieces = [gathered[rank * share :][: stop - start] for rank, (start, stop) in enumerate(bounds)]
             return torch.cat(pieces)
+
+    def splits(self, bucket: int) -> str | None:
+        return self.inner.splits(-(-bucket // self.comm.world))
 
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         return self.inner.identify(split_bounds(bounds[-1][1], self.comm.world))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.bench.runner import plan_cases
 from moe_dist.config import find_model
+from moe_dist.exchange import all_to_all
 from moe_dist.plan import Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
@@ -61,11 +64,30 @@ def measure_all(context, cases: list[Case]):
     return [measure(context, case) for case in cases]
 
 
+def measure_with_exact_splits(context, cases: list[Case]):
+    """The same where all_to_all has no padding, which costs a host that waits: it takes that only where it pays."""
+    all_to_all.EVEN_UP_TO = all_to_all.PACKED_UP_TO = 0
+    all_to_all.PADDING_UP_TO = -1
+    return measure_all(context, cases)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_against_the_oracle(world):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
     check(world, experiments(world))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_exact_splits(world):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
+    wanted = [
+        experiment.with_changes(exchanges=("all_to_all",), modes=("eager",), placements=("ep", "tp2xep2"))
+        for experiment in experiments(world)[1::2]
+    ]
+    rows = check(world, wanted, "_exact", measure_with_exact_splits)
+    assert {row["splits"] for row in rows} == {"exact"}
 
 
 @pytest.mark.parametrize("world", [3, 4])
@@ -77,7 +99,9 @@ def test_ranks_that_share_gpus(world):
     check(world, experiments(world, shared=True), "_shared")
 
 
-def check(world: int, wanted: list[Experiment], suffix: str = "") -> None:
+def check(
+    world: int, wanted: list[Experiment], suffix: str = "", function: Callable[..., Any] = measure_all
+) -> list[dict[str, Any]]:
     machine = Machine.detect("cuda")
     planned, refused = [], []
     for experiment in wanted:
@@ -85,7 +109,7 @@ def check(world: int, wanted: list[Experiment], suffix: str = "") -> None:
         planned += fit
         refused += unfit
     assert planned
-    results = run_on_ranks(world, measure_all, [case for case, _ in planned])
+    results = run_on_ranks(world, function, [case for case, _ in planned])
     rows = [
         make_row(case, plan, merge([ranks[index] for ranks in results]), "test")
         for index, (case, plan) in enumerate(planned)
@@ -107,3 +131,4 @@ def check(world: int, wanted: list[Experiment], suffix: str = "") -> None:
     )
     strange = [item for item in refused if not any(words in item["reason"] for words in known)]
     assert not strange, strange
+    return rows

@@ -49,6 +49,7 @@ def rank_result(**changes) -> RankResult:
     defaults = {
         "times_us": [100.0, 300.0, 200.0], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40, "active_experts": 4,
         "err_oracle": 1e-3, "err_exact": 2e-2, "max_memory": None, "payload": "fp8", "combine_dtype": "bf16",
+        "splits": None,
     }  # fmt: skip
     return RankResult(**(defaults | changes))
 

@@ -1,0 +1,86 @@
+"""How all_to_all splits what it sends: when padding is cheaper than a host that waits for exact numbers."""
+
+from __future__ import annotations
+
+from math import comb
+
+import pytest
+import torch
+
+from moe_dist.config import find_model
+from moe_dist.exchange import EXCHANGES
+from moe_dist.exchange.all_to_all import EVEN_UP_TO, PADDING_UP_TO, AllToAll, expected_reach, padding_bytes
+from moe_dist.placement import Placement
+from moe_dist.spec import MoESpec, ParallelSpec
+
+DEEPSEEK = find_model("DeepSeek-V3")
+LIMITED = DEEPSEEK.with_changes(num_groups=4, top_groups=2)
+
+
+class OfDevice:
+    def __init__(self, device: str) -> None:
+        self.device, self.rank = torch.device(device), 0
+
+
+def exchange(spec: MoESpec, device: str, **grid) -> AllToAll:
+    return AllToAll(OfDevice(device), Placement.build(spec, ParallelSpec(**grid)), spec, "bf16")
+
+
+@pytest.mark.parametrize("ep", [2, 4, 8])
+def test_the_reach_without_groups_is_the_hypergeometric_one(ep):
+    spec = find_model("Qwen3-30B-A3B")
+    E, K = spec.num_experts, spec.top_k
+    found = expected_reach(spec, Placement.build(spec, ParallelSpec(ep=ep)))
+    assert found == pytest.approx(1 - comb(E - E // ep, K) / comb(E, K), abs=0.01)
+
+
+def test_the_models_groups_and_slices_count():
+    assert expected_reach(LIMITED, Placement.build(LIMITED, ParallelSpec(ep=4))) == pytest.approx(0.5, abs=0.01)
+    assert expected_reach(LIMITED, Placement.build(LIMITED, ParallelSpec(tp=4))) == 1.0
+    everywhere = ParallelSpec(ep=2, replicas={expert: [1 - expert // 128] for expert in range(256)})
+    assert expected_reach(DEEPSEEK, Placement.build(DEEPSEEK, everywhere)) == 0.5  # the source's own copies serve it
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid", "bucket", "expected"),
+    [
+        (DEEPSEEK, {"ep": 4}, 8192, "even"),
+        (DEEPSEEK, {"ep": 4}, 16384, "exact"),
+        (DEEPSEEK, {"ep": 8}, 8192, "exact"),
+        (DEEPSEEK, {"tp": 8}, 65536, "even"),  # every token goes everywhere: nothing is padding
+        (LIMITED, {"ep": 4}, 8192, "exact"),
+        (LIMITED, {"ep": 4}, EVEN_UP_TO, "even"),
+    ],
+)
+def test_what_is_chosen_on_gpus(spec, grid, bucket, expected):
+    chosen = exchange(spec, "cuda", **grid)
+    assert chosen.splits(bucket) == expected
+    small = padding_bytes(spec, chosen.placement, "bf16", bucket) <= PADDING_UP_TO
+    assert (bucket <= EVEN_UP_TO or small) == (expected == "even")
+    chosen.static = True  # a CUDA graph
+    assert chosen.splits(bucket) == "even"
+
+
+def test_a_cpu_has_no_device_to_wait_for():
+    chosen = exchange(DEEPSEEK, "cpu", ep=4)
+    assert [chosen.splits(bucket) for bucket in (EVEN_UP_TO, EVEN_UP_TO + 1)] == ["even", "exact"]
+
+
+@pytest.mark.parametrize("tokens", [1, 8 * EVEN_UP_TO, 8 * 8192])
+def test_the_declared_bytes_hold_for_even_splits(tokens):
+    """Rows there and back to seven others, and for the larger buckets their lists with a length before them."""
+    spec = DEEPSEEK.with_changes(top_k=2, num_groups=1, top_groups=1)
+    placement = Placement.build(spec, ParallelSpec(ep=8))
+    shard = -(-tokens // 8)
+    row, pairs = 2 * 2 * spec.hidden, 8 * spec.top_k
+    chosen = exchange(spec, "cuda", ep=8).splits(shard)
+    reached = 7 if chosen == "even" else 2
+    assert chosen == ("exact" if shard > EVEN_UP_TO else "even")
+    found = AllToAll.wire_bytes(spec, placement, tokens, "bf16", 2)
+    assert found == shard * row * reached + (shard + (shard > 256)) * pairs * 7
+
+
+def test_where_there_is_no_choice_nothing_is_said():
+    placement = Placement.build(DEEPSEEK, ParallelSpec(ep=2))
+    for name in ("ag_rs", "all_reduce"):
+        assert EXCHANGES.get(name)(OfDevice("cpu"), placement, DEEPSEEK, "bf16").splits(8) is None
