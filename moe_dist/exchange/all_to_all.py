@@ -21,9 +21,9 @@ from moe_dist.spec import MoESpec, TokenLayout
 EVEN_UP_TO = 1024
 PACKED_UP_TO = 256
 # Bytes. On a GPU a host that learns exact splits stands still until the device has told it, and what it launches next
-# comes late: 0.45 to 0.53 ms a step on two H200s, in which NVLink carries this much padding at 370 GB/s. On a CPU there
-# is nothing to wait for.
-PADDING_UP_TO = 170_000_000
+# comes late: 0.06 to 0.43 ms a step on two H200s, 0.25 in the mean, in which NVLink carries this much padding at 370
+# GB/s. On a CPU there is nothing to wait for.
+PADDING_UP_TO = 90_000_000
 DRAWN = 4096
 
 

@@ -44,8 +44,9 @@ def test_the_models_groups_and_slices_count():
 @pytest.mark.parametrize(
     ("spec", "grid", "bucket", "expected"),
     [
-        (DEEPSEEK, {"ep": 4}, 8192, "even"),
-        (DEEPSEEK, {"ep": 4}, 16384, "exact"),
+        (DEEPSEEK, {"ep": 2}, 65536, "even"),
+        (DEEPSEEK, {"ep": 4}, 4096, "even"),
+        (DEEPSEEK, {"ep": 4}, 8192, "exact"),
         (DEEPSEEK, {"ep": 8}, 8192, "exact"),
         (DEEPSEEK, {"tp": 8}, 65536, "even"),  # every token goes everywhere: nothing is padding
         (LIMITED, {"ep": 4}, 8192, "exact"),
