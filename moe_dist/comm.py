@@ -163,7 +163,7 @@ class Comm:
                     dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
 
         self._run("all_to_all", exchange)
-        row_bytes = sum(wire[:1].nbytes for wire in wires)
+        row_bytes = sum(math.prod(wire.shape[1:]) * wire.itemsize for wire in wires)
         self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
         return self._unwired(outs, parts)
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, activations_of, parts_of, payload_row_bytes
-from moe_dist.kernels import packed_sends, row_bytes, send_lists, sum_rows, take_sends, unpack_pairs, unpack_rows
+from moe_dist.kernels import (
+    even_lists,
+    packed_sends,
+    row_bytes,
+    send_lists,
+    sum_rows,
+    take_sends,
+    unpack_pairs,
+    unpack_rows,
+)
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing, route
@@ -58,10 +67,10 @@ class AllToAll(Exchange):
         reached = others if even else min(others, spec.top_k * placement.tp)
         pairs = 8 * spec.top_k
         row = payload_row_bytes(spec, payload) - pairs + spec.hidden * combine_itemsize
-        return shard * row * reached + (shard + (shard > PACKED_UP_TO)) * pairs * others
+        return shard * row * reached + (shard + (not even)) * pairs * others
 
     def splits(self, bucket: int) -> str:
-        """ "even" or "exact"."""
+        """Either "even" or "exact"; see above."""
         if self.static or bucket <= EVEN_UP_TO:
             return "even"
         cuda = self.comm.device.type == "cuda"
@@ -75,24 +84,31 @@ class AllToAll(Exchange):
             parts = parts_of(x)
             if bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts):
                 return self._dispatch_packed(x, parts, routing, bucket)
+            if self.splits(bucket) == "even":
+                return self._dispatch_evenly(x, parts, routing, bucket)
             lists = send_lists(self.placement, routing, self.comm.rank, bucket)
-            world, even = self.comm.world, [bucket] * self.comm.world
             # Slots and weights are small: they cross padded, with the true numbers, which no host need know for that.
-            one_each = [1] * world
+            one_each = [1] * self.comm.world
             (pairs,) = self.comm.all_to_all([lists.pairs_WPM.flatten(1)], one_each, one_each)
             pairs_WPM = pairs.view(lists.pairs_WPM.shape)
-            if self.splits(bucket) == "even":
-                taken = [take_sends(part, lists.token_WB, None) for part in parts]
-                received, sent = self.comm.all_to_all(taken, even, even), _Sent(lists.order_TW, None, even, even)
-            else:
-                counts = self.comm.to_host(torch.stack([lists.counts_W, pairs_WPM[:, -1, 0]]))
-                taken = [take_sends(part, lists.token_WB, lists.counts_W) for part in parts]
-                send, receive = counts()  # while the device gathers rows
-                received = self.comm.all_to_all([part[: sum(send)] for part in taken], send, receive)
-                sent = _Sent(lists.order_TW, lists.counts_W, send, receive)
-            compact = sent.counts_W is not None
-            slots_RK, weights_RK = unpack_pairs(pairs_WPM, sum(sent.receive), compact)
-            return TokenRows(activations_of(x, received), slots_RK, weights_RK), Handle(routing.tokens, sent)
+            counts = self.comm.to_host(torch.stack([lists.counts_W, pairs_WPM[:, -1, 0]]))
+            taken = [take_sends(part, lists.token_WB, lists.counts_W) for part in parts]
+            send, receive = counts()  # while the device gathers rows
+            received = self.comm.all_to_all([part[: sum(send)] for part in taken], send, receive)
+            slots_RK, weights_RK = unpack_pairs(pairs_WPM, sum(receive))
+            handle = Handle(routing.tokens, _Sent(lists.order_TW, lists.counts_W, send, receive))
+            return TokenRows(activations_of(x, received), slots_RK, weights_RK), handle
+
+    def _dispatch_evenly(
+        self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int
+    ) -> tuple[TokenRows, Handle]:
+        """All that belongs to a row in one group of collectives, each part to where it will be used."""
+        even = [bucket] * self.comm.world
+        lists = even_lists(self.placement, routing, self.comm.rank, bucket)
+        taken = [take_sends(part, lists.token_WB, None) for part in parts]
+        *received, slots_RK, weights_RK = self.comm.all_to_all([*taken, lists.slots_SK, lists.weights_SK], even, even)
+        handle = Handle(routing.tokens, _Sent(lists.order_TW, None, even, even))
+        return TokenRows(activations_of(x, received), slots_RK, weights_RK), handle
 
     def _dispatch_packed(
         self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int

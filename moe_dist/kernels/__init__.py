@@ -30,6 +30,16 @@ class SendLists(NamedTuple):
     counts_W: Tensor
 
 
+class EvenLists(NamedTuple):
+    """The same where all places travel and nobody asks how many are real: slots_SK int32 and weights_SK float32 of all
+    S = W·B places, as the targets will use them."""
+
+    order_TW: Tensor
+    token_WB: Tensor
+    slots_SK: Tensor
+    weights_SK: Tensor
+
+
 def row_bytes(part: Tensor) -> int:
     return math.prod(part.shape[1:]) * part.itemsize
 
@@ -50,17 +60,16 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tenso
     return torch.cat([taken[real.flatten()], taken[~real.flatten()]])
 
 
-def unpack_pairs(pairs_WPM: Tensor, rows: int, compact: bool) -> tuple[Tensor, Tensor]:
-    """slots_RK int32 and weights_RK float32 from what W ranks sent of their SendLists' `pairs`. `compact`: only as many
-    as each list's number says, one list behind the other, `rows` in all; else every place, rows = W·B."""
+def unpack_pairs(pairs_WPM: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """slots_RK int32 and weights_RK float32 from what W ranks sent of their SendLists' `pairs`: as many as each list's
+    number says, one list behind the other, `rows` in all."""
     if pairs_WPM.is_cuda:
         from moe_dist.kernels.triton.sendlist import unpack_pairs as kernel
 
-        return kernel(pairs_WPM, rows, compact)
+        return kernel(pairs_WPM, rows)
     top_k = pairs_WPM.shape[2] // 2
-    places_WB = torch.arange(pairs_WPM.shape[1] - 1)[None]
-    kept = places_WB < (pairs_WPM[:, -1, :1] if compact else pairs_WPM.shape[1])
-    slots_RK, weights_RK = pairs_WPM[:, :-1][kept.expand(len(pairs_WPM), -1)].split(top_k, 1)
+    kept_WB = torch.arange(pairs_WPM.shape[1] - 1)[None] < pairs_WPM[:, -1, :1]
+    slots_RK, weights_RK = pairs_WPM[:, :-1][kept_WB].split(top_k, 1)
     return slots_RK.contiguous(), weights_RK.contiguous().view(torch.float32)
 
 
@@ -96,7 +105,21 @@ def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
         from moe_dist.kernels.triton.sendlist import send_lists as kernel
 
         return SendLists(*kernel(placement, routing, rank, bucket))
-    return _send_lists_torch(placement, routing, rank, bucket)
+    order_TW, token_WB, slots_WBK, weights_WBK, counts_W = _send_lists_torch(placement, routing, rank, bucket)
+    pairs_WBM = torch.cat([slots_WBK, weights_WBK.view(torch.int32)], 2)
+    lengths_W1M = pairs_WBM.new_zeros(len(pairs_WBM), 1, pairs_WBM.shape[2])
+    lengths_W1M[:, 0, 0] = counts_W
+    return SendLists(order_TW, token_WB, torch.cat([pairs_WBM, lengths_W1M], 1), counts_W)
+
+
+def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> EvenLists:
+    """What `rank` sends to whom where all lists are as long as the bucket."""
+    if routing.ids_TK.is_cuda:
+        from moe_dist.kernels.triton.sendlist import even_lists as kernel
+
+        return EvenLists(*kernel(placement, routing, rank, bucket))
+    order_TW, token_WB, slots_WBK, weights_WBK, _ = _send_lists_torch(placement, routing, rank, bucket)
+    return EvenLists(order_TW, token_WB, slots_WBK.flatten(0, 1), weights_WBK.flatten(0, 1))
 
 
 def packed_sends(
@@ -111,9 +134,9 @@ def packed_sends(
         from moe_dist.kernels.triton.sendlist import packed_sends as kernel
 
         return kernel(placement, routing, words, rank, bucket)
-    lists = send_lists(placement, routing, rank, bucket)
+    lists = even_lists(placement, routing, rank, bucket)
     taken = [take_sends(part, lists.token_WB, None) for part in words]
-    return torch.cat([*taken, lists.pairs_WPM[:, :-1].flatten(0, 1)], 1), lists.order_TW
+    return torch.cat([*taken, lists.slots_SK, lists.weights_SK.view(torch.int32)], 1), lists.order_TW
 
 
 def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:
@@ -130,7 +153,10 @@ def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor
     return [*rows, slots_SK, weights.view(torch.float32)]
 
 
-def _send_lists_torch(placement: Placement, routing: Routing, rank: int, bucket: int) -> SendLists:
+def _send_lists_torch(
+    placement: Placement, routing: Routing, rank: int, bucket: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """order_TW, token_WB, slots_WBK, weights_WBK, counts_W."""
     tokens, top_k = routing.ids_TK.shape
     world = placement.world
     row_T = torch.arange(tokens)
@@ -140,14 +166,12 @@ def _send_lists_torch(placement: Placement, routing: Routing, rank: int, bucket:
     wanted_WT = here_WTK.any(-1)
     order_WT = (wanted_WT.cumsum(1) - 1).masked_fill(~wanted_WT, -1)
     token_WB = torch.full((world, bucket), -1, dtype=torch.int32)
-    slots_WPK = torch.full((world, bucket + 1, top_k), -1, dtype=torch.int32)
-    weights_WPK = torch.zeros(world, bucket + 1, top_k)
+    slots_WBK = torch.full((world, bucket, top_k), -1, dtype=torch.int32)
+    weights_WBK = torch.zeros(world, bucket, top_k)
     target, token = wanted_WT.nonzero(as_tuple=True)
     place = (target, order_WT[target, token])
     token_WB[place] = token.to(torch.int32)
-    slots_WPK[place] = slots_TK[token].masked_fill(~here_WTK[target, token], -1)
-    weights_WPK[place] = routing.weights_TK[token].masked_fill(~here_WTK[target, token], 0.0)
+    slots_WBK[place] = slots_TK[token].masked_fill(~here_WTK[target, token], -1)
+    weights_WBK[place] = routing.weights_TK[token].masked_fill(~here_WTK[target, token], 0.0)
     counts_W = wanted_WT.sum(1).to(torch.int32)
-    slots_WPK[:, -1, 0] = counts_W
-    pairs_WPM = torch.cat([slots_WPK, weights_WPK.view(torch.int32)], 2)
-    return SendLists(order_WT.T.to(torch.int32).contiguous(), token_WB, pairs_WPM, counts_W)
+    return order_WT.T.to(torch.int32).contiguous(), token_WB, slots_WBK, weights_WBK, counts_W

@@ -54,7 +54,7 @@ def test_sum_rows():
 
 
 def test_send_lists():
-    from moe_dist.kernels.triton.sendlist import send_lists, unpack_pairs
+    from moe_dist.kernels.triton.sendlist import even_lists, send_lists, unpack_pairs
 
     for tp, ep, replicas, tokens, bucket in (
         (1, 4, {}, 37, 40), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 3, {2: [1, 2]}, 600, 640), (4, 1, {}, 3, 9),
@@ -72,12 +72,14 @@ def test_send_lists():
                 assert torch.equal(one[:, -1, 0], other[:, -1, 0])
                 one, other = one[:, :-1], other[:, :-1]
             assert torch.equal(one, other), (name, tp, ep)
-        for compact in (True, False):
-            rows = int(expected.counts_W.sum()) if compact else placement.world * bucket
-            for one, other in zip(
-                unpack_pairs(found[2], rows, compact), kernels.unpack_pairs(found[2], rows, compact), strict=True
-            ):
-                assert torch.equal(one, other), (compact, tp, ep)
+        rows = int(expected.counts_W.sum())
+        for one, other in zip(unpack_pairs(found[2], rows), kernels.unpack_pairs(found[2], rows), strict=True):
+            assert torch.equal(one, other), (tp, ep)
+        even = kernels.even_lists(placement, routing, rank, bucket)
+        for name, one, other in zip(even._fields, even_lists(placement, routing, rank, bucket), even, strict=True):
+            assert torch.equal(one, other), (name, tp, ep)
+        assert torch.equal(even.slots_SK, expected.pairs_WPM[:, :-1, :3].flatten(0, 1))
+        assert torch.equal(even.weights_SK, expected.pairs_WPM[:, :-1, 3:].flatten(0, 1).view(torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8_block"])

@@ -49,12 +49,13 @@ def kernels():
                              "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
     yield rows._sum_rows, {"rows": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16", "hidden": "i32",
                            "bucket": "i32", "COUNTED": True, "WORLD": 4, "BLOCK": 1024}  # fmt: skip
-    yield sendlist._send_lists, {
-        **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "pairs", "counts"), "*i32"),
-        "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
-        **dict.fromkeys(("T", "BUCKET", "own_group", "EXPERTS", "COPIES"), "i32"),
-        "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "BLOCK": 512,
-    }  # fmt: skip
+    for counted in (True, False):
+        yield sendlist._send_lists, {
+            **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "pairs", "counts"), "*i32"),
+            "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
+            **dict.fromkeys(("T", "BUCKET", "own_group", "EXPERTS", "COPIES"), "i32"),
+            "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "COUNTED": counted, "BLOCK": 512,
+        }  # fmt: skip
     words = ("values", "scales", "wire", "ids", "slot_table", "orders")
     yield sendlist._packed_sends, {
         **dict.fromkeys(words, "*i32"), "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
@@ -66,7 +67,7 @@ def kernels():
         **dict.fromkeys(("ROW_WORDS", "LONG", "A", "B", "C"), "i32"), "SHORT": 64, "BLOCK": 2048,
     }  # fmt: skip
     yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "K": 8,
-                                   "PLACES": 8, "SOURCES": 4, "COMPACT": True, "BLOCK": 128}  # fmt: skip
+                                   "PLACES": 8, "SOURCES": 4, "BLOCK": 128}  # fmt: skip
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
@@ -75,7 +76,7 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(12))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +16,9 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tenso
     """See kernels.take_sends."""
     world, bucket = token_WB.shape
     out = rows.new_empty(world * bucket, *rows.shape[1:])
-    row_bytes = rows[0].nbytes if len(rows) else 0
-    if not out.numel() or not row_bytes:
+    if not out.numel() or not len(rows):
         return out
-    words = torch.int32 if row_bytes % 4 == 0 else torch.uint8
+    words = torch.int32 if math.prod(rows.shape[1:]) * rows.itemsize % 4 == 0 else torch.uint8
     source, target = rows.reshape(len(rows), -1).view(words), out.view(len(out), -1).view(words)
     width = source.shape[1]
     block = min(2048, triton.next_power_of_2(width))

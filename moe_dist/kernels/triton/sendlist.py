@@ -17,22 +17,37 @@ from moe_dist.routing import Routing
 
 def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels.send_lists."""
-    (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
+    world, top_k, device = placement.world, routing.ids_TK.shape[1], routing.ids_TK.device
+    pairs_WPM = torch.empty(world, bucket + 1, 2 * top_k, dtype=torch.int32, device=device)
+    counts_W = torch.empty(world, dtype=torch.int32, device=device)
+    return *_listed(placement, routing, rank, bucket, pairs_WPM, counts_W), pairs_WPM, counts_W
+
+
+def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See kernels.even_lists."""
+    places, top_k = placement.world * bucket, routing.ids_TK.shape[1]
+    slots_SK, weights_SK = torch.empty(2, places, top_k, dtype=torch.int32, device=routing.ids_TK.device)
+    return *_listed(placement, routing, rank, bucket, slots_SK, None), slots_SK, weights_SK.view(torch.float32)
+
+
+def _listed(
+    placement: Placement, routing: Routing, rank: int, bucket: int, pairs: Tensor, counts_W: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it slots, and weights behind them."""
+    tokens, world, device = routing.tokens, placement.world, routing.ids_TK.device
     inputs, sizes, constants = _choices(placement, routing, rank)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     token_WB = torch.empty(world, bucket, dtype=torch.int32, device=device)
-    pairs_WPM = torch.empty(world, bucket + 1, 2 * top_k, dtype=torch.int32, device=device)
-    counts_W = torch.empty(world, dtype=torch.int32, device=device)
     block = max(16, min(512, 4096 // constants[-1], triton.next_power_of_2(max(tokens, 1))))
     launch(
         _send_lists,
         (world, 1, 1),
-        (*inputs, order_TW, token_WB, pairs_WPM, counts_W),
+        (*inputs, order_TW, token_WB, pairs, token_WB if counts_W is None else counts_W),
         (tokens, bucket, *sizes),
-        (*constants, block),
+        (*constants, counts_W is not None, block),
         num_warps=8,
     )
-    return order_TW, token_WB, pairs_WPM, counts_W
+    return order_TW, token_WB
 
 
 def _choices(
@@ -75,14 +90,16 @@ def _served_by(
 def _send_lists(
     ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, pairs, counts,
     T, BUCKET, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr,
-    PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    PLACES: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each target rank. It walks the tokens in order, so a running count orders what it takes."""
     target = tl.program_id(0)
     world = tl.num_programs(0)
     group = target // TP
     place = tl.arange(0, PLACES)[None, :]
-    pairs += target.to(tl.int64) * (BUCKET + 1) * 2 * K
+    PITCH: tl.constexpr = 2 * K if COUNTED else K  # words from a place's slots to the next one's
+    to_weights = K if COUNTED else world * BUCKET * K
+    pairs += target.to(tl.int64) * (BUCKET + COUNTED) * PITCH
     taken = 0
     for start in range(0, T, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -96,24 +113,25 @@ def _send_lists(
         tl.store(tokens_out + target * BUCKET + order, token, mask=takes)
         slot = tl.load(slot_table + group * EXPERTS + expert, mask=here, other=-1)
         weight = tl.load(weights + at, mask=here, other=0.0)
-        out = pairs + order[:, None] * 2 * K + place
+        out = pairs + order[:, None] * PITCH + place
         stored = takes[:, None] & (place < K)
         tl.store(out, slot, mask=stored)
-        tl.store(out + K, weight.to(tl.int32, bitcast=True), mask=stored)
+        tl.store(out + to_weights, weight.to(tl.int32, bitcast=True), mask=stored)
         taken += tl.sum(wanted, 0)
-    tl.store(counts + target, taken)
-    tl.store(pairs + BUCKET * 2 * K, taken)
+    if COUNTED:
+        tl.store(counts + target, taken)
+        tl.store(pairs + BUCKET * PITCH, taken)
     for start in range(taken, BUCKET, BLOCK):
         row = start + tl.arange(0, BLOCK)
         padding = row < BUCKET
         tl.store(tokens_out + target * BUCKET + row, tl.zeros((BLOCK,), tl.int32) - 1, mask=padding)
-        out = pairs + row[:, None] * 2 * K + place
+        out = pairs + row[:, None] * PITCH + place
         stored = padding[:, None] & (place < K)
         tl.store(out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
-        tl.store(out + K, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
+        tl.store(out + to_weights, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
 
 
-def unpack_pairs(pairs_WPM: Tensor, rows: int, compact: bool) -> tuple[Tensor, Tensor]:
+def unpack_pairs(pairs_WPM: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """See kernels.unpack_pairs."""
     world, places, words = pairs_WPM.shape
     top_k, bucket = words // 2, places - 1
@@ -123,28 +141,23 @@ def unpack_pairs(pairs_WPM: Tensor, rows: int, compact: bool) -> tuple[Tensor, T
         padded = triton.next_power_of_2(top_k)
         block = max(1, min(1024 // padded, triton.next_power_of_2(bucket)))
         grid = (world, triton.cdiv(bucket, block), 1)
-        constants = (top_k, padded, triton.next_power_of_2(world), compact, block)
+        constants = (top_k, padded, triton.next_power_of_2(world), block)
         launch(_unpack_pairs, grid, (pairs_WPM, slots_RK, weights_RK), (bucket,), constants)
     return slots_RK, weights_RK
 
 
 @triton.jit
 def _unpack_pairs(
-    pairs, slots, weights, BUCKET, K: tl.constexpr, PLACES: tl.constexpr, SOURCES: tl.constexpr, COMPACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    pairs, slots, weights, BUCKET, K: tl.constexpr, PLACES: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr
+):
     source = tl.program_id(0)
     pitch = (BUCKET + 1) * 2 * K
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = tl.arange(0, PLACES)[None, :]
-    if COMPACT:
-        lower = tl.arange(0, SOURCES)
-        before = tl.load(pairs + lower.to(tl.int64) * pitch + BUCKET * 2 * K, mask=lower < source, other=0)
-        start = tl.sum(before, 0)
-        count = tl.load(pairs + source.to(tl.int64) * pitch + BUCKET * 2 * K)
-    else:
-        start = source * BUCKET
-        count = BUCKET
+    lower = tl.arange(0, SOURCES)
+    before = tl.load(pairs + lower.to(tl.int64) * pitch + BUCKET * 2 * K, mask=lower < source, other=0)
+    start = tl.sum(before, 0)
+    count = tl.load(pairs + source.to(tl.int64) * pitch + BUCKET * 2 * K)
     inside = (row < count)[:, None] & (place < K)
     at = pairs + source.to(tl.int64) * pitch + row[:, None] * 2 * K + place
     out = (start + row)[:, None].to(tl.int64) * K + place
