@@ -51,11 +51,11 @@ class StepGraph:
         self, step: Callable[[], Tensor], warm_up: Callable[[], object]
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         exchange = self._layer.exchange
-        exchange.static = True
+        before, exchange.static = exchange.static, True
         try:
             return capture(step, warm_up)
         finally:
-            exchange.static = False
+            exchange.static = before
 
     def with_stages(self) -> StagedGraph:
         """One more graph of this step on the inputs of the last call, with the clock of the layer's stages in it: that

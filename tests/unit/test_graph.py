@@ -1,0 +1,102 @@
+"""What a captured step asks of its layer, without a GPU: the capture itself is replaced by one call."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_dist import graph
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.routing import Routing
+from moe_dist.rows import Support
+from moe_dist.spec import MoESpec
+from moe_dist.stages import Stages
+
+SPEC = MoESpec(hidden=128, intermediate=128, num_experts=4, top_k=2)
+
+
+class Layer:
+    """Writes down each call: its inputs, and whether splits were static and the stages' clock on."""
+
+    def __init__(self, capturable: Support = Support(True)) -> None:  # noqa: B008
+        self.plan = SimpleNamespace(capturable=capturable, spec=SPEC)
+        self.exchange = SimpleNamespace(static=False)
+        self.stages = Stages()
+        self.calls: list[SimpleNamespace] = []
+
+    def __call__(self, x, routing, max_tokens_per_rank):
+        seen = {"x": x.clone(), "ids": routing.ids_TK.clone(), "weights": routing.weights_TK.clone()}
+        how = {"static": self.exchange.static, "staged": self.stages.on, "bucket": max_tokens_per_rank}
+        self.calls.append(SimpleNamespace(**seen, **how))
+        with self.stages("gemm1"):
+            return x * 2
+
+    warm_up = __call__
+
+
+@pytest.fixture(autouse=True)
+def captured(monkeypatch):
+    """A "graph" whose replay runs the step again."""
+
+    def capture(call, warm_up):
+        warm_up()
+        result = call()
+        return SimpleNamespace(replay=lambda: result.copy_(call())), result
+
+    monkeypatch.setattr(graph, "capture", capture)
+
+
+def tokens(count: int) -> tuple[torch.Tensor, Routing]:
+    ids = torch.randint(0, 4, (count, 2), dtype=torch.int32)
+    return torch.randn(count, 128).bfloat16(), Routing(ids, torch.rand(count, 2))
+
+
+def test_a_call_pads_to_the_bucket_with_tokens_of_no_expert():
+    layer = Layer()
+    step = graph.StepGraph(layer, 8, *tokens(8))
+    x, routing = tokens(3)
+    y = step(x, routing)
+    assert torch.equal(y, x * 2)
+    last = layer.calls[-1]
+    assert (last.bucket, len(last.x)) == (8, 8)
+    assert torch.equal(last.ids[:3], routing.ids_TK)
+    assert (last.ids[3:] == -1).all()
+    assert (last.weights[3:] == 0).all()
+    assert (last.x[3:] == 0).all()
+
+
+def test_more_tokens_than_the_bucket_are_refused():
+    step = graph.StepGraph(Layer(), 4, *tokens(4))
+    with pytest.raises(ConfigError, match="tokens = 5: do not fit the captured bucket"):
+        step(*tokens(5))
+
+
+def test_what_cannot_be_captured_is_refused_with_the_reason():
+    with pytest.raises(UnsupportedError, match="for a reason"):
+        graph.StepGraph(Layer(Support(False, "for a reason")), 4, *tokens(4))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_splits_are_static_in_the_capture_and_afterwards_what_they_were(before):
+    layer = Layer()
+    layer.exchange.static = before
+    step = graph.StepGraph(layer, 4, *tokens(2))
+    assert {call.static for call in layer.calls} == {True}
+    step.with_stages()
+    assert {call.static for call in layer.calls} == {True}
+    assert layer.exchange.static is before
+
+
+def test_the_stages_clock_is_in_the_second_graph_only():
+    layer = Layer()
+    step = graph.StepGraph(layer, 4, *tokens(2))
+    assert {call.staged for call in layer.calls} == {False}
+    count = len(layer.calls)
+    staged = step.with_stages()
+    assert [call.staged for call in layer.calls[count:]] == [True]
+    assert staged.totals_us()["gemm1"] > 0
+    assert staged.totals_us() == staged.totals_us()
+    assert layer.stages.take() == []
+    assert not layer.stages.on
