@@ -14,11 +14,17 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.runtime.context import RankContext
 from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
 
 HOST = "127.0.0.1"
+
+
+def backends_here() -> list[str]:
+    """Those that can run on this machine's GPUs, the reference among them."""
+    return [name for name in BACKENDS.names() if BACKENDS.get(name).available("cuda").ok]
 
 
 class ThroughHost(Comm):

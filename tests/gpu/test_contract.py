@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.ranks import run_on_ranks
+from gpu.ranks import backends_here, run_on_ranks
 
-from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
@@ -27,10 +26,6 @@ SEED = int.from_bytes(os.urandom(2), "little")
 PLACEMENTS = ("tp", "ep", "tp2xep2")
 
 
-def backends_here() -> tuple[str, ...]:
-    return tuple(name for name in BACKENDS.names() if BACKENDS.get(name).available("cuda").ok)
-
-
 def experiments(world: int, shared: bool = False) -> list[Experiment]:
     """Real shapes; few tokens and more, even and skewed routing, both token layouts. `shared`: ranks share GPUs, where
     nothing can be captured and everything takes longer."""
@@ -40,7 +35,7 @@ def experiments(world: int, shared: bool = False) -> list[Experiment]:
         "worlds": (world,),
         "placements": PLACEMENTS,
         "exchanges": exchanges,
-        "backends": backends_here(),
+        "backends": tuple(backends_here()),
         "seed": SEED,
         "source": {"seed": SEED},
         "iters": 0,

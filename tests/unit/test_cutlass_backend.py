@@ -13,24 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from unit.asked import problem
 
 from moe_dist import tables
 from moe_dist.backends import BACKENDS
-from moe_dist.backends.base import Problem
 from moe_dist.backends.cutlass_fused import MOST_EXPERTS, CutlassFused
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.kernels.cutlass import check, library
 from moe_dist.kernels.cutlass.fused_moe import SHARES, Config
 from moe_dist.kernels.cutlass.library import Args, BuildError, WeightsMap
-from moe_dist.spec import QUANT_KINDS, MoESpec
+from moe_dist.spec import QUANT_KINDS
 from moe_dist.tables import tuned_config
-
-HOPPER = (9, 0)
-
-
-def problem(width=256, num_local=4, capability=HOPPER, payload="bf16", **changes):
-    sizes = {"hidden": 256, "intermediate": 512, "num_experts": 4, "top_k": 2}
-    return Problem(MoESpec(**sizes | changes), width, num_local, "cuda", capability, payload)
 
 
 class TestSupports:

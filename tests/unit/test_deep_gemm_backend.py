@@ -7,17 +7,11 @@ import re
 import sys
 
 import pytest
+from unit.asked import problem
 
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
-from moe_dist.backends.base import Problem
 from moe_dist.backends.deep_gemm_grouped import DeepGemm, installed
 from moe_dist.rows import Support
-from moe_dist.spec import MoESpec
-
-
-def problem(width=256, capability=(9, 0), **changes):
-    sizes = {"hidden": 256, "intermediate": 512, "num_experts": 4, "top_k": 2}
-    return Problem(MoESpec(**sizes | changes), width, 4, "cuda", capability, "bf16")
 
 
 @pytest.fixture

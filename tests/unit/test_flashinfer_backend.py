@@ -6,23 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from unit.asked import problem
 
 from moe_dist import cli
 from moe_dist.backends import BACKENDS, flashinfer_build
-from moe_dist.backends.base import Problem
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass, _bucket
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.quantization import FP8_MAX, cast
 from moe_dist.reference import relative_error
 from moe_dist.spec import MoESpec
 from moe_dist.weights import activate, random_weights
-
-HOPPER = (9, 0)
-
-
-def problem(width=256, capability=HOPPER, payload="bf16", **changes):
-    sizes = {"hidden": 256, "intermediate": 512, "num_experts": 4, "top_k": 2}
-    return Problem(MoESpec(**sizes | changes), width, 4, "cuda", capability, payload)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unit.asked import HOPPER, problem
 
 from moe_dist import tables
 from moe_dist.backends import BACKENDS, own
@@ -24,16 +25,10 @@ from moe_dist.stages import Stages
 from moe_dist.tables import Entry, Shape, TuningTable, find_table, read_table, user_folder
 from moe_dist.weights import empty_like, random_weights, slice_width
 
-HOPPER = (9, 0)
 FP8_KINDS = QUANT_KINDS[1:]
 SHARED_MEMORY = 227 * 1024  # bytes that one program can have on SM90
 SPEC = MoESpec(hidden=64, intermediate=48, num_experts=4, top_k=2)
 SHAPE = Shape("triton", "NVIDIA H200", "fp8_block", "swiglu", 64, 48, 4, 4, 2)
-
-
-def problem(width=256, num_local=4, capability=HOPPER, payload="bf16", **changes):
-    sizes = {"hidden": 256, "intermediate": 512, "num_experts": 4, "top_k": 2}
-    return Problem(MoESpec(**sizes | changes), width, num_local, "cuda", capability, payload)
 
 
 class TestSupports:
