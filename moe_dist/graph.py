@@ -63,11 +63,8 @@ class StepGraph:
         stages = self._layer.stages
 
         def step() -> Tensor:
-            stages.on = True
-            try:
+            with stages.switched_on():
                 return self._step()
-            finally:
-                stages.on = False
 
         graph, _ = self._captured(step, warm_up=lambda: None)
         return StagedGraph(graph, stages.take())

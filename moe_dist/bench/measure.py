@@ -283,9 +283,8 @@ def _staged(
             totals.append(staged.totals_us())
             continue
         layer.comm.barrier()
-        layer.stages.on = True
-        layer(x, routing, max_tokens_per_rank=bucket)
-        layer.stages.on = False
+        with layer.stages.switched_on():
+            layer(x, routing, max_tokens_per_rank=bucket)
         totals.append(layer.stages.totals_us())
     return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -30,10 +31,10 @@ from moe_dist.spec import MoESpec, TokenLayout
 EVEN_UP_TO = 1024
 PACKED_UP_TO = 256
 # Bytes. On a GPU a host that learns exact splits stands still until the device has told it, and what it launches next
-# comes late: 0.06 to 0.43 ms a step on two H200s, 0.25 in the mean, in which NVLink carries this much padding at 370
-# GB/s. On a CPU there is nothing to wait for.
+# comes late: 0.06 to 0.43 ms a step (by the uniform eager rows of benchmarks/2026-11-22-h200x2.json and -eager.json),
+# 0.25 in the mean, in which NVLink carries this much padding at 370 GB/s. On a CPU there is nothing to wait for.
 PADDING_UP_TO = 90_000_000
-DRAWN = 4096
+DRAWN = 4096  # tokens
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,19 @@ class AllToAll(Exchange):
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """The worst case: every token goes to every other rank that top-k can reach, or splits are even."""
         shard, others = -(-tokens // placement.world), placement.world - 1
-        even = shard <= EVEN_UP_TO or padding_bytes(spec, placement, payload, shard) <= PADDING_UP_TO
+        even = pads(shard, padding_bytes(spec, placement, payload))
         reached = others if even else min(others, spec.top_k * placement.tp)
-        pairs = 8 * spec.top_k
-        row = payload_row_bytes(spec, payload) - pairs + spec.hidden * combine_itemsize
-        return shard * row * reached + (shard + (not even)) * pairs * others
+        row = _row_bytes(spec, payload, combine_itemsize)
+        return shard * row * reached + (shard + (not even)) * 8 * spec.top_k * others
 
     def splits(self, bucket: int) -> str:
         """Either "even" or "exact"; see above."""
-        if self.static or bucket <= EVEN_UP_TO:
-            return "even"
+        return "even" if self.static or pads(bucket, self._padding) else "exact"
+
+    @cached_property
+    def _padding(self) -> float:
         cuda = self.comm.device.type == "cuda"
-        small = cuda and padding_bytes(self.spec, self.placement, self.payload, bucket) <= PADDING_UP_TO
-        return "even" if small else "exact"
+        return padding_bytes(self.spec, self.placement, self.payload) if cuda else inf
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bucket = self.check_bucket(routing.tokens, bucket)
@@ -128,20 +129,32 @@ class AllToAll(Exchange):
             return sum_rows(back_SH, sent.order_TW, sent.counts_W, sent.send[0])
 
 
-def padding_bytes(spec: MoESpec, placement: Placement, payload: str, bucket: int) -> float:
-    """What even splits are expected to move in vain: rows there and back of tokens that a rank is not reached by."""
-    row = payload_row_bytes(spec, payload) - 8 * spec.top_k + spec.hidden * spec.torch_dtype.itemsize
-    return (1.0 - expected_reach(spec, placement)) * bucket * (placement.world - 1) * row
+def pads(bucket: int, padding: float) -> bool:
+    """Whether even splits are the quicker ones; `padding` as `padding_bytes` says."""
+    return bucket <= EVEN_UP_TO or bucket * padding <= PADDING_UP_TO
+
+
+def padding_bytes(spec: MoESpec, placement: Placement, payload: str) -> float:
+    """What even splits are expected to move in vain for one token of a rank: rows there and back."""
+    others = placement.world - 1
+    return (others - expected_targets(spec, placement)) * _row_bytes(spec, payload, spec.torch_dtype.itemsize)
+
+
+def _row_bytes(spec: MoESpec, payload: str, combine_itemsize: int) -> int:
+    """There and back, without its slots and weights."""
+    return payload_row_bytes(spec, payload) - 8 * spec.top_k + spec.hidden * combine_itemsize
 
 
 @cache
-def expected_reach(spec: MoESpec, placement: Placement) -> float:
-    """The share of all ranks that a token goes to if the router's scores are random, under the model's own rule of
+def expected_targets(spec: MoESpec, placement: Placement) -> float:
+    """How many other ranks a token goes to in the mean if the router's scores are random, under the model's own rule of
     top-k and groups. Drawn from a fixed seed, so that every rank finds the same."""
     with torch.device("cpu"):
         scores_TE = torch.rand(DRAWN, spec.num_experts, generator=torch.Generator().manual_seed(0))
         routing = route(scores_TE, spec, torch.zeros(spec.num_experts) if spec.correction_bias else None)
         rows = torch.arange(DRAWN)
-        groups_TK = placement.serving_groups(routing.ids_TK, rows, rows % placement.world)
+        source = rows % placement.world
+        groups_TK = placement.serving_groups(routing.ids_TK, rows, source)
         reached_TG = (groups_TK[..., None] == torch.arange(placement.ep)).any(1)
-    return float(reached_TG.float().mean())
+    targets = placement.tp * int(reached_TG.sum()) - int(reached_TG[rows, source // placement.tp].sum())
+    return targets / DRAWN

@@ -109,7 +109,9 @@ class PaddedStep(Step):
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
         experts, (E, H, i) = self.experts, (self.experts.num_experts, self.experts.hidden, self.experts.width)
-        if not self.one_each:
+        if self.one_each:
+            self.counts = self.stops - self.starts
+        else:
             self.expert_R.fill_(-1)
         launch(
             _pad_rows,
@@ -138,4 +140,4 @@ class PaddedStep(Step):
             return
         E = self.experts.num_experts
         rows = codes.view(E, TILE, -1), scales.view(E, TILE, -1)
-        self.masked(rows, (weights, of_weights), out.view(E, TILE, -1), self.stops - self.starts, -(-self.pairs // E))
+        self.masked(rows, (weights, of_weights), out.view(E, TILE, -1), self.counts, -(-self.pairs // E))
