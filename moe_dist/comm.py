@@ -150,12 +150,22 @@ class Comm:
             self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
         return rows
 
-    def all_to_all(self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
-        """Each part's rows by destination to [sum(receive), ...] by source."""
+    def all_to_all(
+        self,
+        parts: Sequence[Tensor],
+        send: Sequence[int],
+        receive: Sequence[int],
+        into: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Each part's rows by destination to [sum(receive), ...] by source: new tensors, or the contiguous ones of that
+        shape and the part's dtype in `into`."""
         if self.world == 1:
-            return list(parts)
+            return _copied(parts, into)
         wires = self._wires(parts)
-        outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
+        if into is not None and len(wires) == len(parts):
+            outs, into = [_wire(target) for target in into], None
+        else:
+            outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
         def exchange() -> None:
             with self._together(len(outs), named=False):
@@ -165,7 +175,7 @@ class Comm:
         self._run("all_to_all", exchange)
         row_bytes = sum(math.prod(wire.shape[1:]) * wire.itemsize for wire in wires)
         self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
-        return self._unwired(outs, parts)
+        return _copied(self._unwired(outs, parts), into)
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         """Start to bring a few numbers to the host. What is returned waits for them, no longer than the timeout, and
@@ -218,6 +228,12 @@ def _wire(tensor: Tensor) -> Tensor:
     """FP8 crosses a collective as bytes: gloo refuses it, and a refusal would poison the next barrier."""
     tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
+
+
+def _copied(parts: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:
+    if into is None:
+        return list(parts)
+    return [target.copy_(part) for target, part in zip(into, parts, strict=True)]
 
 
 def _bytes(part: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, activations_of, parts_of, payload_row_bytes
 from moe_dist.kernels import (
+    Traffic,
     even_lists,
     packed_sends,
     row_bytes,
@@ -39,10 +40,11 @@ DRAWN = 4096  # tokens
 
 @dataclass(frozen=True)
 class _Sent:
-    """`order_TW[t, w]`: the place of token t among the rows sent to rank w, -1 if it gets none."""
+    """`order_TW[t, w]`: the place of token t among the rows for rank w, -1 if it gets none."""
 
     order_TW: Tensor
     counts_W: Tensor | None  # None: splits are even
+    own: int  # rows for this rank itself, the first of those computed; they don't travel
     send: list[int]
     receive: list[int]
 
@@ -53,6 +55,9 @@ class AllToAll(Exchange):
     Exact: ranks tell each other how many rows will come, and exactly these rows move. Even: every rank sends every
     other `bucket` rows, padded with slot -1; static shapes and no host sync, so it can be captured in a CUDA graph, and
     outside of one it is quicker while the padding is small.
+
+    Rows for the rank itself are gathered straight to where they are computed, and their sums added from there: NCCL
+    would copy them with the few multiprocessors it has.
     """
 
     token_layout: ClassVar[TokenLayout] = "sharded"
@@ -93,40 +98,54 @@ class AllToAll(Exchange):
             (pairs,) = self.comm.all_to_all([lists.pairs_WPM.flatten(1)], one_each, one_each)
             pairs_WPM = pairs.view(lists.pairs_WPM.shape)
             counts = self.comm.to_host(torch.stack([lists.counts_W, pairs_WPM[:, -1, 0]]))
-            taken = [take_sends(part, lists.token_WB, lists.counts_W) for part in parts]
+            # Room for the most rows that can come: only so can they be gathered while the host waits for the numbers,
+            # and buffers of one size spare the allocator its search.
+            taken = [take_sends(part, lists.token_WB, lists.counts_W, self.comm.rank) for part in parts]
             send, receive = counts()  # while the device gathers rows
-            received = self.comm.all_to_all([part[: sum(send)] for part in taken], send, receive)
-            slots_RK, weights_RK = unpack_pairs(pairs_WPM, sum(receive))
-            handle = Handle(routing.tokens, _Sent(lists.order_TW, lists.counts_W, send, receive))
+            own, send[self.comm.rank], receive[self.comm.rank] = send[self.comm.rank], 0, 0
+            self.comm.all_to_all(
+                [part.send[: sum(send)] for part in taken],
+                send,
+                receive,
+                into=[part.receive[own : own + sum(receive)] for part in taken],
+            )
+            received = [part.receive[: own + sum(receive)] for part in taken]
+            slots_RK, weights_RK = unpack_pairs(pairs_WPM, own + sum(receive), self.comm.rank)
+            handle = Handle(routing.tokens, _Sent(lists.order_TW, lists.counts_W, own, send, receive))
             return TokenRows(activations_of(x, received), slots_RK, weights_RK), handle
 
     def _dispatch_evenly(
         self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int
     ) -> tuple[TokenRows, Handle]:
         """All that belongs to a row in one group of collectives, each part to where it will be used."""
-        even = [bucket] * self.comm.world
         lists = even_lists(self.placement, routing, self.comm.rank, bucket)
-        taken = [take_sends(part, lists.token_WB, None) for part in parts]
-        *received, slots_RK, weights_RK = self.comm.all_to_all([*taken, lists.slots_SK, lists.weights_SK], even, even)
-        handle = Handle(routing.tokens, _Sent(lists.order_TW, None, even, even))
-        return TokenRows(activations_of(x, received), slots_RK, weights_RK), handle
+        taken = [take_sends(part, lists.token_WB, None, self.comm.rank) for part in parts]
+        sent = self._swap([*taken, lists.slots, lists.weights], lists.order_TW, bucket)
+        received = activations_of(x, [part.receive for part in taken])
+        return TokenRows(received, lists.slots.receive, lists.weights.receive), Handle(routing.tokens, sent)
+
+    def _swap(self, traffic: list[Traffic], order_TW: Tensor, bucket: int) -> _Sent:
+        even = [bucket] * self.comm.world
+        even[self.comm.rank] = 0
+        self.comm.all_to_all(
+            [part.send for part in traffic], even, even, into=[part.receive[bucket:] for part in traffic]
+        )
+        return _Sent(order_TW, None, bucket, even, even)
 
     def _dispatch_packed(
         self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int
     ) -> tuple[TokenRows, Handle]:
         """Few tokens, where launches cost more than bytes: one collective for all that belongs to a row."""
-        even = [bucket] * self.comm.world
         wire, order_TW = packed_sends(self.placement, routing, parts, self.comm.rank, bucket)
-        (received,) = self.comm.all_to_all([wire], even, even)
-        *rows, slots_RK, weights_RK = unpack_rows(received, parts, self.spec.top_k)
-        handle = Handle(routing.tokens, _Sent(order_TW, None, even, even))
-        return TokenRows(activations_of(x, rows), slots_RK, weights_RK), handle
+        sent = self._swap([wire], order_TW, bucket)
+        *rows, slots_RK, weights_RK = unpack_rows(wire.receive, parts, self.spec.top_k)
+        return TokenRows(activations_of(x, rows), slots_RK, weights_RK), Handle(routing.tokens, sent)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
         with self.stages("combine"):
             sent: _Sent = handle.notes
-            (back_SH,) = self.comm.all_to_all([y_RH], sent.receive, sent.send)
-            return sum_rows(back_SH, sent.order_TW, sent.counts_W, sent.send[0])
+            (back_SH,) = self.comm.all_to_all([y_RH[sent.own :]], sent.receive, sent.send)
+            return sum_rows(back_SH, y_RH, sent.order_TW, sent.counts_W, sent.own, self.comm.rank)
 
 
 def pads(bucket: int, padding: float) -> bool:

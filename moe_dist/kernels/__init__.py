@@ -30,64 +30,87 @@ class SendLists(NamedTuple):
     counts_W: Tensor
 
 
+class Traffic(NamedTuple):
+    """Rows under way. `send`: those for the other ranks, in the order of ranks. `receive`: a buffer for what comes from
+    all ranks; in its front lie already this rank's rows for itself, which need not travel, and behind them there is
+    room for those of the others, in the order of ranks."""
+
+    send: Tensor
+    receive: Tensor
+
+
 class EvenLists(NamedTuple):
-    """The same where all places travel and nobody asks how many are real: slots_SK int32 and weights_SK float32 of all
-    S = W·B places, as the targets will use them."""
+    """The same where all places travel and nobody asks how many are real: slots int32 and weights float32 [S, K] of
+    S = (W - 1)·B places to send and W·B to receive, as the targets will use them."""
 
     order_TW: Tensor
     token_WB: Tensor
-    slots_SK: Tensor
-    weights_SK: Tensor
+    slots: Traffic
+    weights: Traffic
 
 
 def row_bytes(part: Tensor) -> int:
     return math.prod(part.shape[1:]) * part.itemsize
 
 
-def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tensor:
-    """The rows [T, ...] of a SendLists' tokens, for all targets: [W·B, ...], FP8 too. With `counts_W` one list begins
-    right behind the other, without it at w · B. What rows of padding, and those at the end, hold is undefined."""
+def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int) -> Traffic:
+    """The rows [T, ...] of a SendLists' tokens, FP8 too: [(W - 1)·B, ...] to send and [W·B, ...] to receive. With
+    `counts_W` one list begins right behind the other, without it each takes B rows. What rows of padding, and those at
+    the end, hold is undefined."""
     if rows.is_cuda:
         from moe_dist.kernels.triton.rows import take_sends as kernel
 
-        return kernel(rows, token_WB, counts_W)
+        return Traffic(*kernel(rows, token_WB, counts_W, rank))
+    world, bucket = token_WB.shape
+    receive = rows.new_empty(world * bucket, *rows.shape[1:])
     if not len(rows):
-        return rows.new_empty(token_WB.numel(), *rows.shape[1:])
-    taken = rows[token_WB.flatten().clamp_min(0)]
-    if counts_W is None:
-        return taken
-    real = torch.arange(token_WB.shape[1])[None] < counts_W[:, None]
-    return torch.cat([taken[real.flatten()], taken[~real.flatten()]])
+        return Traffic(receive[bucket:], receive)
+    taken_WB = rows[token_WB.clamp_min(0)]
+    receive[:bucket] = taken_WB[rank]
+    send = _of_others(taken_WB, rank).flatten(0, 1)
+    if counts_W is not None:
+        real = (torch.arange(bucket)[None] < _of_others(counts_W, rank)[:, None]).flatten()
+        send = torch.cat([send[real], send[~real]])
+    return Traffic(send, receive)
 
 
-def unpack_pairs(pairs_WPM: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tensor]:
     """slots_RK int32 and weights_RK float32 from what W ranks sent of their SendLists' `pairs`: as many as each list's
-    number says, one list behind the other, `rows` in all."""
+    number says, one list behind the other, `rank`'s own first, `rows` in all."""
     if pairs_WPM.is_cuda:
         from moe_dist.kernels.triton.sendlist import unpack_pairs as kernel
 
-        return kernel(pairs_WPM, rows)
+        return kernel(pairs_WPM, rows, rank)
     top_k = pairs_WPM.shape[2] // 2
+    pairs_WPM = torch.cat([pairs_WPM[rank, None], _of_others(pairs_WPM, rank)])
     kept_WB = torch.arange(pairs_WPM.shape[1] - 1)[None] < pairs_WPM[:, -1, :1]
     slots_RK, weights_RK = pairs_WPM[:, :-1][kept_WB].split(top_k, 1)
     return slots_RK.contiguous(), weights_RK.contiguous().view(torch.float32)
 
 
-def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int = 0) -> Tensor:
-    """y[t] = sum over w of rows[start[w] + order[t, w]], added in float32 in the order of w, in the dtype of `rows`; an
-    order of -1 adds nothing. start[w] is the sum of the counts before w, or w · bucket without counts. No atomics: the
-    same bits in every run."""
-    if rows_RH.is_cuda:
+def sum_rows(
+    back_SH: Tensor, own_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int, rank: int
+) -> Tensor:
+    """y[t] = sum over w of the row at order[t, w] of what rank w computed, added in float32 in the order of w, in the
+    dtype of `back`; an order of -1 adds nothing. `own` begins with what this rank computed for itself; `back` holds
+    that of the others, one behind another, each as many rows as its count says, or `bucket` without counts. No atomics:
+    the same bits in every run."""
+    if back_SH.is_cuda:
         from moe_dist.kernels.triton.rows import sum_rows as kernel
 
-        return kernel(rows_RH, order_TW, counts_W, bucket)
-    y_TH = torch.zeros(order_TW.shape[0], rows_RH.shape[1], dtype=torch.float32)
+        return kernel(back_SH, own_RH, order_TW, counts_W, bucket, rank)
+    y_TH = torch.zeros(order_TW.shape[0], back_SH.shape[1], dtype=torch.float32)
     start = 0
     for w, order_T in enumerate(order_TW.unbind(1)):
         token = (order_T >= 0).nonzero()[:, 0]
-        y_TH[token] += rows_RH[start + order_T[token]].float()
-        start += bucket if counts_W is None else int(counts_W[w])
-    return y_TH.to(rows_RH.dtype)
+        rows = own_RH if w == rank else back_SH[start:]
+        y_TH[token] += rows[order_T[token]].float()
+        start += 0 if w == rank else bucket if counts_W is None else int(counts_W[w])
+    return y_TH.to(back_SH.dtype)
+
+
+def _of_others(by_rank: Tensor, rank: int) -> Tensor:
+    return torch.cat([by_rank[:rank], by_rank[rank + 1 :]])
 
 
 def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
@@ -117,26 +140,39 @@ def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
     if routing.ids_TK.is_cuda:
         from moe_dist.kernels.triton.sendlist import even_lists as kernel
 
-        return EvenLists(*kernel(placement, routing, rank, bucket))
+        order_TW, token_WB, *lists = kernel(placement, routing, rank, bucket)
+        return EvenLists(order_TW, token_WB, *(in_order(one, placement.world, bucket) for one in lists))
     order_TW, token_WB, slots_WBK, weights_WBK, _ = _send_lists_torch(placement, routing, rank, bucket)
-    return EvenLists(order_TW, token_WB, slots_WBK.flatten(0, 1), weights_WBK.flatten(0, 1))
+    traffic = []
+    for of_rank in (slots_WBK, weights_WBK):
+        sent, room = _of_others(of_rank, rank), torch.empty_like(of_rank[1:])
+        traffic.append(in_order(torch.cat([sent, of_rank[rank, None], room]).flatten(0, 1), placement.world, bucket))
+    return EvenLists(order_TW, token_WB, *traffic)
+
+
+def in_order(rows: Tensor, world: int, bucket: int) -> Traffic:
+    """Traffic of even lists in one buffer of 2·W - 1 of them: the others', one's own, and room."""
+    return Traffic(rows[: (world - 1) * bucket], rows[(world - 1) * bucket :])
 
 
 def packed_sends(
     placement: Placement, routing: Routing, parts: list[Tensor], rank: int, bucket: int
-) -> tuple[Tensor, Tensor]:
-    """The rows that `send_lists` names, as they travel when there are few: int32 words [W·bucket, row], a row being its
-    parts, its K slots and its K weights one behind another; and order_TW. Rows of padding have slots of -1 and weights
-    of 0; what else they hold is undefined. `parts` are [T, ...] with rows of whole words.
+) -> tuple[Traffic, Tensor]:
+    """The rows that `even_lists` names, as they travel when there are few: int32 words [S, row], a row being its parts,
+    its K slots and its K weights one behind another; and order_TW. Rows of padding have slots of -1 and weights of 0;
+    what else they hold is undefined. `parts` are [T, ...] with rows of whole words.
     """
     words = [part.flatten(1).view(torch.int32) for part in parts]
     if routing.ids_TK.is_cuda:
         from moe_dist.kernels.triton.sendlist import packed_sends as kernel
 
-        return kernel(placement, routing, words, rank, bucket)
+        wire, order_TW = kernel(placement, routing, words, rank, bucket)
+        return in_order(wire, placement.world, bucket), order_TW
     lists = even_lists(placement, routing, rank, bucket)
-    taken = [take_sends(part, lists.token_WB, None) for part in words]
-    return torch.cat([*taken, lists.slots_SK, lists.weights_SK.view(torch.int32)], 1), lists.order_TW
+    taken = [take_sends(part, lists.token_WB, None, rank) for part in words]
+    bits = Traffic(*(weights.view(torch.int32) for weights in lists.weights))
+    send, receive = (torch.cat(columns, 1) for columns in zip(*taken, lists.slots, bits, strict=True))
+    return Traffic(send, receive), lists.order_TW
 
 
 def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:

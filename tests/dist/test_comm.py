@@ -98,14 +98,18 @@ def swap_everything(comm: Comm, seed: int) -> list[str]:
     receive = [row[comm.rank] for row in counts]
     wrong = [] if comm.to_host(torch.tensor([send, receive]))() == [send, receive] else ["to_host"]
     got = comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive)
+    into = [torch.zeros_like(rows) for rows in got]
+    comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive, into)
     for i, dtype in enumerate(DTYPES):
         pieces = []
         for source in range(comm.world):
             start = sum(counts[source][: comm.rank])
             pieces.append(sent(source, i)[start : start + counts[source][comm.rank]])
-        if not same(got[i], torch.cat(pieces)):
-            wrong.append(f"{dtype} {counts}")
-    return wrong
+        for name, rows in (("new", got[i]), ("into", into[i])):
+            if not same(rows, torch.cat(pieces)):
+                wrong.append(f"{name} {dtype} {counts}")
+    comm.all_to_all([sent(comm.rank, 0)], send, receive, [into[0].fill_(0)])
+    return wrong if same(into[0], got[0]) else [*wrong, f"one part into {counts}"]
 
 
 @pytest.mark.parametrize("seed", range(6))

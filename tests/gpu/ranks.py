@@ -43,8 +43,15 @@ class ThroughHost(Comm):
     def all_reduce(self, rows: Tensor) -> Tensor:
         return rows.copy_(self._here([self.host.all_reduce(rows.cpu())])[0])
 
-    def all_to_all(self, parts: Sequence[Tensor], send: Sequence[int], receive: Sequence[int]) -> list[Tensor]:
-        return self._here(self.host.all_to_all([part.cpu() for part in parts], send, receive))
+    def all_to_all(
+        self,
+        parts: Sequence[Tensor],
+        send: Sequence[int],
+        receive: Sequence[int],
+        into: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        arrived = self._here(self.host.all_to_all([part.cpu() for part in parts], send, receive))
+        return arrived if into is None else [target.copy_(part) for target, part in zip(into, arrived, strict=True)]
 
     def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         self.sequence, self.bytes_sent = self.host.sequence, self.host.bytes_sent

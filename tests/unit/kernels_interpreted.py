@@ -1,5 +1,7 @@
 """The Triton row kernels against torch in Triton's interpreter; run by test_kernels.py in a process of its own."""
 
+import itertools
+
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
@@ -32,25 +34,35 @@ def test_quantize_rows_gives_the_codes_of_torch(kind):
 def test_take_sends(dtype):
     from moe_dist.kernels.triton.rows import take_sends
 
-    token = torch.tensor([[3, 0, -1, -1], [-1, -1, -1, -1], [0, 1, 2, 6]], dtype=torch.int32)
-    counts = torch.tensor([2, 0, 4], dtype=torch.int32)
+    lists = [[3, 0], [], [0, 1, 2, 6]]
+    token = torch.tensor([one + [-1] * (4 - len(one)) for one in lists], dtype=torch.int32)
+    counts = torch.tensor([len(one) for one in lists], dtype=torch.int32)
     for shape in ((7, 320), (7, 3), (7,)):
         rows = torch.randn(shape).to(dtype)
-        expected = rows.float()[[3, 0, 0, 1, 2, 6]]
-        for take in (take_sends, kernels.take_sends):
-            assert torch.equal(take(rows, token, counts)[:6].float(), expected)
-            padded = take(rows, token, None)  # rows of padding may hold anything
-            assert torch.equal(padded[[0, 1, 8, 9, 10, 11]].float(), expected)
+        for rank, take in itertools.product(range(3), (take_sends, kernels.take_sends)):
+            others = lists[:rank] + lists[rank + 1 :]
+            listed = [token for one in others for token in one]
+            places = [4 * place + k for place, one in enumerate(others) for k in range(len(one))]
+            for given, at in ((counts, range(len(listed))), (None, places)):  # rows of padding may hold anything
+                send, receive = take(rows, token, given, rank)
+                assert (len(send), len(receive)) == (8, 12)
+                assert torch.equal(send[list(at)].float(), rows.float()[listed])
+                assert torch.equal(receive[: len(lists[rank])].float(), rows.float()[lists[rank]])
 
 
 def test_sum_rows():
     from moe_dist.kernels.triton.rows import sum_rows
 
-    rows = torch.randn(9, 200)
     order = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 1, 0]], dtype=torch.int32)
     counts = torch.tensor([2, 2, 5], dtype=torch.int32)
-    for arguments in ((counts, 0), (None, 3)):
-        assert torch.allclose(sum_rows(rows, order, *arguments), kernels.sum_rows(rows, order, *arguments), atol=1e-6)
+    for rank, given in itertools.product(range(3), (counts, None)):
+        computed = [torch.randn(5 if given is None else int(count), 200) for count in counts]
+        back = torch.cat(computed[:rank] + computed[rank + 1 :])
+        expected = torch.zeros(3, 200)
+        for token, w in (order >= 0).nonzero().tolist():
+            expected[token] += computed[w][order[token, w]]
+        for add in (sum_rows, kernels.sum_rows):
+            assert torch.allclose(add(back, computed[rank], order, given, 5, rank), expected, atol=1e-6)
 
 
 def test_send_lists():
@@ -64,22 +76,33 @@ def test_send_lists():
         ids = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)]).to(torch.int32)
         ids[torch.rand(tokens, 3) < 0.1] = -1
         routing = Routing(ids, torch.rand(tokens, 3))
-        rank = placement.world - 1
-        expected = kernels.send_lists(placement, routing, rank, bucket)
-        found = send_lists(placement, routing, rank, bucket)
-        for name, one, other in zip(expected._fields, found, expected, strict=True):
-            if name == "pairs_WPM":  # of the last place only the number counts
-                assert torch.equal(one[:, -1, 0], other[:, -1, 0])
-                one, other = one[:, :-1], other[:, :-1]
-            assert torch.equal(one, other), (name, tp, ep)
-        rows = int(expected.counts_W.sum())
-        for one, other in zip(unpack_pairs(found[2], rows), kernels.unpack_pairs(found[2], rows), strict=True):
-            assert torch.equal(one, other), (tp, ep)
-        even = kernels.even_lists(placement, routing, rank, bucket)
-        for name, one, other in zip(even._fields, even_lists(placement, routing, rank, bucket), even, strict=True):
-            assert torch.equal(one, other), (name, tp, ep)
-        assert torch.equal(even.slots_SK, expected.pairs_WPM[:, :-1, :3].flatten(0, 1))
-        assert torch.equal(even.weights_SK, expected.pairs_WPM[:, :-1, 3:].flatten(0, 1).view(torch.float32))
+        for rank in {0, 1, placement.world - 1}:
+            expected = kernels.send_lists(placement, routing, rank, bucket)
+            found = send_lists(placement, routing, rank, bucket)
+            for name, one, other in zip(expected._fields, found, expected, strict=True):
+                if name == "pairs_WPM":  # of the last place only the number counts
+                    assert torch.equal(one[:, -1, 0], other[:, -1, 0])
+                    one, other = one[:, :-1], other[:, :-1]
+                assert torch.equal(one, other), (name, tp, ep)
+            lists = [pairs[: int(count)] for pairs, count in zip(expected.pairs_WPM, expected.counts_W, strict=True)]
+            own_first = torch.cat([lists[rank], *lists[:rank], *lists[rank + 1 :]])
+            for unpack in (unpack_pairs, kernels.unpack_pairs):
+                slots, weights = unpack(found[2], len(own_first), rank)
+                assert torch.equal(slots, own_first[:, :3])
+                assert torch.equal(weights, own_first[:, 3:].contiguous().view(torch.float32))
+            padded = expected.pairs_WPM[:, :-1]
+            sent = torch.cat([padded[:rank], padded[rank + 1 :]]).flatten(0, 1)
+            order, tokens_out, *traffic = even_lists(placement, routing, rank, bucket)
+            even = kernels.even_lists(placement, routing, rank, bucket)
+            assert torch.equal(order, even.order_TW)
+            assert torch.equal(tokens_out, even.token_WB)
+            listed = [kernels.in_order(one, placement.world, bucket) for one in traffic]
+            for slots, weights in (listed, (even.slots, even.weights)):
+                assert len(slots.receive) == len(weights.receive) == placement.world * bucket
+                for expected_rows, place in ((sent, "send"), (padded[rank], "receive")):
+                    one, other = (getattr(of, place)[: len(expected_rows)] for of in (slots, weights))
+                    assert torch.equal(one, expected_rows[:, :3])
+                    assert torch.equal(other, expected_rows[:, 3:].contiguous().view(torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8_block"])
@@ -96,14 +119,17 @@ def test_packed_sends(kind):
         routing = Routing(ids, torch.rand(tokens, 3))
         x = torch.randn(tokens, 384).bfloat16()
         parts = parts_of(x if kind == "bf16" else kernels.quantize_rows(x, kind))
-        rank = placement.world - 1
-        expected_wire, expected_order = kernels.packed_sends(placement, routing, parts, rank, bucket)
         words = [part.flatten(1).view(torch.int32) for part in parts]
-        wire, order = packed_sends(placement, routing, words, rank, bucket)
-        assert torch.equal(order, expected_order)
-        assert torch.equal(wire[:, -6:], expected_wire[:, -6:])
-        used = (wire[:, -6:-3] >= 0).any(1)  # rows of padding may hold anything
-        assert torch.equal(wire[used], expected_wire[used])
-        pieces = unpack_rows(wire, [kernels.row_bytes(part) // 4 for part in parts] + [3, 3])
-        for piece, expected in zip(pieces, kernels.unpack_rows(expected_wire, parts, 3), strict=True):
-            assert torch.equal(piece[used], expected.flatten(1).view(torch.int32)[used])
+        for rank in {0, placement.world - 1}:
+            expected, expected_order = kernels.packed_sends(placement, routing, parts, rank, bucket)
+            packed, order = packed_sends(placement, routing, words, rank, bucket)
+            found = kernels.in_order(packed, placement.world, bucket)
+            assert torch.equal(order, expected_order)
+            assert (len(found.send), len(found.receive)) == (len(expected.send), len(expected.receive))
+            for wire, wanted in ((found.send, expected.send), (found.receive[:bucket], expected.receive[:bucket])):
+                assert torch.equal(wire[:, -6:], wanted[:, -6:])
+                used = (wire[:, -6:-3] >= 0).any(1)  # rows of padding may hold anything
+                assert torch.equal(wire[used], wanted[used])
+                pieces = unpack_rows(wire, [kernels.row_bytes(part) // 4 for part in parts] + [3, 3])
+                for piece, one in zip(pieces, kernels.unpack_rows(wanted, parts, 3), strict=True):
+                    assert torch.equal(piece[used], one.flatten(1).view(torch.int32)[used])

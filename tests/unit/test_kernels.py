@@ -45,29 +45,32 @@ def kernels():
     yield quantize._quantize_whole_rows, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "TINY": 1e-12, "WIDTH": 8192,
                                           **fp8}  # fmt: skip
     yield quantize._cast, {"x": "*bf16", "q": "*fp8e4nv", "scale": "*fp32", "BLOCK": 2048, **fp8}
-    yield rows._take_sends, {**dict.fromkeys(("source", "token", "counts", "target"), "*i32"), "width": "i32",
-                             "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
-    yield rows._sum_rows, {"rows": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16", "hidden": "i32",
-                           "bucket": "i32", "COUNTED": True, "WORLD": 4, "BLOCK": 1024}  # fmt: skip
+    yield rows._take_sends, {**dict.fromkeys(("source", "token", "counts", "send", "receive"), "*i32"), "width": "i32",
+                             "rank": "i32", "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
+    yield rows._sum_rows, {"back": "*bf16", "own": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16",
+                           "hidden": "i32", "bucket": "i32", "rank": "i32", "COUNTED": True, "WORLD": 4,
+                           "BLOCK": 1024}  # fmt: skip
     for counted in (True, False):
         yield sendlist._send_lists, {
             **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "pairs", "counts"), "*i32"),
             "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
-            **dict.fromkeys(("T", "BUCKET", "own_group", "EXPERTS", "COPIES"), "i32"),
-            "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "COUNTED": counted, "BLOCK": 512,
+            **dict.fromkeys(("T", "BUCKET", "rank", "own_group", "EXPERTS", "COPIES"), "i32"),
+            "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "COUNTED": counted, "PARTS": True, "LOOK": 1024,
+            "BLOCK": 256,
         }  # fmt: skip
     words = ("values", "scales", "wire", "ids", "slot_table", "orders")
     yield sendlist._packed_sends, {
         **dict.fromkeys(words, "*i32"), "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
-        **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS", "ROW_WORDS"), "i32"),
+        **dict.fromkeys(("T", "rank", "own_group", "EXPERTS", "COPIES"), "i32"),
+        **dict.fromkeys(("VALUE_WORDS", "SCALE_WORDS", "ROW_WORDS"), "i32"),
         "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "TOKENS": 64, "SCALES": 64, "BLOCK": 2048,
     }  # fmt: skip
     yield sendlist._unpack_rows, {
         **dict.fromkeys(("wire", "long", "a", "b", "c"), "*i32"),
         **dict.fromkeys(("ROW_WORDS", "LONG", "A", "B", "C"), "i32"), "SHORT": 64, "BLOCK": 2048,
     }  # fmt: skip
-    yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "K": 8,
-                                   "PLACES": 8, "SOURCES": 4, "BLOCK": 128}  # fmt: skip
+    yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "rank": "i32",
+                                   "K": 8, "PLACES": 8, "SOURCES": 4, "BLOCK": 128}  # fmt: skip
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,

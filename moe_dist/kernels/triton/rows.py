@@ -12,62 +12,71 @@ from torch import Tensor
 from moe_dist.kernels.triton.launch import launch
 
 
-def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None) -> Tensor:
+def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """See kernels.take_sends."""
     world, bucket = token_WB.shape
-    out = rows.new_empty(world * bucket, *rows.shape[1:])
-    if not out.numel() or not len(rows):
-        return out
+    send = rows.new_empty((world - 1) * bucket, *rows.shape[1:])
+    receive = rows.new_empty(world * bucket, *rows.shape[1:])
+    if not receive.numel() or not len(rows):
+        return send, receive
     words = torch.int32 if math.prod(rows.shape[1:]) * rows.itemsize % 4 == 0 else torch.uint8
-    source, target = rows.reshape(len(rows), -1).view(words), out.view(len(out), -1).view(words)
+    source = rows.reshape(len(rows), -1).view(words)
     width = source.shape[1]
     block = min(2048, triton.next_power_of_2(width))
     compact = counts_W is not None
     launch(
         _take_sends,
         (world, bucket, triton.cdiv(width, block)),
-        (source, token_WB, token_WB if counts_W is None else counts_W, target),
-        (width,),
+        (source, token_WB, token_WB if counts_W is None else counts_W, send.view(words), receive.view(words)),
+        (width, rank),
         (compact, triton.next_power_of_2(world), block),
         num_warps=4,
     )
-    return out
+    return send, receive
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _take_sends(
-    source, token, counts, target, width, COMPACT: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr
-):
+    source, token, counts, send, receive, width, rank, COMPACT: tl.constexpr, TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     to, place, bucket = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     taken = tl.load(token + to * bucket + place).to(tl.int64)
     if taken >= 0:
         if COMPACT:
             lower = tl.arange(0, TARGETS)
-            start = tl.sum(tl.load(counts + lower, mask=lower < to, other=0), 0)
+            start = tl.sum(tl.load(counts + lower, mask=(lower < to) & (lower != rank), other=0), 0)
         else:
-            start = to * bucket
+            start = (to - (to > rank).to(tl.int32)) * bucket
         column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         values = tl.load(source + taken * width + column, mask=inside)
-        tl.store(target + (start + place).to(tl.int64) * width + column, values, mask=inside)
+        if to == rank:
+            tl.store(receive + place.to(tl.int64) * width + column, values, mask=inside)
+        else:
+            tl.store(send + (start + place).to(tl.int64) * width + column, values, mask=inside)
 
 
-def sum_rows(rows_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int) -> Tensor:
+def sum_rows(
+    back_SH: Tensor, own_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int, rank: int
+) -> Tensor:
     """See kernels.sum_rows."""
     tokens, world = order_TW.shape
-    hidden = rows_RH.shape[1]
-    y_TH = rows_RH.new_empty(tokens, hidden)
+    hidden = back_SH.shape[1]
+    y_TH = back_SH.new_empty(tokens, hidden)
     if y_TH.numel():
         block = min(1024, triton.next_power_of_2(hidden))
         grid = (tokens, triton.cdiv(hidden, block), 1)
         counts = order_TW if counts_W is None else counts_W
         constants = (counts_W is not None, world, block)
-        launch(_sum_rows, grid, (rows_RH, order_TW, counts, y_TH), (hidden, bucket), constants)
+        launch(_sum_rows, grid, (back_SH, own_RH, order_TW, counts, y_TH), (hidden, bucket, rank), constants)
     return y_TH
 
 
-@triton.jit(do_not_specialize=["bucket"])
-def _sum_rows(rows, order, counts, y, hidden, bucket, COUNTED: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["bucket", "rank"])
+def _sum_rows(
+    back, own, order, counts, y, hidden, bucket, rank, COUNTED: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
@@ -75,10 +84,14 @@ def _sum_rows(rows, order, counts, y, hidden, bucket, COUNTED: tl.constexpr, WOR
     start = tl.zeros((), dtype=tl.int64)
     for w in tl.static_range(WORLD):
         place = tl.load(order + token * WORLD + w).to(tl.int64)
-        if place >= 0:
-            total += tl.load(rows + (start + place) * hidden + column, mask=inside, other=0.0).to(tl.float32)
-        if COUNTED:
-            start += tl.load(counts + w).to(tl.int64)
+        if w == rank:
+            if place >= 0:
+                total += tl.load(own + place * hidden + column, mask=inside, other=0.0).to(tl.float32)
         else:
-            start += bucket
+            if place >= 0:
+                total += tl.load(back + (start + place) * hidden + column, mask=inside, other=0.0).to(tl.float32)
+            if COUNTED:
+                start += tl.load(counts + w).to(tl.int64)
+            else:
+                start += bucket
     tl.store(y + token * hidden + column, total.to(y.dtype.element_ty), mask=inside)

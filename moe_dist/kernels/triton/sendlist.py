@@ -24,8 +24,8 @@ def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
 
 
 def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See kernels.even_lists."""
-    places, top_k = placement.world * bucket, routing.ids_TK.shape[1]
+    """order_TW and token_WB; slots and weights as kernels.in_order wants them."""
+    places, top_k = (2 * placement.world - 1) * bucket, routing.ids_TK.shape[1]
     slots_SK, weights_SK = torch.empty(2, places, top_k, dtype=torch.int32, device=routing.ids_TK.device)
     return *_listed(placement, routing, rank, bucket, slots_SK, None), slots_SK, weights_SK.view(torch.float32)
 
@@ -33,18 +33,21 @@ def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
 def _listed(
     placement: Placement, routing: Routing, rank: int, bucket: int, pairs: Tensor, counts_W: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it slots, and weights behind them."""
+    """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it slots, and weights behind them, in
+    the order of kernels.in_order."""
     tokens, world, device = routing.tokens, placement.world, routing.ids_TK.device
     inputs, sizes, constants = _choices(placement, routing, rank)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     token_WB = torch.empty(world, bucket, dtype=torch.int32, device=device)
-    block = max(16, min(512, 4096 // constants[-1], triton.next_power_of_2(max(tokens, 1))))
+    look = max(16, min(1024, 8192 // constants[-1], triton.next_power_of_2(max(tokens, 1))))
+    block = min(256, look)
+    parts = max(1, triton.cdiv(bucket, block))
     launch(
         _send_lists,
-        (world, 1, 1),
+        (world, parts, 1),
         (*inputs, order_TW, token_WB, pairs, token_WB if counts_W is None else counts_W),
         (tokens, bucket, *sizes),
-        (*constants, counts_W is not None, block),
+        (*constants, counts_W is not None, parts > 1, look, block),
         num_warps=8,
     )
     return order_TW, token_WB
@@ -59,7 +62,7 @@ def _choices(
     chosen = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
     return (
         (*chosen, tables.slots_GE, tables.groups_EC, tables.copies_E),
-        (rank // placement.tp, experts, copies),
+        (rank, rank // placement.tp, experts, copies),
         (top_k, placement.tp, copies > 1, triton.next_power_of_2(top_k)),
     )
 
@@ -87,51 +90,70 @@ def _served_by(
 
 
 @triton.jit
+def _even_list(target, rank, world):
+    """The place of a target's list in the order of kernels.in_order: one's own is behind those of the others."""
+    return tl.where(target == rank, world - 1, target - (target > rank).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["rank", "own_group"])
 def _send_lists(
     ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, pairs, counts,
-    T, BUCKET, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr,
-    PLACES: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+    T, BUCKET, rank, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr,
+    PLACES: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr, LOOK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each target rank. It walks the tokens in order, so a running count orders what it takes."""
-    target = tl.program_id(0)
+    """One program for each target rank and each BLOCK of its places and of the tokens. Where there are several, each
+    counts by itself what the target takes of all tokens, and of those before its own: a few reads of the same lines,
+    where programs that wait for each other, or walk the tokens in turn, took several times as long."""
+    target, part = tl.program_id(0), tl.program_id(1)
     world = tl.num_programs(0)
     group = target // TP
+    first = part * BLOCK
+    before, total = 0, 0
+    if PARTS:
+        for start in range(0, T, LOOK):
+            token = start + tl.arange(0, LOOK)
+            _, _, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
+                                    COPIES, K, REPLICATED, PLACES)  # fmt: skip
+            wanted = tl.max(here.to(tl.int32), 1)
+            total += tl.sum(wanted, 0)
+            before += tl.sum(tl.where(token < first, wanted, 0), 0)
+    token = first + tl.arange(0, BLOCK)
+    at, expert, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
+                                  COPIES, K, REPLICATED, PLACES)  # fmt: skip
+    wanted = tl.max(here.to(tl.int32), 1)
+    if not PARTS:
+        total = tl.sum(wanted, 0)
+    order = before + tl.cumsum(wanted, 0) - 1
+    takes = wanted > 0
     place = tl.arange(0, PLACES)[None, :]
     PITCH: tl.constexpr = 2 * K if COUNTED else K  # words from a place's slots to the next one's
-    to_weights = K if COUNTED else world * BUCKET * K
-    pairs += target.to(tl.int64) * (BUCKET + COUNTED) * PITCH
-    taken = 0
-    for start in range(0, T, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        inside = token < T
-        at, expert, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
-                                      COPIES, K, REPLICATED, PLACES)  # fmt: skip
-        wanted = tl.max(here.to(tl.int32), 1)
-        order = taken + tl.cumsum(wanted, 0) - 1
-        takes = wanted > 0
-        tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=inside)
-        tl.store(tokens_out + target * BUCKET + order, token, mask=takes)
-        slot = tl.load(slot_table + group * EXPERTS + expert, mask=here, other=-1)
-        weight = tl.load(weights + at, mask=here, other=0.0)
-        out = pairs + order[:, None] * PITCH + place
-        stored = takes[:, None] & (place < K)
-        tl.store(out, slot, mask=stored)
-        tl.store(out + to_weights, weight.to(tl.int32, bitcast=True), mask=stored)
-        taken += tl.sum(wanted, 0)
     if COUNTED:
-        tl.store(counts + target, taken)
-        tl.store(pairs + BUCKET * PITCH, taken)
-    for start in range(taken, BUCKET, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        padding = row < BUCKET
-        tl.store(tokens_out + target * BUCKET + row, tl.zeros((BLOCK,), tl.int32) - 1, mask=padding)
-        out = pairs + row[:, None] * PITCH + place
-        stored = padding[:, None] & (place < K)
-        tl.store(out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
-        tl.store(out + to_weights, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
+        to_weights = K
+        pairs += target.to(tl.int64) * (BUCKET + 1) * PITCH
+        if part == 0:
+            tl.store(counts + target, total)
+            tl.store(pairs + BUCKET * PITCH, total)
+    else:
+        to_weights = (2 * world - 1) * BUCKET * K
+        pairs += _even_list(target, rank, world).to(tl.int64) * BUCKET * PITCH
+    tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=token < T)
+    tl.store(tokens_out + target * BUCKET + order, token, mask=takes)
+    slot = tl.load(slot_table + group * EXPERTS + expert, mask=here, other=-1)
+    weight = tl.load(weights + at, mask=here, other=0.0)
+    out = pairs + order[:, None] * PITCH + place
+    stored = takes[:, None] & (place < K)
+    tl.store(out, slot, mask=stored)
+    tl.store(out + to_weights, weight.to(tl.int32, bitcast=True), mask=stored)
+    row = first + tl.arange(0, BLOCK)
+    padding = (row >= total) & (row < BUCKET)
+    tl.store(tokens_out + target * BUCKET + row, tl.zeros((BLOCK,), tl.int32) - 1, mask=padding)
+    out = pairs + row[:, None] * PITCH + place
+    stored = padding[:, None] & (place < K)
+    tl.store(out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
+    tl.store(out + to_weights, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
 
 
-def unpack_pairs(pairs_WPM: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tensor]:
     """See kernels.unpack_pairs."""
     world, places, words = pairs_WPM.shape
     top_k, bucket = words // 2, places - 1
@@ -142,20 +164,22 @@ def unpack_pairs(pairs_WPM: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         block = max(1, min(1024 // padded, triton.next_power_of_2(bucket)))
         grid = (world, triton.cdiv(bucket, block), 1)
         constants = (top_k, padded, triton.next_power_of_2(world), block)
-        launch(_unpack_pairs, grid, (pairs_WPM, slots_RK, weights_RK), (bucket,), constants)
+        launch(_unpack_pairs, grid, (pairs_WPM, slots_RK, weights_RK), (bucket, rank), constants)
     return slots_RK, weights_RK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _unpack_pairs(
-    pairs, slots, weights, BUCKET, K: tl.constexpr, PLACES: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr
-):
+    pairs, slots, weights, BUCKET, rank, K: tl.constexpr, PLACES: tl.constexpr, SOURCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     source = tl.program_id(0)
     pitch = (BUCKET + 1) * 2 * K
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = tl.arange(0, PLACES)[None, :]
     lower = tl.arange(0, SOURCES)
-    before = tl.load(pairs + lower.to(tl.int64) * pitch + BUCKET * 2 * K, mask=lower < source, other=0)
+    earlier = (source != rank) & ((lower < source) | (lower == rank)) & (lower < tl.num_programs(0))
+    before = tl.load(pairs + lower.to(tl.int64) * pitch + BUCKET * 2 * K, mask=earlier, other=0)
     start = tl.sum(before, 0)
     count = tl.load(pairs + source.to(tl.int64) * pitch + BUCKET * 2 * K)
     inside = (row < count)[:, None] & (place < K)
@@ -168,13 +192,13 @@ def _unpack_pairs(
 def packed_sends(
     placement: Placement, routing: Routing, words: list[Tensor], rank: int, bucket: int
 ) -> tuple[Tensor, Tensor]:
-    """See kernels.packed_sends; `words` are its parts as [T, words] of int32."""
+    """The wire of kernels.packed_sends as kernels.in_order wants it, and order_TW. `words`: parts as int32 [T, …]."""
     (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
     inputs, sizes, constants = _choices(placement, routing, rank)
     values, scales = words[0], words[1] if len(words) > 1 else None
     value_words, scale_words = values.shape[1], 0 if scales is None else scales.shape[1]
     row_words = value_words + scale_words + 2 * top_k
-    wire = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
+    wire = torch.empty((2 * world - 1) * bucket, row_words, dtype=torch.int32, device=device)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     block = min(2048, triton.next_power_of_2(value_words))
     beside = values if scales is None else scales
@@ -188,10 +212,10 @@ def packed_sends(
     return wire, order_TW
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "rank", "own_group"])
 def _packed_sends(
     ids, weights, slot_table, group_table, copy_counts, values, scales, wire, orders,
-    T, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, ROW_WORDS, K: tl.constexpr, TP: tl.constexpr,
+    T, rank, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, ROW_WORDS, K: tl.constexpr, TP: tl.constexpr,
     REPLICATED: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each part of each row. Each looks through all tokens for its own, which for few is quicker than a
@@ -208,7 +232,7 @@ def _packed_sends(
     if (place == 0) & (part == 0):
         tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=token < T)
     mine = tl.max(tl.where(takes & (order == place), token, -1), 0)  # -1: padding
-    row = wire + (target * tl.num_programs(1) + place).to(tl.int64) * ROW_WORDS
+    row = wire + (_even_list(target, rank, world) * tl.num_programs(1) + place).to(tl.int64) * ROW_WORDS
     column = part * BLOCK + tl.arange(0, BLOCK)
     inside = column < tl.where(mine >= 0, VALUE_WORDS, 0)
     source = tl.maximum(mine, 0).to(tl.int64)
