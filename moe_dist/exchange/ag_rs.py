@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle, gather_tokens, payload_row_bytes
+from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
@@ -34,7 +35,7 @@ class AllGatherReduceScatter(Exchange):
         x = self.to_payload(x)
         with self.stages("dispatch"):
             x_all, all_routing = gather_tokens(self.comm, x, routing, bucket)
-            slots_RK = self.placement.slots_on(self.comm.rank, all_routing.ids_TK, sharded=bucket)
+            slots_RK = slots_on(self.placement, self.comm.rank, all_routing.ids_TK, sharded=bucket)
             return TokenRows(x_all, slots_RK, all_routing.weights_TK), Handle(routing.tokens)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

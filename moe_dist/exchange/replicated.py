@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange, Handle
+from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
@@ -29,7 +30,7 @@ class AllReduce(Exchange):
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         with self.stages("dispatch"):
-            slots_TK = self.placement.slots_on(self.comm.rank, routing.ids_TK, sharded=bucket)
+            slots_TK = slots_on(self.placement, self.comm.rank, routing.ids_TK, sharded=bucket)
             return TokenRows(x, slots_TK, routing.weights_TK), Handle(routing.tokens)
 
     def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:

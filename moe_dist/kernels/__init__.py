@@ -62,12 +62,9 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: in
 
         return Traffic(*kernel(rows, token_WB, counts_W, rank))
     world, bucket = token_WB.shape
-    receive = rows.new_empty(world * bucket, *rows.shape[1:])
     if not len(rows):
-        return Traffic(receive[bucket:], receive)
-    taken_WB = rows[token_WB.clamp_min(0)]
-    receive[:bucket] = taken_WB[rank]
-    send = _of_others(taken_WB, rank).flatten(0, 1)
+        return Traffic(*(rows.new_empty(ranks * bucket, *rows.shape[1:]) for ranks in (world - 1, world)))
+    send, receive = _traffic(rows[token_WB.clamp_min(0)], rank)
     if counts_W is not None:
         real = (torch.arange(bucket)[None] < _of_others(counts_W, rank)[:, None]).flatten()
         send = torch.cat([send[real], send[~real]])
@@ -109,6 +106,12 @@ def sum_rows(
     return y_TH.to(back_SH.dtype)
 
 
+def _traffic(lists_WB: Tensor, rank: int) -> Traffic:
+    receive = torch.empty_like(lists_WB)
+    receive[0] = lists_WB[rank]
+    return Traffic(_of_others(lists_WB, rank).flatten(0, 1), receive.flatten(0, 1))
+
+
 def _of_others(by_rank: Tensor, rank: int) -> Tensor:
     return torch.cat([by_rank[:rank], by_rank[rank + 1 :]])
 
@@ -120,6 +123,15 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
 
         return kernel(x_RH, kind, static_scale)
     return quantize_rows_torch(x_RH, kind, static_scale)
+
+
+def slots_on(placement: Placement, rank: int, ids_RK: Tensor, sharded: int | None = None) -> Tensor:
+    """See Placement.slots_on; one launch on a GPU where every expert has one copy."""
+    if ids_RK.is_cuda and ids_RK.numel() and not placement.replicated:
+        from moe_dist.kernels.triton.sendlist import slots_on as kernel
+
+        return kernel(placement, rank, ids_RK)
+    return placement.slots_on(rank, ids_RK, sharded)
 
 
 def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> SendLists:
@@ -141,18 +153,9 @@ def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
         from moe_dist.kernels.triton.sendlist import even_lists as kernel
 
         order_TW, token_WB, *lists = kernel(placement, routing, rank, bucket)
-        return EvenLists(order_TW, token_WB, *(in_order(one, placement.world, bucket) for one in lists))
-    order_TW, token_WB, slots_WBK, weights_WBK, _ = _send_lists_torch(placement, routing, rank, bucket)
-    traffic = []
-    for of_rank in (slots_WBK, weights_WBK):
-        sent, room = _of_others(of_rank, rank), torch.empty_like(of_rank[1:])
-        traffic.append(in_order(torch.cat([sent, of_rank[rank, None], room]).flatten(0, 1), placement.world, bucket))
-    return EvenLists(order_TW, token_WB, *traffic)
-
-
-def in_order(rows: Tensor, world: int, bucket: int) -> Traffic:
-    """Traffic of even lists in one buffer of 2·W - 1 of them: the others', one's own, and room."""
-    return Traffic(rows[: (world - 1) * bucket], rows[(world - 1) * bucket :])
+        return EvenLists(order_TW, token_WB, Traffic(*lists[:2]), Traffic(*lists[2:]))
+    order_TW, token_WB, *lists, _ = _send_lists_torch(placement, routing, rank, bucket)
+    return EvenLists(order_TW, token_WB, *(_traffic(of_rank, rank) for of_rank in lists))
 
 
 def packed_sends(
@@ -162,14 +165,13 @@ def packed_sends(
     its K slots and its K weights one behind another; and order_TW. Rows of padding have slots of -1 and weights of 0;
     what else they hold is undefined. `parts` are [T, ...] with rows of whole words.
     """
-    words = [part.flatten(1).view(torch.int32) for part in parts]
     if routing.ids_TK.is_cuda:
         from moe_dist.kernels.triton.sendlist import packed_sends as kernel
 
-        wire, order_TW = kernel(placement, routing, words, rank, bucket)
-        return in_order(wire, placement.world, bucket), order_TW
+        send, receive, order_TW = kernel(placement, routing, parts, rank, bucket)
+        return Traffic(send, receive), order_TW
     lists = even_lists(placement, routing, rank, bucket)
-    taken = [take_sends(part, lists.token_WB, None, rank) for part in words]
+    taken = [take_sends(part.flatten(1).view(torch.int32), lists.token_WB, None, rank) for part in parts]
     bits = Traffic(*(weights.view(torch.int32) for weights in lists.weights))
     send, receive = (torch.cat(columns, 1) for columns in zip(*taken, lists.slots, bits, strict=True))
     return Traffic(send, receive), lists.order_TW
@@ -177,13 +179,12 @@ def packed_sends(
 
 def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:
     """The rows of `packed_sends` as tensors of their own: parts like `parts`, slots_SK, weights_SK."""
-    widths = [*(row_bytes(part) // 4 for part in parts), top_k, top_k]
     if wire_SW.is_cuda:
         from moe_dist.kernels.triton.sendlist import unpack_rows as kernel
 
-        pieces = kernel(wire_SW, widths)
-    else:
-        pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in torch.split(wire_SW, widths, 1)]
+        return kernel(wire_SW, parts, top_k)
+    widths = [*(row_bytes(part) // 4 for part in parts), top_k, top_k]
+    pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in torch.split(wire_SW, widths, 1)]
     *taken, slots_SK, weights = pieces
     rows = [piece.view(part.dtype).view(len(piece), *part.shape[1:]) for piece, part in zip(taken, parts, strict=True)]
     return [*rows, slots_SK, weights.view(torch.float32)]

@@ -1,18 +1,48 @@
-"""Small forwards of a backend, to be run under compute-sanitizer: python tests/gpu/sanitized.py BACKEND."""
+"""Small forwards of a backend, or the kernels of the exchanges, to be run under compute-sanitizer:
+python tests/gpu/sanitized.py BACKEND|exchange."""
 
 import sys
 
 import torch
 
+from moe_dist import kernels
 from moe_dist.backends import BACKENDS, Problem
+from moe_dist.exchange.base import parts_of
+from moe_dist.placement import Placement
+from moe_dist.routing import Routing
 from moe_dist.rows import TokenRows
-from moe_dist.spec import MoESpec
+from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.weights import random_weights
 
 CAPABILITY = (9, 0)
 
 
-def main(name: str) -> None:
+def exchange() -> None:
+    """What one of three ranks launches around its collectives, which don't run here."""
+    spec = MoESpec(hidden=384, intermediate=512, num_experts=7, top_k=3)
+    for replicas in ({}, {2: [1, 2]}):
+        placement = Placement.build(spec, ParallelSpec(ep=3, replicas=replicas))
+        for tokens, bucket in ((1, 1), (13, 16), (600, 700)):
+            ids = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)]).to(torch.int32)
+            ids[torch.rand(tokens, 3) < 0.1] = -1
+            routing = Routing(ids, torch.rand(tokens, 3)).to("cuda")
+            x = torch.randn(tokens, spec.hidden, device="cuda").bfloat16()
+            for rank, rows in ((1, x), (2, kernels.quantize_rows(x, "fp8_block"))):
+                kernels.slots_on(placement, rank, routing.ids_TK, bucket)
+                for lists in (kernels.send_lists, kernels.even_lists):
+                    listed = lists(placement, routing, rank, bucket)
+                    counts = getattr(listed, "counts_W", None)
+                    taken = [kernels.take_sends(part, listed.token_WB, counts, rank) for part in parts_of(rows)]
+                    if counts is not None:
+                        total = int(listed.pairs_WPM[:, -1, 0].sum())
+                        kernels.unpack_pairs(listed.pairs_WPM, total, rank)
+                    sent = taken[0].send.bfloat16()
+                    kernels.sum_rows(sent, taken[0].receive.bfloat16(), listed.order_TW, counts, bucket, rank)
+                wire, _ = kernels.packed_sends(placement, routing, parts_of(rows), rank, bucket)
+                kernels.unpack_rows(wire.receive, parts_of(rows), spec.top_k)
+
+
+def backend_forwards(name: str) -> None:
     backend_class = BACKENDS.get(name)
     for quant in ("fp8_block", "none", "fp8_tensor_static", "fp8_channel"):
         spec = MoESpec(hidden=256, intermediate=384, num_experts=5, top_k=2, quant=quant)
@@ -29,10 +59,10 @@ def main(name: str) -> None:
             for config in (configs[0], configs[-1]):
                 backend.use_config(config)
                 backend.forward(rows)
-    torch.cuda.synchronize()
-    print("done")
 
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main(sys.argv[1])
+        exchange() if sys.argv[1] == "exchange" else backend_forwards(sys.argv[1])
+        torch.cuda.synchronize()
+        print("done")

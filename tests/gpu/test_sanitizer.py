@@ -19,13 +19,13 @@ OWN = [name for name in ("triton", "cutlass") if name in BACKENDS.names()]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("backend", OWN)
-def test_clean(backend, tool):
+@pytest.mark.parametrize("kernels", [*OWN, "exchange"])
+def test_clean(kernels, tool):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None or not torch.cuda.is_available():
         pytest.skip("needs a GPU and compute-sanitizer")
     script = Path(__file__).parent / "sanitized.py"
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), backend]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script), kernels]
     # Each tensor is an allocation of its own, so that an access behind its end is one.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=390)

@@ -65,6 +65,19 @@ def test_sum_rows():
             assert torch.allclose(add(back, computed[rank], order, given, 5, rank), expected, atol=1e-6)
 
 
+def test_slots_on():
+    from moe_dist.kernels.triton.sendlist import slots_on
+
+    spec = MoESpec(hidden=128, intermediate=512, num_experts=7, top_k=3)
+    placement = Placement.build(spec, ParallelSpec(tp=2, ep=3))
+    for tokens in (1, 200):
+        ids = torch.randint(-1, 7, (tokens, 3), dtype=torch.int32)
+        for rank in (0, 3, 5):
+            found = slots_on(placement, rank, ids)
+            assert found.dtype == torch.int32
+            assert torch.equal(found, placement.slots_on(rank, ids))
+
+
 def test_send_lists():
     from moe_dist.kernels.triton.sendlist import even_lists, send_lists, unpack_pairs
 
@@ -92,11 +105,11 @@ def test_send_lists():
                 assert torch.equal(weights, own_first[:, 3:].contiguous().view(torch.float32))
             padded = expected.pairs_WPM[:, :-1]
             sent = torch.cat([padded[:rank], padded[rank + 1 :]]).flatten(0, 1)
-            order, tokens_out, *traffic = even_lists(placement, routing, rank, bucket)
+            order, tokens_out, *found = even_lists(placement, routing, rank, bucket)
             even = kernels.even_lists(placement, routing, rank, bucket)
             assert torch.equal(order, even.order_TW)
             assert torch.equal(tokens_out, even.token_WB)
-            listed = [kernels.in_order(one, placement.world, bucket) for one in traffic]
+            listed = kernels.Traffic(*found[:2]), kernels.Traffic(*found[2:])
             for slots, weights in (listed, (even.slots, even.weights)):
                 assert len(slots.receive) == len(weights.receive) == placement.world * bucket
                 for expected_rows, place in ((sent, "send"), (padded[rank], "receive")):
@@ -119,17 +132,16 @@ def test_packed_sends(kind):
         routing = Routing(ids, torch.rand(tokens, 3))
         x = torch.randn(tokens, 384).bfloat16()
         parts = parts_of(x if kind == "bf16" else kernels.quantize_rows(x, kind))
-        words = [part.flatten(1).view(torch.int32) for part in parts]
         for rank in {0, placement.world - 1}:
             expected, expected_order = kernels.packed_sends(placement, routing, parts, rank, bucket)
-            packed, order = packed_sends(placement, routing, words, rank, bucket)
-            found = kernels.in_order(packed, placement.world, bucket)
+            *wires, order = packed_sends(placement, routing, parts, rank, bucket)
+            found = kernels.Traffic(*wires)
             assert torch.equal(order, expected_order)
             assert (len(found.send), len(found.receive)) == (len(expected.send), len(expected.receive))
             for wire, wanted in ((found.send, expected.send), (found.receive[:bucket], expected.receive[:bucket])):
                 assert torch.equal(wire[:, -6:], wanted[:, -6:])
                 used = (wire[:, -6:-3] >= 0).any(1)  # rows of padding may hold anything
                 assert torch.equal(wire[used], wanted[used])
-                pieces = unpack_rows(wire, [kernels.row_bytes(part) // 4 for part in parts] + [3, 3])
-                for piece, one in zip(pieces, kernels.unpack_rows(wanted, parts, 3), strict=True):
-                    assert torch.equal(piece[used], one.flatten(1).view(torch.int32)[used])
+                for piece, one in zip(unpack_rows(wire, parts, 3), kernels.unpack_rows(wanted, parts, 3), strict=True):
+                    assert (piece.dtype, piece.shape) == (one.dtype, one.shape)
+                    assert torch.equal(piece.view(torch.uint8)[used], one.view(torch.uint8)[used])

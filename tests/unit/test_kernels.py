@@ -27,7 +27,7 @@ def in_the_interpreter(file: str, passed: int, timeout_s: float) -> None:
 
 
 def test_row_kernels_in_the_interpreter():
-    in_the_interpreter("kernels_interpreted.py", passed=11, timeout_s=170)
+    in_the_interpreter("kernels_interpreted.py", passed=12, timeout_s=170)
 
 
 @pytest.mark.timeout(400)
@@ -46,28 +46,31 @@ def kernels():
                                           **fp8}  # fmt: skip
     yield quantize._cast, {"x": "*bf16", "q": "*fp8e4nv", "scale": "*fp32", "BLOCK": 2048, **fp8}
     yield rows._take_sends, {**dict.fromkeys(("source", "token", "counts", "send", "receive"), "*i32"), "width": "i32",
-                             "rank": "i32", "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
+                             "rank": "i32", "WORDS": True, "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
     yield rows._sum_rows, {"back": "*bf16", "own": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16",
                            "hidden": "i32", "bucket": "i32", "rank": "i32", "COUNTED": True, "WORLD": 4,
                            "BLOCK": 1024}  # fmt: skip
+    yield sendlist._slots_on, {**dict.fromkeys(("ids", "slot_table", "slots"), "*i32"),
+                               **dict.fromkeys(("PAIRS", "own_group", "EXPERTS"), "i32"), "BLOCK": 512}  # fmt: skip
     for counted in (True, False):
         yield sendlist._send_lists, {
-            **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "pairs", "counts"), "*i32"),
+            **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "slots_out", "slots_own", "counts"), "*i32"),
+            **dict.fromkeys(("weights_out", "weights_own"), "*i32" if counted else "*fp32"),
             "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
             **dict.fromkeys(("T", "BUCKET", "rank", "own_group", "EXPERTS", "COPIES"), "i32"),
             "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "COUNTED": counted, "PARTS": True, "LOOK": 1024,
             "BLOCK": 256,
         }  # fmt: skip
-    words = ("values", "scales", "wire", "ids", "slot_table", "orders")
     yield sendlist._packed_sends, {
-        **dict.fromkeys(words, "*i32"), "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
+        **dict.fromkeys(("send", "receive", "ids", "slot_table", "orders"), "*i32"),
+        "values": "*fp8e4nv", "scales": "*fp32", "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
         **dict.fromkeys(("T", "rank", "own_group", "EXPERTS", "COPIES"), "i32"),
         **dict.fromkeys(("VALUE_WORDS", "SCALE_WORDS", "ROW_WORDS"), "i32"),
         "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "TOKENS": 64, "SCALES": 64, "BLOCK": 2048,
     }  # fmt: skip
     yield sendlist._unpack_rows, {
-        **dict.fromkeys(("wire", "long", "a", "b", "c"), "*i32"),
-        **dict.fromkeys(("ROW_WORDS", "LONG", "A", "B", "C"), "i32"), "SHORT": 64, "BLOCK": 2048,
+        "wire": "*i32", "long": "*fp8e4nv", "short": "*fp32", "slots": "*i32", "weights": "*fp32",
+        **dict.fromkeys(("ROW_WORDS", "LONG", "A", "K"), "i32"), "SHORT": 64, "BLOCK": 2048,
     }  # fmt: skip
     yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "rank": "i32",
                                    "K": 8, "PLACES": 8, "SOURCES": 4, "BLOCK": 128}  # fmt: skip
@@ -79,7 +82,7 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -1,5 +1,5 @@
-"""Launching a kernel without Triton's own search for the compiled one, which costs a small kernel's time many times
-over on the host."""
+"""Launching a kernel without what costs a small kernel's time many times over on the host: Triton's own search for the
+compiled one, its arithmetic on sizes (2 us for each power of two), and views of tensors as plain words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _compiled: dict[Any, Any] = {}
 _compile_only = False
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of `size` hold `count`."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The least that is not below `count`, and at least 1."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+@triton.jit
+def as_bits(pointer, WORDS: tl.constexpr = True):
+    """The same address as that of 32-bit words, or of bytes."""
+    return pointer.to(tl.pointer_type(tl.int32 if WORDS else tl.uint8), bitcast=True)
 
 
 @contextmanager
@@ -41,18 +59,19 @@ def launch(
     if _compile_only:
         kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
         return
+    plain, last = tensors, tensors[-1]
+    described: tuple[Any, ...] = ()
+    if not isinstance(last, Tensor):
+        plain, described = tensors[:-1], (last.base.dtype, *last.block_shape)
     key = (
         kernel.fn,
-        tensors[0].device.index,
+        plain[0].device.index,
         constants,
         *options.values(),
-        *(
-            (tensor.dtype, tensor.data_ptr() & 15 == 0)
-            if isinstance(tensor, Tensor)
-            else (tensor.base.dtype, *tensor.block_shape)
-            for tensor in tensors
-        ),
-        *(-1 if value >> 31 else 1 if value == 1 else 16 * (value & 15 == 0) for value in integers),
+        *[tensor.dtype for tensor in plain],
+        *[tensor.data_ptr() & 15 == 0 for tensor in plain],
+        *described,
+        *[-1 if value >> 31 else 1 if value == 1 else 16 * (value & 15 == 0) for value in integers],
     )
     compiled = _compiled.get(key)
     if compiled is None:

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.fused_moe import activated
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import launch, power_of_2
 from moe_dist.kernels.triton.quantize import quantized
-from moe_dist.kernels.triton.step import ACTIVATIONS, Step, blocks, cut
+from moe_dist.kernels.triton.step import ACTIVATIONS, Step, blocks, empties
 from moe_dist.quantization import FP8, FP8_MAX, TINY
 from moe_dist.weights import ExpertWeights
 
@@ -99,7 +99,7 @@ class PaddedStep(Step):
         self.rows = E * TILE if self.one_each else (P + E * (TILE - 1)) // TILE * TILE
         super().__init__(slots_RK, experts, TILE, pdl=False, rows=self.rows)
         self.contiguous, self.masked = contiguous, masked
-        self.expert_R, self.places, self.x, self.xs, self.d = cut(
+        self.expert_R, self.places, self.x, self.xs, self.d = empties(
             slots_RK.device,
             *(((size,), torch.int32) for size in (self.rows, P)),
             ((self.rows, H), FP8),
@@ -118,11 +118,11 @@ class PaddedStep(Step):
             (self.pairs, 1, 1),
             (values, scales, *self.lists[1:], self.x, self.xs, self.expert_R, self.places),
             (),
-            (E, triton.next_power_of_2(E), self.slots_RK.shape[1], H, TILE, self.one_each,
-             min(4096, triton.next_power_of_2(H))),
+            (E, power_of_2(E), self.slots_RK.shape[1], H, TILE, self.one_each,
+             min(4096, power_of_2(H))),
         )  # fmt: skip
         self._gemm(self.x, self.xs, experts.w13_eFH, experts.s13, self.d)
-        together = min(4, triton.next_power_of_2(blocks(i)))
+        together = min(4, power_of_2(blocks(i)))
         launch(
             _activate_rows,
             (self.pairs, -(-blocks(i) // together), 1),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import cdiv, launch, power_of_2
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, scale_of
 from moe_dist.spec import BLOCK, QuantKind
 
@@ -20,10 +20,10 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
     x_RH = x_RH.contiguous()
     values = torch.empty(R, H, dtype=FP8, device=x_RH.device)
     if kind == "fp8_block":
-        groups = triton.cdiv(H, BLOCK)
+        groups = cdiv(H, BLOCK)
         scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
         together = 8  # groups of one row in a program
-        grid = (R, triton.cdiv(groups, together), 1)
+        grid = (R, cdiv(groups, together), 1)
         launch(
             _quantize_groups, grid, (x_RH, values, scales), (H, groups), (FP8_MAX, TINY, BLOCK, together), num_warps=4
         )
@@ -32,7 +32,7 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
         if H > LONGEST_ROW:
             raise ValueError(f"rows of {H} values exceed the kernel's {LONGEST_ROW}")
         scales = torch.empty(R, 1, dtype=torch.float32, device=x_RH.device)
-        constants = (FP8_MAX, TINY, triton.next_power_of_2(H))
+        constants = (FP8_MAX, TINY, power_of_2(H))
         launch(_quantize_whole_rows, (R, 1, 1), (x_RH, values, scales), (H,), constants, num_warps=8)
         return QuantizedRows(values, scales)
     if kind == "fp8_tensor_dynamic":
@@ -41,8 +41,8 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
         raise ValueError("fp8_tensor_static needs its static scale")
     else:
         scale = static_scale
-    block = min(2048, triton.next_power_of_2(H))
-    launch(_cast, (R, triton.cdiv(H, block), 1), (x_RH, values, scale), (H,), (FP8_MAX, block))
+    block = min(2048, power_of_2(H))
+    launch(_cast, (R, cdiv(H, block), 1), (x_RH, values, scale), (H,), (FP8_MAX, block))
     if kind == "fp8_tensor_static":
         return QuantizedRows(values, None)
     return QuantizedRows(values, scale.expand(R, 1).contiguous())

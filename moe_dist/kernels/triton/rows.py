@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import as_bits, cdiv, launch, power_of_2
 
 
 def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -19,17 +18,17 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: in
     receive = rows.new_empty(world * bucket, *rows.shape[1:])
     if not receive.numel() or not len(rows):
         return send, receive
-    words = torch.int32 if math.prod(rows.shape[1:]) * rows.itemsize % 4 == 0 else torch.uint8
-    source = rows.reshape(len(rows), -1).view(words)
-    width = source.shape[1]
-    block = min(2048, triton.next_power_of_2(width))
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
+    words = row_bytes % 4 == 0
+    width = row_bytes // 4 if words else row_bytes
+    block = min(2048, power_of_2(width))
     compact = counts_W is not None
     launch(
         _take_sends,
-        (world, bucket, triton.cdiv(width, block)),
-        (source, token_WB, token_WB if counts_W is None else counts_W, send.view(words), receive.view(words)),
+        (world, bucket, cdiv(width, block)),
+        (rows.contiguous(), token_WB, token_WB if counts_W is None else counts_W, send, receive),
         (width, rank),
-        (compact, triton.next_power_of_2(world), block),
+        (words, compact, power_of_2(world), block),
         num_warps=4,
     )
     return send, receive
@@ -37,9 +36,10 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: in
 
 @triton.jit(do_not_specialize=["rank"])
 def _take_sends(
-    source, token, counts, send, receive, width, rank, COMPACT: tl.constexpr, TARGETS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    source, token, counts, send, receive, width, rank, WORDS: tl.constexpr, COMPACT: tl.constexpr,
+    TARGETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    source, send, receive = as_bits(source, WORDS), as_bits(send, WORDS), as_bits(receive, WORDS)
     to, place, bucket = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     taken = tl.load(token + to * bucket + place).to(tl.int64)
     if taken >= 0:
@@ -65,8 +65,8 @@ def sum_rows(
     hidden = back_SH.shape[1]
     y_TH = back_SH.new_empty(tokens, hidden)
     if y_TH.numel():
-        block = min(1024, triton.next_power_of_2(hidden))
-        grid = (tokens, triton.cdiv(hidden, block), 1)
+        block = min(1024, power_of_2(hidden))
+        grid = (tokens, cdiv(hidden, block), 1)
         counts = order_TW if counts_W is None else counts_W
         constants = (counts_W is not None, world, block)
         launch(_sum_rows, grid, (back_SH, own_RH, order_TW, counts, y_TH), (hidden, bucket, rank), constants)

@@ -5,14 +5,36 @@ For few tokens one launch also writes the rows themselves, packed as they will t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import as_bits, cdiv, launch, power_of_2
 from moe_dist.placement import Placement, tables_on
 from moe_dist.routing import Routing
+
+SLOTS_TOGETHER = 512
+
+
+def slots_on(placement: Placement, rank: int, ids_RK: Tensor) -> Tensor:
+    """See Placement.slots_on; every expert has one copy."""
+    table = tables_on(placement, ids_RK.device).slots_GE
+    slots_RK = torch.empty(ids_RK.shape, dtype=torch.int32, device=ids_RK.device)
+    tensors, sizes = (ids_RK.contiguous(), table, slots_RK), (ids_RK.numel(), rank // placement.tp, table.shape[1])
+    launch(_slots_on, (cdiv(sizes[0], SLOTS_TOGETHER), 1, 1), tensors, sizes, (SLOTS_TOGETHER,))
+    return slots_RK
+
+
+@triton.jit(do_not_specialize=["own_group"])
+def _slots_on(ids, slot_table, slots, PAIRS, own_group, EXPERTS, BLOCK: tl.constexpr):
+    """A group's last entry, behind those of its experts, is that of no expert."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(ids + pair, mask=pair < PAIRS, other=-1)
+    expert = tl.where(expert < 0, EXPERTS - 1, expert)
+    tl.store(slots + pair, tl.load(slot_table + own_group * EXPERTS + expert), mask=pair < PAIRS)
 
 
 def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -20,32 +42,40 @@ def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -
     world, top_k, device = placement.world, routing.ids_TK.shape[1], routing.ids_TK.device
     pairs_WPM = torch.empty(world, bucket + 1, 2 * top_k, dtype=torch.int32, device=device)
     counts_W = torch.empty(world, dtype=torch.int32, device=device)
-    return *_listed(placement, routing, rank, bucket, pairs_WPM, counts_W), pairs_WPM, counts_W
+    return *_listed(placement, routing, rank, bucket, (pairs_WPM,) * 4, counts_W), pairs_WPM, counts_W
 
 
-def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """order_TW and token_WB; slots and weights as kernels.in_order wants them."""
-    places, top_k = (2 * placement.world - 1) * bucket, routing.ids_TK.shape[1]
-    slots_SK, weights_SK = torch.empty(2, places, top_k, dtype=torch.int32, device=routing.ids_TK.device)
-    return *_listed(placement, routing, rank, bucket, slots_SK, None), slots_SK, weights_SK.view(torch.float32)
+def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, ...]:
+    """order_TW, token_WB, slots to send and to receive, weights to send and to receive; see kernels.even_lists."""
+    world, top_k, device = placement.world, routing.ids_TK.shape[1], routing.ids_TK.device
+    lists = [
+        torch.empty(ranks * bucket, top_k, dtype=dtype, device=device)
+        for dtype in (torch.int32, torch.float32)
+        for ranks in (world - 1, world)
+    ]
+    return *_listed(placement, routing, rank, bucket, tuple(lists), None), *lists
 
 
 def _listed(
-    placement: Placement, routing: Routing, rank: int, bucket: int, pairs: Tensor, counts_W: Tensor | None
+    placement: Placement,
+    routing: Routing,
+    rank: int,
+    bucket: int,
+    lists: tuple[Tensor, ...],
+    counts_W: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it slots, and weights behind them, in
-    the order of kernels.in_order."""
+    """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it the four tensors of even lists."""
     tokens, world, device = routing.tokens, placement.world, routing.ids_TK.device
     inputs, sizes, constants = _choices(placement, routing, rank)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
     token_WB = torch.empty(world, bucket, dtype=torch.int32, device=device)
-    look = max(16, min(1024, 8192 // constants[-1], triton.next_power_of_2(max(tokens, 1))))
+    look = max(16, min(1024, 8192 // constants[-1], power_of_2(max(tokens, 1))))
     block = min(256, look)
-    parts = max(1, triton.cdiv(bucket, block))
+    parts = max(1, cdiv(bucket, block))
     launch(
         _send_lists,
         (world, parts, 1),
-        (*inputs, order_TW, token_WB, pairs, token_WB if counts_W is None else counts_W),
+        (*inputs, order_TW, token_WB, *lists, token_WB if counts_W is None else counts_W),
         (tokens, bucket, *sizes),
         (*constants, counts_W is not None, parts > 1, look, block),
         num_warps=8,
@@ -63,7 +93,7 @@ def _choices(
     return (
         (*chosen, tables.slots_GE, tables.groups_EC, tables.copies_E),
         (rank, rank // placement.tp, experts, copies),
-        (top_k, placement.tp, copies > 1, triton.next_power_of_2(top_k)),
+        (top_k, placement.tp, copies > 1, power_of_2(top_k)),
     )
 
 
@@ -89,17 +119,12 @@ def _served_by(
     return at, expert, known & (serving == group)
 
 
-@triton.jit
-def _even_list(target, rank, world):
-    """The place of a target's list in the order of kernels.in_order: one's own is behind those of the others."""
-    return tl.where(target == rank, world - 1, target - (target > rank).to(tl.int32))
-
-
 @triton.jit(do_not_specialize=["rank", "own_group"])
 def _send_lists(
-    ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, pairs, counts,
-    T, BUCKET, rank, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr,
-    PLACES: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr, LOOK: tl.constexpr, BLOCK: tl.constexpr,
+    ids, weights, slot_table, group_table, copy_counts, orders, tokens_out, slots_out, slots_own, weights_out,
+    weights_own, counts, T, BUCKET, rank, own_group, EXPERTS, COPIES, K: tl.constexpr, TP: tl.constexpr,
+    REPLICATED: tl.constexpr, PLACES: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr, LOOK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each target rank and each BLOCK of its places and of the tokens. Where there are several, each
     counts by itself what the target takes of all tokens, and of those before its own: a few reads of the same lines,
@@ -128,29 +153,33 @@ def _send_lists(
     place = tl.arange(0, PLACES)[None, :]
     PITCH: tl.constexpr = 2 * K if COUNTED else K  # words from a place's slots to the next one's
     if COUNTED:
-        to_weights = K
-        pairs += target.to(tl.int64) * (BUCKET + 1) * PITCH
+        slots_out += target.to(tl.int64) * (BUCKET + 1) * PITCH
+        bits_out = slots_out + K
         if part == 0:
             tl.store(counts + target, total)
-            tl.store(pairs + BUCKET * PITCH, total)
+            tl.store(slots_out + BUCKET * PITCH, total)
+    elif target == rank:
+        slots_out = slots_own
+        bits_out = as_bits(weights_own)
     else:
-        to_weights = (2 * world - 1) * BUCKET * K
-        pairs += _even_list(target, rank, world).to(tl.int64) * BUCKET * PITCH
+        to_list = (target - (target > rank).to(tl.int32)).to(tl.int64) * BUCKET * K
+        slots_out += to_list
+        bits_out = as_bits(weights_out) + to_list
     tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=token < T)
     tl.store(tokens_out + target * BUCKET + order, token, mask=takes)
     slot = tl.load(slot_table + group * EXPERTS + expert, mask=here, other=-1)
     weight = tl.load(weights + at, mask=here, other=0.0)
-    out = pairs + order[:, None] * PITCH + place
+    to = order[:, None] * PITCH + place
     stored = takes[:, None] & (place < K)
-    tl.store(out, slot, mask=stored)
-    tl.store(out + to_weights, weight.to(tl.int32, bitcast=True), mask=stored)
+    tl.store(slots_out + to, slot, mask=stored)
+    tl.store(bits_out + to, weight.to(tl.int32, bitcast=True), mask=stored)
     row = first + tl.arange(0, BLOCK)
     padding = (row >= total) & (row < BUCKET)
     tl.store(tokens_out + target * BUCKET + row, tl.zeros((BLOCK,), tl.int32) - 1, mask=padding)
-    out = pairs + row[:, None] * PITCH + place
+    to = row[:, None] * PITCH + place
     stored = padding[:, None] & (place < K)
-    tl.store(out, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
-    tl.store(out + to_weights, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
+    tl.store(slots_out + to, tl.zeros((BLOCK, PLACES), tl.int32) - 1, mask=stored)
+    tl.store(bits_out + to, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
 
 
 def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -160,10 +189,10 @@ def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tenso
     slots_RK = torch.empty(rows, top_k, dtype=torch.int32, device=pairs_WPM.device)
     weights_RK = torch.empty(rows, top_k, dtype=torch.float32, device=pairs_WPM.device)
     if rows:
-        padded = triton.next_power_of_2(top_k)
-        block = max(1, min(1024 // padded, triton.next_power_of_2(bucket)))
-        grid = (world, triton.cdiv(bucket, block), 1)
-        constants = (top_k, padded, triton.next_power_of_2(world), block)
+        padded = power_of_2(top_k)
+        block = max(1, min(1024 // padded, power_of_2(bucket)))
+        grid = (world, cdiv(bucket, block), 1)
+        constants = (top_k, padded, power_of_2(world), block)
         launch(_unpack_pairs, grid, (pairs_WPM, slots_RK, weights_RK), (bucket, rank), constants)
     return slots_RK, weights_RK
 
@@ -190,31 +219,30 @@ def _unpack_pairs(
 
 
 def packed_sends(
-    placement: Placement, routing: Routing, words: list[Tensor], rank: int, bucket: int
-) -> tuple[Tensor, Tensor]:
-    """The wire of kernels.packed_sends as kernels.in_order wants it, and order_TW. `words`: parts as int32 [T, …]."""
+    placement: Placement, routing: Routing, parts: list[Tensor], rank: int, bucket: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The wire to send and to receive, and order_TW; see kernels.packed_sends."""
     (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
     inputs, sizes, constants = _choices(placement, routing, rank)
-    values, scales = words[0], words[1] if len(words) > 1 else None
-    value_words, scale_words = values.shape[1], 0 if scales is None else scales.shape[1]
+    value_words, scale_words, *_ = (*_words(parts), 0)
     row_words = value_words + scale_words + 2 * top_k
-    wire = torch.empty((2 * world - 1) * bucket, row_words, dtype=torch.int32, device=device)
+    send = torch.empty((world - 1) * bucket, row_words, dtype=torch.int32, device=device)
+    receive = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
     order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
-    block = min(2048, triton.next_power_of_2(value_words))
-    beside = values if scales is None else scales
+    block = min(2048, power_of_2(value_words))
     launch(
         _packed_sends,
-        (world, bucket, triton.cdiv(value_words, block)),
-        (*inputs, values, beside, wire, order_TW),
+        (world, bucket, cdiv(value_words, block)),
+        (*inputs, parts[0].contiguous(), parts[-1].contiguous(), send, receive, order_TW),
         (tokens, *sizes, value_words, scale_words, row_words),
-        (*constants, triton.next_power_of_2(max(tokens, 16)), triton.next_power_of_2(max(scale_words, 1)), block),
+        (*constants, power_of_2(max(tokens, 16)), power_of_2(max(scale_words, 1)), block),
     )
-    return wire, order_TW
+    return send, receive, order_TW
 
 
 @triton.jit(do_not_specialize=["T", "rank", "own_group"])
 def _packed_sends(
-    ids, weights, slot_table, group_table, copy_counts, values, scales, wire, orders,
+    ids, weights, slot_table, group_table, copy_counts, values, scales, send, receive, orders,
     T, rank, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, ROW_WORDS, K: tl.constexpr, TP: tl.constexpr,
     REPLICATED: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +260,11 @@ def _packed_sends(
     if (place == 0) & (part == 0):
         tl.store(orders + token * world + target, tl.where(takes, order, -1), mask=token < T)
     mine = tl.max(tl.where(takes & (order == place), token, -1), 0)  # -1: padding
-    row = wire + (_even_list(target, rank, world) * tl.num_programs(1) + place).to(tl.int64) * ROW_WORDS
+    if target == rank:
+        row = receive + place.to(tl.int64) * ROW_WORDS
+    else:
+        row = send + ((target - (target > rank).to(tl.int32)) * tl.num_programs(1) + place).to(tl.int64) * ROW_WORDS
+    values, scales = as_bits(values), as_bits(scales)
     column = part * BLOCK + tl.arange(0, BLOCK)
     inside = column < tl.where(mine >= 0, VALUE_WORDS, 0)
     source = tl.maximum(mine, 0).to(tl.int64)
@@ -254,25 +286,32 @@ def _packed_sends(
         tl.store(tail + K, weight.to(tl.int32, bitcast=True), mask=pair < K)
 
 
-def unpack_rows(wire_SW: Tensor, widths: list[int]) -> list[Tensor]:
-    """Each `widths[i]` words of every row to [S, widths[i]] of int32, in one launch; the first is the long one."""
-    rows = wire_SW.shape[0]
-    outs = [torch.empty(rows, width, dtype=torch.int32, device=wire_SW.device) for width in widths]
+def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:
+    """See kernels.unpack_rows."""
+    rows, row_words = wire_SW.shape
+    outs = [part.new_empty(rows, *part.shape[1:]) for part in parts]
+    outs += [wire_SW.new_empty(rows, top_k), wire_SW.new_empty(rows, top_k, dtype=torch.float32)]
     if rows:
-        block = min(2048, triton.next_power_of_2(widths[0]))
-        first, second, third = widths[1:] if len(widths) == 4 else (0, *widths[1:])
+        long, short, *_ = (*_words(parts), 0)
+        block = min(2048, power_of_2(long))
         launch(
             _unpack_rows,
-            (rows, triton.cdiv(widths[0], block), 1),
+            (rows, cdiv(long, block), 1),
             (wire_SW, outs[0], outs[1], outs[-2], outs[-1]),
-            (wire_SW.shape[1], widths[0], first, second, third),
-            (triton.next_power_of_2(max(first, second, third)), block),
+            (row_words, long, short, top_k),
+            (power_of_2(max(short, top_k)), block),
         )
     return outs
 
 
+def _words(parts: list[Tensor]) -> list[int]:
+    """Of a row of each."""
+    return [math.prod(part.shape[1:]) * part.itemsize // 4 for part in parts]
+
+
 @triton.jit
-def _unpack_rows(wire, long, a, b, c, ROW_WORDS, LONG, A, B, C, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+def _unpack_rows(wire, long, short, slots, weights, ROW_WORDS, LONG, A, K, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+    long, short, weights = as_bits(long), as_bits(short), as_bits(weights)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     source = wire + row * ROW_WORDS
     column = part * BLOCK + tl.arange(0, BLOCK)
@@ -281,6 +320,6 @@ def _unpack_rows(wire, long, a, b, c, ROW_WORDS, LONG, A, B, C, SHORT: tl.conste
     if part == 0:
         word = tl.arange(0, SHORT)
         tail = source + LONG + word
-        tl.store(a + row * A + word, tl.load(tail, mask=word < A), mask=word < A)
-        tl.store(b + row * B + word, tl.load(tail + A, mask=word < B), mask=word < B)
-        tl.store(c + row * C + word, tl.load(tail + A + B, mask=word < C), mask=word < C)
+        tl.store(short + row * A + word, tl.load(tail, mask=word < A), mask=word < A)
+        tl.store(slots + row * K + word, tl.load(tail + A, mask=word < K), mask=word < K)
+        tl.store(weights + row * K + word, tl.load(tail + A + K, mask=word < K), mask=word < K)

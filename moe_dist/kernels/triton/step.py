@@ -8,7 +8,6 @@ bits in every run.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from moe_dist.kernels.triton.align import _count, _place, _prepare
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import launch, power_of_2
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
 from moe_dist.spec import BLOCK
@@ -107,7 +106,7 @@ class Step(ABC):
         rows = P if rows is None else rows
         # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
         codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
-        self.table, self.starts, self.stops, self.order, self.taken, self.h, self.hs, self.out = cut(
+        self.table, self.starts, self.stops, self.order, self.taken, self.h, self.hs, self.out = empties(
             slots_RK.device,
             *(((size,), torch.int32) for size in (self.entries, E, E, P, 2)),
             ((rows, i), codes),
@@ -150,7 +149,7 @@ class Step(ABC):
         source, groups = None, 0
         if isinstance(x, Tensor) and self.kind == BLOCK_SCALES:
             source, groups = x.contiguous(), R * blocks(H)
-            x = QuantizedRows(*cut(x.device, ((R, H), FP8), ((R, blocks(H)), torch.float32)))
+            x = QuantizedRows(*empties(x.device, ((R, H), FP8), ((R, blocks(H)), torch.float32)))
         elif isinstance(x, Tensor) and self.kind != UNQUANTIZED:
             x = quantize_rows(x, self.experts.kind, self.experts.a13)
         values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
@@ -162,7 +161,7 @@ class Step(ABC):
     def _sort_few(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
         """`programs` quantize `rows`: (bf16, codes, scales)."""
         (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
-        block = min(4096, triton.next_power_of_2(max(self.pairs, 16)))
+        block = min(4096, power_of_2(max(self.pairs, 16)))
         self.launch(
             _prepare,
             (E + programs, 1, 1),
@@ -176,8 +175,8 @@ class Step(ABC):
         """Chunks of pairs are counted, beside the quantizing, before any of them is placed."""
         (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
         length = -(-self.pairs // (MOST_CHUNKS * COMPARED)) * COMPARED
-        chunks, wide = -(-self.pairs // length), max(32, triton.next_power_of_2(E))
-        counts, ranks = cut(self.slots_RK.device, ((chunks, wide), torch.int32), ((self.pairs,), torch.int32))
+        chunks, wide = -(-self.pairs // length), max(32, power_of_2(E))
+        counts, ranks = empties(self.slots_RK.device, ((chunks, wide), torch.int32), ((self.pairs,), torch.int32))
         self.launch(
             _count,
             (chunks + programs, 1, 1),
@@ -198,8 +197,8 @@ class Step(ABC):
     def requantize(self) -> None:
         """h from bf16 to codes with a scale for each row, or one for all."""
         P, i = self.pairs, self.experts.width
-        wide = triton.next_power_of_2(i)
-        codes, maxima = cut(self.h.device, ((P, i), FP8), ((P,), torch.float32))
+        wide = power_of_2(i)
+        codes, maxima = empties(self.h.device, ((P, i), FP8), ((P,), torch.float32))
         launch(_row_maxima, (P, 1, 1), (self.h, self.stops, maxima), (), (i, self.experts.num_experts, wide))
         if self.experts.kind == "fp8_tensor_dynamic":
             maxima.copy_(maxima.amax().expand(P))
@@ -209,7 +208,7 @@ class Step(ABC):
     def weighted_sum(self, weights_RK: Tensor, out_dtype: torch.dtype) -> Tensor:
         (R, K), H = self.slots_RK.shape, self.experts.hidden
         y = torch.empty(R, H, dtype=out_dtype, device=weights_RK.device)
-        block = min(1024, triton.next_power_of_2(H))
+        block = min(1024, power_of_2(H))
         placed = self.places is not None
         tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, y)
         constants = (H, K, self.split_k, placed, block)
@@ -243,14 +242,9 @@ class Step(ABC):
         return self.hs if scales is None else scales
 
 
-def cut(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    """Tensors of these shapes and dtypes from one allocation."""
-    used = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted]
-    sizes = [-(-size // 256) * 256 for size in used]
-    pieces = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-    return [
-        piece[:size].view(dtype).view(shape) for piece, size, (shape, dtype) in zip(pieces, used, wanted, strict=True)
-    ]
+def empties(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Tensors of these shapes and dtypes. Views of one allocation cost the host twice as much."""
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
 
 
 def blocks(size: int) -> int:
