@@ -32,9 +32,11 @@ from moe_dist.spec import MoESpec, TokenLayout
 EVEN_UP_TO = 1024
 PACKED_UP_TO = 256
 # Bytes. On a GPU a host that learns exact splits stands still until the device has told it, and what it launches next
-# comes late: 0.06 to 0.43 ms a step (by the uniform eager rows of benchmarks/2026-11-22-h200x2.json and -eager.json),
-# 0.25 in the mean, in which NVLink carries this much padding at 370 GB/s. On a CPU there is nothing to wait for.
-PADDING_UP_TO = 90_000_000
+# comes late: 0.06 to 0.43 ms a step, 0.25 in the mean, by the uniform eager rows recorded on two H200s at 6f94570 with
+# exact and at 68ce4c0 with even splits. 117 MB of padding took 0.43 ms longer than that (8,192 tokens, limited:2x1,
+# flashinfer_cutlass: even in benchmarks/2026-11-23-h200x2.json, exact in -limited.json), so about this much is worth
+# the wait. On a CPU there is nothing to wait for.
+PADDING_UP_TO = 45_000_000
 DRAWN = 4096  # tokens
 
 

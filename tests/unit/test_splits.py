@@ -51,8 +51,8 @@ def test_the_models_groups_its_slices_and_copies_count():
     ("spec", "grid", "bucket", "expected"),
     [
         (DEEPSEEK, {"ep": 2}, 65536, "even"),
-        (DEEPSEEK, {"ep": 4}, 4096, "even"),
-        (DEEPSEEK, {"ep": 4}, 8192, "exact"),
+        (DEEPSEEK, {"ep": 4}, 2048, "even"),
+        (DEEPSEEK, {"ep": 4}, 4096, "exact"),
         (DEEPSEEK, {"ep": 8}, 8192, "exact"),
         (DEEPSEEK, {"tp": 8}, 65536, "even"),  # every token goes everywhere: nothing is padding
         (LIMITED, {"ep": 4}, 8192, "exact"),
