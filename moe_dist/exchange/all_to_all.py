@@ -59,7 +59,7 @@ class AllToAll(Exchange):
     outside of one it is quicker while the padding is small.
 
     Rows for the rank itself are gathered straight to where they are computed, and their sums added from there: NCCL
-    would copy them with the few multiprocessors it has.
+    would copy them once more, there and back.
     """
 
     token_layout: ClassVar[TokenLayout] = "sharded"

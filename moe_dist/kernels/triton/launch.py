@@ -1,5 +1,5 @@
 """Launching a kernel without what costs a small kernel's time many times over on the host: Triton's own search for the
-compiled one, its arithmetic on sizes (2 us for each power of two), and views of tensors as plain words."""
+compiled one, its arithmetic on sizes (about 2 us a call), and views of tensors as plain words."""
 
 from __future__ import annotations
 
