@@ -94,27 +94,34 @@ class AllToAll(Exchange):
                 return self._dispatch_packed(x, parts, routing, bucket)
             if self.splits(bucket) == "even":
                 return self._dispatch_evenly(x, parts, routing, bucket)
-            lists = send_lists(self.placement, routing, self.comm.rank, bucket)
-            # Slots and weights are small: they cross padded, with the true numbers, which no host need know for that.
-            one_each = [1] * self.comm.world
-            (pairs,) = self.comm.all_to_all([lists.pairs_WPM.flatten(1)], one_each, one_each)
-            pairs_WPM = pairs.view(lists.pairs_WPM.shape)
-            counts = self.comm.to_host(torch.stack([lists.counts_W, pairs_WPM[:, -1, 0]]))
-            # Room for the most rows that can come: only so can they be gathered while the host waits for the numbers,
-            # and buffers of one size spare the allocator its search.
-            taken = [take_sends(part, lists.token_WB, lists.counts_W, self.comm.rank) for part in parts]
-            send, receive = counts()  # while the device gathers rows
-            own, send[self.comm.rank], receive[self.comm.rank] = send[self.comm.rank], 0, 0
-            self.comm.all_to_all(
-                [part.send[: sum(send)] for part in taken],
-                send,
-                receive,
-                into=[part.receive[own : own + sum(receive)] for part in taken],
-            )
-            received = [part.receive[: own + sum(receive)] for part in taken]
-            slots_RK, weights_RK = unpack_pairs(pairs_WPM, own + sum(receive), self.comm.rank)
-            handle = Handle(routing.tokens, _Sent(lists.order_TW, lists.counts_W, own, send, receive))
-            return TokenRows(activations_of(x, received), slots_RK, weights_RK), handle
+            return self._dispatch_exactly(x, parts, routing, bucket)
+
+    def _dispatch_exactly(
+        self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int
+    ) -> tuple[TokenRows, Handle]:
+        """Rows cross when the host knows how many; slots and weights are small and cross padded, with the numbers."""
+        rank = self.comm.rank
+        lists = send_lists(self.placement, routing, rank, bucket)
+        one_each = [1] * self.comm.world
+        (pairs,) = self.comm.all_to_all([lists.pairs_WPM.flatten(1)], one_each, one_each)
+        pairs_WPM = pairs.view(lists.pairs_WPM.shape)
+        counts = self.comm.to_host(torch.stack([lists.counts_W, pairs_WPM[:, -1, 0]]))
+        # Room for the most rows that can come: only so can they be gathered while the host waits for the numbers, and
+        # buffers of one size spare the allocator its search.
+        taken = [take_sends(part, lists.token_WB, lists.counts_W, rank) for part in parts]
+        send, receive = counts()  # while the device gathers rows
+        own, send[rank], receive[rank] = send[rank], 0, 0
+        leaving, coming = sum(send), sum(receive)
+        self.comm.all_to_all(
+            [part.send[:leaving] for part in taken],
+            send,
+            receive,
+            into=[part.receive[own : own + coming] for part in taken],
+        )
+        received = activations_of(x, [part.receive[: own + coming] for part in taken])
+        slots_RK, weights_RK = unpack_pairs(pairs_WPM, own + coming, rank)
+        sent = _Sent(lists.order_TW, lists.counts_W, own, send, receive)
+        return TokenRows(received, slots_RK, weights_RK), Handle(routing.tokens, sent)
 
     def _dispatch_evenly(
         self, x: Activations, parts: list[Tensor], routing: Routing, bucket: int
