@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.quantization import FP8
+from moe_dist.sizes import row_bytes
 
 R = TypeVar("R")
 
@@ -116,8 +117,7 @@ class Comm:
         """What came across for `parts`, in their dtypes and shapes but for the number of rows."""
         if len(outs) == len(parts):
             return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
-        widths = [math.prod(part.shape[1:]) * part.itemsize for part in parts]
-        pieces = torch.split(outs[0], widths, 1)
+        pieces = torch.split(outs[0], [row_bytes(part) for part in parts], 1)
         return [
             _plain(piece).view(part.dtype).view(len(piece), *part.shape[1:])
             for piece, part in zip(pieces, parts, strict=True)
@@ -155,12 +155,13 @@ class Comm:
         parts: Sequence[Tensor],
         send: Sequence[int],
         receive: Sequence[int],
+        *,
         into: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Each part's rows by destination to [sum(receive), ...] by source: new tensors, or the contiguous ones of that
         shape and the part's dtype in `into`."""
         if self.world == 1:
-            return _copied(parts, into)
+            return copied(parts, into)
         wires = self._wires(parts)
         if into is not None and len(wires) == len(parts):
             outs, into = [_wire(target) for target in into], None
@@ -173,9 +174,8 @@ class Comm:
                     dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
 
         self._run("all_to_all", exchange)
-        row_bytes = sum(math.prod(wire.shape[1:]) * wire.itemsize for wire in wires)
-        self.bytes_sent += row_bytes * (sum(send) - send[self.rank])
-        return _copied(self._unwired(outs, parts), into)
+        self.bytes_sent += sum(map(row_bytes, wires)) * (sum(send) - send[self.rank])
+        return copied(self._unwired(outs, parts), into)
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         """Start to bring a few numbers to the host. What is returned waits for them, no longer than the timeout, and
@@ -230,7 +230,8 @@ def _wire(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
 
 
-def _copied(parts: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:
+def copied(parts: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:
+    """`parts`, or `into` filled with them where that is given."""
     if into is None:
         return list(parts)
     return [target.copy_(part) for target, part in zip(into, parts, strict=True)]

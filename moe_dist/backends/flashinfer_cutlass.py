@@ -21,6 +21,7 @@ from moe_dist.kernels import quantize_rows
 from moe_dist.quantization import QuantizedRows
 from moe_dist.reference import Numerics
 from moe_dist.rows import Support, TokenRows
+from moe_dist.sizes import power_of_2
 from moe_dist.spec import BLOCK, MoESpec
 from moe_dist.weights import ExpertWeights
 
@@ -138,15 +139,15 @@ class FlashInferCutlass(Backend):
         """FlashInfer profiles its tactics for this many rows, rounded up to a power of two. Without that it takes a
         default that was up to six times slower on an H200. Under fp8_block it has none to choose from."""
         count = rows.slots_RK.shape[0]
-        if self.spec.quant == "fp8_block" or self._empty or count == 0 or _bucket(count) in self._tuned:
+        if self.spec.quant == "fp8_block" or self._empty or count == 0 or power_of_2(count) in self._tuned:
             return
         from flashinfer import autotune
         from flashinfer.jit.core import logger
 
-        self._tuned.add(_bucket(count))
+        self._tuned.add(power_of_2(count))
         level = logger.level
         logger.setLevel(logging.ERROR)  # it logs start and end, and draws a bar per GEMM and rank
-        quiet, tuning = io.StringIO(), autotune(True, tuning_buckets=(_bucket(count),), round_up=True)
+        quiet, tuning = io.StringIO(), autotune(True, tuning_buckets=(power_of_2(count),), round_up=True)
         try:
             with contextlib.redirect_stderr(quiet), tuning:
                 self._fused(self._inputs(rows), rows, self._output(rows))
@@ -155,11 +156,11 @@ class FlashInferCutlass(Backend):
 
     def _tactics(self, count: int) -> contextlib.AbstractContextManager[Any]:
         """The tactics found for this many rows. Where none were, FlashInfer warns and takes its default."""
-        if _bucket(count) not in self._tuned:
+        if power_of_2(count) not in self._tuned:
             return contextlib.nullcontext()
         from flashinfer import autotune
 
-        return autotune(False, tuning_buckets=(_bucket(count),), round_up=True)  # type: ignore[no-any-return]
+        return autotune(False, tuning_buckets=(power_of_2(count),), round_up=True)  # type: ignore[no-any-return]
 
     def _fused(self, x: Tensor, rows: TokenRows, y_RH: Tensor) -> None:
         self._call(
@@ -183,7 +184,3 @@ class FlashInferCutlass(Backend):
         if self.spec.quant == "fp8_tensor_static":
             return quantize_rows(rows.x, self.spec.quant, self._weights.a13).values_RH
         return rows.x.contiguous()
-
-
-def _bucket(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()

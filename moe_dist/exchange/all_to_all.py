@@ -15,7 +15,6 @@ from moe_dist.kernels import (
     Traffic,
     even_lists,
     packed_sends,
-    row_bytes,
     send_lists,
     sum_rows,
     take_sends,
@@ -26,6 +25,7 @@ from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing, route
 from moe_dist.rows import TokenRows
+from moe_dist.sizes import row_bytes
 from moe_dist.spec import MoESpec, TokenLayout
 
 # Tokens a rank. Packing spares a collective and costs a copy of all rows.
@@ -69,12 +69,12 @@ class AllToAll(Exchange):
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
-        """The worst case: every token goes to every other rank that top-k can reach, or splits are even."""
+        """The worst case: every token goes to every other rank that top-k can reach, or splits are even; lists with a
+        length behind them, which only exact splits have."""
         shard, others = -(-tokens // placement.world), placement.world - 1
         even = pads(shard, padding_bytes(spec, placement, payload))
         reached = others if even else min(others, spec.top_k * placement.tp)
-        row = _row_bytes(spec, payload, combine_itemsize)
-        return shard * row * reached + (shard + (not even)) * 8 * spec.top_k * others
+        return shard * _row_bytes(spec, payload, combine_itemsize) * reached + (shard + 1) * 8 * spec.top_k * others
 
     def splits(self, bucket: int) -> str:
         """Either "even" or "exact"; see above."""

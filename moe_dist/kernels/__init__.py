@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from moe_dist.placement import Placement
 from moe_dist.quantization import QuantizedRows
 from moe_dist.quantization import quantize_rows as quantize_rows_torch
 from moe_dist.routing import Routing
+from moe_dist.sizes import row_bytes
 from moe_dist.spec import QuantKind
 
 
@@ -47,10 +47,6 @@ class EvenLists(NamedTuple):
     token_WB: Tensor
     slots: Traffic
     weights: Traffic
-
-
-def row_bytes(part: Tensor) -> int:
-    return math.prod(part.shape[1:]) * part.itemsize
 
 
 def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int) -> Traffic:

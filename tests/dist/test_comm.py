@@ -99,7 +99,7 @@ def swap_everything(comm: Comm, seed: int) -> list[str]:
     wrong = [] if comm.to_host(torch.tensor([send, receive]))() == [send, receive] else ["to_host"]
     got = comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive)
     into = [torch.zeros_like(rows) for rows in got]
-    comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive, into)
+    comm.all_to_all([sent(comm.rank, i) for i in range(len(DTYPES))], send, receive, into=into)
     for i, dtype in enumerate(DTYPES):
         pieces = []
         for source in range(comm.world):
@@ -108,7 +108,7 @@ def swap_everything(comm: Comm, seed: int) -> list[str]:
         for name, rows in (("new", got[i]), ("into", into[i])):
             if not same(rows, torch.cat(pieces)):
                 wrong.append(f"{name} {dtype} {counts}")
-    comm.all_to_all([sent(comm.rank, 0)], send, receive, [into[0].fill_(0)])
+    comm.all_to_all([sent(comm.rank, 0)], send, receive, into=[into[0].fill_(0)])
     return wrong if same(into[0], got[0]) else [*wrong, f"one part into {counts}"]
 
 

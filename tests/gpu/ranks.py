@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from moe_dist.backends import BACKENDS
-from moe_dist.comm import Comm
+from moe_dist.comm import Comm, copied
 from moe_dist.runtime.context import RankContext
 from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
 
@@ -43,15 +43,8 @@ class ThroughHost(Comm):
     def all_reduce(self, rows: Tensor) -> Tensor:
         return rows.copy_(self._here([self.host.all_reduce(rows.cpu())])[0])
 
-    def all_to_all(
-        self,
-        parts: Sequence[Tensor],
-        send: Sequence[int],
-        receive: Sequence[int],
-        into: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
-        arrived = self._here(self.host.all_to_all([part.cpu() for part in parts], send, receive))
-        return arrived if into is None else [target.copy_(part) for target, part in zip(into, arrived, strict=True)]
+    def all_to_all(self, parts: Sequence[Tensor], *splits: Sequence[int], into=None) -> list[Tensor]:
+        return copied(self._here(self.host.all_to_all([part.cpu() for part in parts], *splits)), into)
 
     def _here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         self.sequence, self.bytes_sent = self.host.sequence, self.host.bytes_sent

@@ -10,7 +10,7 @@ from unit.asked import problem
 
 from moe_dist import cli
 from moe_dist.backends import BACKENDS, flashinfer_build
-from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass, _bucket
+from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.quantization import FP8_MAX, cast
 from moe_dist.reference import relative_error
@@ -87,10 +87,6 @@ def test_folded_scales_compute_the_same(activation):
         inner = activate(codes * scale_in @ w13.T, activation)
         expected = cast(inner, weights.a2[slot]).float() * weights.a2[slot] @ w2.T
         assert relative_error(found, expected) < 5e-3  # a code on a tie may fall to the other side
-
-
-def test_buckets_are_powers_of_two():
-    assert [_bucket(count) for count in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
 
 
 def test_building_says_so_and_shows_how_far_it_is(monkeypatch, tmp_path, capfd):

@@ -1,5 +1,5 @@
 """Launching a kernel without what costs a small kernel's time many times over on the host: Triton's own search for the
-compiled one, its arithmetic on sizes (about 2 us a call), and views of tensors as plain words."""
+compiled one, and views of tensors as plain words."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ from torch import Tensor
 
 _compiled: dict[Any, Any] = {}
 _compile_only = False
-
-
-def cdiv(count: int, size: int) -> int:
-    """How many pieces of `size` hold `count`."""
-    return -(-count // size)
-
-
-def power_of_2(count: int) -> int:
-    """The least that is not below `count`, and at least 1."""
-    return 1 << max(0, count - 1).bit_length()
 
 
 @triton.jit

@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.fused_moe import activated
-from moe_dist.kernels.triton.launch import launch, power_of_2
+from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import quantized
 from moe_dist.kernels.triton.step import ACTIVATIONS, Step, blocks, empties
 from moe_dist.quantization import FP8, FP8_MAX, TINY
+from moe_dist.sizes import power_of_2
 from moe_dist.weights import ExpertWeights
 
 TILE = 128  # rows that an expert's part is padded to

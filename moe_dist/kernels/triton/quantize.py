@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.launch import cdiv, launch, power_of_2
+from moe_dist.kernels.triton.launch import launch
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, scale_of
+from moe_dist.sizes import cdiv, power_of_2
 from moe_dist.spec import BLOCK, QuantKind
 
 LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.launch import as_bits, cdiv, launch, power_of_2
+from moe_dist.kernels.triton.launch import as_bits, launch
+from moe_dist.sizes import cdiv, power_of_2, row_bytes
 
 
 def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -18,9 +17,10 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: in
     receive = rows.new_empty(world * bucket, *rows.shape[1:])
     if not receive.numel() or not len(rows):
         return send, receive
-    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
-    words = row_bytes % 4 == 0
-    width = row_bytes // 4 if words else row_bytes
+    width = row_bytes(rows)
+    words = width % 4 == 0
+    if words:
+        width //= 4
     block = min(2048, power_of_2(width))
     compact = counts_W is not None
     launch(

@@ -5,16 +5,15 @@ For few tokens one launch also writes the rows themselves, packed as they will t
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.launch import as_bits, cdiv, launch, power_of_2
+from moe_dist.kernels.triton.launch import as_bits, launch
 from moe_dist.placement import Placement, tables_on
 from moe_dist.routing import Routing
+from moe_dist.sizes import cdiv, power_of_2, row_bytes
 
 SLOTS_TOGETHER = 512
 
@@ -224,7 +223,7 @@ def packed_sends(
     """The wire to send and to receive, and order_TW; see kernels.packed_sends."""
     (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
     inputs, sizes, constants = _choices(placement, routing, rank)
-    value_words, scale_words, *_ = (*_words(parts), 0)
+    value_words, scale_words, *_ = (*(row_bytes(part) // 4 for part in parts), 0)
     row_words = value_words + scale_words + 2 * top_k
     send = torch.empty((world - 1) * bucket, row_words, dtype=torch.int32, device=device)
     receive = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
@@ -292,7 +291,7 @@ def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor
     outs = [part.new_empty(rows, *part.shape[1:]) for part in parts]
     outs += [wire_SW.new_empty(rows, top_k), wire_SW.new_empty(rows, top_k, dtype=torch.float32)]
     if rows:
-        long, short, *_ = (*_words(parts), 0)
+        long, short, *_ = (*(row_bytes(part) // 4 for part in parts), 0)
         block = min(2048, power_of_2(long))
         launch(
             _unpack_rows,
@@ -302,11 +301,6 @@ def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor
             (power_of_2(max(short, top_k)), block),
         )
     return outs
-
-
-def _words(parts: list[Tensor]) -> list[int]:
-    """Of a row of each."""
-    return [math.prod(part.shape[1:]) * part.itemsize // 4 for part in parts]
 
 
 @triton.jit

@@ -18,9 +18,10 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from moe_dist.kernels.triton.align import _count, _place, _prepare
-from moe_dist.kernels.triton.launch import launch, power_of_2
+from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
+from moe_dist.sizes import power_of_2
 from moe_dist.spec import BLOCK
 from moe_dist.stages import NO_STAGES, Stages
 from moe_dist.weights import ExpertWeights
