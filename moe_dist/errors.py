@@ -66,6 +66,22 @@ class RankFailure(MoeDistError):
         super().__init__(f"rank {rank} failed in {op} (sequence number {seq}): {cause}")
 
 
+class ClusterLost(MoeDistError):
+    """The Ray cluster that the ranks run on went away: its head, or the connection to it."""
+
+    def __init__(self, address: str, doing: str, cause: str) -> None:
+        self.address, self.doing, self.cause = address, doing, cause
+        super().__init__(f"the Ray cluster at {address} was lost while {doing}: {cause}")
+
+
+class OutputError(MoeDistError):
+    """Results that were measured but can't be written where they were asked for."""
+
+    def __init__(self, path: object, problem: str) -> None:
+        self.path, self.problem = str(path), problem
+        super().__init__(f"{path} can't be written: {problem}")
+
+
 def listed(values: object) -> str:
     """Legal values as a reader wants them: a sequence joined by commas, anything else as it is."""
     if isinstance(values, (list, tuple, set, frozenset)):

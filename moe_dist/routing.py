@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.spec import MoESpec
+from moe_dist.streams import Stream
 
 SKEWS = "balanced, uniform, zipf:S (S >= 0), hot:N (N experts), limited:GxN (N of G groups), single, router, file:PATH"
 
@@ -94,8 +95,9 @@ def skew_label(skew: str) -> str:
     return "file:" + hashlib.sha256(Path(argument).read_bytes()).hexdigest()[:12]
 
 
-def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routing:
-    """Routing of `tokens` rows over the whole group, drawn on the CPU: the same whatever the number of ranks.
+def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int, number: int = 0) -> Routing:
+    """Routing of `tokens` rows over the whole group, drawn on the CPU: the same whatever the number of ranks. One seed
+    has as many of them as there are values of `number`.
 
     balanced: every expert gets the same number of rows (± 1). uniform: K distinct experts at random.
     zipf:S: expert of popularity rank r is drawn with odds r^-S, popularity being a random order of the experts.
@@ -108,25 +110,25 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int) -> Routi
     check_skew(skew)
     kind, _, argument = skew.partition(":")
     check_skew_fits(skew, spec)
-    generator = torch.Generator().manual_seed(seed)
+    stream = Stream("synthetic routing", skew, tokens, seed, number)
     E, K = spec.num_experts, spec.top_k
     if kind == "router":
         raise ConfigError("workload.skew", skew, "needs a checkpoint with a router", SKEWS)
     if kind == "file":
         return _recorded(spec, tokens, argument)
-    order = torch.randperm(E, generator=generator)
+    order = stream.permutation(E)
     if kind == "balanced":
         places = torch.arange(tokens * K).view(tokens, K) % E
-        places = places[torch.randperm(tokens, generator=generator)]
+        places = places[stream.permutation(tokens)]
     elif kind == "limited":
         order = torch.arange(E)  # runs of neighbours are the point here
-        places = _draw_limited(E, K, tokens, argument, generator)
+        places = _draw_limited(E, K, tokens, argument, stream)
     elif kind == "single":
         places = torch.zeros(tokens, K, dtype=torch.int64)
     else:
-        places = _draw(E, K, tokens, kind, argument, generator)
+        places = _draw(E, K, tokens, kind, argument, stream)
     ids = order[places]
-    logits = torch.randn(tokens, K, generator=generator)
+    logits = stream.normal(tokens, K)
     if kind == "single":
         ids[:, 1:] = -1
         logits[:, 1:] = float("-inf")
@@ -147,7 +149,7 @@ def check_skew_fits(skew: str, spec: MoESpec) -> None:
             raise ConfigError("workload.skew", skew, rule, f"with the least number chosen: {', '.join(legal)}")
 
 
-def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torch.Generator) -> Tensor:
+def _draw(E: int, K: int, tokens: int, kind: str, argument: str, stream: Stream) -> Tensor:
     """K distinct places out of E for each token: the largest of log-odds + Gumbel noise (Gumbel top-k sampling)."""
     log_odds = torch.zeros(E)
     if kind == "zipf":
@@ -155,16 +157,16 @@ def _draw(E: int, K: int, tokens: int, kind: str, argument: str, generator: torc
     elif kind == "hot":
         log_odds[: int(argument)] = 1e6
     chunks = [
-        (log_odds - torch.empty(n, E).exponential_(generator=generator).log()).topk(K, dim=-1).indices
+        (log_odds + stream.gumbel(n, E)).topk(K, dim=-1).indices
         for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)
     ]
     return torch.cat(chunks) if chunks else torch.empty(0, K, dtype=torch.int64)
 
 
-def _draw_limited(E: int, K: int, tokens: int, argument: str, generator: torch.Generator) -> Tensor:
+def _draw_limited(E: int, K: int, tokens: int, argument: str, stream: Stream) -> Tensor:
     groups, chosen = map(int, argument.split("x"))
-    kept_TG = torch.rand(tokens, groups, generator=generator).argsort(-1) < chosen
-    odds_TE = torch.rand(tokens, E, generator=generator).masked_fill(~kept_TG.repeat_interleave(E // groups, 1), -1.0)
+    kept_TG = stream.uniform(tokens, groups).argsort(-1) < chosen
+    odds_TE = stream.uniform(tokens, E).masked_fill(~kept_TG.repeat_interleave(E // groups, 1), -1.0)
     return odds_TE.topk(K, dim=-1).indices
 
 

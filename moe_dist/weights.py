@@ -13,6 +13,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
+from moe_dist.streams import Stream
 
 
 @dataclass
@@ -201,27 +202,30 @@ def shard_from(
 
 
 def random_expert(
-    spec: MoESpec, expert: int, seed: int, device: torch.device | str = "cpu", up_scale: float = 0.25
+    spec: MoESpec,
+    expert: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    up_scale: float = 0.25,
+    layer: int = 0,
 ) -> ExpertWeights:
-    """One whole expert, dense Gaussian, drawn from (seed, expert) alone: the same for every placement.
+    """One whole expert, dense Gaussian, drawn from (seed, layer, expert) alone: the same for every placement. The
+    shared expert of a layer goes by the number behind the last routed one.
 
     `up` is made `up_scale` times the size of `gate`, so that swapped halves can't go unseen. Numbers drawn on a GPU
     differ from those drawn on a CPU. Static scales are calibrated on 64 Gaussian rows, with a margin
     of 2.5: outliers must not saturate, and a floating-point format loses next to nothing by it.
     """
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + expert)
     H, I = spec.hidden, spec.intermediate
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    w13 = normal(1, spec.w13_rows(I), H) / H**0.5
+    stream = Stream("expert weights", seed, layer, expert, device=device)
+    w13 = stream.normal(1, spec.w13_rows(I), H) / H**0.5
     if spec.gated:
         w13[:, I:] *= up_scale
-    weights = quantize_weights(w13, normal(1, H, I) / I**0.5, spec)
+    weights = quantize_weights(w13, stream.normal(1, H, I) / I**0.5, spec)
     if spec.quant != "fp8_tensor_static":
         return weights
-    amax2 = activate(normal(64, H) @ w13[0].T, spec.activation).abs().amax()
+    rows = Stream("calibration rows", seed, layer, expert, device=device).normal(64, H)
+    amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
     a13 = torch.tensor(5.5 / FP8_MAX, device=device)
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 

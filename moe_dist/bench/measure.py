@@ -24,6 +24,7 @@ from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import ParallelSpec, split_bounds
 from moe_dist.stages import Stages
+from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_width
 
 STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
@@ -182,8 +183,7 @@ def _shared_slice(plan: Plan, rank: int) -> tuple[int, int] | None:
 def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
     """Dense Gaussian tokens drawn from the seed, the same on every rank; routing by the case's skew."""
     work, spec = case.workload, plan.spec
-    generator = torch.Generator(comm.device).manual_seed(work.seed + 1)
-    x_TH = torch.randn(work.tokens, spec.hidden, generator=generator, device=comm.device).to(spec.torch_dtype)
+    x_TH = Stream("tokens", work.seed, device=comm.device).normal(work.tokens, spec.hidden).to(spec.torch_dtype)
     if work.skew == "router" and router is not None:
         routing = router(x_TH)
     else:

@@ -28,6 +28,7 @@ from moe_dist.plan import Machine, Part, Plan
 from moe_dist.reference import oracle_partial, relative_error
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.rows import TokenRows
+from moe_dist.streams import Stream
 from moe_dist.tables import Entry, TuningTable
 from moe_dist.weights import ExpertWeights, random_expert, shard_from
 
@@ -158,8 +159,7 @@ def _random_shard(part: Part, seed: int, device: torch.device, shown: Shown) -> 
 
 def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, rows: int, seed: int) -> Sample:
     spec, placement, rank, device = part.problem.spec, part.placement, part.rank, shard.device
-    generator = torch.Generator(device).manual_seed(seed)
-    x_RH = torch.randn(rows, spec.hidden, generator=generator, device=device).to(spec.torch_dtype)
+    x_RH = Stream("tuning rows", rows, seed, device=device).normal(rows, spec.hidden).to(spec.torch_dtype)
     x = quantize_rows(x_RH, spec.quant, shard.a13) if plan.payload == "fp8" else x_RH
     drawn = list(islice(_routings(part, rows, seed, device), FORWARDS))
     first, slots_RK = drawn[0]
@@ -181,8 +181,8 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
 
 def _routings(part: Part, rows: int, seed: int, device: torch.device) -> Iterator[tuple[Routing, Tensor]]:
     """Uniform routings and the slots of this rank. One that leaves it without any work says nothing: the next, then."""
-    for number in count(seed * 1_000_003):
-        routing = synthetic_routing(part.problem.spec, rows, "uniform", number).to(device)
+    for number in count():
+        routing = synthetic_routing(part.problem.spec, rows, "uniform", seed, number).to(device)
         slots_RK = part.placement.slots_on(part.rank, routing.ids_TK)
         if bool((slots_RK >= 0).any()):
             yield routing, slots_RK

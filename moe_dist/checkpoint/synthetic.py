@@ -17,10 +17,11 @@ from moe_dist.checkpoint.config import CONFIG_FILE, read_json
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert
 
 MARK = "moe_dist_synthetic"  # key of config.json that holds the parameters
-FORM = 1  # raised when the same parameters give other content
+FORM = 2  # raised when the same parameters give other content
 MODEL_TYPES = ("qwen3_moe", "deepseek_v3")
 QUANTS = ("fp8_block", "none")
 ROUTER_NORMS = (0.3, 3.0)  # least and largest norm of a gate row: on N(0, 1) inputs its logit's standard deviation
@@ -164,19 +165,19 @@ def _dense_width(spec: MoESpec) -> int:
 
 
 def _tensors(spec: MoESpec, layers: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by its name on disk. Each layer draws from a seed of its own, each expert from (that, expert)."""
+    """Every tensor by its name on disk. Each expert is drawn from (seed, layer, expert)."""
     deepseek = spec.shared_intermediate > 0
     dense = spec.with_changes(intermediate=_dense_width(spec), num_experts=1, top_k=1)
     for layer in range(layers):
-        layer_seed, mlp = seed * 1009 + layer, f"model.layers.{layer}.mlp"
+        mlp = f"model.layers.{layer}.mlp"
         if deepseek and layer == 0:
-            yield from _projections(mlp, random_expert(dense, 0, layer_seed))
+            yield from _projections(mlp, random_expert(dense, 0, seed, layer=layer))
             continue
-        yield from _router(mlp, spec, layer_seed, biased=deepseek)
+        yield from _router(mlp, spec, Stream("router", seed, layer), biased=deepseek)
         for expert in range(spec.num_experts):
-            yield from _projections(f"{mlp}.experts.{expert}", random_expert(spec, expert, layer_seed))
+            yield from _projections(f"{mlp}.experts.{expert}", random_expert(spec, expert, seed, layer=layer))
         if deepseek:
-            shared = random_expert(spec.shared_spec(), spec.num_experts, layer_seed)
+            shared = random_expert(spec.shared_spec(), spec.num_experts, seed, layer=layer)
             yield from _projections(f"{mlp}.shared_experts", shared)
 
 
@@ -192,14 +193,13 @@ def _projections(prefix: str, expert: ExpertWeights) -> Iterator[tuple[str, Tens
             yield f"{prefix}.{projection}.weight_scale_inv", scales.clone()
 
 
-def _router(mlp: str, spec: MoESpec, seed: int, biased: bool) -> Iterator[tuple[str, Tensor]]:
+def _router(mlp: str, spec: MoESpec, stream: Stream, biased: bool) -> Iterator[tuple[str, Tensor]]:
     """Gate rows of log-spaced norms, dealt to the experts at random: a longer row's logit varies more and is in the
     top k more often. bf16, as stored by both families; the correction bias is float32."""
-    generator = torch.Generator().manual_seed(seed)
     E, H = spec.num_experts, spec.hidden
     norms = torch.logspace(0, 1, E, ROUTER_NORMS[1] / ROUTER_NORMS[0]) * ROUTER_NORMS[0]
-    dealt = norms[torch.randperm(E, generator=generator)]
-    gate = torch.randn(E, H, generator=generator) * dealt[:, None] / H**0.5
+    dealt = norms[stream.permutation(E)]
+    gate = stream.normal(E, H) * dealt[:, None] / H**0.5
     yield f"{mlp}.gate.weight", gate.to(torch.bfloat16)
     if biased:
-        yield f"{mlp}.gate.e_score_correction_bias", 0.1 * torch.randn(E, generator=generator)
+        yield f"{mlp}.gate.e_score_correction_bias", 0.1 * stream.normal(E)

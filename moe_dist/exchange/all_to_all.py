@@ -27,6 +27,7 @@ from moe_dist.routing import Routing, route
 from moe_dist.rows import TokenRows
 from moe_dist.sizes import row_bytes
 from moe_dist.spec import MoESpec, TokenLayout
+from moe_dist.streams import Stream
 
 # Tokens a rank. Packing spares a collective and costs a copy of all rows.
 EVEN_UP_TO = 1024
@@ -178,7 +179,7 @@ def expected_targets(spec: MoESpec, placement: Placement) -> float:
     """How many other ranks a token goes to in the mean if the router's scores are random, under the model's own rule of
     top-k and groups. Drawn from a fixed seed, so that every rank finds the same."""
     with torch.device("cpu"):
-        scores_TE = torch.rand(DRAWN, spec.num_experts, generator=torch.Generator().manual_seed(0))
+        scores_TE = Stream("expected targets").uniform(DRAWN, spec.num_experts)
         routing = route(scores_TE, spec, torch.zeros(spec.num_experts) if spec.correction_bias else None)
         rows = torch.arange(DRAWN)
         source = rows % placement.world

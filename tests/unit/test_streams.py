@@ -1,0 +1,54 @@
+"""Random streams: one for each purpose and key, none with numbers of another."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from moe_dist.spec import MoESpec
+from moe_dist.streams import Stream
+from moe_dist.weights import random_expert
+
+SPEC = MoESpec(hidden=256, intermediate=128, num_experts=4, top_k=2, quant="none", dtype="fp32")
+
+
+def test_a_key_gives_the_same_numbers_and_every_other_key_gives_others():
+    keys = [("a",), ("a", 0), ("a", 1), ("b", 1), ("a", 0, 1), ("a", 1, 0), ("a", "1"), ("a", 2**40), ("a", 2**72)]
+    drawn = [Stream(*key).normal(64) for key in keys]
+    assert all(torch.equal(numbers, Stream(*key).normal(64)) for numbers, key in zip(drawn, keys, strict=True))
+    for one, other in itertools.combinations(drawn, 2):
+        assert not torch.equal(one, other)
+        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.6
+
+
+def test_distributions():
+    stream = Stream("test of distributions")
+    normal, uniform, gumbel = stream.normal(20000), stream.uniform(20000), stream.gumbel(20000)
+    assert abs(float(normal.mean())) < 0.05 and abs(float(normal.std()) - 1) < 0.05
+    assert float(uniform.min()) >= 0 and float(uniform.max()) < 1 and abs(float(uniform.mean()) - 0.5) < 0.02
+    assert bool(gumbel.isfinite().all()) and abs(float(gumbel.mean()) - 0.5772) < 0.05
+    assert stream.permutation(50).sort().values.tolist() == list(range(50))
+    assert sorted(set(stream.integers(3, 10, 20).flatten().tolist())) == [0, 1, 2]
+
+
+def test_the_world_around_changes_nothing():
+    plain = Stream("test", 1).normal(3, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert Stream("test", 1).normal(3, 4).dtype == torch.float32
+        assert torch.equal(Stream("test", 1).normal(3, 4), plain)
+        assert Stream("test", 1).gumbel(3).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_tokens_are_no_rows_of_any_expert():
+    """Seeds that are added and multiplied by hand once made token t row t of expert 1's weights."""
+    for seed in (0, 1, 500):
+        tokens = Stream("tokens", seed).normal(64, SPEC.hidden)
+        for expert in range(SPEC.num_experts):
+            for weights_seed in (0, 1):
+                rows = random_expert(SPEC, expert, weights_seed).w13_eFH[0]
+                cosine = torch.nn.functional.normalize(tokens) @ torch.nn.functional.normalize(rows).T
+                assert float(cosine.abs().max()) < 0.5
