@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.placement import Placement
-from moe_dist.quantization import FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.quantization import FP8, FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
 from moe_dist.streams import Stream
 
@@ -38,6 +39,24 @@ class ExpertWeights:
     a13: Tensor | None = None
     a2: Tensor | None = None
     gate_first: bool = True
+
+    @staticmethod
+    def forms(spec: MoESpec, experts: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and dtype of every tensor that `experts` experts of `spec` with `width` columns have."""
+        H, F = spec.hidden, spec.w13_rows(width)
+        dtype = FP8 if spec.quantized else spec.torch_dtype
+        found = {"w13_eFH": ((experts, F, H), dtype), "w2_eHi": ((experts, H, width), dtype)}
+        scales: dict[str, tuple[int, ...]] = {}
+        if spec.quant == "fp8_block":
+            of_width, of_hidden = cdiv(width, BLOCK), cdiv(H, BLOCK)
+            scales = {"s13": (experts, spec.w13_rows(of_width), of_hidden), "s2": (experts, of_hidden, of_width)}
+        elif spec.quant == "fp8_channel":
+            scales = {"s13": (experts, F), "s2": (experts, H)}
+        elif spec.quantized:
+            scales = {"s13": (experts, spec.w13_rows(1)), "s2": (experts, 1)}
+        if spec.quant == "fp8_tensor_static":
+            scales |= {"a13": (), "a2": (experts,)}
+        return found | {name: (shape, torch.float32) for name, shape in scales.items()}
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +96,10 @@ class ExpertWeights:
         [up; gate], without a second copy. Whoever shares this object sees the new order in `gate_first`."""
         if not self.gated or gate_first == self.gate_first:
             return
+        with torch.inference_mode():  # weights that were made in it may be changed in it only
+            self._turn(gate_first)
+
+    def _turn(self, gate_first: bool) -> None:
         for tensor in (self.w13_eFH, self.s13):
             if tensor is None:
                 continue
@@ -226,7 +249,7 @@ def random_expert(
         return weights
     rows = Stream("calibration rows", seed, layer, expert, device=device).normal(64, H)
     amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
-    a13 = torch.tensor(5.5 / FP8_MAX, device=device)
+    a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
-    ("plan", "layer", "graph"),
+    ("plan", "inputs", "layer", "graph"),
     ("runtime",),
     ("bench",),
     ("progress", "config", "doctor", "integrations", "cli", "__main__"),
