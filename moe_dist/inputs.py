@@ -8,8 +8,6 @@ Without it an id that is no expert's counts as -1 on a GPU: no kernel reads beyo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -27,13 +25,17 @@ def debug_asked_for() -> bool:
 
 
 def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
-    """Raise ConfigError unless `x_TH` is [T, H] in the spec's dtype, on `device`, and needs no gradient."""
+    """Raise ConfigError unless `x_TH` is [T, H] in the spec's dtype, on `device`."""
     if not isinstance(x_TH, Tensor):
         raise ConfigError("x", type(x_TH).__name__, "is no tensor", f"[tokens, {spec.hidden}]")
     if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden:
         raise ConfigError("x", tuple(x_TH.shape), "wrong shape", f"[tokens, {spec.hidden}]")
     _check_kind("x", x_TH, spec.torch_dtype, device)
-    if x_TH.requires_grad and torch.is_grad_enabled():
+
+
+def check_gradient(x_TH: Tensor) -> None:
+    """Raise ConfigError where a gradient is expected to come back."""
+    if torch.is_grad_enabled() and isinstance(x_TH, Tensor) and x_TH.requires_grad:
         rule = "the layer is forward only, no gradient would come back through it"
         raise ConfigError("x.requires_grad", True, rule, "x.detach(), or a call under torch.no_grad()")
 
@@ -104,20 +106,3 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.dev
         raise ConfigError(f"{name}.device", tensor.device, "not the device of this rank's communicator", device)
     if tensor.layout != torch.strided:
         raise ConfigError(f"{name}.layout", tensor.layout, "must be a dense tensor", torch.strided)
-
-
-@contextmanager
-def settled(device: torch.device) -> Iterator[None]:
-    """Inside, matrix products of float32 are those of float32, and kernels go to `device`, whatever the caller has set:
-    autocast, TF32 or bf16 for float32 products, another current GPU. Nothing is entered that is not needed."""
-    with ExitStack() as stack:
-        kind = device.type
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        backend = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
-        if (before := backend.matmul.fp32_precision) not in ("none", "ieee"):
-            backend.matmul.fp32_precision = "ieee"
-            stack.callback(setattr, backend.matmul, "fp32_precision", before)
-        if kind == "cuda" and torch.cuda.current_device() != device.index:
-            stack.enter_context(torch.cuda.device(device))
-        yield

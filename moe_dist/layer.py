@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -14,11 +15,19 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.layout import AnyExchange, with_layout
-from moe_dist.inputs import check_routing, check_shard, check_tokens, check_values, debug_asked_for, settled
+from moe_dist.inputs import (
+    check_gradient,
+    check_routing,
+    check_shard,
+    check_tokens,
+    check_values,
+    debug_asked_for,
+)
 from moe_dist.plan import Plan, shared_placement
 from moe_dist.routing import Routing, check_bias, route
 from moe_dist.rows import TokenRows
 from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.surroundings import settled
 from moe_dist.weights import ExpertWeights
 
 
@@ -86,6 +95,7 @@ class MoELayer(nn.Module):
         self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.stages, self.router = plan, comm, stages, router
         self._weights = shard, shared
+        self._uncompiled: Callable[..., Tensor] | None = None
         self.exchange: AnyExchange = with_layout(
             EXCHANGES.get(plan.exchange)(comm, plan.placement, plan.spec, plan.payload, shard.a13, stages),
             plan.token_layout,
@@ -103,12 +113,20 @@ class MoELayer(nn.Module):
         Without it they agree on one, which costs a small collective on the CPU. Raises ConfigError for tensors of
         another shape, dtype or device, and as inputs.check_values does on a CPU or with `debug`.
         """
-        self.comm.check_thread()
-        with torch.no_grad(), settled(self.comm.device):
-            x_TH, routing = self.checked(x_TH, routing, max_tokens_per_rank)
-            return self._forward(x_TH, routing, max_tokens_per_rank)
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return self._checked_forward(x_TH, routing, max_tokens_per_rank)
+        if self._uncompiled is None:  # only somebody who compiles has imported it; this layer is no part of that
+            self._uncompiled = dynamo.disable(self._checked_forward)
+        y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank)
+        return y_TH
 
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, without its import
+    def _checked_forward(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> Tensor:
+        self.comm.check_thread()
+        check_gradient(x_TH)
+        with torch.no_grad(), settled(self.comm.device):
+            x_TH, routing = self.checked(x_TH, routing, bucket)
+            return self._forward(x_TH, routing, bucket)
 
     def _forward(self, x_TH: Tensor, routing: Routing, bucket: int | None) -> Tensor:
         if not self.exchange.needs_bucket:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dist.placement import Placement
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec
+from moe_dist.surroundings import unaffected
 from moe_dist.weights import ExpertWeights
 
 # Which rows a dynamic per-tensor scale is made from: all of its run of tokens, those that go to some expert, or those
@@ -49,6 +50,7 @@ class Numerics:
         return 2.5e-2 if self.fast_accumulation or self.reciprocal else 1e-2
 
 
+@unaffected
 def oracle_partial(
     x_TH: Tensor,
     routing: Routing,

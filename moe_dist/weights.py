@@ -15,6 +15,7 @@ from moe_dist.quantization import FP8, FP8_MAX, cast, expand_blocks, quantize_bl
 from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
 from moe_dist.streams import Stream
+from moe_dist.surroundings import unaffected
 
 
 @dataclass
@@ -135,6 +136,7 @@ class ExpertWeights:
         return w13 * s13.repeat_interleave(i)[:F, None], w2 * s2
 
 
+@unaffected
 def quantize_weights(w13_eFH: Tensor, w2_eHi: Tensor, spec: MoESpec) -> ExpertWeights:
     """Dense weights to the spec's format, without static activation scales. Gate and up get scales of their own."""
     if not spec.quantized:
@@ -159,6 +161,7 @@ def _quantize_over(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tenso
     return cast(values, scales), scales.flatten(1)
 
 
+@unaffected
 def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Columns [start, stop) of the intermediate size: rows of gate and of up, columns of w2, and their scales.
 
@@ -181,6 +184,7 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     return weights.with_tensors(**changes)
 
 
+@unaffected
 def stack(experts: Sequence[ExpertWeights]) -> ExpertWeights:
     """Concatenate along the expert dimension. Scalars (a13) must be the same everywhere and stay as they are."""
     first = experts[0]
@@ -204,6 +208,7 @@ def empty_like(weights: ExpertWeights) -> ExpertWeights:
     return weights.with_tensors(**{name: tensor[:0] for name, tensor in weights.tensors().items() if tensor.ndim})
 
 
+@unaffected
 def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:
     """What `rank` holds of a whole layer."""
     held = torch.tensor(placement.experts_of(rank), dtype=torch.int64, device=weights.device)
@@ -211,6 +216,7 @@ def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeig
     return slice_width(weights.with_tensors(**picked), *placement.slice_of(rank))
 
 
+@unaffected
 def shard_from(
     make_expert: Callable[[int], ExpertWeights], placement: Placement, rank: int, seen: Callable[[], None] | None = None
 ) -> ExpertWeights:
@@ -224,6 +230,7 @@ def shard_from(
     return stack(parts) if parts else empty_like(slice_width(make_expert(0), start, stop))
 
 
+@unaffected
 def random_expert(
     spec: MoESpec,
     expert: int,
@@ -253,6 +260,7 @@ def random_expert(
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 
 
+@unaffected
 def random_weights(
     spec: MoESpec, seed: int, device: torch.device | str = "cpu", experts: Iterable[int] | None = None
 ) -> ExpertWeights:
