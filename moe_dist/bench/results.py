@@ -169,8 +169,9 @@ def _program() -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """An absolute path says more about one machine than about the measurement."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    """An absolute path says more about one machine than about the measurement; it may stand behind a key."""
+    before, equals, value = argument.rpartition("=")
+    return before + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def commit() -> str:
