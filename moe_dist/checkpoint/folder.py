@@ -55,8 +55,8 @@ def inside(directory: Path, name: str, named_by: str | None = None) -> Path:
     """
     by = f", which {named_by} names," if named_by else ""
     parts = PurePosixPath(name)
-    if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name:
-        raise CheckpointError(directory, f"file {shown(name)}{by} lies outside of the folder")
+    if not name.isprintable() or not name or parts.is_absolute() or ".." in parts.parts:
+        raise CheckpointError(directory, f"file {shown(name)}{by} is no file in the folder")
     try:
         real = Path(os.path.realpath(directory / name, strict=True))
         home = Path(os.path.realpath(directory))

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit
+from checkpoints import fused as fused_form
 from dist.pool import Pool
-from safetensors.torch import load_file, save_file
 
 from moe_dist import weights
 from moe_dist.bench.case import Case, SourceSpec
@@ -41,26 +42,8 @@ def checkpoint(directory: Path, fused: bool = False, **options: Any) -> Path:
     sizes = {"hidden": 256, "intermediate": WIDTH, "num_experts": 8, "top_k": 2, "shards": 1}
     made = make_checkpoint(directory, **(sizes | options))
     if fused:
-        path = made / "model.safetensors"
-        save_file(fuse(load_file(path), 8), path)
+        edit(made, None, fused_form)
     return made
-
-
-def fuse(tensors: dict[str, torch.Tensor], experts: int, layers: tuple[int, ...] = (0, 1)) -> dict[str, torch.Tensor]:
-    """Experts one by one to transformers 5's fused ones."""
-    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for prefix in (f"model.layers.{layer}.mlp.experts" for layer in layers):
-        for suffix, fused_suffix in ((".weight", ""), (".weight_scale_inv", "_scale_inv")):
-            if f"{prefix}.0.up_proj{suffix}" not in tensors:
-                continue
-            one = {
-                part: [tensors[f"{prefix}.{expert}.{part}_proj{suffix}"] for expert in range(experts)]
-                for part in ("gate", "up", "down")
-            }
-            pairs = zip(one["gate"], one["up"], strict=True)
-            found[f"{prefix}.gate_up_proj{fused_suffix}"] = torch.stack([torch.cat(pair) for pair in pairs])
-            found[f"{prefix}.down_proj{fused_suffix}"] = torch.stack(one["down"])
-    return found
 
 
 def of(directory: Path, shared: str = "none", **parallel: Any) -> Case:
