@@ -19,6 +19,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment, default_experiment
 from moe_dist.bench.results import Outcome, provenance, results_document, write_results
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
+from moe_dist.bench.source import check_models, with_source
 from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_table, verdict
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.config import model_names, override, read_yaml, resolve_models
@@ -151,8 +152,12 @@ def compare(args: argparse.Namespace) -> int:
     if args.file and "=" in args.file:  # no file, the first override stands in its place
         args.file, args.overrides = None, [args.file, *args.overrides]
     machine = Machine.detect(args.device or "auto")
-    default = default_experiment(machine, BACKENDS.names(), router=bool(args.checkpoint))
-    config = override(read_yaml(args.file) if args.file else default, args.overrides)
+    config = with_source(
+        override(read_yaml(args.file) if args.file else {}, args.overrides), args.checkpoint, args.layer
+    )
+    if not args.file:
+        router = config["source"].get("checkpoint") is not None
+        config = default_experiment(machine, BACKENDS.names(), router) | config
     return _measure(_experiment(config, args), args, sweep=True)
 
 
@@ -267,19 +272,19 @@ def _one_placement(args: argparse.Namespace) -> dict[str, Any]:
 
 def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
     """Flags over the file's keys. Without any model the small embedded default is taken."""
-    if args.checkpoint:
-        found = checkpoint.read_config(args.checkpoint)
-        found.require_moe_layer(args.layer)
-        config["source"] = {"checkpoint": str(Path(args.checkpoint).absolute()), "layer": args.layer}
-        config["models"] = [found.spec.model_dump()]
-    elif args.model:
+    config = with_source(config, args.checkpoint, args.layer)
+    if args.model:
         config["models"] = [args.model]
     elif "models" not in config:
         config["models"] = ["tiny"]
     for key in ("runtime", "device"):
         if getattr(args, key, None) is not None:
             config[key] = getattr(args, key)
-    return Experiment(**resolve_models(config))
+    experiment = Experiment(**resolve_models(config))
+    source = experiment.source
+    if source.checkpoint is not None and source.layer is not None:
+        check_models(experiment.models, source, checkpoint.layer_spec(source.checkpoint, source.layer))
+    return experiment
 
 
 def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> int:
@@ -407,7 +412,7 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--model", help=f"one of {', '.join(model_names())}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
-    sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--layer", type=int, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
 

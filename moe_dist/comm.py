@@ -97,13 +97,13 @@ class Comm:
         """
         if not dist.is_initialized():
             raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
-        device = _with_index(device)
-        backends = _backends(group)
-        if device.type not in backends:
-            raise ConfigError("device", str(device), "the process group has no backend for it", tuple(backends))
         rank = dist.get_rank(group)
         if rank < 0:
             raise ConfigError("process group", "another's", "this process is not in it", "a group that it is in")
+        device, backends = torch.device(device), _backends(group)
+        if device.type not in backends:
+            raise ConfigError("device", str(device), "the process group has no backend for it", tuple(backends))
+        device = _with_index(device)
         if timeout_s is None:
             timeout_s = _timeout_of(group, device)
         elif not 0 < timeout_s < math.inf:

@@ -108,15 +108,20 @@ class ExpertWeights:
                 expert.copy_(torch.cat(expert.chunk(2)[::-1]))
         self.gate_first = gate_first
 
-    def check_finite(self) -> None:
-        """Raise ConfigError if a scale (or an unquantized weight) is NaN, infinite or, for a scale, not positive."""
+    def check_finite(self, experts: Sequence[int] | None = None) -> None:
+        """Raise ConfigError if a weight or scale is NaN or infinite, a scale not positive, or a matrix of an expert all
+        zeros, which is how weights that were never written look. `experts`: their numbers in the layer, for the
+        message; slots without. One pass over all weights, expert by expert to need little memory."""
         for name, tensor in self.tensors().items():
-            scale = name[0] in "sa"
-            if tensor.dtype.itemsize == 1:
-                continue  # E4M3 codes have NaN too, but a checkpoint's codes are checked when they are read
-            if not bool(torch.isfinite(tensor).all()) or (scale and bool((tensor <= 0).any())):
-                rule = "scales must be finite and positive" if scale else "weights must be finite"
+            if name[0] in "sa" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+                rule = "scales must be finite and positive"
                 raise ConfigError(f"weights.{name}", "NaN, infinite or not positive", rule)
+        for slot in range(self.num_experts):
+            number = slot if experts is None else experts[slot]
+            halves = self.w13_eFH[slot].chunk(2 if self.gated else 1)
+            for name, matrix in [*(("w13_eFH", half) for half in halves), ("w2_eHi", self.w2_eHi[slot])]:
+                if matrix.numel():
+                    _check_matrix(f"weights.{name}", number, matrix)
 
     def dequantized(self, slot: int) -> tuple[Tensor, Tensor]:
         """One expert in float32: w13 [F, H] with [gate; up] rows whatever the stored order, w2 [H, i]."""
@@ -134,6 +139,19 @@ class ExpertWeights:
         if self.kind == "fp8_channel":
             return w13 * s13[:, None], w2 * s2[:, None]
         return w13 * s13.repeat_interleave(i)[:F, None], w2 * s2
+
+
+def _check_matrix(field: str, expert: int, matrix: Tensor) -> None:
+    if matrix.dtype.itemsize == 1:  # E4M3 has two codes for NaN, 0x7F and 0xFF, two for zero, and none for infinity
+        largest = float((matrix.view(torch.uint8) & 0x7F).max())
+        finite = largest < 0x7F
+    else:
+        largest = float(matrix.abs().max())  # NaN if there is one
+        finite = largest < float("inf")
+    if not finite:
+        raise ConfigError(field, "NaN or infinite", f"weights must be finite, those of expert {expert} are not")
+    if largest == 0:
+        raise ConfigError(field, "all zeros", f"expert {expert} was not loaded")
 
 
 @unaffected

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
+from moe_dist.bench.whole_experts import whole_error
 from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
 from moe_dist.comm import Comm
 from moe_dist.graph import StepGraph
@@ -42,6 +43,7 @@ class RankResult:
     active_experts: int
     err_oracle: float | None
     err_exact: float | None
+    err_whole: float | None
     max_memory: int | None
     payload: str
     combine_dtype: str
@@ -83,10 +85,10 @@ def measure(context: RankContext, case: Case) -> RankResult:
     if before is not None:
         max_memory = torch.cuda.max_memory_allocated() - before + shard.nbytes() + (shared.nbytes() if shared else 0)
     groups_TK = _serving_groups(layer, plan, inputs)
-    err_oracle = err_exact = None
+    err_oracle = err_exact = err_whole = None
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
-        err_oracle, err_exact = _errors(context, case, layer, inputs, shard, shared, groups_TK, y_TH)
+        err_oracle, err_exact, err_whole = _errors(context, case, layer, inputs, shard, shared, groups_TK, y_TH)
     context.progress(f"{case.label}: timing")
     layer.exchange.static = plan.graph  # the bytes of a captured step are those of the same splits, sent eagerly
     for _ in range(case.warmup if case.iters else 0):
@@ -101,6 +103,7 @@ def measure(context: RankContext, case: Case) -> RankResult:
         active_experts=int(inputs.routing.ids_TK[here_TK].unique().numel()),
         err_oracle=err_oracle,
         err_exact=err_exact,
+        err_whole=err_whole,
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
@@ -165,7 +168,10 @@ def _load(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, 
         router = Router(plan, stored.gate_EH, stored.bias_E)
         if slice_of_shared is not None:
             shared = load_shared_shard(source.checkpoint, source.layer, *slice_of_shared, comm.device)
-    shard.check_finite()
+    if source.checkpoint is None:  # a checkpoint's tensors were checked as they were read, by name
+        shard.check_finite(placement.experts_of(comm.rank))
+        if shared is not None:
+            shared.check_finite()
     return shard, shared, router
 
 
@@ -205,14 +211,15 @@ def _errors(
     shared: ExpertWeights | None,
     groups_TK: Tensor,
     y_TH: Tensor,
-) -> tuple[float, float]:
-    """The group's relative L2 error against the oracle and against the exact layer. Each rank computes its own partial
-    in float32 and they are added up: the check holds at sizes where no device could hold the whole layer."""
+) -> tuple[float, float, float]:
+    """The group's relative L2 error against the oracle and against the exact layer, and what the exact layer differs
+    from whole experts by. Each rank computes its own partial in float32 and they are added up: the check holds at sizes
+    where no device could hold the whole layer."""
     plan = layer.plan
     sources = layer.exchange.quantized_together(inputs.bounds if inputs.sharded else inputs.bounds[:1])
     start, stop = inputs.bounds[inputs.rank]
 
-    def error(numerics: Numerics | None) -> float:
+    def expected(numerics: Numerics | None) -> Tensor:
         # One expectation serves all exchanges, backends and modes that must give the same: it takes longer than they.
         dynamic = plan.spec.quant == "fp8_tensor_dynamic" and numerics is not None
         sensitive = (sources, layer.exchange.scaled_by) if dynamic else None
@@ -224,9 +231,13 @@ def _errors(
                 kept.clear()  # another workload's: they are large
             scaled_by = layer.exchange.scaled_by
             kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics, scaled_by)
-        return _group_error(layer.comm, y_TH, kept[key][start:stop])
+        return kept[key]
 
-    return error(layer.backend.numerics), error(None)
+    def error(numerics: Numerics | None) -> float:
+        return _group_error(layer.comm, y_TH, expected(numerics)[start:stop])
+
+    err_whole = whole_error(context, case, inputs.x_TH, inputs.routing, groups_TK, expected(None))
+    return error(layer.backend.numerics), error(None), err_whole
 
 
 def _expected(
@@ -305,6 +316,7 @@ def merge(results: list[RankResult]) -> dict[str, Any]:
         "active_per_rank": [result.active_experts for result in results],
         "err_oracle": first.err_oracle,
         "err_exact": first.err_exact,
+        "err_whole": first.err_whole,
         "max_memory": max((result.max_memory or 0) for result in results) or None,
         "payload_dtype": first.payload,
         "combine_dtype": first.combine_dtype,

@@ -10,6 +10,7 @@ from itertools import groupby
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import Outcome, make_row
+from moe_dist.bench.source import check_models
 from moe_dist.checkpoint import check_layer
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
@@ -26,9 +27,10 @@ def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case
             planned.append((case, case.plan(machine)))
         except (UnsupportedError, ConfigError) as error:
             refused.append({"case": case.label, "reason": str(error)})
-    for case in {case.source.checkpoint: case for case, _ in planned}.values():
+    for case in {(case.source, case.model): case for case, _ in planned}.values():
         if case.source.checkpoint is not None and case.source.layer is not None:
-            check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none")
+            stored = check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none").spec
+            check_models([case.model], case.source, stored)
     if planned:
         _check_memory([plan for _, plan in planned], machine)
     return planned, refused

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from moe_dist.bench.results import Row
+from moe_dist.bench.results import WHOLE_TOLERANCE, Row
 from moe_dist.bench.tune import Found, Tuned, config_text
 
 TIE = 1.05  # closer than this is called a tie: single runs differ by as much
@@ -18,7 +18,18 @@ COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
-    keys = ("model", "quant", "activation", "shared_experts", "world", "token_layout", "global_tokens", "skew", "seed")
+    keys = (
+        "model",
+        "source",
+        "quant",
+        "activation",
+        "shared_experts",
+        "world",
+        "token_layout",
+        "global_tokens",
+        "skew",
+        "seed",
+    )
     return tuple(row[key] for key in keys)
 
 
@@ -44,6 +55,8 @@ def _table(rows: list[Row]) -> Table:
     )
     if first["shared_experts"] != "none":
         title += f" · shared expert {first['shared_experts']}"
+    if first["source"].startswith("checkpoint:"):
+        title += f" · {first['source']}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     converts = any(row["stages_us"].get("convert") for row in rows)
     floors = any(row["floor_us"] is not None for row in rows)
@@ -71,7 +84,13 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
         cells += [_number(floor), f"{row['p50_us'] / floor:.2f}" if floor and row["p50_us"] else "-"]
     cells += [f"{row['imbalance']:.2f}", size(row["bytes_sent"])]
     cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
-    return [*cells, {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]]
+    return [*cells, _verdict(row)]
+
+
+def _verdict(row: Row) -> str:
+    if row["ok"] is False and not row["err_whole"] <= WHOLE_TOLERANCE:
+        return "[bold red]NO, other weights than its source's[/]"
+    return {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]
 
 
 def _number(value: float | None) -> str:

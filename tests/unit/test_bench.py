@@ -48,8 +48,8 @@ def case(**changes) -> Case:
 def rank_result(**changes) -> RankResult:
     defaults = {
         "times_us": [100.0, 300.0, 200.0], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40, "active_experts": 4,
-        "err_oracle": 1e-3, "err_exact": 2e-2, "max_memory": None, "payload": "fp8", "combine_dtype": "bf16",
-        "splits": None,
+        "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "max_memory": None, "payload": "fp8",
+        "combine_dtype": "bf16", "splits": None,
     }  # fmt: skip
     return RankResult(**(defaults | changes))
 
@@ -61,12 +61,12 @@ def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> dict:
 def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
     """A row as the tables take it."""
     defaults = {
-        "model": "m", "hidden": 8, "intermediate": 8, "num_experts": 4, "top_k": 2, "quant": "fp8_block",
-        "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
+        "model": "m", "source": "random:0", "hidden": 8, "intermediate": 8, "num_experts": 4, "top_k": 2,
+        "quant": "fp8_block", "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
         "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "graph": False,
         "payload_dtype": "fp8", "token_layout": "sharded", "global_tokens": 64, "skew": "uniform", "seed": 0,
         "p50_us": p50, "p99_us": None, "floor_us": None, "stages_us": STAGES, "imbalance": 1.25, "bytes_sent": 2048,
-        "err_oracle": 1e-3, "err_exact": 2e-2, "ok": True,
+        "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "ok": True,
     }  # fmt: skip
     return defaults | changes
 
@@ -228,6 +228,7 @@ class TestTables:
         {"skew": "single"},
         {"seed": 1},
         {"shared_experts": "tp"},
+        {"source": "checkpoint:m layer 3"},
     )
 
     @pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))

@@ -14,7 +14,7 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    ("errors", "building", "spec", "sizes", "streams", "surroundings", "registry", "tables"),
+    ("errors", "building", "files", "spec", "sizes", "streams", "surroundings", "registry", "tables"),
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
