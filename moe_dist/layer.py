@@ -31,6 +31,9 @@ from moe_dist.surroundings import settled
 from moe_dist.weights import ExpertWeights
 
 
+ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
+
+
 class Router(nn.Module):
     """Logits in float32 from the router's weight [E, H], and the spec's top-k rule. Weight and bias stay float32
     whatever dtype a model around it is moved to."""
@@ -168,7 +171,10 @@ class MoELayer(nn.Module):
             raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {len(x_TH)} or more")
         if device.type == "cpu" or (self.debug and not torch.cuda.is_current_stream_capturing()):
             check_values(routing, spec)
-        return x_TH.detach().contiguous(), routing
+        x_TH = x_TH.detach().contiguous()
+        if x_TH.data_ptr() % ALIGNMENT or x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT:
+            x_TH = x_TH.clone()  # a single row that is cut out of a wider one is contiguous, wherever it begins
+        return x_TH, routing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         device = self.comm.device

@@ -97,7 +97,8 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
     layer = MoELayer(plan, own, comm, router=router, shared=_shared_part(case, comm.rank))
     start, stop = (0, len(x)) if plan.token_layout == "replicated" else case.inputs.bounds[comm.rank]
     given = None if router else routing.rows(start, stop)
-    wide = torch.cat([x.new_zeros(len(x), 1), x, x.new_zeros(len(x), 3)], 1)  # columns of it are not contiguous
+    wide = x.new_zeros(len(x), spec.hidden + 4)  # columns of it are not contiguous
+    wide[:, 1:-3] = x
     y = layer(wide[start:stop, 1:-3], given, max_tokens_per_rank=case.bucket)
     if y.shape != (stop - start, spec.hidden) or y.dtype != spec.torch_dtype:
         raise AssertionError(f"{case.name}: the output is {y.dtype} {tuple(y.shape)}")
