@@ -30,7 +30,6 @@ from moe_dist.stages import NO_STAGES, Stages
 from moe_dist.surroundings import settled
 from moe_dist.weights import ExpertWeights
 
-
 ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
 
 
