@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
-from moe_dist.bench.results import FEW_PAIRS, FEW_PAIRS_MARGIN, provenance
+from moe_dist.bench.results import margin, provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.comm import Comm
 from moe_dist.errors import ResourceError, UnsupportedError
@@ -174,7 +174,7 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
     return Sample(
         rows=token_rows,
         expected_RH=expected_RH,
-        tolerance=numerics.tolerance * (FEW_PAIRS_MARGIN if (slots_RK >= 0).sum() < FEW_PAIRS else 1.0),
+        tolerance=numerics.tolerance * margin(int((slots_RK >= 0).sum())),
         floor_us=_floor(part, [slots for _, slots in drawn]),
     )
 
