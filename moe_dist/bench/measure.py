@@ -76,19 +76,23 @@ def measure(context: RankContext, case: Case, turn: Turn = ALONE) -> RankResult:
     with collecting(context.progress if context.runtime == "ray" else None) as said:  # torchrun's ranks are seen
         kept, key = Kept.of(context, turn.batch), repr(case)
         if turn.number == 0:
-            _first_turn(context, case, turn, kept, key)
-        _timed_turn(context, case, turn, kept, key)
+            step = _first_turn(context, case, turn, kept, key)
+        else:
+            step = kept.step(context, key, lambda: _inputs_and_step(context, case, turn)[1])
+        _timed(context, case, turn, step, kept, key)
         result: RankResult = kept.found[key]
+        if turn.last:
+            kept.drop(key)
     return replace(result, notices=tuple(said))
 
 
-def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: str) -> None:
+def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: str) -> Step:
     """Everything about a case but its times, once."""
     comm = context.comm
     plan, (shard, shared, _) = _planned(context, case, turn)
     before = _memory(comm.device)
     inputs, step = _inputs_and_step(context, case, turn)
-    kept.steps[key] = step
+    kept.keep(key, step)
     y_TH = step.call()
     kept.first[key] = sampled(y_TH)
     max_memory = None
@@ -114,15 +118,15 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
         splits=step.layer.exchange.splits(step.bucket),
         config=step.config_sources(),
     )
+    return step
 
 
-def _timed_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: str) -> None:
+def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept, key: str) -> None:
     """A round's iterations, and after them one look at whether the step still gives what it gave first."""
     iters = turn.iters(case.iters)
     if not iters:
         return
     comm = context.comm
-    step = kept.step(context, key, lambda: _inputs_and_step(context, case, turn)[1])
     context.progress(f"{case.label}: timing" + (f", round {turn.number + 1} of {turn.of}" if turn.of > 1 else ""))
     for _ in range(case.warmup if turn.number == 0 else min(case.warmup, 1)):
         step.call()
@@ -164,7 +168,7 @@ def _weights(context: RankContext, case: Case, plan: Plan, turn: Turn) -> Weight
     """This rank's shard, made once for all cases of one placement in a batch; others' are dropped first."""
     key = f"{case.model!r} {case.source!r} {case.parallel!r}"
     known: dict[str, Weights] = context.memo.setdefault("weights", {})
-    if context.memo.get("weights_of") != turn.batch:
+    if turn.batch is None or context.memo.get("weights_of") != turn.batch:
         for other in set(known) - {key}:
             del known[other]
         context.memo["weights_of"] = turn.batch

@@ -16,11 +16,16 @@ ROOM = 0.4  # of memory: as much may the weights of placements take that are mea
 
 @dataclass(frozen=True)
 class Turn:
-    """A case's share of one round. Cases of one `batch` take turns, and what is dear to make is kept until the next."""
+    """A case's share of one round. Cases of one `batch` take turns, and what is dear to make is kept until the next;
+    None: it has all its time at once, and nobody else's weights are kept."""
 
     number: int = 0
     of: int = 1
-    batch: int = 0
+    batch: int | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.of - 1
 
     def iters(self, total: int) -> int:
         """Of so many in all."""

@@ -100,16 +100,16 @@ class Kept:
     """What one batch's cases leave for their next turns. `first`: some rows of a case's first output; `found`: what
     was measured so far."""
 
-    batch: int
+    batch: int | None
     steps: dict[str, Step] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, context: RankContext, batch: int) -> Kept:
+    def of(cls, context: RankContext, batch: int | None) -> Kept:
         """Another batch's is dropped."""
         kept = context.memo.get("kept")
-        if kept is None or kept.batch != batch:
+        if kept is None or batch is None or kept.batch != batch:
             context.memo.pop("kept", None)
             del kept
             gc.collect()
@@ -124,9 +124,17 @@ class Kept:
             self.steps.pop(key, None)
             del step
             step = make()
-            if _room(step.shard):
-                self.steps[key] = step
+            self.keep(key, step)
         return step
+
+    def keep(self, key: str, step: Step) -> None:
+        """As long as there is room."""
+        if _room(step.shard):
+            self.steps[key] = step
+
+    def drop(self, key: str) -> None:
+        for kept in (self.steps, self.first, self.found):
+            kept.pop(key, None)
 
 
 def _room(shard: ExpertWeights) -> bool:
