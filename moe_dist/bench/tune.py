@@ -297,7 +297,6 @@ def _distance(backend: Backend, sample: Sample) -> float:
 def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
     """Microseconds of one forward with the config in use: the median over `iters` steps of all the sample's forwards,
     as one CUDA graph where that can be captured."""
-    device = sample.expected_RH.device
 
     def forwards() -> None:
         for rows in sample.rows:
@@ -307,12 +306,25 @@ def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
         backend.tune(sample.rows[0])
         forwards()
 
-    step: Callable[[], object] = forwards
-    captured = device.type == "cuda" and backend.capturable
+    return calls_us(forwards, warm_up, len(sample.rows), sample.expected_RH.device, iters, backend.capturable)
+
+
+def calls_us(
+    calls: Callable[[], None],
+    warm_up: Callable[[], None],
+    count: int,
+    device: torch.device,
+    iters: int,
+    capturable: bool = True,
+) -> float:
+    """Microseconds of one of the `count` calls that `calls` makes: the median over `iters` steps of all of them, as one
+    CUDA graph where that can be captured. The one clock for whole forwards and for parts of them."""
+    step: Callable[[], object] = calls
+    captured = device.type == "cuda" and capturable
     if captured:
-        graph, _ = capture(forwards, warm_up)
+        graph, _ = capture(calls, warm_up)
         step = graph.replay
     else:
         warm_up()
     step()
-    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / len(sample.rows)
+    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / count
