@@ -85,6 +85,15 @@ def test_the_declared_bytes_hold_for_even_splits(tokens):
     assert found == shard * row * reached + (shard + 1) * pairs * 7
 
 
+@pytest.mark.parametrize(("tp", "ep", "reached"), [(1, 8, 1), (2, 4, 2), (4, 2, 4), (8, 1, 7)])
+def test_every_slice_of_an_expert_counts_as_a_rank_to_reach(tp, ep, reached):
+    """One expert a token: its row goes to all ranks that hold a slice of it, but not to the own one of eight."""
+    spec, tokens = MoESpec(hidden=4096, intermediate=2048, num_experts=64, top_k=1), 8 * 65536
+    placement = Placement.build(spec, ParallelSpec(tp=tp, ep=ep))
+    found = AllToAll.wire_bytes(spec, placement, tokens, "bf16", 2)
+    assert found == 65536 * 2 * 2 * spec.hidden * reached + 65537 * 8 * 7
+
+
 def test_where_there_is_no_choice_nothing_is_said():
     placement = Placement.build(DEEPSEEK, ParallelSpec(ep=2))
     for name in ("ag_rs", "all_reduce"):
