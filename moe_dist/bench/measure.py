@@ -78,7 +78,7 @@ def measure(context: RankContext, case: Case, turn: Turn = ALONE) -> RankResult:
         if turn.number == 0:
             step = _first_turn(context, case, turn, kept, key)
         else:
-            step = kept.step(context, key, lambda: _inputs_and_step(context, case, turn)[1])
+            step = kept.step(context, key, lambda: _step(context, case, turn, _inputs(context, case, turn)))
         _timed(context, case, turn, step, kept, key)
         result: RankResult = kept.found[key]
         if turn.last:
@@ -90,8 +90,9 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
     """Everything about a case but its times, once."""
     comm = context.comm
     plan, (shard, shared, _) = _planned(context, case, turn)
+    inputs = _inputs(context, case, turn)
     before = _memory(comm.device)
-    inputs, step = _inputs_and_step(context, case, turn)
+    step = _step(context, case, turn, inputs)
     kept.keep(key, step)
     y_TH = step.call()
     kept.first[key] = sampled(y_TH)
@@ -141,14 +142,17 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept,
     )
 
 
-def _inputs_and_step(context: RankContext, case: Case, turn: Turn) -> tuple[Inputs, Step]:
-    comm = context.comm
-    plan, (shard, shared, router) = _planned(context, case, turn)
+def _inputs(context: RankContext, case: Case, turn: Turn) -> Inputs:
+    plan, (_, _, router) = _planned(context, case, turn)
     context.progress(f"{case.label}: inputs")
-    inputs = make_inputs(case, plan, comm, router)
-    layer = MoELayer(plan, shard, comm, shared=shared, stages=Stages(device=comm.device))
+    return make_inputs(case, plan, context.comm, router)
+
+
+def _step(context: RankContext, case: Case, turn: Turn, inputs: Inputs) -> Step:
+    plan, (shard, shared, _) = _planned(context, case, turn)
+    layer = MoELayer(plan, shard, context.comm, shared=shared, stages=Stages(device=context.device))
     bucket = max(stop - start for start, stop in inputs.bounds)
-    return inputs, make_step(context, case, layer, shard, *inputs.mine(), bucket)
+    return make_step(context, case, layer, shard, *inputs.mine(), bucket)
 
 
 def _planned(context: RankContext, case: Case, turn: Turn) -> tuple[Plan, Weights]:
