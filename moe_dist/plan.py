@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.base import payload_row_bytes
 from moe_dist.placement import Placement
 from moe_dist.rows import Support
-from moe_dist.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
+from moe_dist.spec import MoESpec, ParallelSpec, TokenLayout
 from moe_dist.tables import Shape, table_source
+from moe_dist.weights import ExpertWeights
 
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
@@ -114,17 +116,9 @@ class Plan:
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, scales included."""
-        spec, width = self.spec, self.placement.width_of(rank)
-        rows, H = spec.w13_rows(width), spec.hidden
-        itemsize = 1 if spec.quantized else spec.torch_dtype.itemsize
-        scales = {
-            "none": 0,
-            "fp8_block": -(-H // BLOCK) * -(-width // BLOCK) * (3 if spec.gated else 2),
-            "fp8_channel": rows + H,
-        }.get(spec.quant, 3 if spec.gated else 2)
-        if spec.quant == "fp8_tensor_static":
-            scales += 1
-        return len(self.placement.experts_of(rank)) * ((rows + width) * H * itemsize + 4 * scales)
+        width, experts = self.placement.width_of(rank), len(self.placement.experts_of(rank))
+        forms = ExpertWeights.forms(self.spec, experts, width).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
 
     def most_rows(self, max_tokens_per_rank: int) -> int:
         """Worst case of (token, expert) pairs on one rank: world × T × min(K, e), tile padding not counted."""
@@ -150,7 +144,7 @@ class Plan:
         """One for each shape that ranks have; an empty shard is none."""
         layers = [(self.spec, self.placement)]
         if self.spec.shared_experts != "none":
-            layers.append((self.spec.shared_spec(), _shared_placement(self.spec, self.parallel)))
+            layers.append((self.spec.shared_spec(), shared_placement(self.spec, self.parallel)))
         device = self.machine.name if self.machine.device == "cuda" else self.machine.device  # tables.device_name
         found: dict[Shape, Part] = {}
         for spec, placement in layers:
@@ -335,10 +329,10 @@ def _check_shared(spec: MoESpec, exchange: type[Exchange], parallel: ParallelSpe
         rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"
         raise ConfigError("model.shared_experts", "tp", rule, ("none", "replicated"))
     if spec.shared_experts != "none":
-        _shared_placement(spec, parallel)
+        shared_placement(spec, parallel)
 
 
-def _shared_placement(spec: MoESpec, parallel: ParallelSpec) -> Placement:
+def shared_placement(spec: MoESpec, parallel: ParallelSpec) -> Placement:
     """Sliced over all ranks, or whole on each."""
     tp = parallel.world if spec.shared_experts == "tp" else 1
     return Placement.build(spec.shared_spec(), ParallelSpec(tp=tp, allow_empty_shards=parallel.allow_empty_shards))

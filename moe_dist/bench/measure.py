@@ -18,8 +18,8 @@ from moe_dist.comm import Comm
 from moe_dist.layer import MoELayer, Router
 from moe_dist.notices import collecting
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, Plan
-from moe_dist.reference import Numerics, oracle_partial
+from moe_dist.plan import Machine, Plan, shared_placement
+from moe_dist.reference import Numerics, ScaledBy, oracle_partial
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import ParallelSpec, split_bounds
@@ -212,13 +212,9 @@ def _load(context: RankContext, case: Case, plan: Plan) -> Weights:
 
 def _shared_slice(plan: Plan, rank: int) -> tuple[int, int] | None:
     """Which columns of the shared expert `rank` holds."""
-    spec = plan.spec
-    if spec.shared_experts == "none":
+    if plan.spec.shared_experts == "none":
         return None
-    if spec.shared_experts == "replicated":
-        return 0, spec.shared_intermediate
-    grid = ParallelSpec(tp=plan.placement.world, allow_empty_shards=plan.parallel.allow_empty_shards)
-    return Placement.build(spec.shared_spec(), grid).slice_of(rank)
+    return shared_placement(plan.spec, plan.parallel).slice_of(rank)
 
 
 def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
@@ -259,7 +255,8 @@ def _errors(
 
     def error(numerics: Numerics | None) -> float:
         # One expectation serves all exchanges, backends and modes that must give the same: it takes longer than they.
-        sensitive = sources if plan.spec.quant == "fp8_tensor_dynamic" and numerics else None
+        dynamic = plan.spec.quant == "fp8_tensor_dynamic" and numerics is not None
+        sensitive = (sources, layer.exchange.scaled_by) if dynamic else None
         copies = plan.exchange if plan.placement.replicated else None
         same = f"{case.model!r} {case.source!r} {case.parallel!r} {case.workload!r}"
         key = f"{same} {numerics} {sensitive} {copies}"
@@ -267,7 +264,8 @@ def _errors(
         if key not in kept:
             if any(not known.startswith(same) for known in kept):
                 kept.clear()  # another workload's: they are large
-            kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics)
+            scaled_by = layer.exchange.scaled_by
+            kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics, scaled_by)
         return _group_error(layer.comm, y_TH, kept[key][start:stop])
 
     return error(layer.backend.numerics), error(None)
@@ -282,16 +280,20 @@ def _expected(
     groups_TK: Tensor,
     sources: list[tuple[int, int]],
     numerics: Numerics | None,
+    scaled_by: ScaledBy,
 ) -> Tensor:
     spec, x, rank = plan.spec, inputs.x_TH, comm.rank
-    partial = oracle_partial(x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics)
+    partial = oracle_partial(
+        x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics, scaled_by
+    )
     if shared is not None and (spec.shared_experts == "tp" or rank == 0):
         alone = Placement.build(spec.shared_spec(), ParallelSpec())
         everyone = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
         one = Routing(everyone, torch.ones_like(everyone, dtype=torch.float32))
         if spec.shared_experts == "replicated":  # each rank feeds it the tokens as they came, before any exchange
             sources = inputs.bounds if inputs.sharded else inputs.bounds[:1]
-        partial += oracle_partial(x, one, shared, spec.shared_spec(), alone, 0, sources, everyone.long(), numerics)
+        of_shared = spec.shared_spec()
+        partial += oracle_partial(x, one, shared, of_shared, alone, 0, sources, everyone.long(), numerics, "all")
     return comm.all_reduce(partial)
 
 

@@ -25,7 +25,7 @@ from moe_dist.graph import capture
 from moe_dist.kernels import quantize_rows
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Part, Plan
-from moe_dist.reference import oracle_partial, relative_error
+from moe_dist.reference import ScaledBy, oracle_partial, relative_error
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.rows import TokenRows
 from moe_dist.streams import Stream
@@ -167,7 +167,9 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
     numerics = backend.numerics
     token_rows = tuple(TokenRows(x, slots, routing.weights_TK) for routing, slots in drawn)
     if seed == 0:
-        expected_RH = oracle_partial(x_RH, first, shard, spec, placement, rank, [(0, rows)], groups_RK, numerics)
+        scaled_by: ScaledBy = "all" if plan.payload == "fp8" else "computed"
+        whole = [(0, rows)]
+        expected_RH = oracle_partial(x_RH, first, shard, spec, placement, rank, whole, groups_RK, numerics, scaled_by)
     else:
         backend.use_config(backend.default_config(part.problem, rows))
         expected_RH = backend.forward(token_rows[0]).float()

@@ -19,7 +19,7 @@ from moe_dist.exchange import EXCHANGES
 from moe_dist.layer import MoELayer, Router
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.reference import Numerics, oracle_layer
+from moe_dist.reference import Numerics, ScaledBy, oracle_layer
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.weights import ExpertWeights, random_expert, shard, slice_width, stack
@@ -115,8 +115,11 @@ def _run(comm: Comm, case: Case) -> Outcome:
     numerics = layer.backend.numerics
     problem = (spec, case.inputs, case.up_scale, case.routed_by_layer)
     key = (*problem, plan.parallel)
-    key += (tuple(groups.flatten().tolist()), tuple(together), tuple(bounds), numerics)
-    expected = _shared_by_all(comm, key, lambda: _expected(case, x, routing, groups, together, bounds, numerics))
+    scaled_by = layer.exchange.scaled_by
+    key += (tuple(groups.flatten().tolist()), tuple(together), tuple(bounds), numerics, scaled_by)
+    expected = _shared_by_all(
+        comm, key, lambda: _expected(case, x, routing, groups, together, bounds, numerics, scaled_by)
+    )
     exact = _shared_by_all(comm, problem, lambda: _exact(case, x, routing))
 
     start, stop = (0, len(x)) if replicated else case.inputs.bounds[comm.rank]
@@ -139,12 +142,13 @@ def _expected(
     together: list[tuple[int, int]],
     bounds: list[tuple[int, int]],
     numerics: Numerics | None,
+    scaled_by: ScaledBy,
 ) -> Tensor:
     """The oracle, quantizing where the plan quantizes."""
     spec, placement = case.plan.spec, case.plan.placement
     weights = _weights(spec, case.inputs.seed, case.up_scale)
     shards = [shard(weights, placement, rank) for rank in range(placement.world)]
-    y = oracle_layer(x, routing, shards, spec, placement, together, groups, numerics)
+    y = oracle_layer(x, routing, shards, spec, placement, together, groups, numerics, scaled_by)
     if spec.shared_experts == "none":
         return y
     shared, every = spec.shared_spec(), _every_token(len(x))
@@ -224,7 +228,8 @@ def inputs_of(hidden: int, num_experts: int, top_k: int, inputs: Inputs) -> tupl
     sizes = MoESpec(hidden=hidden, intermediate=16, num_experts=num_experts, top_k=top_k)
     routing = synthetic_routing(sizes, tokens, inputs.skew, inputs.seed)
     hole = torch.rand(routing.ids_TK.shape, generator=generator) < inputs.holes
-    return x, Routing(routing.ids_TK.masked_fill(hole, -1), routing.weights_TK.masked_fill(hole, 0.0))
+    x[hole.all(1)] *= 50  # what a row without any expert holds must not decide how others are rounded
+    return x, Routing(routing.ids_TK.masked_fill(hole, -1), routing.weights_TK.masked_fill(hole, float("nan")))
 
 
 _known: dict[int, dict[Any, Tensor]] = {}

@@ -241,7 +241,7 @@ def test_swapped_halves_are_seen(pool: Pool, parallel: ParallelSpec) -> None:
     assert not unseen, f"MOE_DIST_TEST_SEED={SEED}: {unseen}"
 
 
-@pytest.mark.parametrize("bucket", [7, PACKED_UP_TO, PACKED_UP_TO + 1, EVEN_UP_TO + 1])
+@pytest.mark.parametrize("bucket", [11, PACKED_UP_TO, PACKED_UP_TO + 1, EVEN_UP_TO + 1])
 def test_bucket_given_by_the_caller(pool: Pool, bucket: int) -> None:
     """Every bucket gives what the oracle says, with replicas too: padding does not move a token to another copy."""
     parallel, inputs = ParallelSpec(tp=2, ep=2, replicas={1: (1,), 8: (0,)}), Inputs((4, 1, 0, 6), SEED)

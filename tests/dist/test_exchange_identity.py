@@ -272,7 +272,8 @@ def compare_payloads(comm: Comm, exchange: str, layout: str, quant: str, seed: i
     _, _, plain = through(comm, problem, exchange, layout, "bf16", None, static)
     # Every source quantizes its own tokens; an exchange of replicated tokens that are cut up, each even share.
     shards = [problem.bounds(rank, "sharded") for rank in range(comm.world)]
-    dense = [dequantize_rows(quantize_rows(problem.x[a:b], quant, static), static) for a, b in shards]
+    routed_T = problem.routing.legal(problem.spec.num_experts).any(1)
+    dense = [dequantize_rows(quantize_rows(problem.x[a:b], quant, static, routed_T[a:b]), static) for a, b in shards]
     expected = (torch.cat(dense) * problem.routing.weights_TK.sum(1, keepdim=True))[start:stop]
     scales = 0 if static is not None else 4 * (-(-problem.spec.hidden // 128) if quant == "fp8_block" else 1)
     return {

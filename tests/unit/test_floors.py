@@ -14,11 +14,11 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    ("errors", "notices", "building", "spec", "sizes", "streams", "registry", "tables"),
+    ("errors", "notices", "building", "spec", "sizes", "streams", "surroundings", "registry", "tables"),
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
-    ("plan", "layer", "graph"),
+    ("plan", "inputs", "layer", "graph"),
     ("runtime",),
     ("bench",),
     ("progress", "config", "doctor", "integrations", "cli", "__main__"),

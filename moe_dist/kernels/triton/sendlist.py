@@ -32,7 +32,7 @@ def _slots_on(ids, slot_table, slots, PAIRS, own_group, EXPERTS, BLOCK: tl.const
     """A group's last entry, behind those of its experts, is that of no expert."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids + pair, mask=pair < PAIRS, other=-1)
-    expert = tl.where(expert < 0, EXPERTS - 1, expert)
+    expert = tl.where((expert < 0) | (expert >= EXPERTS), EXPERTS - 1, expert)
     tl.store(slots + pair, tl.load(slot_table + own_group * EXPERTS + expert), mask=pair < PAIRS)
 
 
@@ -106,8 +106,8 @@ def _served_by(
     pair = (token < T)[:, None] & (place < K)
     at = token[:, None] * K + place
     expert = tl.load(ids + at, mask=pair, other=-1)
-    known = pair & (expert >= 0)
-    expert = tl.maximum(expert, 0)
+    known = pair & (expert >= 0) & (expert < EXPERTS - 1)  # the last entry is that of no expert
+    expert = tl.where(known, expert, 0)
     if REPLICATED:
         copy = (token[:, None] + expert) % tl.load(copy_counts + expert, mask=known, other=1).to(tl.int32)
         serving = tl.load(group_table + expert * COPIES + copy, mask=known, other=-1).to(tl.int32)

@@ -22,6 +22,7 @@ from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
+from moe_dist.rows import used_rows
 from moe_dist.sizes import power_of_2
 from moe_dist.spec import BLOCK
 from moe_dist.stages import NO_STAGES, Stages
@@ -56,7 +57,7 @@ def _weighted_sum(
     for place in tl.static_range(K):
         pair = row * K + place
         slot = tl.load(slots + pair)
-        weight = tl.load(weights + pair)
+        weight = tl.load(weights + pair, mask=slot >= 0, other=0.0)  # what it holds without a slot is ignored
         place_of = tl.load(places + pair, mask=slot >= 0, other=0).to(tl.int64) if PLACED else pair
         at = out + place_of * H + column
         value = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
@@ -159,7 +160,7 @@ class Step(ABC):
             source, groups = x.contiguous(), R * blocks(H)
             x = QuantizedRows(*empties(x.device, ((R, H), FP8), ((R, blocks(H)), torch.float32)))
         elif isinstance(x, Tensor) and self.kind != UNQUANTIZED:
-            x = quantize_rows(x, self.experts.kind, self.experts.a13)
+            x = quantize_rows(x, self.experts.kind, self.experts.a13, used_rows(self.experts.kind, self.slots_RK))
         values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
         scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
         sort = self._sort_few if self.pairs <= MOST_PAIRS_TOGETHER else self._sort_many
