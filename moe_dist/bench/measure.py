@@ -123,7 +123,7 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
 
 
 def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept, key: str) -> None:
-    """A round's iterations, and after them one look at whether the step still gives what it gave first."""
+    """A round's iterations, and whether the last of them gave what the step gave first."""
     iters = turn.iters(case.iters)
     if not iters:
         return
@@ -131,8 +131,13 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept,
     context.progress(f"{case.label}: timing" + (f", round {turn.number + 1} of {turn.of}" if turn.of > 1 else ""))
     for _ in range(case.warmup if turn.number == 0 else min(case.warmup, 1)):
         step.call()
-    times = time_steps(comm, step.call, iters, queued=step.graph is not None)
-    err_repeat = _group_error(comm, sampled(step.call()), kept.first[key])
+    last: list[Tensor] = []
+
+    def call() -> None:
+        last[:] = [step.call()]
+
+    times = time_steps(comm, call, iters, queued=step.graph is not None)
+    err_repeat = _group_error(comm, sampled(last[0]), kept.first[key])
     found: RankResult = kept.found[key]
     kept.found[key] = replace(
         found,

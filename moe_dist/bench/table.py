@@ -162,7 +162,7 @@ def _sentence(rows: list[Row]) -> str | None:
     winner, *others = best.values()
     where = f"{winner['model']}, {winner['world']} ranks, {winner['global_tokens']} {winner['token_layout']} tokens"
     rivals = [f"{_who(row)} {row['p50_us'] / winner['p50_us']:.2f}x" for row in others]
-    said = "no clear winner, ahead by no more than scatter" if tied(winner, others[0]) else "fastest"
+    said = "no clear winner, within scatter:" if tied(winner, others[0]) else "fastest"
     return f"{where}, {winner['skew']}: {said} {_who(winner)} ({winner['p50_us']:,.0f} µs); " + ", ".join(rivals)
 
 
