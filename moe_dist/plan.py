@@ -217,7 +217,7 @@ def make_plan(
     placement = Placement.build(spec, parallel)
 
     travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
-    choices = _choices(spec, placement, token_layout, exchange, backend, travels, payload, machine)
+    choices = _choices(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)
     refused = [choice for choice in choices if choice.chosen and not choice.possible]
     if refused:
         what = " and ".join(f"{choice.kind} {choice.name}" for choice in refused)
@@ -276,6 +276,7 @@ def _choices(
     backend: str,
     travels: str,
     payload: str,
+    combine: str,
     machine: Machine,
 ) -> list[Choice]:
     """Every registered exchange and backend, with what speaks against it."""
@@ -289,14 +290,20 @@ def _choices(
             reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
         choices.append(Choice("exchange", name, support.ok, name == exchange, reason))
     for name in BACKENDS.names():
-        support = _backend_support(spec, placement, BACKENDS.get(name), travels, payload, machine)
+        support = _backend_support(spec, placement, BACKENDS.get(name), travels, payload, combine, machine)
         reason = "not asked for" if support.ok and name != backend else support.reason
         choices.append(Choice("backend", name, support.ok, name == backend, reason))
     return choices
 
 
 def _backend_support(
-    spec: MoESpec, placement: Placement, backend: type[Backend], travels: str, payload: str, machine: Machine
+    spec: MoESpec,
+    placement: Placement,
+    backend: type[Backend],
+    travels: str,
+    payload: str,
+    combine: str,
+    machine: Machine,
 ) -> Support:
     """It must run here and serve every rank's own slice."""
     available = backend.available(machine.device)
@@ -305,6 +312,8 @@ def _backend_support(
     takes = backend.payloads(spec)
     if travels not in takes and not (payload == "auto" and spec.dtype in takes):
         return Support(False, f"takes rows as {', '.join(sorted(takes))}, not {travels}")
+    if combine not in backend.sums:
+        return Support(False, f"gives partial sums in {', '.join(sorted(backend.sums))}, not {combine}")
     shapes = {(placement.width_of(rank), len(placement.experts_of(rank))) for rank in range(placement.world)}
     for width, num_local in sorted(shapes):
         problem = Problem(spec, width, num_local, machine.device, machine.capability, travels)

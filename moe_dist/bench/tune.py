@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
-from moe_dist.bench.results import FEW_PAIRS, FEW_PAIRS_MARGIN, provenance
+from moe_dist.bench.results import margin, provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.comm import Comm
 from moe_dist.errors import ResourceError, UnsupportedError
@@ -176,7 +176,7 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
     return Sample(
         rows=token_rows,
         expected_RH=expected_RH,
-        tolerance=numerics.tolerance * (FEW_PAIRS_MARGIN if (slots_RK >= 0).sum() < FEW_PAIRS else 1.0),
+        tolerance=numerics.tolerance * margin(int((slots_RK >= 0).sum())),
         floor_us=_floor(part, [slots for _, slots in drawn]),
     )
 
@@ -299,7 +299,6 @@ def _distance(backend: Backend, sample: Sample) -> float:
 def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
     """Microseconds of one forward with the config in use: the median over `iters` steps of all the sample's forwards,
     as one CUDA graph where that can be captured."""
-    device = sample.expected_RH.device
 
     def forwards() -> None:
         for rows in sample.rows:
@@ -309,12 +308,25 @@ def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
         backend.tune(sample.rows[0])
         forwards()
 
-    step: Callable[[], object] = forwards
-    captured = device.type == "cuda" and backend.capturable
+    return calls_us(forwards, warm_up, len(sample.rows), sample.expected_RH.device, iters, backend.capturable)
+
+
+def calls_us(
+    calls: Callable[[], None],
+    warm_up: Callable[[], None],
+    count: int,
+    device: torch.device,
+    iters: int,
+    capturable: bool = True,
+) -> float:
+    """Microseconds of one of the `count` calls that `calls` makes: the median over `iters` steps of all of them, as one
+    CUDA graph where that can be captured. The one clock for whole forwards and for parts of them."""
+    step: Callable[[], object] = calls
+    captured = device.type == "cuda" and capturable
     if captured:
-        graph, _ = capture(forwards, warm_up)
+        graph, _ = capture(calls, warm_up)
         step = graph.replay
     else:
         warm_up()
     step()
-    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / len(sample.rows)
+    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / count

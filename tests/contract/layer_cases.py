@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dist.pool import group_of
 from torch import Tensor
 
-from moe_dist.backends import BACKENDS, Problem
+from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.exchange import EXCHANGES
 from moe_dist.layer import MoELayer, Router
@@ -260,6 +260,15 @@ def planned(
     )  # fmt: skip
 
 
+# What runs on a CPU is tested here; what the others refuse in test_refused.py, what they compute in tests/gpu.
+HERE = tuple(name for name in BACKENDS.names() if BACKENDS.get(name).available("cpu").ok)
+
+
+def exchanges_for(parallel: ParallelSpec) -> list[str]:
+    """All of them; `local` is for one rank alone."""
+    return [name for name in EXCHANGES.names() if name != "local" or parallel.world == 1]
+
+
 def expected_payload(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, layout: str, ask: str) -> str:
     """What rows must travel as, from what exchange and backend declare; "illegal" where nothing fits."""
     if parallel.world == 1 or layout == EXCHANGES.get(exchange).token_layout == "replicated":
@@ -267,26 +276,6 @@ def expected_payload(spec: MoESpec, parallel: ParallelSpec, exchange: str, backe
     if spec.quantized and ask == "auto" and "fp8" in BACKENDS.get(backend).payloads(spec):
         return "fp8"
     return "illegal" if spec.quant == "fp8_tensor_dynamic" else spec.dtype
-
-
-def refusal(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, travels: str) -> str:
-    """Why exchange or backend can't serve this, by their own word; empty if they can."""
-    placement = Placement.build(spec, parallel)
-    support = EXCHANGES.get(exchange).supports(spec, placement)
-    if not support.ok:
-        return support.reason
-    backend_class = BACKENDS.get(backend)
-    support = backend_class.available("cpu")
-    if not support.ok:
-        return support.reason
-    if travels not in backend_class.payloads(spec):
-        return "takes rows as"
-    for rank in range(placement.world):
-        width, held = placement.width_of(rank), len(placement.experts_of(rank))
-        support = backend_class.supports(Problem(spec, width, held, "cpu", None, travels))
-        if not support.ok:
-            return support.reason
-    return ""
 
 
 def oracle_bound(plan: Plan) -> float:

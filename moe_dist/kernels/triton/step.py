@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from moe_dist.errors import UnsupportedError
 from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
@@ -29,6 +30,9 @@ from moe_dist.weights import ExpertWeights
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
 GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
+MOST_PAIRS = (
+    2**30
+)  # their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets
 MOST_PAIRS_TOGETHER = 4096  # beyond, one program for each expert that reads all pairs takes too long
 MOST_CHUNKS = 128  # of many pairs; each has a program that adds up the counts of all, and the chip has as many SMs
 COMPARED = 256  # pairs of a chunk with each other, one by each thread
@@ -102,6 +106,9 @@ class Step(ABC):
             experts.kind, ROW_SCALES
         )
         self.pairs = slots_RK.numel()
+        if self.pairs > MOST_PAIRS:
+            what = f"a step of {self.pairs} (token, expert) pairs"
+            raise UnsupportedError(what, [f"kernels count at most {MOST_PAIRS} of them in 32 bits"])
         self.places: Tensor | None = None  # of pairs among GEMM2's rows, where those don't lie by pair
         self.entries = self.pairs // tile + experts.num_experts
         P, E, i = self.pairs, experts.num_experts, experts.width
