@@ -237,6 +237,32 @@ class TestMakeRow:
         made = row_of(case(), *[rank_result(err_oracle=oracle, err_exact=exact)] * 2)
         assert made["ok"] is expected
 
+    @pytest.mark.parametrize(
+        ("quant", "allowed"),
+        [("none", 5e-3), ("fp8_block", 5e-2), ("fp8_channel", 5e-2), ("fp8_tensor_static", 6e-2),
+         ("fp8_tensor_dynamic", 6e-2)],
+    )  # fmt: skip
+    def test_every_format_has_the_tolerance_of_the_design(self, quant, allowed):
+        chosen = case(model=SPEC.with_changes(quant=quant))
+        for error, ok in ((allowed, True), (1.01 * allowed, False)):
+            assert row_of(chosen, *[rank_result(err_exact=error)] * 2)["ok"] is ok
+
+    @pytest.mark.parametrize(("pairs", "factor"), [(15, 1.5), (16, 1.0)])
+    def test_few_pairs_scatter_about_their_mean(self, pairs, factor):
+        """Of one rank: with EP a row's pairs are all ranks' together."""
+        for oracle, exact, ok in ((1e-2, 5e-2, True), (1.01e-2, 0.0, False), (0.0, 5.05e-2, False)):
+            ranks = (
+                rank_result(rows=pairs - 7, err_oracle=factor * oracle, err_exact=factor * exact),
+                rank_result(rows=7),
+            )
+            made = row_of(case(), *ranks)
+            assert made["pairs"] == pairs
+            assert made["ok"] is ok
+
+    def test_slices_of_one_pair_are_one_pair(self):
+        made = row_of(case(parallel={"tp": 2}), *[rank_result(rows=10, err_oracle=1.4e-2)] * 2)
+        assert (made["pairs"], made["ok"]) == (10, True)
+
     def test_unquantized_rows_have_a_tolerance_of_their_own(self):
         plain = case(model=SPEC.with_changes(quant="none"))
         assert row_of(plain, *[rank_result(err_exact=EXACT_TOLERANCE["none"])] * 2)["ok"] is True
