@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import results
 from moe_dist.bench.case import Case, Experiment, parse_placement
 from moe_dist.bench.measure import RankResult, merge
@@ -19,6 +20,7 @@ from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan import Machine
+from moe_dist.reference import Numerics
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.stages import Stages, totals_us
 
@@ -258,6 +260,13 @@ class TestMakeRow:
             made = row_of(case(), *ranks)
             assert made["pairs"] == pairs
             assert made["ok"] is ok
+
+    def test_a_backend_that_declares_where_it_rounds_is_judged_by_that(self, monkeypatch):
+        ranks = [rank_result(err_oracle=2e-2)] * 2
+        assert row_of(case(), *ranks)["ok"] is False
+        declared = classmethod(lambda cls, spec: Numerics(bf16_maximum=True))  # 3e-2
+        monkeypatch.setattr(TorchBackend, "numerics_of", declared)
+        assert row_of(case(), *ranks)["ok"] is True
 
     def test_slices_of_one_pair_are_one_pair(self):
         made = row_of(case(parallel={"tp": 2}), *[rank_result(rows=10, err_oracle=1.4e-2)] * 2)
