@@ -197,6 +197,10 @@ class TestMakeRow:
         assert made["hbm_gbps"] == pytest.approx(3 * SPEC.hidden * 3 * SPEC.intermediate / 200.0 / 1e3)
         assert made["link_gbps"] == pytest.approx(50 / 200.0 / 1e3)
 
+    @pytest.mark.parametrize(("ranks", "expected"), [((None, None), None), ((5, 7), 7), ((7, 5), 7)])
+    def test_memory_is_that_of_the_rank_with_most(self, ranks, expected):
+        assert row_of(case(), *(rank_result(max_memory=most) for most in ranks))["max_memory"] == expected
+
     def test_labels_come_from_the_plan(self):
         made = row_of(case(parallel={"tp": 2}, exchange="all_reduce"), rank_result(), rank_result())
         labels = {name: made[name] for name in ("tp", "ep", "world", "placement", "exchange", "backend", "quant")}

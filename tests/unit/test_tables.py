@@ -149,9 +149,10 @@ class TestFind:
         assert find_table(SHAPE, 3).entries[8].config == {"name": "user"}
         assert table_source(SHAPE, 3) == "user"
 
-    def test_another_revision_is_passed_over(self, folders):
+    @pytest.mark.parametrize("revision", [2, 4])
+    def test_another_revision_is_passed_over(self, folders, revision):
         user, shipped = folders
-        table(revision=2).write(user)
+        table(revision=revision).write(user)
         assert find_table(SHAPE, 3) is None
         assert table_source(SHAPE, 3) is None
         table(entries={8: entry("shipped")}).write(shipped)
