@@ -234,6 +234,15 @@ def test_modelopts_file_is_heard(model: Any, capsys: pytest.CaptureFixture[str])
         assert said in refusal(directory, CheckpointError)
 
 
+def test_two_files_that_contradict_each_other_are_both_named(model: Any) -> None:
+    directory = model("fp8")
+    content = {"quant_algo": "FP8", "exclude_modules": ["model.layers.1*"]}
+    (directory / "hf_quant_config.json").write_text(json.dumps({"quantization": content}))
+    text = refusal(directory, CheckpointError)
+    assert "quantization_config in" in text
+    assert "hf_quant_config.json leaves them out" in text
+
+
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
 def test_other_libraries_files_are_heard(model: Any, name: str) -> None:
     directory = model("bf16")

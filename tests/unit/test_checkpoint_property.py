@@ -123,7 +123,7 @@ def apply(directory: Path, change: tuple[Any, ...]) -> None:
             change_tensors(directory, what, arguments)
         else:
             FILES[what](directory, *arguments)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError):
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError, SafetensorError):
         pass  # an earlier change left nothing that this one could change
 
 
