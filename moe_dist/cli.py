@@ -18,6 +18,7 @@ from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment, default_experiment
 from moe_dist.bench.results import Outcome, provenance, results_document, write_results
+from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
 from moe_dist.bench.source import check_models, with_source
 from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_table, verdict
@@ -312,14 +313,14 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
     outcome = Outcome(refused=refused)
     start = group_starter(experiment, machine)
     about = provenance(machine)
-    with Reporter(len(planned), quiet=not _speaks()) as reporter:
+    with Reporter(sum(turns(case) for case, _ in planned), quiet=not _speaks()) as reporter:
 
-        def row_done() -> None:
+        def turn_done() -> None:
             reporter.step()
-            if args.out and _speaks():  # after every row: what was measured before a failure is kept
+            if args.out and _speaks():  # after every turn of a case: what was measured before a failure is kept
                 write_results(Path(args.out), about, outcome)
 
-        run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, row_done)
+        run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, reporter.said, turn_done)
     if args.json and _speaks():
         print(json.dumps(results_document(about, outcome), allow_nan=False))
     elif not args.json:

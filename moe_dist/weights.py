@@ -11,9 +11,11 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.placement import Placement
-from moe_dist.quantization import FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.quantization import FP8, FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
 from moe_dist.streams import Stream
+from moe_dist.surroundings import unaffected
 
 
 @dataclass
@@ -38,6 +40,24 @@ class ExpertWeights:
     a13: Tensor | None = None
     a2: Tensor | None = None
     gate_first: bool = True
+
+    @staticmethod
+    def forms(spec: MoESpec, experts: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and dtype of every tensor that `experts` experts of `spec` with `width` columns have."""
+        H, F = spec.hidden, spec.w13_rows(width)
+        dtype = FP8 if spec.quantized else spec.torch_dtype
+        found = {"w13_eFH": ((experts, F, H), dtype), "w2_eHi": ((experts, H, width), dtype)}
+        scales: dict[str, tuple[int, ...]] = {}
+        if spec.quant == "fp8_block":
+            of_width, of_hidden = cdiv(width, BLOCK), cdiv(H, BLOCK)
+            scales = {"s13": (experts, spec.w13_rows(of_width), of_hidden), "s2": (experts, of_hidden, of_width)}
+        elif spec.quant == "fp8_channel":
+            scales = {"s13": (experts, F), "s2": (experts, H)}
+        elif spec.quantized:
+            scales = {"s13": (experts, spec.w13_rows(1)), "s2": (experts, 1)}
+        if spec.quant == "fp8_tensor_static":
+            scales |= {"a13": (), "a2": (experts,)}
+        return found | {name: (shape, torch.float32) for name, shape in scales.items()}
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +97,10 @@ class ExpertWeights:
         [up; gate], without a second copy. Whoever shares this object sees the new order in `gate_first`."""
         if not self.gated or gate_first == self.gate_first:
             return
+        with torch.inference_mode():  # weights that were made in it may be changed in it only
+            self._turn(gate_first)
+
+    def _turn(self, gate_first: bool) -> None:
         for tensor in (self.w13_eFH, self.s13):
             if tensor is None:
                 continue
@@ -130,6 +154,7 @@ def _check_matrix(field: str, expert: int, matrix: Tensor) -> None:
         raise ConfigError(field, "all zeros", f"expert {expert} was not loaded")
 
 
+@unaffected
 def quantize_weights(w13_eFH: Tensor, w2_eHi: Tensor, spec: MoESpec) -> ExpertWeights:
     """Dense weights to the spec's format, without static activation scales. Gate and up get scales of their own."""
     if not spec.quantized:
@@ -154,6 +179,7 @@ def _quantize_over(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tenso
     return cast(values, scales), scales.flatten(1)
 
 
+@unaffected
 def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Columns [start, stop) of the intermediate size: rows of gate and of up, columns of w2, and their scales.
 
@@ -176,6 +202,7 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     return weights.with_tensors(**changes)
 
 
+@unaffected
 def stack(experts: Sequence[ExpertWeights]) -> ExpertWeights:
     """Concatenate along the expert dimension. Scalars (a13) must be the same everywhere and stay as they are."""
     first = experts[0]
@@ -199,6 +226,7 @@ def empty_like(weights: ExpertWeights) -> ExpertWeights:
     return weights.with_tensors(**{name: tensor[:0] for name, tensor in weights.tensors().items() if tensor.ndim})
 
 
+@unaffected
 def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:
     """What `rank` holds of a whole layer."""
     held = torch.tensor(placement.experts_of(rank), dtype=torch.int64, device=weights.device)
@@ -206,6 +234,7 @@ def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeig
     return slice_width(weights.with_tensors(**picked), *placement.slice_of(rank))
 
 
+@unaffected
 def shard_from(
     make_expert: Callable[[int], ExpertWeights], placement: Placement, rank: int, seen: Callable[[], None] | None = None
 ) -> ExpertWeights:
@@ -219,6 +248,7 @@ def shard_from(
     return stack(parts) if parts else empty_like(slice_width(make_expert(0), start, stop))
 
 
+@unaffected
 def random_expert(
     spec: MoESpec,
     expert: int,
@@ -244,10 +274,11 @@ def random_expert(
         return weights
     rows = Stream("calibration rows", seed, layer, expert, device=device).normal(64, H)
     amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
-    a13 = torch.tensor(5.5 / FP8_MAX, device=device)
+    a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 
 
+@unaffected
 def random_weights(
     spec: MoESpec, seed: int, device: torch.device | str = "cpu", experts: Iterable[int] | None = None
 ) -> ExpertWeights:
