@@ -106,6 +106,9 @@ def plan(args: argparse.Namespace) -> int:
         raise ConfigError("overrides", " ".join(args.overrides), rule, "one world of tp·ep ranks, one value a key")
     (case,) = cases
     made = case.plan(machine)
+    if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
+        said = f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says"
+        Console(stderr=True).print(f"moe-dist: {said}", highlight=False, markup=False, soft_wrap=True)
     if args.json:
         print(json.dumps(made.as_dict() | {"wire_bytes": made.wire_bytes(case.workload.tokens)}, indent=1))
         return OK

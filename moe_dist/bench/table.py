@@ -92,7 +92,7 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
 
 
 def _verdict(row: Row) -> str:
-    if row["ok"] is False and not row["err_whole"] <= WHOLE_TOLERANCE:
+    if row["ok"] is False and row["err_whole"] is not None and not row["err_whole"] <= WHOLE_TOLERANCE:
         return "[bold red]NO, other weights than its source's[/]"
     return {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]
 
