@@ -10,8 +10,10 @@ import pytest
 from moe_dist import errors, registry
 from moe_dist.errors import (
     CheckpointError,
+    ClusterLost,
     ConfigError,
     MoeDistError,
+    OutputError,
     RankFailure,
     ResourceError,
     UnsupportedError,
@@ -28,6 +30,8 @@ EXAMPLES = [
     (UnsupportedError("x", iter(["r1", "r2"]), ["y"]), {"what": "x", "reasons": ("r1", "r2"), "supported": ["y"]}),
     (CheckpointError("/c", "truncated"), {"path": "/c", "problem": "truncated"}),
     (ResourceError("GPUs", 8, 4, "Use tp 4."), {"resource": "GPUs", "needed": 8, "available": 4, "hint": "Use tp 4."}),
+    (ClusterLost("h:1", "waiting", "gone"), {"address": "h:1", "doing": "waiting", "cause": "gone"}),
+    (OutputError("/o", "full"), {"path": "/o", "problem": "full"}),
     (RankFailure(3, "combine", 17, "died"), {"rank": 3, "op": "combine", "seq": 17, "cause": "died"}),
 ]
 

@@ -14,14 +14,14 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    ("errors", "building", "spec", "sizes", "streams", "registry", "tables"),
+    ("errors", "exit_codes", "printable", "building", "files", "spec", "sizes", "streams", "registry", "tables"),
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
     ("plan", "layer", "graph"),
     ("runtime",),
     ("bench",),
-    ("progress", "config", "doctor", "integrations", "cli", "__main__"),
+    ("progress", "config", "yaml_loader", "doctor", "integrations", "cli", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # A library, and the only place that may import it.

@@ -42,8 +42,8 @@ def test_no_gpu_where_one_is_asked_for(command, monkeypatch, capsys):
     assert "not enough CUDA devices: 1 needed, 0 available" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "said"), [(b"\xff\xfe1", "no valid YAML"), (b"1: 2", "names as keys"),
-                                           (b"models: [{1: 2}]", "names as keys")])  # fmt: skip
+@pytest.mark.parametrize(("text", "said"), [(b"\xff\xfe1", "is no UTF-8 text"), (b"1: 2", "keys are names"),
+                                           (b"models: [{1: 2}]", "keys are names")])  # fmt: skip
 def test_broken_experiment_files(text, said, tmp_path, capsys):
     (tmp_path / "e.yaml").write_bytes(text)
     assert cli.main(["compare", str(tmp_path / "e.yaml")]) == cli.BAD_INPUT
