@@ -1,4 +1,4 @@
-"""Text of unknown origin on its way to a terminal. Names, paths and messages may hold characters that a terminal obeys."""
+"""Text of unknown origin on its way to a terminal: names, paths and messages may hold what a terminal obeys."""
 
 from __future__ import annotations
 

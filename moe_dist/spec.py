@@ -17,11 +17,11 @@ GATED_ACTIVATIONS = ("swiglu", "geglu")
 QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")
 TOKEN_LAYOUTS = ("replicated", "sharded")
 
-# Bounds on every number. No model, machine or run comes near them; what lies beyond is a slip of the keyboard, and would
-# take gigabytes or hours before anything noticed. Integers are integers: true, 1.0 and "8" are none.
+# Bounds on every number. No model, machine or run comes near them; what lies beyond is a slip of the keyboard, and
+# would take gigabytes or hours before anything noticed. Integers are integers: true, 1.0 and "8" are none.
 WIDEST = 1 << 20  # columns of a matrix
 MOST_EXPERTS = 1 << 17
-MOST_WEIGHTS = 1 << 44  # elements of one layer: 1,500 times DeepSeek-V3's
+MOST_WEIGHTS = 1 << 46  # elements of one layer: 6,000 times DeepSeek-V3's
 MOST_RANKS = 1 << 12
 MOST_TOKENS = 1 << 24
 LONGEST_NAME = 300

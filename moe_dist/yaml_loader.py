@@ -31,7 +31,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", mark)
         node: Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -69,8 +70,8 @@ _Loader.add_implicit_resolver(
 def load_yaml(text: str, field: str, value: str) -> Any:
     """What `text` holds: None, booleans, numbers of at most 64 bits, text, lists and mappings of names to these.
 
-    `field` and `value` are what a ConfigError names. It is raised for whatever is no such YAML: wrong syntax, other tags,
-    keys that are no names or stand twice, and what is too long, too deep, refers to itself or unfolds without end.
+    `field` and `value` are what a ConfigError names. It is raised for whatever is no such YAML: wrong syntax, other
+    tags, keys that are no names or stand twice, and what is too long, too deep, holds itself or unfolds without end.
     """
     if len(text) > LONGEST_TEXT:
         raise ConfigError(field, value, f"holds {len(text):,} characters", f"at most {LONGEST_TEXT:,}")

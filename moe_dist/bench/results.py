@@ -98,7 +98,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "bytes_sent": merged["bytes_sent"],
         "stages_us": {name: round(value, 1) for name, value in merged["stages_us"].items()},
         "max_memory": merged["max_memory"],
-        "chosen_by": "name",
+        "chosen_by": case.chosen_by,
     }
     numerics = BACKENDS.get(plan.backend).numerics_of(spec)
     return row | _rates(plan, merged, p50) | {"ok": within_tolerance(row, spec.quant, numerics)}
