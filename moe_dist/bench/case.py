@@ -36,7 +36,7 @@ LISTS = ("models", "worlds", "placements", "exchanges", "backends", "tokens", "t
 
 Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
 Mode = Literal["eager", "graph"]
-ChosenBy = Literal["name", "default"]  # who chose exchange, backend and mode
+ChosenBy = Literal["name", "default"]  # who chose the backend
 
 
 class SourceSpec(Section):
@@ -123,7 +123,6 @@ class Experiment(Section):
     runtime: Literal["ray", "torchrun"] = "ray"
     case_timeout_s: Seconds = 600.0
     ray: RaySpec = RaySpec()
-    chosen_by: ChosenBy = "name"
 
     @field_validator(*LISTS)
     @classmethod
@@ -165,13 +164,14 @@ class Experiment(Section):
                 synthetic_routing(model, 1, skew, self.seed)
         return self
 
-    def cases(self, device: str) -> Iterator[Case]:
-        """For ranks on `device`; a group of ranks, and then its weights, serve as many cases in a row as possible."""
+    def cases(self, device: str, chosen_by: ChosenBy = "name") -> Iterator[Case]:
+        """For ranks on `device`, backends named or chosen by default. A group of ranks, and then its weights, serve as
+        many cases in a row as possible."""
         modes = self.modes or (("eager", "graph") if device == "cuda" else ("eager",))
         for world, model in product(self.worlds, self.models):
-            yield from self._cases_of(world, model, modes)
+            yield from self._cases_of(world, model, modes, chosen_by)
 
-    def _cases_of(self, world: int, model: MoESpec, modes: tuple[str, ...]) -> Iterator[Case]:
+    def _cases_of(self, world: int, model: MoESpec, modes: tuple[str, ...], chosen_by: ChosenBy) -> Iterator[Case]:
         found = [parse_placement(placement, world) for placement in self.placements]  # None: of another world's size
         for parallel in dict.fromkeys(found):  # on one rank, tp and ep are the same
             if parallel is None:
@@ -192,7 +192,7 @@ class Experiment(Section):
                     iters=self.iters,
                     warmup=self.warmup,
                     check=self.check,
-                    chosen_by=self.chosen_by,
+                    chosen_by=chosen_by,
                 )
 
 

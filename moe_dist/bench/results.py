@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -221,12 +220,3 @@ def results_document(about: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
     ranks = {str(world): lines for world, lines in outcome.places.items()}
     document: dict[str, Any] = _finite({**about, "ranks": ranks, "rows": outcome.rows, "refused": outcome.refused})
     return document
-
-
-def write_results(path: Path, about: dict[str, Any], outcome: Outcome) -> None:
-    """Write the file whole or not at all: a reader never sees half of it."""
-    document = results_document(about, outcome)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from moe_dist.bench.results import Row
 from moe_dist.bench.tune import Found, Tuned, config_text
@@ -58,10 +58,10 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
+def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
     stages = row["stages_us"]
     mode = "graph" if row["graph"] else "eager"
-    cells = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
+    cells: list[str | Text] = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
     cells += [_number(row["p50_us"]), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert") or None))
@@ -71,7 +71,7 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
         cells += [_number(floor), f"{row['p50_us'] / floor:.2f}" if floor and row["p50_us"] else "-"]
     cells += [f"{row['imbalance']:.2f}", size(row["bytes_sent"])]
     cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
-    return [*cells, {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]]
+    return [*cells, {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row["ok"]]]
 
 
 def _number(value: float | None) -> str:
@@ -124,10 +124,10 @@ def _tuned_cells(found: Found) -> list[str]:
     counts = [str(number) for number in (found.tried, found.raised, found.wrong)]
     entry = found.entry
     if entry is None:
-        return [str(found.rows), f"[bold red]none[/]: {escape(found.reason)}", "-", "-", "-", "-", *counts]
+        return [str(found.rows), f"none: {found.reason}", "-", "-", "-", "-", *counts]
     floor = f"{entry.us / entry.floor_us:.2f}" if entry.floor_us else "-"
     times = [f"{entry.us:,.1f}", f"{entry.default_us:,.1f}", floor]
-    return [str(found.rows), escape(config_text(entry.config)), *times, f"{entry.err_oracle:.1e}", *counts]
+    return [str(found.rows), config_text(entry.config), *times, f"{entry.err_oracle:.1e}", *counts]
 
 
 def family(row: Row) -> str:

@@ -21,7 +21,22 @@ FLOORS = (
     ("plan", "layer", "graph"),
     ("runtime",),
     ("bench",),
-    ("progress", "config", "yaml_loader", "doctor", "integrations", "cli", "__main__"),
+    (
+        "progress",
+        "config",
+        "yaml_loader",
+        "doctor",
+        "integrations",
+        "terminal",
+        "signals",
+        "ending",
+        "cli_options",
+        "cli_config",
+        "cli_config",
+        "cli_print",
+        "cli",
+        "__main__",
+    ),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # A library, and the only place that may import it.
@@ -34,7 +49,7 @@ HOMES = {
     "sglang": ("integrations/",),
     "vllm": ("integrations/",),
     "safetensors": ("checkpoint/",),
-    "rich": ("bench/table", "progress", "cli"),
+    "rich": ("bench/table", "terminal", "progress", "cli"),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
