@@ -204,6 +204,7 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending
+    ending.kept = output.kept if output else ""
     start = group_starter(experiment, machine)
 
     def started(world: int) -> Group:

@@ -72,6 +72,8 @@ class Ending:
         """Say in one line how it ended, and return the exit code."""
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             raise error
+        if isinstance(error, SystemExit):  # of a handler that Ray has set; the thread that hears of signals is as quick
+            time.sleep(0.1)
         if self.signals.signum is not None or isinstance(error, KeyboardInterrupt):  # whatever followed from it
             self._interrupted()
             return self.signals.code
