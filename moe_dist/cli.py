@@ -91,7 +91,7 @@ def compare(args: argparse.Namespace) -> int:
     if args.file and "=" in args.file and not os.path.isfile(args.file):  # no file, the first override stands there
         args.file, args.overrides = None, [args.file, *args.overrides]
     machine = Machine.detect(args.device or "auto")
-    default = default_experiment(machine, BACKENDS.names(), router=bool(args.checkpoint))
+    default = default_experiment(machine, tuple(name for name, _ in BACKENDS.usable()), router=bool(args.checkpoint))
     config = override(read_yaml(args.file) if args.file else default, args.overrides)
     return _measure(asked_for(config, args, sweep=True), args, sweep=True)
 

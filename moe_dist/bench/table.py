@@ -18,7 +18,8 @@ COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
-    keys = ("model", "quant", "activation", "shared_experts", "world", "token_layout", "global_tokens", "skew", "seed")
+    shape = ("model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts")
+    keys = (*shape, "world", "token_layout", "global_tokens", "skew", "seed")
     return tuple(row[key] for key in keys)
 
 
