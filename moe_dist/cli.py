@@ -27,6 +27,7 @@ from moe_dist.errors import ConfigError, OutputError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exit_codes import BAD_INPUT, OK, OUT_OF_TOLERANCE, TOO_SMALL
 from moe_dist.plan import Machine
+from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
 from moe_dist.tables import user_folder
@@ -58,12 +59,18 @@ def _print_json(document: Any) -> None:
         print(json.dumps(document, allow_nan=False))
 
 
+def _print_line(text: str) -> None:
+    with to_standard_output():
+        _console().print(one_line(text), soft_wrap=True)
+
+
 def doctor(args: argparse.Namespace) -> int:
     found = examine()
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print_doctor(_console(), found)
+    with to_standard_output():
+        if args.json:
+            print(json.dumps(found, indent=1))
+        else:
+            print_doctor(_console(), found)
     return OK
 
 
@@ -75,11 +82,12 @@ def plan(args: argparse.Namespace) -> int:
         raise ConfigError("overrides", " ".join(args.overrides), rule, "one world of tp·ep ranks, one value a key")
     (case,) = cases
     made = case.plan(asked.machine)
-    if args.json:
-        sent = {"wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
-        print(json.dumps(made.as_dict() | sent, indent=1))
-    else:
-        print_plan(_console(), made, case.workload.tokens, asked.why)
+    sent = {"wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
+    with to_standard_output():
+        if args.json:
+            print(json.dumps(made.as_dict() | sent, indent=1))
+        else:
+            print_plan(_console(), made, case.workload.tokens, asked.why)
     return OK
 
 
@@ -121,7 +129,7 @@ def build(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(state._asdict())
     else:
-        _console().print(f"{args.backend}: {text}", soft_wrap=True)
+        _print_line(f"{args.backend}: {text}")
     return OK if state.ok else TOO_SMALL
 
 
@@ -149,8 +157,9 @@ def tune(args: argparse.Namespace) -> int:
     if args.json:
         _print_json([tuned.as_dict() | {"file": path and str(path)} for tuned, path in done])
     else:
-        for tuned, path in done:
-            print_tuned(_console(), tuned, path)
+        with to_standard_output():
+            for tuned, path in done:
+                print_tuned(_console(), tuned, path)
     if any(tuned.table and not path for tuned, path in done):
         raise OutputError(folder, "not every table that was found is there")
     return OK if all(found.entry for tuned, _ in done for found in tuned.found) else OUT_OF_TOLERANCE
@@ -179,7 +188,7 @@ def demo_checkpoint(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"checkpoint": str(made)})
     else:
-        _console().print(f"checkpoint of random weights: {made}", soft_wrap=True)
+        _print_line(f"checkpoint of random weights: {made}")
     return OK
 
 
@@ -234,11 +243,10 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
 
 
 def _print_chosen(asked: Asked) -> None:
-    console = _console()
     if asked.why:
-        console.print(f"backend {', '.join(asked.experiment.backends)} ({asked.why})", soft_wrap=True)
+        _print_line(f"backend {', '.join(asked.experiment.backends)} ({asked.why})")
     if asked.mode_why:
-        console.print(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})", soft_wrap=True)
+        _print_line(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})")
 
 
 def _keep_what_there_is(

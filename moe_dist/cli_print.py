@@ -12,6 +12,7 @@ from moe_dist.bench.results import Outcome
 from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_table, verdict
 from moe_dist.bench.tune import Tuned
 from moe_dist.plan import Plan
+from moe_dist.printable import printable
 from moe_dist.terminal import Terminal
 
 
@@ -24,7 +25,7 @@ def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
         table = Table(kind[:-1], "usable here", "what to know", header_style="bold")
         for name, answer in found[kind].items():
             usable = Text("yes", "green") if answer["ok"] else Text("no", "red")
-            table.add_row(name, usable, answer["reason"])
+            table.add_row(printable(name), usable, printable(answer["reason"]))
         console.print(table)
 
 
@@ -33,9 +34,9 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str) -> None:
     spec, world = made.spec, made.placement.world
     shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
     console.print(
-        f"{spec.name} {spec.quant_label}{shared}, as {made.parallel.label}, {made.token_layout} tokens: exchange"
-        f" {made.exchange}, backend {made.backend}{f' ({chosen})' if chosen else ''}, rows travel as {made.payload},"
-        f" partial sums as {made.combine_dtype}"
+        f"{printable(spec.name)} {spec.quant_label}{shared}, as {made.parallel.label}, {made.token_layout} tokens:"
+        f" exchange {made.exchange}, backend {made.backend}{f' ({chosen})' if chosen else ''}, rows travel as"
+        f" {made.payload}, partial sums as {made.combine_dtype}"
         + (", with a change of token layout around it" if made.converts_layout else ""),
     )
     ranks = Table("rank", "experts", "slice of intermediate", "weights", header_style="bold")
@@ -51,11 +52,12 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str) -> None:
         " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
     )
     for name, source in made.tables().items():
-        console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})")
+        console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})", soft_wrap=True)
     choices = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
     for choice in made.choices:
         taken = "yes" if choice.chosen else ""
-        choices.add_row(choice.kind, choice.name, "yes" if choice.possible else "no", taken, choice.reason)
+        possible = "yes" if choice.possible else "no"
+        choices.add_row(choice.kind, printable(choice.name), possible, taken, printable(choice.reason))
     console.print(choices)
 
 
@@ -65,15 +67,15 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
     if failed:
         console.print(f"{len(failed)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
     if out:
-        console.print(f"results: {out}")
+        console.print(f"results: {printable(out)}", soft_wrap=True)
     timed = [row for row in outcome.rows if row["p50_us"] is not None]
     if not timed:
         passed = sum(row["ok"] is True for row in outcome.rows)
         console.print(f"{passed} of {len(outcome.rows)} cases agree with the oracle.")
     elif sweep:
         for sentence in verdict(timed):
-            console.print(f"- {sentence}", soft_wrap=True)
-        console.print(last_line(timed), style="bold", soft_wrap=True)
+            console.print(f"- {printable(sentence)}", soft_wrap=True)
+        console.print(printable(last_line(timed)), style="bold", soft_wrap=True)
 
 
 def print_rows(console: Terminal, outcome: Outcome) -> None:
@@ -87,4 +89,4 @@ def print_tuned(console: Terminal, tuned: Tuned, path: Path | None) -> None:
     console.print(tuned_table(tuned))
     passed_over = [f"{found.rows} rows: {found.reason}" for found in tuned.found if found.reason and found.entry]
     for line in [*passed_over, f"table: {path}" if path else "no table: nothing was found"]:
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moe_dist.printable import one_line
 from moe_dist.terminal import Terminal
 
 EVERY_S = 5.0
@@ -38,10 +39,10 @@ class Reporter:
 
     def shown(self, text: str) -> None:
         if self._live:
-            self._live.update(self._task, description=text)
+            self._live.update(self._task, description=one_line(text))
         elif time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
-            line = f"[{self._done}/{self._total}] {text}{self._left()}"
+            line = f"[{self._done}/{self._total}] {one_line(text)}{self._left()}"
             self._console.print(line, soft_wrap=True)
 
     def _left(self) -> str:

@@ -30,6 +30,7 @@ class Signals:
         self.signum: int | None = None
         self._last_words = last_words
         self._raised = False
+        self._held: set[int | signal.Signals] | None = None
         self._before: dict[int, object] = {}
         self._pipe: tuple[int, int] | None = None
 
@@ -46,7 +47,7 @@ class Signals:
         os.set_blocking(write, False)
         self._pipe = read, write
         self._wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._forget)
         self._watcher = threading.Thread(target=self._watch, args=(read,), daemon=True, name="signals")
         self._watcher.start()
         return self
@@ -106,10 +107,21 @@ class Signals:
                 first = time.monotonic()
                 self.signum = self.signum or number
 
-    def _forget(self) -> None:
-        """In a forked child: its signals are no business of the parent's."""
+    def _hold(self) -> None:
+        """A forked child has handlers and pipe of its parent until it forgets them, and its signals are its own."""
         if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
+            self._held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    def _release(self) -> None:
+        if self._held is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._held)
+            self._held = None
+
+    def _forget(self) -> None:
+        if self._pipe is not None:
+            if threading.current_thread() is threading.main_thread():  # of the child: the thread that forked it
+                signal.set_wakeup_fd(-1)
+                for number in self._before:
+                    signal.signal(number, signal.SIG_DFL)
             self._pipe = None
-            for number in ENDING:
-                signal.signal(number, signal.SIG_DFL)
+        self._release()

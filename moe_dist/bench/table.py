@@ -11,6 +11,7 @@ from rich.text import Text
 
 from moe_dist.bench.results import Row
 from moe_dist.bench.tune import Found, Tuned, config_text
+from moe_dist.printable import printable
 
 TIE = 1.05  # closer than this is called a tie: single runs differ by as much
 COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
@@ -45,7 +46,7 @@ def _table(rows: list[Row]) -> Table:
     )
     if first["shared_experts"] != "none":
         title += f" · shared expert {first['shared_experts']}"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
     converts = any(row["stages_us"].get("convert") for row in rows)
     floors = any(row["floor_us"] is not None for row in rows)
     for name in ("placement", "exchange", "backend", "mode", "payload"):
@@ -62,7 +63,8 @@ def _table(rows: list[Row]) -> Table:
 def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
     stages = row["stages_us"]
     mode = "graph" if row["graph"] else "eager"
-    cells: list[str | Text] = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
+    cells: list[str | Text] = [row["placement"], *map(printable, (row["exchange"], row["backend"])), mode]
+    cells.append(row["payload_dtype"])
     cells += [_number(row["p50_us"]), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert") or None))
@@ -101,7 +103,7 @@ def refused_table(refused: list[dict[str, str]]) -> Table:
     for item in refused:
         by_reason.setdefault(item["reason"], []).append(item["case"])
     for reason, cases in by_reason.items():
-        table.add_row(str(len(cases)), cases[0], reason)
+        table.add_row(str(len(cases)), printable(cases[0]), printable(reason))
     return table
 
 
@@ -111,7 +113,7 @@ def tuned_table(tuned: Tuned) -> Table:
         f"{tuned.part.problem.spec.name} {shape.quant} {shape.activation} (hidden {shape.hidden}, slice {shape.width}, "
         f"{shape.experts} experts, top-{shape.top_k}) · {shape.backend} on {shape.device}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
     table.add_column("rows", justify="right")
     table.add_column("config")
     for name in ("µs", "default µs", "×floor", "err oracle", "tried", "raised", "wrong"):
@@ -125,7 +127,7 @@ def _tuned_cells(found: Found) -> list[str]:
     counts = [str(number) for number in (found.tried, found.raised, found.wrong)]
     entry = found.entry
     if entry is None:
-        return [str(found.rows), f"none: {found.reason}", "-", "-", "-", "-", *counts]
+        return [str(found.rows), f"none: {printable(found.reason)}", "-", "-", "-", "-", *counts]
     floor = f"{entry.us / entry.floor_us:.2f}" if entry.floor_us else "-"
     times = [f"{entry.us:,.1f}", f"{entry.default_us:,.1f}", floor]
     return [str(found.rows), config_text(entry.config), *times, f"{entry.err_oracle:.1e}", *counts]
