@@ -80,7 +80,8 @@ raw = st.one_of(
     st.text(max_size=30),
     st.sampled_from(["!!int abc", "&x [*x]", "9" * 5000, "0x" + "f" * 5000, "[" * 5000, "{a: 1, a: 2}", "{1: 2}",
                      "? [a]", "{[1]: 2}", "2024-13-45", "!!timestamp 2024-13-45", "!!binary x", "\0", "<<", "*x",
-                     "1:30", ".nan", "-.inf", "{<<: [1]}", "- " * 200 + "1", "'", "%YAML 9", "!!python/name:os.system", "{a: {a: {}}}"]),
+                     "1:30", ".nan", "-.inf", "{<<: [1]}", "- " * 200 + "1", "'", "%YAML 9",
+                     "!!python/name:os.system", "{a: {a: {}}}"]),
 )  # fmt: skip
 
 
