@@ -65,7 +65,7 @@ def _as_config_error(error: ValidationError, cls: type[Section]) -> ConfigError:
     if first["type"] == "missing":
         return ConfigError(path, None, "this key is required")
     legal = first.get("ctx", {}).get("expected")
-    return ConfigError(path, first["input"], first["msg"], legal)
+    return ConfigError(path, first["input"], first["msg"].replace("valid tuple", "list"), legal)
 
 
 class MoESpec(Section):
