@@ -33,6 +33,8 @@ from moe_dist.runtime.context import Group
 from moe_dist.tables import user_folder
 from moe_dist.terminal import Terminal, say, terminal, to_standard_output
 
+MOST_SEEDS = 1000
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
@@ -136,8 +138,8 @@ def build(args: argparse.Namespace) -> int:
 def tune(args: argparse.Namespace) -> int:
     """One device is enough for any placement: each shape that its ranks have is tuned alone."""
     buckets, folder = buckets_of(args.rows), Path(args.out or user_folder())
-    if args.seeds < 1:
-        raise ConfigError("seeds", args.seeds, "each config is timed and checked with so many", "1 and more")
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise ConfigError("seeds", args.seeds, "each config is timed and checked with so many", f"1 to {MOST_SEEDS}")
     for assignment in args.overrides:
         if not assignment.startswith("model."):
             raise ConfigError("override", assignment, "only the model can be changed here", "model.key=value")
