@@ -112,7 +112,8 @@ BACKEND_HELP = "default: triton on a Hopper GPU that it can serve, else torch"
 
 def _source_flags(sub: argparse.ArgumentParser) -> None:
     source = sub.add_mutually_exclusive_group()
-    source.add_argument("--model", help=f"one of {', '.join(model_names())}, or a YAML file; random weights")
+    names = ", ".join(model_names()).replace("%", "%%")
+    source.add_argument("--model", help=f"one of {names}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
     sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")

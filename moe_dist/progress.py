@@ -43,7 +43,12 @@ class Reporter:
         elif time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
             line = f"[{self._done}/{self._total}] {one_line(text)}{self._left()}"
-            self._console.print(line, soft_wrap=True)
+            try:
+                self._console.print(line, soft_wrap=True)
+            except BrokenPipeError:
+                raise
+            except OSError:  # a log on a full disk is no reason to stop
+                self._console.quiet = True
 
     def _left(self) -> str:
         if not self._remaining or not self._done:

@@ -63,7 +63,11 @@ def to_standard_output() -> Iterator[None]:
 
 
 def take_any_text() -> None:
-    """A character that the terminal's encoding lacks is replaced; it is no reason to fail."""
+    """A character that the terminal's encoding lacks is replaced; it is no reason to fail. Nor is a stream that was
+    closed from the start: what would go there goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (and no file that is opened later gets its number)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")

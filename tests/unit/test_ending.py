@@ -227,6 +227,53 @@ def test_a_reader_that_has_gone():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("KeyboardInterrupt", 130, "moe-dist: interrupted\n"),
+        (
+            "ImportError('libcudart.so is missing')",
+            3,
+            "moe-dist: this installation lacks something: libcudart.so is missing\n",
+        ),
+    ],
+)
+def test_before_there_is_a_command(tmp_path, fault, code, said):
+    """Importing torch takes seconds, and a broken installation fails there."""
+    (tmp_path / "torch.py").write_text(f"raise {fault}")
+    paths = f"{tmp_path}:{README.parent}"
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_dist", "plan"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+def test_streams_that_were_closed_from_the_start():
+    body = """
+        assert sys.stdout.fileno() == 1 and sys.stderr.fileno() == 2
+        print("x")
+        raise RuntimeError("nobody hears this")
+    """
+    process = program(body, stdout=None, stderr=None, preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert process.wait(60) == 70
+
+
+def test_a_log_on_a_full_disk_is_no_reason_to_stop():
+    body = """
+        import moe_dist.progress as progress
+        progress.EVERY_S = 0.0
+        reporter = progress.Reporter(2)
+        reporter.shown("one")
+        reporter.shown("two")
+        return 0
+    """
+    with open("/dev/full", "w") as full:
+        assert program(body, stderr=full).wait(60) == 0
+
+
 PRINTING = """
     from moe_dist.terminal import terminal, to_standard_output
     with to_standard_output():
