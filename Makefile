@@ -21,7 +21,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .PHONY: compare test lint kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
-ifdef CHECKPOINT
+ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
 	$(BIN)/moe-dist compare --checkpoint "$(CHECKPOINT)" --layer $(LAYER) --out "$(OUT)" $(ARGS)
 else
 	$(BIN)/moe-dist demo-checkpoint $(DEMO)

@@ -15,7 +15,9 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import default_experiment
 from moe_dist.bench.output import Output, open_output, rows_in, said
 from moe_dist.bench.results import Outcome, provenance, results_document
+from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
+from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single, speaks
 from moe_dist.cli_options import parse
@@ -101,8 +103,11 @@ def compare(args: argparse.Namespace) -> int:
     if args.file and "=" in args.file and not os.path.isfile(args.file):  # no file, the first override stands there
         args.file, args.overrides = None, [args.file, *args.overrides]
     machine = Machine.detect(args.device or "auto")
-    default = default_experiment(machine, tuple(name for name, _ in BACKENDS.usable()), router=bool(args.checkpoint))
-    config = override(read_yaml(args.file) if args.file else default, args.overrides)
+    config = override(read_yaml(args.file) if args.file else {}, args.overrides)
+    config = with_source(config, args.checkpoint, args.layer)
+    if not args.file:
+        router = config["source"].get("checkpoint") is not None
+        config = default_experiment(machine, tuple(name for name, _ in BACKENDS.usable()), router) | config
     return _measure(asked_for(config, args, sweep=True), args, sweep=True)
 
 
@@ -224,20 +229,20 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
         finally:
             ending.signals.install()  # ray.init has set a handler of its own
 
-    with Reporter(len(planned), quiet=not speaks()) as reporter:
+    with Reporter(sum(turns(case) for case, _ in planned), quiet=not speaks()) as reporter:
 
         def shown(text: str) -> None:
             ending.signals.check()
             reporter.shown(text)
 
-        def row_done() -> None:
+        def turn_done() -> None:
             reporter.step()
-            if output:  # after every row: what was measured before a failure is kept
+            if output:  # after every turn of a case: what was measured before a failure is kept
                 output.update(results_document(about, outcome))
             ending.kept = output.kept if output else rows_in(len(outcome.rows), "measured")
 
         try:
-            run_cases(planned, started, experiment.case_timeout_s, outcome, shown, row_done)
+            run_cases(planned, started, experiment.case_timeout_s, outcome, shown, reporter.said, turn_done)
         except BaseException:
             _keep_what_there_is(outcome, about, output, args)
             raise

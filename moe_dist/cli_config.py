@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_dist import checkpoint
 from moe_dist.bench.case import LISTS, ChosenBy, Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
+from moe_dist.bench.source import check_models, with_source
 from moe_dist.config import override, resolve_models
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine
@@ -60,6 +60,9 @@ def one_placement(args: argparse.Namespace) -> dict[str, Any]:
 def asked_for(config: dict[str, Any], args: argparse.Namespace, sweep: bool) -> Asked:
     config = _with_flags(config, args)
     experiment = Experiment(**config)
+    source = experiment.source
+    if source.checkpoint is not None and source.layer is not None:
+        check_models(experiment.models, source, checkpoint.layer_spec(source.checkpoint, source.layer))
     for key in LISTS:
         given, taken = config.get(key), getattr(experiment, key)
         if isinstance(given, (list, tuple)) and len(taken) < len(given) and speaks():
@@ -79,12 +82,8 @@ def asked_for(config: dict[str, Any], args: argparse.Namespace, sweep: bool) -> 
 
 def _with_flags(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Flags over the file's keys. Without any model the small embedded default is taken."""
-    if args.checkpoint:
-        found = checkpoint.read_config(args.checkpoint)
-        found.require_moe_layer(args.layer)
-        config["source"] = {"checkpoint": str(Path(args.checkpoint).absolute()), "layer": args.layer}
-        config["models"] = [found.spec.model_dump()]
-    elif args.model:
+    config = with_source(config, args.checkpoint, args.layer)
+    if args.model:
         config["models"] = [args.model]
     elif "models" not in config:
         config["models"] = ["tiny"]

@@ -115,7 +115,7 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
     names = ", ".join(model_names()).replace("%", "%%")
     source.add_argument("--model", help=f"one of {names}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
-    sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--layer", type=int, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
 

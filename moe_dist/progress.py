@@ -42,13 +42,19 @@ class Reporter:
             self._live.update(self._task, description=one_line(text))
         elif time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
-            line = f"[{self._done}/{self._total}] {one_line(text)}{self._left()}"
-            try:
-                self._console.print(line, soft_wrap=True)
-            except BrokenPipeError:
-                raise
-            except OSError:  # a log on a full disk is no reason to stop
-                self._console.quiet = True
+            self._print(f"[{self._done}/{self._total}] {one_line(text)}{self._left()}")
+
+    def said(self, text: str) -> None:
+        """A line that stays."""
+        self._print(f"moe-dist: {one_line(text)}", "yellow")
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        try:
+            self._console.print(line, style=style, soft_wrap=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a full disk is no reason to stop
+            self._console.quiet = True
 
     def _left(self) -> str:
         if not self._remaining or not self._done:

@@ -37,8 +37,11 @@ EXAMPLES = [
     (UnsupportedError("x", iter(["r1", "r2"]), ["y"]), {"what": "x", "reasons": ("r1", "r2"), "supported": ["y"]}),
     (CheckpointError("/c", "truncated"), {"path": "/c", "problem": "truncated"}),
     (ResourceError("GPUs", 8, 4, "Use tp 4."), {"resource": "GPUs", "needed": 8, "available": 4, "hint": "Use tp 4."}),
-    (ClusterLost("h:1", "waiting", "gone"), {"address": "h:1", "doing": "waiting", "cause": "gone"}),
-    (OutputError("/o", "full"), {"path": "/o", "problem": "full"}),
+    (
+        ClusterLost("10.0.0.1:6379", "timing", "no answer"),
+        {"address": "10.0.0.1:6379", "doing": "timing", "cause": "no answer"},
+    ),
+    (OutputError("out.json", "no space left"), {"path": "out.json", "problem": "no space left"}),
     (RankFailure(3, "combine", 17, "died"), {"rank": 3, "op": "combine", "seq": 17, "cause": "died"}),
 ]
 
