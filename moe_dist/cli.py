@@ -40,7 +40,7 @@ MOST_SEEDS = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
-    ending = Ending(speaks())
+    ending = Ending(speaks)
 
     def command() -> int:
         try:
@@ -289,6 +289,7 @@ def _finish(
         with to_standard_output():
             print_outcome(_console(), outcome, args.out if output and not output.problem else None, sweep)
     if output and output.problem:
+        args.ending.kept = ""  # the error says it
         raise output.problem
     return OK if outcome.ok else OUT_OF_TOLERANCE
 

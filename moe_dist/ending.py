@@ -27,7 +27,7 @@ class Ending:
     is what was measured, where no file keeps it. Under torchrun every rank runs the command, and only the one that
     `speaks` says anything."""
 
-    def __init__(self, speaks: bool) -> None:
+    def __init__(self, speaks: Callable[[], bool]) -> None:
         self.speaks, self.as_json = speaks, False
         self.kept = ""
         self.results: dict[str, Any] | None = None
@@ -83,16 +83,16 @@ class Ending:
         if isinstance(error, MemoryError):
             self._report("MemoryError", f"not enough memory: {error}".rstrip(": "))
             return TOO_SMALL
-        path = _traceback_file(error) if self.speaks else None
+        path = _traceback_file(error) if self.speaks() else None
         said = f"an unexpected error, a fault of moe_dist: {type(error).__name__}: {error}"
         where = f"its traceback is in {path}; please report it with that file" if path else "please report it"
         self._report(type(error).__name__, f"{said}; {where}")
-        if self.speaks and path is None:
+        if self.speaks() and path is None:
             traceback.print_exception(error)
         return UNEXPECTED
 
     def _report(self, name: str, message: str) -> None:
-        if not self.speaks:
+        if not self.speaks():
             time.sleep(LAST_WORDS_S)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
             return
         if self.as_json:
@@ -104,7 +104,7 @@ class Ending:
         say(message + (f"; {self.kept}" if self.kept else ""), "red")
 
     def _interrupted(self) -> None:
-        if self.speaks:
+        if self.speaks():
             word = "terminated" if self.signals.signum == signal.SIGTERM else "interrupted"
             if self.as_json and self.results:
                 with contextlib.suppress(OSError):
