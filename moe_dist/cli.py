@@ -86,6 +86,8 @@ def plan(args: argparse.Namespace) -> int:
         raise ConfigError("overrides", " ".join(args.overrides), rule, "one world of tp·ep ranks, one value a key")
     (case,) = cases
     made = case.plan(asked.machine)
+    if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
+        say(f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says")
     sent = {"wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
     with to_standard_output():
         if args.json:

@@ -84,7 +84,7 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
 
 
 def _verdict(row: Row) -> Text:
-    if row["ok"] is False and not row["err_whole"] <= WHOLE_TOLERANCE:
+    if row["ok"] is False and row["err_whole"] is not None and not row["err_whole"] <= WHOLE_TOLERANCE:
         return Text("NO, other weights than its source's", "bold red")
     return {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row["ok"]]
 

@@ -5,6 +5,8 @@ the cost of quantizing. That the layer's rows are those of its shards is what th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,13 +62,14 @@ def _outputs(context: RankContext, case: Case, x_TH: Tensor, routing: Routing, t
     comm, tokens = context.comm, tokens.to(x_TH.device)
     x, ids, weights = x_TH[tokens].double(), routing.ids_TK[tokens], routing.weights_TK[tokens].double()
     y = torch.zeros_like(x)
+    make = _maker(case, comm.device)
     experts = ids[ids >= 0].unique().tolist()
     for done, expert in enumerate(experts[comm.rank :: comm.world]):
         context.progress(f"{case.label}: whole expert {done + 1} of {-(-len(experts) // comm.world)}")
         row, place = (ids == expert).nonzero(as_tuple=True)
-        y.index_add_(0, row, weights[row, place, None] * _through(x[row], _expert(case, expert, comm.device), case))
+        y.index_add_(0, row, weights[row, place, None] * _through(x[row], make(expert), case))
     if case.model.shared_experts != "none" and comm.rank == 0:
-        y += _through(x, _expert(case, None, comm.device), case)
+        y += _through(x, make(None), case)
     return comm.all_reduce(y)
 
 
@@ -76,13 +79,21 @@ def _through(x: Tensor, matrices: tuple[Tensor, Tensor], case: Case) -> Tensor:
     return y
 
 
-def _expert(case: Case, expert: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """w13 with [gate; up] rows and w2 of one whole expert, float32 on `device`; None is the shared one."""
+def _maker(case: Case, device: torch.device) -> Callable[[int | None], tuple[Tensor, Tensor]]:
+    """What makes one whole expert: w13 with [gate; up] rows and w2, float32 on `device`. None is the shared one."""
     source, spec = case.source, case.model
-    if source.checkpoint is not None and source.layer is not None:
-        whole = WholeExperts(source.checkpoint, source.layer)
+    if source.checkpoint is None or source.layer is None:
+
+        def draw(expert: int | None) -> tuple[Tensor, Tensor]:
+            if expert is None:
+                return random_expert(spec.shared_spec(), spec.num_experts, source.seed, device).dequantized(0)
+            return random_expert(spec, expert, source.seed, device).dequantized(0)
+
+        return draw
+    whole = WholeExperts(source.checkpoint, source.layer)
+
+    def read(expert: int | None) -> tuple[Tensor, Tensor]:
         gate, up, down = whole.shared() if expert is None else whole.expert(expert)
         return torch.cat([gate, up]).to(device), down.to(device)
-    if expert is None:
-        return random_expert(spec.shared_spec(), spec.num_experts, source.seed, device).dequantized(0)
-    return random_expert(spec, expert, source.seed, device).dequantized(0)
+
+    return read

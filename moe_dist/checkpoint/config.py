@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, model_name, read_json, shown
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
-from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
+from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
 from moe_dist.spec import MoESpec
 
 HIDDEN_ACTS = {"silu": "swiglu"}
@@ -46,7 +46,8 @@ class ModelConfig:
 
     def layer_spec(self, layer: int) -> MoESpec:
         """The layer by these files alone, without a look at its tensors. Raises ConfigError if it holds no experts and
-        UnsupportedError if its quantization is not read or takes only some of them."""
+        UnsupportedError if its quantization is not read or takes only some of them; CheckpointError where two of the
+        files contradict each other."""
         self.require_moe_layer(layer)
         return self._spec_of(layer, self.spec.num_experts)
 
@@ -67,16 +68,21 @@ class ModelConfig:
         converting = [found for found in self.quantizations if found.converts(prefix, experts)]
         for found in converting:
             found.refuse()
+        leaving = [found for found in self.quantizations if found not in converting]
+        if converting and leaving:
+            both = f"{converting[0].where} quantizes the experts of layer {layer}, {leaving[0].where} leaves them out"
+            raise CheckpointError(self.path, both)
         return converting[0] if converting else None
 
     def typical(self) -> MoESpec:
         """The spec of a quantized layer if there is one that is read, else of one that isn't quantized. Raises
         UnsupportedError if no layer is read."""
-        found, refused = None, None
+        found: MoESpec | None = None
+        refused: MoeDistError | None = None
         for layer in self.moe_layers if self.quantizations else self.moe_layers[:1]:
             try:
                 found = self._spec_of(layer, 1)  # one expert stands for all: there may be thousands of layers
-            except UnsupportedError as error:
+            except (UnsupportedError, CheckpointError) as error:
                 refused = error
             else:
                 if found.quantized:

@@ -185,11 +185,14 @@ def open_layer(source: Source, layer: int) -> Layer:
 
 def layer_spec(source: Source, layer: int) -> MoESpec:
     """The spec of one layer, its format as the layer's own tensors and the model's files say. A folder without any
-    weights is taken at its config.json's word: a plan needs no more. Raises CheckpointError (files or tensors missing,
+    weights is taken at its config.json's word: a plan needs no more. Of others, the headers of the router and of the
+    first and the last expert must fit; `check_layer` looks at all. Raises CheckpointError (files or tensors missing,
     damaged or contradictory), UnsupportedError (a format that is not read) or ConfigError (no such MoE layer)."""
     found = open_layer(source, layer)
     if not found.checkpoint.holds_weights:
         return found.checkpoint.config.layer_spec(layer)
+    ends = [*found.expert(0), *found.expert(found.spec.num_experts - 1)]
+    found.check([*found.router(), *(piece.tensor for piece in ends)])
     return found.spec
 
 

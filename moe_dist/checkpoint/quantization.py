@@ -43,7 +43,7 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "_load_in_4bit": (False,),
 }
 EXCEPTIONS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-_ENDLESS = re.compile(r"[*+}][^()]*\)[*+{]")
+_REPEAT, _NESTED, MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"[*+}][^()]*\)[*+{]"), 5
 KV_CACHE = ("kv_cache_quant_algo", "kv_cache_scheme", "kv_cache_dtype")  # no business of the experts
 
 
@@ -64,8 +64,9 @@ class Exceptions:
                 raise CheckpointError(path, f"{where} holds {shown(entry)}, which is no name of a module")
             try:
                 if entry.startswith("re:"):
-                    if _ENDLESS.search(entry):
-                        raise re.error("a repetition of a repetition may take for ever")
+                    if _NESTED.search(entry) or len(_REPEAT.findall(entry)) > MOST_REPEATS:
+                        rule = f"of a repetition, or more than {MOST_REPEATS} of them"
+                        raise re.error(f"a repetition {rule}, may take for ever")
                     patterns.append(re.compile(entry.removeprefix("re:")))
                 elif any(sign in entry for sign in "*?["):
                     patterns.append(re.compile(fnmatch.translate(entry.strip("."))))

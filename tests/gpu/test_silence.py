@@ -94,8 +94,8 @@ def test_what_is_of_no_account_changes_nothing(world):
         pytest.skip(f"needs {world} GPUs")
     found = [item for ranks in run_on_ranks(world, errors_of, QUANT_KINDS) for item in ranks.items()]
     assert {name.split()[3] for name, _ in found} == set(backends_here())
-    # Equal bits, but for sums that other padding of a GEMM adds up in another order.
-    wrong = [f"{name}: {error}" for name, error in found if not error <= 2e-3]
+    # Equal bits, but where a kernel chosen for another bucket adds up in another order: bf16 rounds that to 0.5 %.
+    wrong = [f"{name}: {error}" for name, error in found if not error <= 1e-2]
     assert not wrong, f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong)
 
 

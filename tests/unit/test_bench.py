@@ -238,6 +238,20 @@ class TestMakeRow:
         made = row_of(case(), *[rank_result(err_oracle=oracle, err_exact=exact)] * 2)
         assert made["ok"] is expected
 
+    def test_weights_that_are_not_the_sources_fail_a_row_and_it_says_so(self):
+        for wrong in (1.1e-4, math.inf, math.nan):
+            made = row_of(case(), *[rank_result(err_whole=wrong)] * 2)
+            assert made["ok"] is False
+            assert "NO, other weights than its source's" in printed(
+                *tables([row() | {"ok": False, "err_whole": wrong}])
+            )
+        assert row_of(case(), *[rank_result(err_whole=9e-5)] * 2)["ok"] is True
+        assert "other weights" not in printed(*tables([row(ok=False, err_whole=None), row(ok=False)]))
+
+    def test_rows_of_a_checkpoint_say_so_in_their_title(self):
+        assert "· checkpoint:m layer 3" in printed(*tables([row(source="checkpoint:m layer 3")]))
+        assert "random:0" not in printed(*tables([row()]))
+
     def test_unquantized_rows_have_a_tolerance_of_their_own(self):
         plain = case(model=SPEC.with_changes(quant="none"))
         assert row_of(plain, *[rank_result(err_exact=EXACT_TOLERANCE["none"])] * 2)["ok"] is True

@@ -263,6 +263,14 @@ def test_zeros_are_named(model: Any) -> None:
         load_router(directory, 1)
 
 
+def test_a_plan_looks_at_the_headers_of_router_and_experts(model: Any) -> None:
+    for changes in ({"num_experts": 8}, {"num_experts": 3}, {"hidden_size": 128}, {"moe_intermediate_size": 128}):
+        directory = edit(model("fp8"), changes)
+        with pytest.raises(CheckpointError):
+            layer_spec(directory, 1)
+        shutil.rmtree(directory)
+
+
 # Folders that mean harm
 
 

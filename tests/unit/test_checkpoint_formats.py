@@ -234,6 +234,15 @@ def test_modelopts_file_is_heard(model: Any, capsys: pytest.CaptureFixture[str])
         assert said in refusal(directory, CheckpointError)
 
 
+def test_two_files_that_contradict_each_other_are_both_named(model: Any) -> None:
+    directory = model("fp8")
+    content = {"quant_algo": "FP8", "exclude_modules": ["model.layers.1*"]}
+    (directory / "hf_quant_config.json").write_text(json.dumps({"quantization": content}))
+    text = refusal(directory, CheckpointError)
+    assert "quantization_config in" in text
+    assert "hf_quant_config.json leaves them out" in text
+
+
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
 def test_other_libraries_files_are_heard(model: Any, name: str) -> None:
     directory = model("bf16")
@@ -257,6 +266,7 @@ def test_other_keys_that_hint_at_a_quantization_are_heard(model: Any, key: str) 
         ({"ignore": ["."]}, "ignore holds '.', which is no name of a module"),
         ({"ignored_layers": ["re:("]}, "ignored_layers holds 're:(', no pattern"),
         ({"ignore": ["re:(.*)*x"]}, "a repetition of a repetition"),
+        ({"ignore": ["re:" + 8 * ".*" + "x"]}, "more than 5 of them, may take for ever"),
     ],
 )  # fmt: skip
 def test_sections_that_are_none_are_refused(model: Any, changes: dict[str, Any], said: str) -> None:

@@ -117,6 +117,15 @@ def test_keys_do_what_flags_do(command: Any, made: Path, monkeypatch: pytest.Mon
     assert plans[0]["model"]["num_experts"] == 8
 
 
+def test_a_plan_says_if_it_has_only_the_config(command: Any, made: Path, tmp_path: Path) -> None:
+    assert command("plan", "--checkpoint", made, "--layer", "1")[2] == ""
+    (tmp_path / "config.json").write_text((made / "config.json").read_text())
+    code, out, err = command("plan", "--checkpoint", tmp_path, "--layer", "1", "--json")
+    assert (code, json.loads(out)["model"]["quant"]) == (0, "fp8_block")
+    assert "holds no weights" in err
+    assert command("run", "--checkpoint", tmp_path, "--layer", "1")[0] == 2
+
+
 def test_the_default_comparison_takes_the_router_of_a_checkpoint_given_by_keys(made: Path) -> None:
     keys = with_source({"source": {"checkpoint": str(made), "layer": 1}}, None, None)
     assert [model["hidden"] for model in keys["models"]] == [256]
