@@ -51,6 +51,12 @@ class Section(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise _as_config_error(error, type(self)) from None
+        except TypeError as error:  # of a section inside, which pydantic makes in the same way
+            if "keywords must be strings" not in str(error):
+                raise
+            raise ConfigError(
+                self.section, data, "a section in it has keys that are no names", "names as keys"
+            ) from None
 
     def with_changes(self, /, **changes: Any) -> Any:
         """A validated copy (pydantic's own model_copy does not validate)."""
