@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_dist.errors import ConfigError
+from moe_dist.files import read_small_text
 from moe_dist.spec import MoESpec
+from moe_dist.yaml_loader import LONGEST_TEXT, load_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # beside the package in a checkout
 
@@ -17,27 +17,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"  # beside the package in a ch
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """A YAML mapping. Raises ConfigError for a missing file, bad YAML or anything but a mapping."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        text = read_small_text(path, LONGEST_TEXT)
     except OSError as error:
         raise ConfigError("file", str(path), f"can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("file", str(path), f"is no valid YAML: {' '.join(str(error).split())}") from None
+    loaded = load_yaml(text, "file", str(path))
     if not isinstance(loaded, dict):
         raise ConfigError("file", str(path), f"holds {type(loaded).__name__}", "a mapping of keys to values")
-    _check_keys(loaded, str(path))
     return loaded
-
-
-def _check_keys(value: Any, where: str) -> None:
-    """Keys are names, at every depth."""
-    if isinstance(value, list):
-        for item in value:
-            _check_keys(item, where)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ConfigError(where, key, f"is a key of type {type(key).__name__}", "names as keys")
-            _check_keys(item, f"{where}: {key}")
 
 
 def override(config: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -45,13 +31,10 @@ def override(config: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
     result = dict(config)
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
-        if not equals or not dotted:
-            raise ConfigError("override", assignment, "not an assignment", "key=value, with dots for nested keys")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError("override", assignment, "the value is no valid YAML") from None
         *parents, last = dotted.split(".")
+        if not equals or not all([*parents, last]):
+            raise ConfigError("override", assignment, "not an assignment", "key=value, with dots for nested keys")
+        value = load_yaml(text, "override", assignment)
         section = result
         for parent in parents:
             inner = section.get(parent, {})

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
 
-from moe_dist.backends import BACKENDS
-from moe_dist.errors import MoeDistError
-from moe_dist.exchange import EXCHANGES
+from moe_dist.backends import BACKENDS, Backend
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
 from moe_dist.plan import Machine
+from moe_dist.printable import one_line
+from moe_dist.registry import Registry
 
 PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
 
@@ -34,21 +37,32 @@ def examine() -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "nvcc": _nvcc(),
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
-        "backends": {name: _answer(*_backend(name, machine.device)) for name in BACKENDS.names()},
-        "exchanges": {name: _answer(*_exchange(name)) for name in EXCHANGES.names()},
+        "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
+        "exchanges": {name: _asked(EXCHANGES, name, _exchange) for name in EXCHANGES.names()},
     }
 
 
-def _backend(name: str, device: str) -> tuple[bool, str]:
+def _asked(
+    registry: Registry[Any], name: str, question: Callable[..., tuple[bool, str]], *given: str
+) -> dict[str, Any]:
+    """A third party's that can't be used is an answer too."""
     try:
-        return tuple(BACKENDS.get(name).available(device))  # type: ignore[return-value]
-    except ImportError as error:
-        return False, f"can't be imported: {error}"
+        ok, reason = question(registry.get(name), *given)
+    except Exception as error:
+        if not isinstance(error, ImportError) and not registry.is_foreign(name):
+            raise
+        said = error.rule if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        ok, reason = False, one_line(said)
+    return {"ok": ok, "reason": reason}
 
 
-def _exchange(name: str) -> tuple[bool, str]:
-    cls = EXCHANGES.get(name)
-    if name != "local" and not dist.is_available():
+def _backend(cls: type[Backend], device: str) -> tuple[bool, str]:
+    ok, reason = cls.available(device)
+    return ok, reason
+
+
+def _exchange(cls: type[Exchange]) -> tuple[bool, str]:
+    if cls is not EXCHANGES.get("local") and not dist.is_available():
         return False, "this torch was built without torch.distributed"
     return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
 
@@ -59,10 +73,6 @@ def _nvcc() -> bool:
     except MoeDistError:
         return False
     return True
-
-
-def _answer(ok: bool, reason: str) -> dict[str, Any]:
-    return {"ok": ok, "reason": reason}
 
 
 def _version(package: str) -> str | None:

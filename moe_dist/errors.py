@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_VALUE = 300  # characters of a wrong value that a message repeats
+
 
 class MoeDistError(Exception):
     """Base class. Not a ValueError, so that pydantic passes it on untouched instead of wrapping it."""
@@ -25,7 +27,7 @@ class ConfigError(MoeDistError):
 
     def __init__(self, field: str, value: object, rule: str, legal: object = None) -> None:
         self.field, self.value, self.rule, self.legal = field, value, rule, legal
-        text = f"{field} = {value!r}: {rule}"
+        text = f"{field} = {shown(value)}: {rule}"
         if legal is not None:
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
@@ -80,6 +82,15 @@ class OutputError(MoeDistError):
     def __init__(self, path: object, problem: str) -> None:
         self.path, self.problem = str(path), problem
         super().__init__(f"{path} can't be written: {problem}")
+
+
+def shown(value: object) -> str:
+    """`repr` as a message takes it: cut where it is long, and no error where it has none (an int of 5,000 digits)."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text):,} characters)"
 
 
 def listed(values: object) -> str:

@@ -32,7 +32,7 @@ class Placement:
         allow = parallel.allow_empty_shards
         slices = slice_bounds(spec.intermediate, parallel.tp, spec.granularity, "parallel.tp", allow)
         if parallel.ep > spec.num_experts and not allow:
-            rule = f"{spec.num_experts} experts leave a rank with none (parallel.allow_empty_shards permits that)"
+            rule = f"{spec.num_experts} experts leave a rank with none (allow_empty_shards=true permits that)"
             raise ConfigError("parallel.ep", parallel.ep, rule, f"1 to {spec.num_experts}")
         homes = [list(range(start, stop)) for start, stop in split_bounds(spec.num_experts, parallel.ep)]
         for expert, groups in parallel.replicas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -281,19 +282,29 @@ def _choices(
 ) -> list[Choice]:
     """Every registered exchange and backend, with what speaks against it."""
     choices = []
-    for name in EXCHANGES.names():
-        candidate = EXCHANGES.get(name)
-        support = candidate.supports(spec, placement)
+    for name, candidate in EXCHANGES.usable():
+        support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement)
         reason = support.reason
         if support.ok and name != exchange:
             converted = candidate.token_layout != token_layout and placement.world > 1
             reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
         choices.append(Choice("exchange", name, support.ok, name == exchange, reason))
-    for name in BACKENDS.names():
-        support = _backend_support(spec, placement, BACKENDS.get(name), travels, payload, combine, machine)
+    for name, found in BACKENDS.usable():
+        given = (spec, placement, found, travels, payload, combine, machine)
+        support = _asked(BACKENDS.is_foreign(name), _backend_support, *given)
         reason = "not asked for" if support.ok and name != backend else support.reason
         choices.append(Choice("backend", name, support.ok, name == backend, reason))
     return choices
+
+
+def _asked(foreign: bool, question: Callable[..., Support], *given: Any) -> Support:
+    """A third party's that fails at the question can't serve; ours is a fault to be seen."""
+    try:
+        return question(*given)
+    except Exception as error:
+        if not foreign:
+            raise
+        return Support(False, f"its own code failed when asked: {type(error).__name__}: {error}")
 
 
 def _backend_support(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moe_dist.printable import one_line
+from moe_dist.terminal import Terminal
 
 EVERY_S = 5.0
 
@@ -16,11 +18,11 @@ class Reporter:
     is left, for steps that are much alike."""
 
     def __init__(self, total: int, quiet: bool = False, remaining: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Terminal(stderr=True, quiet=quiet)
         self._live: Progress | None = None
         if self._console.is_terminal:
             times = (TimeElapsedColumn(), *[TimeRemainingColumn()] * remaining)
-            columns = (BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}"))
+            columns = (BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=self._console, transient=True)
             self._task = self._live.add_task("", total=total)
         self._total, self._done, self._last = total, 0, 0.0
@@ -37,15 +39,22 @@ class Reporter:
 
     def shown(self, text: str) -> None:
         if self._live:
-            self._live.update(self._task, description=text)
+            self._live.update(self._task, description=one_line(text))
         elif time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
-            line = f"[{self._done}/{self._total}] {text}{self._left()}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._print(f"[{self._done}/{self._total}] {one_line(text)}{self._left()}")
 
     def said(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(f"moe-dist: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"moe-dist: {one_line(text)}", "yellow")
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        try:
+            self._console.print(line, style=style, soft_wrap=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a full disk is no reason to stop
+            self._console.quiet = True
 
     def _left(self) -> str:
         if not self._remaining or not self._done:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from moe_dist.errors import ConfigError
+from moe_dist.printable import one_line
 
 T = TypeVar("T")
 
@@ -14,15 +18,18 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Maps a name to a class given as "module:Class", or as the class itself.
 
-    Third parties add theirs through the entry-point group `moe_dist.<kind>s`. A name that is taken raises.
+    Third parties add theirs through the entry-point group `moe_dist.<kind>s`. What is wrong with theirs is said once on
+    standard error and left out; it is no reason for a command that doesn't ask for it to fail. `base`: what every class
+    must be.
     """
 
-    def __init__(self, kind: str, built_in: dict[str, str]) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, built_in: dict[str, str], base: type[T] | None = None) -> None:
+        self.kind, self.base = kind, base
         self._targets: dict[str, str | type[T]] = {}
         for name, target in built_in.items():
             self.register(name, target)
-        self._entered: set[str] = set()
+        self._foreign: dict[str, str] = {}  # names from entry points, and where each comes from
+        self._said: set[str] = set()
         self._entry_points_read = False
 
     def register(self, name: str, target: str | type[T]) -> None:
@@ -40,23 +47,67 @@ class Registry(Generic[T]):
         self._read_entry_points()
         return tuple(self._targets)
 
+    def is_foreign(self, name: str) -> bool:
+        """Whether it comes from a third party's entry point."""
+        return name in self._foreign
+
     def get(self, name: str) -> type[T]:
+        """Raises ConfigError for an unknown name, and for a third party's that can't be used."""
         self._read_entry_points()
         if name not in self._targets:
             raise ConfigError(self.kind, name, f"no {self.kind} has this name", self.names())
         target = self._targets[name]
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            found: Any = getattr(import_module(module), attribute)
-            self._targets[name] = found
-            return found  # type: ignore[no-any-return]
-        return target
+        if not isinstance(target, str):
+            return target
+        try:
+            found = self._imported(target)
+        except Exception as error:
+            if name not in self._foreign:
+                raise
+            rule = f"{self._foreign[name]} can't be used: {type(error).__name__}: {error}"
+            raise ConfigError(self.kind, name, one_line(rule)) from error
+        self._targets[name] = found
+        return found
+
+    def usable(self) -> Iterator[tuple[str, type[T]]]:
+        """Every name with its class, without the third parties' that can't be used."""
+        for name in self.names():
+            try:
+                yield name, self.get(name)
+            except ConfigError as error:
+                self._say_once(f"left out: {error}")
+
+    def _imported(self, target: str) -> type[T]:
+        module, _, attribute = target.partition(":")
+        found: Any = getattr(import_module(module), attribute)
+        if self.base is not None:
+            if not (isinstance(found, type) and issubclass(found, self.base)):
+                raise TypeError(f"{target} is no subclass of {self.base.__name__}")
+            lacking = [name for name in inspect.get_annotations(self.base) if not hasattr(found, name)]
+            lacking += sorted(getattr(found, "__abstractmethods__", ()))
+            if lacking:
+                raise TypeError(f"{target} lacks {', '.join(lacking)}")
+        return found  # type: ignore[no-any-return]
 
     def _read_entry_points(self) -> None:
         if self._entry_points_read:
             return
-        for point in entry_points(group=f"moe_dist.{self.kind}s"):
-            if point.name not in self._entered:
-                self.register(point.name, point.value)
-                self._entered.add(point.name)
         self._entry_points_read = True
+        group = f"moe_dist.{self.kind}s"
+        try:
+            points = list(entry_points(group=group))
+        except Exception as error:  # a package whose metadata can't be read
+            self._say_once(f"entry points of {group} can't be read: {type(error).__name__}: {error}")
+            return
+        for point in points:
+            if point.name not in self._targets:
+                self._targets[point.name] = point.value
+                self._foreign[point.name] = f"the entry point {point.value}"
+            elif self._targets[point.name] != point.value:  # equal: a package that is found twice
+                rule = f"left out: its name is taken by {self._targets[point.name]}"
+                self._say_once(f"{self.kind} {point.name} of the entry point {point.value} is {rule}")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            print(f"moe-dist: {one_line(text)}", file=sys.stderr)

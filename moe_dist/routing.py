@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
-from moe_dist.errors import ConfigError
-from moe_dist.spec import MoESpec
+from moe_dist.errors import ConfigError, shown
+from moe_dist.files import require_regular
+from moe_dist.spec import MOST_TOKENS, MoESpec
 from moe_dist.streams import Stream
 
 MASKED = -1e4  # stands for -inf where two scores are added; scores are at most 1, and biases a few
 
-SKEWS = "balanced, uniform, zipf:S (S >= 0), hot:N (N experts), limited:GxN (N of G groups), single, router, file:PATH"
+SKEWS = (
+    "balanced, uniform, zipf:S (S from 0 to 100), hot:N (N experts), limited:GxN (N of G groups), single, router,"
+    " file:PATH"
+)
+
+STEEPEST = 100.0  # of zipf: far beyond, the odds are no float32 numbers
+LARGEST_TRACE = 1 << 30  # bytes
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FORMS = {
+    "zipf": re.compile(r"[0-9]{1,6}(\.[0-9]{0,12})?|\.[0-9]{1,12}"),
+    "hot": re.compile(r"[0-9]{1,6}"),
+    "limited": re.compile(r"[0-9]{1,6}x[0-9]{1,6}"),
+}
+_labels: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -101,27 +118,40 @@ def check_skew(skew: str) -> None:
     if skew in ("balanced", "uniform", "single", "router"):
         return
     if kind == "file" and argument:
-        if not Path(argument).is_file():
-            raise ConfigError("workload.skew", skew, "no such file", SKEWS)
+        try:
+            size = require_regular(argument).st_size
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+            said = getattr(error, "strerror", None) or str(error)
+            raise ConfigError("workload.skew", skew, f"can't be read: {said}", SKEWS) from None
+        if size > LARGEST_TRACE:
+            rule = f"has {size:,} bytes, and a trace is repeated to as many tokens as there are"
+            raise ConfigError("workload.skew", skew, rule, f"at most {LARGEST_TRACE:,}")
         return
-    try:
-        if kind == "limited":
-            groups, _, chosen = argument.partition("x")
-            if 1 <= int(chosen) <= int(groups):
-                return
-        if (kind == "zipf" and 0 <= float(argument) < float("inf")) or (kind == "hot" and int(argument) >= 1):
-            return
-    except ValueError:
-        pass
-    raise ConfigError("workload.skew", skew, "not a known routing", SKEWS)
+    form = _FORMS.get(kind)
+    if form is None or not form.fullmatch(argument) or not _in_bounds(kind, argument):
+        raise ConfigError("workload.skew", skew, "not a known routing", SKEWS)
+
+
+def _in_bounds(kind: str, argument: str) -> bool:
+    if kind == "limited":
+        groups, chosen = map(int, argument.split("x"))
+        return 1 <= chosen <= groups
+    return float(argument) <= STEEPEST if kind == "zipf" else int(argument) >= 1
 
 
 def skew_label(skew: str) -> str:
-    """The skew as results name it: a file by the hash of its content, everything else as given."""
+    """The skew as results name it: a file by the hash of its content (the last one known, once the file has gone),
+    everything else as given."""
     kind, _, argument = skew.partition(":")
     if kind != "file":
         return skew
-    return "file:" + hashlib.sha256(Path(argument).read_bytes()).hexdigest()[:12]
+    try:
+        with open(argument, "rb") as file:
+            _labels[skew] = "file:" + hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    except OSError as error:
+        if skew not in _labels:
+            raise ConfigError("workload.skew", skew, f"can't be read: {error.strerror}") from None
+    return _labels[skew]
 
 
 def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int, number: int = 0) -> Routing:
@@ -200,19 +230,39 @@ def _draw_limited(E: int, K: int, tokens: int, argument: str, stream: Stream) ->
 
 
 def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
+    """A trace: its tensors are checked before anything is made of them, because a few bytes of a file can claim any
+    shape."""
     try:
-        recorded = torch.load(path, weights_only=True, map_location="cpu")
-        ids, weights = recorded["ids"].to(torch.int64), recorded["weights"].float()
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
+            recorded = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        rule = f"is no torch file of tensors ids and weights ({type(error).__name__}: {error})"
+        said = type(error).__name__
+        if not isinstance(error, UnpicklingError):  # whose text advises to load whatever is in the file
+            said += ": " + " ".join(str(error).split("\n")[0].split())[:200]
+        rule = f"is no torch file of tensors ids and weights ({said})"
         raise ConfigError("workload.skew", path, rule) from error
-    if ids.ndim != 2 or ids.shape != weights.shape or ids.shape[1] != spec.top_k or len(ids) == 0:
+    keys = list(recorded) if isinstance(recorded, dict) else type(recorded).__name__
+    if not isinstance(recorded, dict) or not all(_plain(recorded.get(key)) for key in ("ids", "weights")):
+        raise ConfigError("workload.skew", path, f"holds {shown(keys)}", "a dict of dense tensors ids and weights")
+    ids, weights = recorded["ids"].detach(), recorded["weights"].detach()
+    for name, tensor, dtypes in (("ids", ids, ID_DTYPES), ("weights", weights, WEIGHT_DTYPES)):
+        if tensor.dtype not in dtypes:
+            legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ConfigError("workload.skew", path, f"holds {name} of {tensor.dtype}", legal)
+    if ids.ndim != 2 or ids.shape != weights.shape or ids.shape[1] != spec.top_k or not 0 < len(ids) <= MOST_TOKENS:
         found = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
-        raise ConfigError("workload.skew", path, f"holds {found}", f"two of shape [rows, {spec.top_k}]")
+        legal = f"two of shape [rows, {spec.top_k}], 1 to {MOST_TOKENS} rows"
+        raise ConfigError("workload.skew", path, f"holds {found}", legal)
+    ids, weights = ids.long(), weights.to(torch.float32)
     if ids.max() >= spec.num_experts or ids.min() < -1:
         worst = int(ids.max() if ids.max() >= spec.num_experts else ids.min())
         raise ConfigError("workload.skew", path, f"holds expert {worst}", f"-1 to {spec.num_experts - 1}")
+    weights = weights.masked_fill(ids < 0, 0.0)  # whatever stands beside no expert
     if not bool(weights.isfinite().all()):
         raise ConfigError("workload.skew", path, "holds weights that are NaN or infinite", "finite weights")
     repeated = torch.arange(tokens, device="cpu") % len(ids)
-    return Routing(ids[repeated].to(torch.int32), weights[repeated].masked_fill(ids[repeated] < 0, 0.0))
+    return Routing(ids[repeated].to(torch.int32), weights[repeated])
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,25 @@ GATED_ACTIVATIONS = ("swiglu", "geglu")
 QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")
 TOKEN_LAYOUTS = ("replicated", "sharded")
 
+# Bounds on every number. No model, machine or run comes near them; what lies beyond is a slip of the keyboard, and
+# would take gigabytes or hours before anything noticed. Integers are integers: true, 1.0 and "8" are none.
+WIDEST = 1 << 20  # columns of a matrix
+MOST_EXPERTS = 1 << 17
+MOST_WEIGHTS = 1 << 46  # elements of one layer: 6,000 times DeepSeek-V3's
+MOST_RANKS = 1 << 12
+MOST_TOKENS = 1 << 24
+LONGEST_NAME = 300
+LONGEST_WAIT_S = 7 * 86400.0
+
+Size = Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
+Experts = Annotated[int, Field(strict=True, ge=1, le=MOST_EXPERTS)]
+Ranks = Annotated[int, Field(strict=True, ge=1, le=MOST_RANKS)]
+Index = Annotated[int, Field(strict=True, ge=-MOST_EXPERTS, le=MOST_EXPERTS)]  # which exist, a placement says
+Seed = Annotated[int, Field(strict=True, ge=-(1 << 63), le=(1 << 63) - 1)]  # 64 bits
+Seconds = Annotated[float, Field(strict=True, gt=0, le=LONGEST_WAIT_S, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+
 QuantKind = Literal["none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel"]
 TokenLayout = Literal["replicated", "sharded"]
 
@@ -27,13 +46,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
     section: ClassVar[str] = ""
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise _as_config_error(error, type(self)) from None
+        except TypeError as error:  # of a section inside, which pydantic makes in the same way
+            if "keywords must be strings" not in str(error):
+                raise
+            raise ConfigError(
+                self.section, data, "a section in it has keys that are no names", "names as keys"
+            ) from None
 
-    def with_changes(self, **changes: Any) -> Any:
+    def with_changes(self, /, **changes: Any) -> Any:
         """A validated copy (pydantic's own model_copy does not validate)."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
@@ -46,7 +71,7 @@ def _as_config_error(error: ValidationError, cls: type[Section]) -> ConfigError:
     if first["type"] == "missing":
         return ConfigError(path, None, "this key is required")
     legal = first.get("ctx", {}).get("expected")
-    return ConfigError(path, first["input"], first["msg"], legal)
+    return ConfigError(path, first["input"], first["msg"].replace("valid tuple", "list"), legal)
 
 
 class MoESpec(Section):
@@ -58,22 +83,22 @@ class MoESpec(Section):
 
     section: ClassVar[str] = "model"
 
-    name: str = "custom"
-    hidden: int = Field(ge=1)
-    intermediate: int = Field(ge=1)
-    num_experts: int = Field(ge=1)
-    top_k: int = Field(ge=1)
+    name: Name = "custom"
+    hidden: Size
+    intermediate: Size
+    num_experts: Experts
+    top_k: Experts
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    renormalize: bool = True
-    correction_bias: bool = False
-    num_groups: int = Field(default=1, ge=1)
-    top_groups: int = Field(default=1, ge=1)
-    routed_scaling: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    renormalize: Flag = True
+    correction_bias: Flag = False
+    num_groups: Experts = 1
+    top_groups: Experts = 1
+    routed_scaling: float = Field(default=1.0, strict=True, gt=0, le=1e6, allow_inf_nan=False)
     activation: str = "swiglu"
     quant: QuantKind = "fp8_block"
     dtype: Literal["bf16", "fp32"] = "bf16"
     shared_experts: Literal["none", "replicated", "tp"] = "none"
-    shared_intermediate: int = Field(default=0, ge=0)
+    shared_intermediate: int = Field(default=0, strict=True, ge=0, le=WIDEST)
 
     @field_validator("activation")
     @classmethod
@@ -88,6 +113,11 @@ class MoESpec(Section):
             raise ConfigError(
                 "model.top_k", self.top_k, "must not exceed model.num_experts", f"1 to {self.num_experts}"
             )
+        weights = self.num_experts * self.hidden * (self.w13_rows(self.intermediate) + self.intermediate)
+        if weights > MOST_WEIGHTS:
+            sizes = f"{self.num_experts} × {self.intermediate} × {self.hidden}"
+            rule = f"experts × intermediate × hidden make a layer of {weights:,} weights"
+            raise ConfigError("model", sizes, rule, f"at most {MOST_WEIGHTS:,}")
         if self.quant != "none" and self.dtype != "bf16":
             raise ConfigError("model.dtype", self.dtype, f"quant {self.quant} works on bf16 activations", ("bf16",))
         if self.shared_experts != "none" and self.shared_intermediate < 1:
@@ -159,10 +189,10 @@ class ParallelSpec(Section):
 
     section: ClassVar[str] = "parallel"
 
-    tp: int = Field(default=1, ge=1)
-    ep: int = Field(default=1, ge=1)
-    replicas: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    allow_empty_shards: bool = False
+    tp: Ranks = 1
+    ep: Ranks = 1
+    replicas: tuple[tuple[Index, tuple[Index, ...]], ...] = ()
+    allow_empty_shards: Flag = False
 
     @field_validator("replicas", mode="before")
     @classmethod
@@ -196,10 +226,10 @@ class WorkloadSpec(Section):
 
     section: ClassVar[str] = "workload"
 
-    tokens: int = Field(ge=1)
+    tokens: int = Field(strict=True, ge=1, le=MOST_TOKENS)
     token_layout: TokenLayout = "sharded"
     skew: str = "uniform"
-    seed: int = 0
+    seed: Seed = 0
 
 
 def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_empty: bool) -> list[tuple[int, int]]:
@@ -212,7 +242,7 @@ def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_emp
     if parts > granules and not allow_empty:
         rule = (
             f"{total} has only {granules} slices of {granularity}, so a rank would hold nothing"
-            " (set parallel.allow_empty_shards to permit that)"
+            " (allow_empty_shards=true permits that)"
         )
         raise ConfigError(field, parts, rule, f"1 to {granules}")
     counts = [granules // parts + (part < granules % parts) for part in range(parts)]

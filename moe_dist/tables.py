@@ -16,9 +16,11 @@ import torch
 from pydantic import ConfigDict, Field
 
 from moe_dist.errors import ConfigError
+from moe_dist.files import read_small_text
 from moe_dist.notices import notice
 from moe_dist.spec import MoESpec, Section
 
+LARGEST = 4 << 20  # bytes of a table: some hundred times the shipped ones
 SHIPPED = Path(__file__).parent / "tables_shipped"
 Micros = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -118,10 +120,10 @@ def _line(name: str, value: Any) -> str:
 def read_table(path: Path) -> TuningTable:
     """Raises ConfigError that names file and field for one that is broken."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(read_small_text(path, LARGEST))
     except OSError as error:
         raise ConfigError("table", str(path), f"can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("table", str(path), f"is no valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError("table", str(path), f"holds {type(document).__name__}", "a mapping of keys to values")

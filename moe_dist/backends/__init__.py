@@ -12,6 +12,7 @@ BACKENDS: Registry[Backend] = Registry(
         "deep_gemm": "moe_dist.backends.deep_gemm_grouped:DeepGemm",
         "flashinfer_cutlass": "moe_dist.backends.flashinfer_cutlass:FlashInferCutlass",
     },
+    Backend,
 )
 
 __all__ = ["BACKENDS", "Backend", "Problem"]

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StrictInt, field_validator, model_validator
 
 from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.routing import check_skew, check_skew_fits
+from moe_dist.routing import check_skew, check_skew_fits, skew_label, synthetic_routing
 from moe_dist.runtime.context import RaySpec
-from moe_dist.spec import MoESpec, ParallelSpec, Section, TokenLayout, WorkloadSpec
+from moe_dist.spec import (
+    MOST_RANKS,
+    MOST_TOKENS,
+    Flag,
+    MoESpec,
+    Name,
+    ParallelSpec,
+    Seconds,
+    Section,
+    Seed,
+    TokenLayout,
+    WorkloadSpec,
+)
+
+MOST_CASES = 10_000  # planning as many takes some seconds, measuring them a day
+MOST_LAYERS = 10_000
+LARGEST_STEP = 1 << 37  # numbers in the rows and the routing of one step
+LISTS = ("models", "worlds", "placements", "exchanges", "backends", "tokens", "token_layouts", "skews", "modes")
+
+Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
+Mode = Literal["eager", "graph"]
+ChosenBy = Literal["name", "default"]  # who chose the backend
 
 
 class SourceSpec(Section):
@@ -22,9 +45,9 @@ class SourceSpec(Section):
 
     section = "source"
 
-    seed: int = 0
+    seed: Seed = 0
     checkpoint: str | None = None
-    layer: int | None = None
+    layer: int | None = Field(default=None, strict=True, ge=0, le=MOST_LAYERS)
 
     @model_validator(mode="after")
     def _rules(self) -> SourceSpec:
@@ -62,10 +85,16 @@ class Case(Section):
     workload: WorkloadSpec
     payload: str = "auto"
     combine_dtype: str | None = None
-    graph: bool = False
-    iters: int = Field(default=20, ge=0)
-    warmup: int = Field(default=3, ge=0)
-    check: bool = True
+    graph: Flag = False
+    iters: Iterations = 20
+    warmup: Iterations = 3
+    check: Flag = True
+    chosen_by: ChosenBy = "name"
+
+    @model_validator(mode="after")
+    def _rules(self) -> Case:
+        check_step(self.workload.tokens, self.model)
+        return self
 
     def plan(self, machine: Machine) -> Plan:
         return make_plan(
@@ -90,63 +119,82 @@ class Case(Section):
 
 
 class Experiment(Section):
-    """The product of its lists. `placements` may name `tp`, `ep` (over all of `worlds`) and `tpXepY`."""
+    """The product of its lists, in which a value that stands twice counts once. `placements` may name `tp`, `ep` (over
+    all of `worlds`) and `tpXepY`."""
 
     section = "experiment"
 
-    name: str = "compare"
+    name: Name = "compare"
     models: tuple[MoESpec, ...] = Field(min_length=1)
     source: SourceSpec = SourceSpec()
-    worlds: tuple[int, ...] = Field(default=(2, 4), min_length=1)
-    placements: tuple[str, ...] = Field(default=("tp", "ep"), min_length=1)
-    exchanges: tuple[str, ...] = Field(default=("all_reduce", "ag_rs", "all_to_all"), min_length=1)
-    backends: tuple[str, ...] = Field(default=("torch",), min_length=1)
-    tokens: tuple[int, ...] = Field(default=(8, 256), min_length=1)
+    worlds: tuple[StrictInt, ...] = Field(default=(2, 4), min_length=1)
+    placements: tuple[Name, ...] = Field(default=("tp", "ep"), min_length=1)
+    exchanges: tuple[Name, ...] = Field(default=("all_reduce", "ag_rs", "all_to_all"), min_length=1)
+    backends: tuple[Name, ...] = Field(default=("torch",), min_length=1)
+    tokens: tuple[StrictInt, ...] = Field(default=(8, 256), min_length=1)
     token_layouts: tuple[TokenLayout, ...] = Field(default=("sharded",), min_length=1)
     skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
     payload: str = "auto"
     combine_dtype: str | None = None
-    modes: tuple[Literal["eager", "graph"], ...] | None = None  # None: both on CUDA, eager on a CPU
-    seed: int = 0
-    iters: int = Field(default=20, ge=0)
-    warmup: int = Field(default=3, ge=0)
-    check: bool = True
-    allow_empty_shards: bool = False
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] | None = None  # None: both on CUDA, eager on a CPU
+    seed: Seed = 0
+    iters: Iterations = 20
+    warmup: Iterations = 3
+    check: Flag = True
+    allow_empty_shards: Flag = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["ray", "torchrun"] = "ray"
-    case_timeout_s: float = Field(default=600.0, gt=0)
+    case_timeout_s: Seconds = 600.0
     ray: RaySpec = RaySpec()
+
+    @field_validator(*LISTS)
+    @classmethod
+    def _once(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        return values and tuple(dict.fromkeys(values))
 
     @field_validator("skews")
     @classmethod
     def _skews(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        """A trace by its absolute path: ranks have a working directory of their own."""
         for value in values:
             check_skew(value)
-        return values
+        return tuple(f"file:{Path(value[5:]).absolute()}" if value.startswith("file:") else value for value in values)
 
     @model_validator(mode="after")
     def _rules(self) -> Experiment:
         for world in self.worlds:
-            if world < 1:
-                raise ConfigError("experiment.worlds", world, "a group has at least one rank", "1 and more")
+            if not 1 <= world <= MOST_RANKS:
+                raise ConfigError("experiment.worlds", world, "a group has at least one rank", f"1 to {MOST_RANKS}")
         for tokens in self.tokens:
-            if tokens < 1:
-                raise ConfigError("experiment.tokens", tokens, "global tokens of a step", "1 and more")
+            if not 1 <= tokens <= MOST_TOKENS:
+                raise ConfigError("experiment.tokens", tokens, "global tokens of a step", f"1 to {MOST_TOKENS}")
+        lists = (getattr(self, key) for key in LISTS)
+        count = prod(len(values) for values in lists if values)
+        if count > MOST_CASES:
+            raise ConfigError(
+                "experiment", f"{count:,} cases", "is too much for one experiment", f"up to {MOST_CASES:,}"
+            )
+        for tokens, model in product(self.tokens, self.models):
+            check_step(tokens, model)
         if "router" in self.skews and self.source.checkpoint is None:
             raise ConfigError("experiment.skews", "router", "only a checkpoint has a router: give source.checkpoint")
         for placement in self.placements:
             parse_placement(placement, self.worlds[0])
         for skew, model in product(self.skews, self.models):
             check_skew_fits(skew, model)
+            if skew.startswith("file:"):  # read now: a wrong trace is refused before ranks start
+                skew_label(skew)
+                synthetic_routing(model, 1, skew, self.seed)
         return self
 
-    def cases(self, device: str) -> Iterator[Case]:
-        """For ranks on `device`; a group of ranks, and then its weights, serve as many cases in a row as possible."""
+    def cases(self, device: str, chosen_by: ChosenBy = "name") -> Iterator[Case]:
+        """For ranks on `device`, backends named or chosen by default. A group of ranks, and then its weights, serve as
+        many cases in a row as possible."""
         modes = self.modes or (("eager", "graph") if device == "cuda" else ("eager",))
         for world, model in product(self.worlds, self.models):
-            yield from self._cases_of(world, model, modes)
+            yield from self._cases_of(world, model, modes, chosen_by)
 
-    def _cases_of(self, world: int, model: MoESpec, modes: tuple[str, ...]) -> Iterator[Case]:
+    def _cases_of(self, world: int, model: MoESpec, modes: tuple[str, ...], chosen_by: ChosenBy) -> Iterator[Case]:
         found = [parse_placement(placement, world) for placement in self.placements]  # None: of another world's size
         for parallel in dict.fromkeys(found):  # on one rank, tp and ep are the same
             if parallel is None:
@@ -167,7 +215,16 @@ class Experiment(Section):
                     iters=self.iters,
                     warmup=self.warmup,
                     check=self.check,
+                    chosen_by=chosen_by,
                 )
+
+
+def check_step(tokens: int, model: MoESpec) -> None:
+    """Raises ConfigError where the rows of one step alone would be absurd: more memory than any machine has."""
+    rows = tokens * (model.hidden + model.top_k)
+    if rows > LARGEST_STEP:
+        rule = f"tokens of width {model.hidden} for {model.top_k} experts each are {rows:,} numbers in a step"
+        raise ConfigError("experiment.tokens", tokens, rule, f"at most {LARGEST_STEP:,}")
 
 
 def default_experiment(machine: Machine, backends: tuple[str, ...], router: bool) -> dict[str, Any]:
@@ -194,7 +251,7 @@ def parse_placement(text: str, world: int) -> ParallelSpec | None:
     sizes: dict[str, int] = {}
     for part in text.lower().split("x"):
         kind, size = part[:2], part[2:]
-        if kind not in ("tp", "ep") or kind in sizes or not size.isdigit() or int(size) < 1:
+        if kind not in ("tp", "ep") or kind in sizes or not re.fullmatch("[1-9][0-9]{0,3}", size):
             raise ConfigError("experiment.placements", text, "not a placement", ("tp", "ep", "tp2xep2 and the like"))
         sizes[kind] = int(size)
     parallel = ParallelSpec(**sizes)

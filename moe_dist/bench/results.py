@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -116,7 +115,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "bytes_sent": merged["bytes_sent"],
         "stages_us": {name: round(value, 1) for name, value in merged["stages_us"].items()},
         "max_memory": merged["max_memory"],
-        "chosen_by": "name",
+        "chosen_by": case.chosen_by,
     }
     numerics = BACKENDS.get(plan.backend).numerics_of(spec)
     return row | _rates(plan, merged, p50) | {"ok": within_tolerance(row, spec.quant, numerics)}
@@ -250,12 +249,3 @@ def results_document(about: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
         {**about, "ranks": ranks, "notices": notices, "rows": outcome.rows, "refused": outcome.refused}
     )
     return document
-
-
-def write_results(path: Path, about: dict[str, Any], outcome: Outcome) -> None:
-    """Write the file whole or not at all: a reader never sees half of it."""
-    document = results_document(about, outcome)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)

@@ -33,28 +33,31 @@ def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case
             stored = check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none").spec
             check_models([case.model], case.source, stored)
     if planned:
-        _check_memory([plan for _, plan in planned], machine)
+        _check_memory(planned, machine)
     return planned, refused
 
 
-def _check_memory(plans: list[Plan], machine: Machine) -> None:
-    """Weights, and on a CPU the whole group's in one memory, must fit before any is made."""
-    if machine.device == "cuda":
-        largest = max(plan.weight_bytes(rank) for plan in plans for rank in range(plan.placement.world))
-    else:
-        largest = max(sum(plan.weight_bytes(rank) for rank in range(plan.placement.world)) for plan in plans)
-    check_fits(largest, machine)
+def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
+    """What is certain to be there must fit before any of it is made: weights, and the tokens, which every rank draws
+    whole; on a CPU the whole group's in one memory."""
+    held = []
+    for case, plan in planned:
+        tokens = case.workload.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k)
+        ranks = [plan.weight_bytes(rank) + tokens for rank in range(plan.placement.world)]
+        held.append((max(ranks) if machine.device == "cuda" else sum(ranks), tokens))
+    largest, tokens = max(held)
+    check_fits(largest, machine, "weights and tokens" if tokens > largest // 10 else "weights")
 
 
-def check_fits(weight_bytes: int, machine: Machine) -> None:
-    """Raise ResourceError if a GPU, or a CPU's memory, can't hold so much."""
+def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
+    """Raise ResourceError if a GPU, or a CPU's memory, can't hold so many bytes."""
     if machine.device == "cuda":
         available, what = machine.memory or 0, "GPU memory"
     else:
         available, what = _available_memory(), "memory"
-    if weight_bytes > 0.9 * available:
-        gib = f"{weight_bytes / 2**30:.1f} GiB of weights", f"{available / 2**30:.1f} GiB"
-        raise ResourceError(what, *gib, "Choose a smaller model or more ranks.")
+    if size > 0.9 * available:
+        gib = f"{size / 2**30:.1f} GiB of {of}", f"{available / 2**30:.1f} GiB"
+        raise ResourceError(what, *gib, "Choose a smaller model, fewer tokens or more ranks.")
 
 
 def _available_memory() -> int:

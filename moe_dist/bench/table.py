@@ -7,11 +7,12 @@ from itertools import groupby
 from math import hypot
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from moe_dist.bench.results import WHOLE_TOLERANCE, Row
 from moe_dist.bench.tune import Found, Tuned, config_text
+from moe_dist.printable import printable
 
 SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
 # Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
@@ -22,18 +23,8 @@ COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
-    keys = (
-        "model",
-        "source",
-        "quant",
-        "activation",
-        "shared_experts",
-        "world",
-        "token_layout",
-        "global_tokens",
-        "skew",
-        "seed",
-    )
+    shape = ("model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts")
+    keys = (*shape, "source", "world", "token_layout", "global_tokens", "skew", "seed")
     return tuple(row[key] for key in keys)
 
 
@@ -61,7 +52,7 @@ def _table(rows: list[Row]) -> Table:
         title += f" · shared expert {first['shared_experts']}"
     if first["source"].startswith("checkpoint:"):
         title += f" · {first['source']}"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
     converts = any(row["stages_us"].get("convert") for row in rows)
     floors = any(row["floor_us"] is not None for row in rows)
     for name in ("placement", "exchange", "backend", "mode", "payload"):
@@ -75,10 +66,11 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
+def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
     stages = row["stages_us"]
     mode = "graph" if row["graph"] else "eager"
-    cells = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
+    cells: list[str | Text] = [row["placement"], *map(printable, (row["exchange"], row["backend"])), mode]
+    cells.append(row["payload_dtype"])
     cells += [_number(row["p50_us"]), _scatter(row), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert") or None))
@@ -91,10 +83,10 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
     return [*cells, _verdict(row)]
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: Row) -> Text:
     if row["ok"] is False and row["err_whole"] is not None and not row["err_whole"] <= WHOLE_TOLERANCE:
-        return "[bold red]NO, other weights than its source's[/]"
-    return {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]
+        return Text("NO, other weights than its source's", "bold red")
+    return {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row["ok"]]
 
 
 def _number(value: float | None) -> str:
@@ -127,7 +119,7 @@ def refused_table(refused: list[dict[str, str]]) -> Table:
     for item in refused:
         by_reason.setdefault(item["reason"], []).append(item["case"])
     for reason, cases in by_reason.items():
-        table.add_row(str(len(cases)), cases[0], reason)
+        table.add_row(str(len(cases)), printable(cases[0]), printable(reason))
     return table
 
 
@@ -137,7 +129,7 @@ def tuned_table(tuned: Tuned) -> Table:
         f"{tuned.part.problem.spec.name} {shape.quant} {shape.activation} (hidden {shape.hidden}, slice {shape.width}, "
         f"{shape.experts} experts, top-{shape.top_k}) · {shape.backend} on {shape.device}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
     table.add_column("rows", justify="right")
     table.add_column("config")
     for name in ("µs", "default µs", "×floor", "err oracle", "tried", "raised", "wrong"):
@@ -151,10 +143,10 @@ def _tuned_cells(found: Found) -> list[str]:
     counts = [str(number) for number in (found.tried, found.raised, found.wrong)]
     entry = found.entry
     if entry is None:
-        return [str(found.rows), f"[bold red]none[/]: {escape(found.reason)}", "-", "-", "-", "-", *counts]
+        return [str(found.rows), f"none: {printable(found.reason)}", "-", "-", "-", "-", *counts]
     floor = f"{entry.us / entry.floor_us:.2f}" if entry.floor_us else "-"
     times = [f"{entry.us:,.1f}", f"{entry.default_us:,.1f}", floor]
-    return [str(found.rows), escape(config_text(entry.config)), *times, f"{entry.err_oracle:.1e}", *counts]
+    return [str(found.rows), config_text(entry.config), *times, f"{entry.err_oracle:.1e}", *counts]
 
 
 def family(row: Row) -> str:

@@ -11,6 +11,7 @@ EXCHANGES: Registry[Exchange] = Registry(
         "ag_rs": "moe_dist.exchange.ag_rs:AllGatherReduceScatter",
         "all_to_all": "moe_dist.exchange.all_to_all:AllToAll",
     },
+    Exchange,
 )
 
 __all__ = ["EXCHANGES", "Exchange", "Handle"]

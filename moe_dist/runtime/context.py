@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field, field_validator
 
 from moe_dist.comm import Comm
-from moe_dist.spec import Section
+from moe_dist.errors import ConfigError
+from moe_dist.spec import Name, Seconds, Section
 
 RankFunction = Callable[..., Any]
 
@@ -47,12 +49,19 @@ class RaySpec(Section):
 
     section = "ray"
 
-    address: str | None = None  # a running cluster; None: RAY_ADDRESS if set, else a private one on this machine
+    address: Name | None = None  # a running cluster; None: RAY_ADDRESS if set, else a private one on this machine
     strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
-    cpus_per_rank: float = 0.25
-    start_timeout_s: float = 60.0
-    collective_timeout_s: float = 60.0
-    silence_timeout_s: float = 30.0  # a rank that answers no heartbeat for so long is given up
+    cpus_per_rank: float = Field(default=0.25, strict=True, ge=1e-4, le=1024, allow_inf_nan=False)
+    start_timeout_s: Seconds = 60.0
+    collective_timeout_s: Annotated[Seconds, Field(ge=0.1)] = 60.0  # process groups count whole milliseconds
+    silence_timeout_s: Seconds = 30.0  # a rank that answers no heartbeat for so long is given up
+
+    @field_validator("cpus_per_rank")
+    @classmethod
+    def _whole_cpus(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ConfigError("ray.cpus_per_rank", value, "Ray gives parts of one CPU, or whole ones", "0.25, 1, 2, …")
+        return value
 
 
 class Group(Protocol):

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from moe_dist import cli
 from moe_dist.bench import results
 from moe_dist.cli import main
 from moe_dist.config import model_names
+from moe_dist.errors import ClusterLost
 
 SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2"]
 FEW = ["iters=2", "warmup=1"]
@@ -118,8 +120,8 @@ class TestWithoutRanks:
             (["run", "model.quant=nosuch"], ["model.quant = 'nosuch'", "fp8_block"]),
             (["run", "iters=nosuch"], ["experiment.iters = 'nosuch'"]),
             (["run", "iters"], ["not an assignment", "key=value"]),
-            (["run", "--tokens", "0"], ["tokens = 0", "1 and more"]),
-            (["run", "--ep", "0"], ["worlds = 0", "1 and more"]),
+            (["run", "--tokens", "0"], ["tokens = 0", "1 to 16777216"]),
+            (["run", "--ep", "0"], ["worlds = 0", "1 to 4096"]),
             (["run", "--tp", "6"], ["6", "1 to 5"]),
             (["run", "--ep", "2", "--exchange", "local"], ["exchange local", "supported: all_reduce"]),
             (["plan", "--model", "nosuch"], ["model = 'nosuch'", "tiny"]),
@@ -206,7 +208,7 @@ class TestWithRanks:
             "model": "tiny", "quant": "fp8_block", "tp": 1, "ep": 2, "world": 2, "layer": "whole", "exchange": "ag_rs",
             "backend": "torch", "token_layout": "sharded", "global_tokens": 17, "tokens_per_rank": 9,
             "skew": "zipf:1.2", "seed": 0, "iters": 3, "graph": False, "runtime": "ray", "payload_dtype": "fp8",
-            "combine_dtype": "bf16", "p99_us": None, "chosen_by": "name", "ok": True,
+            "combine_dtype": "bf16", "p99_us": None, "chosen_by": "default", "ok": True,
         }  # fmt: skip
         assert {name: row[name] for name in labels} == labels
         assert row["p50_us"] > 0
@@ -265,6 +267,36 @@ class TestWithRanks:
         shown = {(row["placement"], row["exchange"]) for row in rows}
         assert shown == {(place, name) for place in ("TP2", "EP2") for name in ("all_reduce", "ag_rs", "all_to_all")}
         assert all(row["ok"] is True and row["p50_us"] is None and row["iters"] == 0 for row in rows)
+
+    def test_results_that_can_not_be_written_are_printed_all_the_same(self, command):
+        found = command("run", "--tokens", "4", "--iters", "1", "--json", "--out", "/dev/full", *SMALL)
+        assert found.code == 6
+        assert [row["ok"] for row in found.document["rows"]] == [True]  # one document, no second one with the error
+        assert "/dev/full can't be written: No space left on device" in found.err
+
+    @pytest.mark.parametrize(("error", "code"), [(ClusterLost("a:1", "measuring", "gone"), 5), (KeyboardInterrupt(), 130)])
+    def test_what_was_measured_before_the_end_is_kept(self, command, tmp_path: Path, monkeypatch, error, code):
+        measured = cli.run_cases
+
+        def run_cases(planned, *rest):
+            measured(planned[:1], *rest)
+            raise error
+
+        monkeypatch.setattr(cli, "run_cases", run_cases)
+        two = ["compare", "worlds=[1]", "exchanges=[local]", "skews=[uniform]", "tokens=[4, 8]", "iters=1", *SMALL]
+        path = tmp_path / "out.json"
+        found = command(*two, "--out", path)
+        assert found.code == code
+        assert len(json.loads(path.read_text())["rows"]) == 1
+        assert found.err.rstrip().endswith(f"1 row is in {path}")
+        if code == 130:
+            return
+        found = command(*two)
+        assert found.code == code
+        assert "4 sharded tokens" in found.out
+        assert "1 row is on standard output, in no file" in found.err
+        found = command(*two, "--json")
+        assert len(found.document["results"]["rows"]) == 1
 
     def test_a_call_that_takes_too_long(self, command):
         found = command("run", "--tokens", "4", "--iters", "1000000", "case_timeout_s=2", "--json", *SMALL)

@@ -15,7 +15,8 @@ from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import results
 from moe_dist.bench.case import Case, Experiment, parse_placement
 from moe_dist.bench.measure import RankResult, merge
-from moe_dist.bench.results import EXACT_TOLERANCE, Outcome, commit, make_row, provenance, quantile, write_results
+from moe_dist.bench.output import open_output
+from moe_dist.bench.results import EXACT_TOLERANCE, Outcome, commit, make_row, provenance, quantile, results_document
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
 from moe_dist.errors import ConfigError, ResourceError
@@ -424,7 +425,8 @@ class TestFile:
     def test_has_the_form_of_the_design(self, tmp_path: Path):
         path = tmp_path / "new" / "results.json"
         refused = [{"case": "c", "reason": "r"}]
-        write_results(path, provenance(CPU), Outcome([row(err_oracle=math.inf, ok=False)], refused, {2: ["rank 0"]}))
+        outcome = Outcome([row(err_oracle=math.inf, ok=False)], refused, {2: ["rank 0"]})
+        open_output(path, pytest.fail).update(results_document(provenance(CPU), outcome))
         document = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
         assert set(document) == {"date", "commit", "command", "machine", "ranks", "notices", "rows", "refused"}
         assert {"gpu", "count", "driver", "torch", "triton", "nccl", "flashinfer"} <= set(document["machine"])
@@ -434,33 +436,6 @@ class TestFile:
         assert document["refused"] == refused
         assert document["ranks"] == {"2": ["rank 0"]}
         assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
-
-    @pytest.mark.parametrize("broken", ["json.dumps", "pathlib.Path.write_text"])
-    def test_a_failed_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch, broken):
-        path = tmp_path / "results.json"
-        path.write_text("old")
-
-        def fail(*_, **__):
-            raise OSError("no space left on device")
-
-        monkeypatch.setattr(broken, fail)
-        with pytest.raises(OSError, match="no space"):
-            write_results(path, provenance(CPU), Outcome([row()]))
-        monkeypatch.undo()
-        assert path.read_text() == "old"
-
-    def test_the_file_appears_only_when_it_is_whole(self, tmp_path: Path, monkeypatch):
-        path, seen = tmp_path / "results.json", []
-        replace = Path.replace
-
-        def watched(partial: Path, target: Path):
-            seen.append((path.exists(), json.loads(partial.read_text())["rows"][0]["model"]))
-            return replace(partial, target)
-
-        monkeypatch.setattr(Path, "replace", watched)
-        write_results(path, provenance(CPU), Outcome([row()]))
-        assert seen == [(False, "m")]
-        assert path.exists()
 
     def test_a_job_says_which_commit_it_was_submitted_from(self, monkeypatch):
         monkeypatch.setenv("MOE_DIST_COMMIT", "abc+changes")

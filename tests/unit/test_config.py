@@ -39,7 +39,7 @@ class TestReadYaml:
     def test_a_missing_file_and_a_directory(self, tmp_path: Path):
         with pytest.raises(ConfigError, match="can't be read: No such file"):
             read_yaml(tmp_path / "nothing.yaml")
-        with pytest.raises(ConfigError, match="can't be read: Is a directory"):
+        with pytest.raises(ConfigError, match="can't be read: is a folder"):
             read_yaml(tmp_path)
 
     def test_yaml_can_not_make_objects(self, tmp_path: Path):
@@ -73,7 +73,7 @@ class TestOverride:
         assert changed == {"iters": 3, "ray": {"address": "there", "strategy": "PACK", "cpus_per_rank": 1}}
         assert given == {"iters": 1, "ray": {"address": "here", "strategy": "PACK"}}  # not written through
 
-    @pytest.mark.parametrize("assignment", ["iters", "=8", "a: b"])
+    @pytest.mark.parametrize("assignment", ["iters", "=8", "a: b", "a.=1", ".a=1", "a..b=1"])
     def test_what_is_no_assignment(self, assignment):
         with pytest.raises(ConfigError, match="not an assignment") as raised:
             override({}, [assignment])

@@ -7,7 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_dist import errors, registry
+from moe_dist import cli, errors, registry
+from moe_dist.backends import BACKENDS
+from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.config import find_model
+from moe_dist.doctor import examine
 from moe_dist.errors import (
     CheckpointError,
     ClusterLost,
@@ -19,7 +23,10 @@ from moe_dist.errors import (
     UnsupportedError,
     listed,
 )
+from moe_dist.exchange import Exchange
+from moe_dist.plan import make_plan
 from moe_dist.registry import Registry
+from moe_dist.spec import ParallelSpec
 
 EXAMPLES = [
     (
@@ -153,21 +160,69 @@ def test_entry_points_are_read_once_from_the_group_of_the_kind(module, monkeypat
     assert asked == ["moe_dist.tools"]
 
 
-def test_an_entry_point_can_not_take_a_built_in_name(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda group: [SimpleNamespace(name="saw", value="evil:Saw")])
-    tools = Registry("tool", {"saw": "a:B"})
-    with pytest.raises(ConfigError, match="registered already"):
-        tools.get("saw")
+def theirs(monkeypatch, *points):
+    found = [SimpleNamespace(name=name, value=value) for name, value in points]
+    monkeypatch.setattr(registry, "entry_points", lambda group: found)
 
 
-def test_a_clash_does_not_hide_later_entry_points(monkeypatch):
-    points = [SimpleNamespace(name="saw", value="evil:Saw"), SimpleNamespace(name="axe", value="a:Axe")]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    tools = Registry("tool", {"saw": "a:B"})
-    with pytest.raises(ConfigError, match="registered already"):
-        tools.names()
-    try:
-        names = tools.names()  # either the clash is said again, or the rest is there
-    except ConfigError:
-        return
-    assert "axe" in names
+def test_a_name_that_is_taken_is_left_out_and_said_once(monkeypatch, capsys):
+    theirs(monkeypatch, ("saw", "evil:Saw"), ("axe", "a:Axe"), ("axe", "a:Axe"), ("axe", "b:Axe"))
+    tools = Registry("tool", {"saw": "builtins:int"})
+    assert tools.names() == tools.names() == ("saw", "axe")
+    assert tools.get("saw") is int
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "moe-dist: tool saw of the entry point evil:Saw is left out: its name is taken by builtins:int",
+        "moe-dist: tool axe of the entry point b:Axe is left out: its name is taken by a:Axe",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("no_such_module_at_all:X", "No module named"),
+        ("moe_dist.errors:Nothing", "no attribute"),
+        ("moe_dist.errors", "attribute"),
+        ("builtins:len", "no subclass of Exchange"),
+        ("builtins:int", "no subclass of Exchange"),
+        ("moe_dist.exchange.base:Exchange", "lacks token_layout, capturable"),
+    ],
+)
+def test_what_can_not_be_used_breaks_nothing_else(monkeypatch, capsys, value, said):
+    theirs(monkeypatch, ("theirs", value))
+    exchanges = Registry("exchange", {"local": "moe_dist.exchange.replicated:Local"}, Exchange)
+    assert [name for name, _ in exchanges.usable()] == ["local"]
+    assert [name for name, _ in exchanges.usable()] == ["local"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    with pytest.raises(ConfigError, match="can't be used") as caught:
+        exchanges.get("theirs")
+    assert said in str(caught.value)
+
+
+def test_metadata_that_can_not_be_read(monkeypatch, capsys):
+    def fail(group):
+        raise ValueError("bad\nmetadata")
+
+    monkeypatch.setattr(registry, "entry_points", fail)
+    assert Registry("tool", {"saw": "a:B"}).names() == ("saw",)
+    assert "can't be read: ValueError: bad metadata" in capsys.readouterr().err
+
+
+class Careless(TorchBackend):
+    @classmethod
+    def available(cls, device):
+        raise RuntimeError("theirs fails when asked")
+
+
+def test_a_third_party_s_own_failure_is_its_answer(monkeypatch, capsys):
+    """plan, doctor and every measuring command ask all backends, whoever was named."""
+    monkeypatch.setitem(BACKENDS._targets, "careless", Careless)
+    with pytest.raises(RuntimeError, match="theirs fails"):  # one of ours: a fault to be seen
+        make_plan(find_model("tiny"), ParallelSpec(), exchange="local", backend="torch")
+    monkeypatch.setitem(BACKENDS._foreign, "careless", "the entry point theirs:Careless")
+    capsys.readouterr()
+    assert cli.main(["plan"]) == 0
+    assert "theirs fails when asked" in capsys.readouterr().out
+    assert examine()["backends"]["careless"] == {"ok": False, "reason": "RuntimeError: theirs fails when asked"}
+    assert cli.main(["plan", "--backend", "careless"]) == cli.BAD_INPUT

@@ -14,14 +14,42 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    ("errors", "notices", "building", "files", "spec", "sizes", "streams", "surroundings", "registry", "tables"),
+    (
+        "errors",
+        "exit_codes",
+        "printable",
+        "notices",
+        "building",
+        "files",
+        "spec",
+        "sizes",
+        "streams",
+        "surroundings",
+        "registry",
+        "tables",
+    ),
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
     ("plan", "inputs", "layer", "graph"),
     ("runtime",),
     ("bench",),
-    ("progress", "config", "doctor", "integrations", "cli", "__main__"),
+    (
+        "progress",
+        "config",
+        "yaml_loader",
+        "doctor",
+        "integrations",
+        "terminal",
+        "signals",
+        "ending",
+        "cli_options",
+        "cli_config",
+        "cli_config",
+        "cli_print",
+        "cli",
+        "__main__",
+    ),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # A library, and the only place that may import it.
@@ -34,7 +62,7 @@ HOMES = {
     "sglang": ("integrations/",),
     "vllm": ("integrations/",),
     "safetensors": ("checkpoint/",),
-    "rich": ("bench/table", "progress", "cli"),
+    "rich": ("bench/table", "terminal", "progress", "cli"),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

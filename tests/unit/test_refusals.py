@@ -42,9 +42,22 @@ def test_no_gpu_where_one_is_asked_for(command, monkeypatch, capsys):
     assert "not enough CUDA devices: 1 needed, 0 available" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "said"), [(b"\xff\xfe1", "no valid YAML"), (b"1: 2", "names as keys"),
-                                           (b"models: [{1: 2}]", "names as keys")])  # fmt: skip
+@pytest.mark.parametrize(("text", "said"), [(b"\xff\xfe1", "is no UTF-8 text"), (b"1: 2", "keys are names"),
+                                           (b"models: [{1: 2}]", "keys are names")])  # fmt: skip
 def test_broken_experiment_files(text, said, tmp_path, capsys):
     (tmp_path / "e.yaml").write_bytes(text)
     assert cli.main(["compare", str(tmp_path / "e.yaml")]) == cli.BAD_INPUT
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--tokens", "16777216", "model.hidden=4096"], "GiB of weights and tokens needed"),
+        (["run", "--model", "DeepSeek-V3", "model.num_experts=100000"], "GiB of weights needed"),
+    ],
+)
+def test_more_than_the_memory_holds(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    assert cli.main(arguments) == cli.TOO_SMALL
     assert said in capsys.readouterr().err

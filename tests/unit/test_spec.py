@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from moe_dist.bench.case import Experiment
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, WorkloadSpec, slice_bounds, split_bounds
 
@@ -101,6 +102,11 @@ def test_other_sections_refuse_with_their_own_names(cls, values, field):
     with pytest.raises(ConfigError) as caught:
         cls(**values)
     assert caught.value.field.startswith(field)
+
+
+def test_keys_of_a_section_inside_are_names():
+    with pytest.raises(ConfigError, match="keys that are no names"):
+        Experiment(models=(spec(),), ray={0: None})
 
 
 def test_specs_are_frozen_and_hashable():

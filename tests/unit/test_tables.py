@@ -168,11 +168,12 @@ class TestFind:
         path.unlink()
         assert find_table(SHAPE, 3) is found
 
-    def test_a_broken_one_is_never_passed_over_in_silence(self, folders):
+    @pytest.mark.parametrize("text", ["{", "[" * 200_000, '{"revision": ' + "9" * 5000 + "}", "\udc80"])
+    def test_a_broken_one_is_never_passed_over_in_silence(self, folders, text):
         table().write(folders[1])
         (folders[0] / SHAPE.file_name).parent.mkdir(parents=True)
-        (folders[0] / SHAPE.file_name).write_text("{")
-        with pytest.raises(ConfigError, match="no valid JSON"):
+        (folders[0] / SHAPE.file_name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ConfigError, match=r"no valid JSON|no UTF-8 text"):
             find_table(SHAPE, 3)
 
     def test_the_users_folder(self, monkeypatch):

@@ -293,6 +293,8 @@ class TestCommand:
         assert "not enough CUDA devices: 1 needed, 0 available. Backend tricky: needs a Hopper GPU." in err
 
     def test_more_than_the_memory_holds(self, command):
-        code, _, err = command("tune", "--backend", "tricky", "--device", "cpu", "model.intermediate=10000000000")
+        code, _, err = command(
+            "tune", "--backend", "tricky", "--device", "cpu", "model.hidden=1000000", "model.intermediate=1000000"
+        )
         assert code == 3
         assert "not enough memory" in err

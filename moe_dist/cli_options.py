@@ -1,0 +1,154 @@
+"""The command's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from moe_dist.backends import BACKENDS
+from moe_dist.config import model_names
+from moe_dist.exit_codes import MEANINGS
+from moe_dist.printable import one_line
+from moe_dist.spec import TOKEN_LAYOUTS
+
+Command = Callable[[argparse.Namespace], int]
+
+ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+SKEWS_HELP = """how the router spreads tokens: balanced, uniform, zipf:S, hot:N, limited:GxN, single, router (the
+checkpoint's own), or file:PATH, a trace saved by torch.save({"ids": ids, "weights": weights}, PATH): whole-number ids
+[rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
+class _Several(argparse.Action):
+    """One value or more; a `key=value` among them is an override that stands behind them."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, convert: Callable[[str], Any] = str, **given: Any):
+        super().__init__(option_strings, dest, nargs="+", **given)
+        self._convert = convert
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.swallowed += [value for value in values if ASSIGNMENT.fullmatch(value)]
+        own = [value for value in values if not ASSIGNMENT.fullmatch(value)]
+        if not own:
+            raise argparse.ArgumentError(self, "expected at least one value")
+        try:
+            setattr(namespace, self.dest, [self._convert(value) for value in own])
+        except ValueError:
+            raise argparse.ArgumentError(self, f"invalid {self._convert.__name__} values: {' '.join(own)}") from None
+
+
+def parse(given: Sequence[str] | None, commands: Mapping[str, Command]) -> argparse.Namespace:
+    """argparse takes positional arguments in one run only; here `key=value` may stand anywhere between the flags."""
+    parser = _parser(commands)
+    args, rest = parser.parse_known_args(given)
+    strange = [item for item in rest if item.startswith("-") or "=" not in item or "overrides" not in args]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest or args.swallowed:
+        found = {*args.overrides, *rest, *args.swallowed}  # in the order in which they were given: the last one wins
+        args.overrides = [item for item in (sys.argv[1:] if given is None else given) if item in found]
+    return args
+
+
+def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
+    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
+    parser = _Parser(
+        prog="moe-dist",
+        description="Compare distributed FP8 MoE layers.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=functions[name], swallowed=[])
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return sub
+
+    command("doctor", "what this machine has, and what can run on it")
+    sub = command("plan", "what would run, and why not something else; loads no weights")
+    _model_flags(sub)
+    _grid_flags(sub)
+    sub = command("run", "measure one configuration")
+    _model_flags(sub)
+    _grid_flags(sub)
+    _measuring_flags(sub)
+    sub = command("compare", "placements × exchanges × backends × tokens × skews, side by side")
+    sub.add_argument("file", nargs="?", help="experiment file (YAML); without one, the small embedded default")
+    _model_flags(sub)
+    _measuring_flags(sub)
+    sub = command("check", "numbers against the oracle at a model's real shapes")
+    _model_flags(sub)
+    sub.add_argument("--world", type=int, default=2, help="ranks (default 2)")
+    sub.add_argument("--tokens", action=_Several, convert=int, default=[1, 16], help="global tokens")
+    sub.add_argument("--backend", action=_Several, help=BACKEND_HELP)
+    sub.add_argument("--skew", action=_Several, default=["uniform", "single"], help=SKEWS_HELP)
+    _measuring_flags(sub)
+    sub = command("build", "compile what a backend needs, once; can take many minutes")
+    sub.add_argument("backend", choices=BACKENDS.names())
+    _tune_flags(
+        command("tune", "find a backend's fastest configs for a model's shapes (random weights), for its tables")
+    )
+    sub = command("demo-checkpoint", "write a small checkpoint of random weights to try things on")
+    sub.add_argument("directory")
+    sub.add_argument("--model-type", default="qwen3_moe", choices=("qwen3_moe", "deepseek_v3"))
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+BACKEND_HELP = "default: triton on a Hopper GPU that it can serve, else torch"
+
+
+def _source_flags(sub: argparse.ArgumentParser) -> None:
+    source = sub.add_mutually_exclusive_group()
+    names = ", ".join(model_names()).replace("%", "%%")
+    source.add_argument("--model", help=f"one of {names}, or a YAML file; random weights")
+    source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
+    sub.add_argument("--layer", type=int, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
+
+
+def _model_flags(sub: argparse.ArgumentParser) -> None:
+    _source_flags(sub)
+    sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
+
+
+def _measuring_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--build", action="store_true", help="first build backends that are not built (many minutes)")
+    sub.add_argument(
+        "--out", help="keep results in this file, written after every row; a device or a pipe gets them last"
+    )
+
+
+def _tune_flags(sub: argparse.ArgumentParser) -> None:
+    _source_flags(sub)
+    sub.add_argument("--tp", type=int, default=1)
+    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--backend", default="triton", help="default triton")
+    sub.add_argument("--rows", default="1,8,32,128,512,2048,8192", help="rows entering a rank (default %(default)s)")
+    sub.add_argument("--seeds", type=int, default=3, help="inputs to time and check with (default 3)")
+    sub.add_argument("--out", metavar="DIR", help="folder for the tables (default: the user's cache)")
+
+
+def _grid_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--tp", type=int, default=1)
+    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--exchange", help="default: local on one rank, ag_rs on more")
+    sub.add_argument("--backend", help=BACKEND_HELP)
+    sub.add_argument("--tokens", type=int, default=64, help="global tokens of a step (default 64)")
+    sub.add_argument("--token-layout", default="sharded", choices=TOKEN_LAYOUTS)
+    sub.add_argument("--skew", default="uniform", help=SKEWS_HELP)
+    sub.add_argument("--payload", default="auto")
+    sub.add_argument("--iters", type=int, default=100)

@@ -1,0 +1,122 @@
+"""How the command ends: each way out has its exit code and one line on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import MoeDistError
+from moe_dist.exit_codes import BROKEN_PIPE, CLUSTER_LOST, NOT_WRITTEN, TOO_SMALL, UNEXPECTED, code_of
+from moe_dist.signals import Signals
+from moe_dist.terminal import reader_is_gone, say, silence, take_any_text
+
+LAST_WORDS_S = 3.0
+
+
+class Ending:
+    """What must be known to end well, whatever happens. `kept` says what was measured so far and where it is; `results`
+    is what was measured, where no file keeps it. Under torchrun every rank runs the command, and only the one that
+    `speaks` says anything."""
+
+    def __init__(self, speaks: Callable[[], bool]) -> None:
+        self.speaks, self.as_json = speaks, False
+        self.kept = ""
+        self.results: dict[str, Any] | None = None
+        self.signals = Signals(self._interrupted)
+
+    def code_of(self, command: Callable[[], int], last: bool) -> int:
+        """Run it and return its exit code. `last`: nothing else runs in this process afterwards."""
+        take_any_text()
+        with self.signals:
+            code = self._guarded(command)
+            if last:
+                self._leave(code)
+        return code
+
+    def _guarded(self, command: Callable[[], int]) -> int:
+        try:
+            try:
+                code = command()
+            except BaseException as error:
+                code = self._told(error)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            code = BROKEN_PIPE
+        except KeyboardInterrupt:
+            code = self.signals.code
+        except OSError as error:  # of standard output
+            say(f"standard output can't be written: {error.strerror or error}", "red")
+            code = NOT_WRITTEN
+        silence(sys.stdout)
+        return code
+
+    def _leave(self, code: int) -> None:
+        self.signals.end_at_once_from_now_on(code)
+        if code == CLUSTER_LOST:  # Ray's own clean-up would ask a cluster that is gone, for a minute
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _told(self, error: BaseException) -> int:
+        """Say in one line how it ended, and return the exit code."""
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            raise error
+        if isinstance(error, SystemExit):  # of a handler that Ray has set; the thread that hears of signals is as quick
+            time.sleep(0.1)
+        if self.signals.signum is not None or isinstance(error, KeyboardInterrupt):  # whatever followed from it
+            self._interrupted()
+            return self.signals.code
+        if isinstance(error, MoeDistError):
+            self._report(type(error).__name__, str(error))
+            return code_of(error)
+        if isinstance(error, MemoryError):
+            self._report("MemoryError", f"not enough memory: {error}".rstrip(": "))
+            return TOO_SMALL
+        path = _traceback_file(error) if self.speaks() else None
+        said = f"an unexpected error, a fault of moe_dist: {type(error).__name__}: {error}"
+        where = f"its traceback is in {path}; please report it with that file" if path else "please report it"
+        self._report(type(error).__name__, f"{said}; {where}")
+        if self.speaks() and path is None:
+            traceback.print_exception(error)
+        return UNEXPECTED
+
+    def _report(self, name: str, message: str) -> None:
+        if not self.speaks():
+            time.sleep(LAST_WORDS_S)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
+            return
+        if self.as_json:
+            document: dict[str, Any] = {"error": name, "message": message}
+            if self.kept:
+                document |= {"kept": self.kept} | ({"results": self.results} if self.results else {})
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(document, allow_nan=False), flush=True)
+        say(message + (f"; {self.kept}" if self.kept else ""), "red")
+
+    def _interrupted(self) -> None:
+        if self.speaks():
+            word = "terminated" if self.signals.signum == signal.SIGTERM else "interrupted"
+            if self.as_json and self.results:
+                with contextlib.suppress(OSError):
+                    print(json.dumps({"error": word, "message": self.kept, "results": self.results}), flush=True)
+            say(word + (f": {self.kept}" if self.kept else ""))
+
+
+def _traceback_file(error: BaseException) -> Path | None:
+    """In a folder that only this user can read: messages may hold paths and values."""
+    try:
+        path = Path(tempfile.mkdtemp(prefix="moe-dist-")) / "traceback.txt"
+        path.write_text("".join(traceback.format_exception(error)), errors="backslashreplace")
+        return path
+    except OSError:
+        return None

@@ -1,0 +1,113 @@
+"""Which backend and mode run where nobody named them."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_dist import cli, cli_config
+from moe_dist.backends.triton_fused import TritonFused
+from moe_dist.bench.case import Experiment
+from moe_dist.bench.defaults import default_backend, default_modes
+from moe_dist.cli_options import parse
+from moe_dist.config import find_model
+from moe_dist.plan import Machine
+from moe_dist.rows import Support
+
+CPU = Machine("cpu", 1, "CPU")
+HOPPER = Machine("cuda", 4, "NVIDIA H200", (9, 0), 140 << 30)
+AMPERE = Machine("cuda", 4, "NVIDIA A100", (8, 0), 80 << 30)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A machine that is not here."""
+
+    def put(machine: Machine) -> None:
+        monkeypatch.setattr(Machine, "detect", classmethod(lambda cls, device="auto": machine))
+        fits = machine.capability == (9, 0)
+        monkeypatch.setattr(
+            TritonFused, "available", classmethod(lambda cls, device: Support(fits, "" if fits else "needs SM90"))
+        )
+
+    return put
+
+
+def experiment(**changes) -> Experiment:
+    return Experiment(**{"models": (find_model("tiny"),), "worlds": (2,), "exchanges": ("ag_rs",)} | changes)
+
+
+def asked(*arguments: str) -> cli_config.Asked:
+    """What `run` with these arguments would measure."""
+    return cli_config.single(parse(["run", *arguments], cli.COMMANDS))
+
+
+@pytest.mark.parametrize(("machine", "name"), [(CPU, "torch"), (AMPERE, "torch"), (HOPPER, "triton")])
+def test_the_backend_goes_with_the_machine(on, machine, name):
+    on(machine)
+    chosen, why = default_backend(experiment(), machine)
+    assert chosen == name
+    assert "default on this machine" in why
+
+
+def test_what_triton_can_not_serve_runs_in_torch_and_says_so(on):
+    on(HOPPER)
+    odd = find_model("tiny").with_changes(quant="none", dtype="fp32")
+    name, why = default_backend(experiment(models=(find_model("tiny"), odd)), HOPPER)
+    assert name == "torch"
+    assert "not fp32" in why
+
+
+def test_a_case_that_can_not_run_anywhere_decides_nothing(on):
+    on(HOPPER)
+    assert default_backend(experiment(exchanges=("ag_rs", "local")), HOPPER)[0] == "triton"
+
+
+def test_modes(on):
+    on(HOPPER)
+    assert default_modes(experiment(backends=("triton",)), HOPPER) == (("eager", "graph"), "")
+    modes, why = default_modes(experiment(backends=("torch",)), HOPPER)
+    assert modes == ("eager",)
+    assert "backend torch is not capturable" in why
+
+
+class TestRun:
+    def test_the_readme_s_command_runs_on_gpus(self, on):
+        on(HOPPER)
+        found = asked("--ep", "4", "--exchange", "all_to_all", "--tokens", "256", "model.quant=fp8_channel")
+        assert (found.experiment.backends, found.experiment.modes, found.chosen_by) == (("triton",), None, "default")
+        cases = list(found.experiment.cases("cuda", found.chosen_by))
+        assert [(case.graph, case.chosen_by) for case in cases] == [(False, "default"), (True, "default")]
+        for case in cases:
+            case.plan(HOPPER)
+
+    def test_a_named_backend_stays_and_its_mode_is_one_that_runs(self, on):
+        on(HOPPER)
+        for named in (["--backend", "torch"], ["backends=[torch]"]):
+            found = asked(*named)
+            assert (found.experiment.backends, found.experiment.modes) == (("torch",), ("eager",))
+            assert (found.chosen_by, found.why) == ("name", "")
+            assert "not capturable" in found.mode_why
+
+    def test_named_modes_stay(self, on):
+        on(HOPPER)
+        found = asked("--backend", "torch", "modes=[graph]")
+        assert found.experiment.modes == ("graph",)
+
+    def test_an_older_gpu(self, on):
+        on(AMPERE)
+        found = asked()
+        assert (found.experiment.backends, found.experiment.modes) == (("torch",), ("eager",))
+        assert "needs SM90" in found.why
+
+    def test_a_cpu(self, on):
+        on(CPU)
+        found = asked()
+        assert (found.experiment.backends, found.experiment.modes, found.mode_why) == (("torch",), None, "")
+        assert found.chosen_by == "default"
+
+
+def test_plan_says_who_chose(capsys):
+    assert cli.main(["plan"]) == cli.OK
+    assert "backend torch (default on this machine)" in capsys.readouterr().out
+    assert cli.main(["plan", "--backend", "torch"]) == cli.OK
+    assert "backend torch, rows" in capsys.readouterr().out

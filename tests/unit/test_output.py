@@ -1,0 +1,247 @@
+"""`--out`: files are replaced whole, everything else is written through, and nothing that is there is destroyed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from moe_dist.bench import output as module
+from moe_dist.bench.output import open_output
+from moe_dist.errors import ConfigError
+
+FIRST, SECOND = {"date": "today", "rows": [1]}, {"date": "today", "rows": [1, 2]}
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def written(said):
+    """Write both documents to a path as a command does, and return the Output."""
+
+    def write(path: Path | str):
+        output = open_output(Path(path), said.append)
+        output.update(FIRST)
+        output.update(SECOND)
+        output.close(SECOND)
+        return output
+
+    return write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+class TestFiles:
+    def test_a_new_one_in_a_new_folder(self, written, tmp_path, said):
+        path = tmp_path / "new" / "out.json"
+        output = written(path)
+        assert json.loads(path.read_text()) == SECOND
+        assert (output.rows, output.problem, said) == (2, None, [])
+        assert output.kept == f"2 rows are in {path}"
+        assert names(path.parent) == ["out.json"]
+
+    def test_each_row_is_there_at_once(self, tmp_path, said):
+        output = open_output(tmp_path / "out.json", said.append)
+        assert names(tmp_path) == []
+        output.update(FIRST)
+        assert json.loads((tmp_path / "out.json").read_text()) == FIRST
+
+    @pytest.mark.parametrize("mode", [0o600, 0o644, 0o664])
+    def test_mode_and_owner_of_an_existing_file_stay(self, written, tmp_path, mode, said):
+        path = tmp_path / "out.json"
+        path.write_text("mine")
+        path.chmod(mode)
+        owner = 12345 if os.getuid() == 0 else os.getuid()
+        os.chown(path, owner, -1)
+        written(path)
+        assert json.loads(path.read_text()) == SECOND
+        assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_uid) == (mode, owner)
+        assert said == [f"{path} is overwritten: it holds no results of moe-dist"]
+
+    def test_a_new_file_has_the_mode_of_any_new_file(self, written, tmp_path):
+        before = os.umask(0o027)
+        try:
+            written(tmp_path / "out.json")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "out.json").stat().st_mode) == 0o640
+
+    def test_older_results_are_named_before_they_go(self, written, tmp_path, said):
+        written(tmp_path / "out.json")
+        written(tmp_path / "out.json")
+        assert said == [f"{tmp_path / 'out.json'} is overwritten: it holds 2 rows of today"]
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_link_is_followed(self, written, tmp_path, there):
+        target = tmp_path / "far" / "target.json"
+        if there:
+            target.parent.mkdir()
+            target.write_text("")
+        (tmp_path / "one").symlink_to("two")
+        (tmp_path / "two").symlink_to("far/target.json")
+        written(tmp_path / "one")
+        assert json.loads(target.read_text()) == SECOND
+        assert (tmp_path / "one").is_symlink()
+        assert (tmp_path / "two").is_symlink()
+
+    def test_two_names_of_a_file_stay_one_file(self, written, tmp_path):
+        (tmp_path / "a.json").write_text("x" * 1000)
+        os.link(tmp_path / "a.json", tmp_path / "b.json")
+        written(tmp_path / "a.json")
+        assert json.loads((tmp_path / "b.json").read_text()) == SECOND
+        assert (tmp_path / "a.json").stat().st_nlink == 2
+
+    def test_neighbours_are_left_alone(self, tmp_path, said):
+        (tmp_path / "a.partial").write_text("a stranger's")
+        both = [open_output(tmp_path / name, said.append) for name in ("a.json", "a.txt", "a")]
+        for output, document in zip(both, (FIRST, SECOND, FIRST), strict=True):
+            output.update(document)
+        assert (tmp_path / "a.partial").read_text() == "a stranger's"
+        assert [json.loads((tmp_path / name).read_text()) for name in ("a.json", "a.txt")] == [FIRST, SECOND]
+        assert names(tmp_path) == ["a", "a.json", "a.partial", "a.txt"]
+
+    def test_a_mount_point_is_written_over(self, written, tmp_path, monkeypatch):
+        (tmp_path / "out.json").write_text("x" * 1000)
+
+        def busy(*_):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        monkeypatch.setattr(os, "replace", busy)
+        assert written(tmp_path / "out.json").problem is None
+        assert json.loads((tmp_path / "out.json").read_text()) == SECOND
+
+
+class TestFullDisk:
+    def test_the_old_file_stays_and_measuring_goes_on(self, tmp_path, said, monkeypatch):
+        path, room = tmp_path / "out.json", True
+
+        def fsync(_):
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        output = open_output(path, said.append)
+        output.update(FIRST)
+        room = False
+        output.update(SECOND)
+        output.update(SECOND)
+        assert json.loads(path.read_text()) == FIRST
+        assert said == [f"{path} can't be written: No space left on device; measuring goes on"]
+        assert str(output.problem) == f"{path} can't be written: No space left on device (1 row is in {path})"
+        assert names(tmp_path) == ["out.json"]
+        room = True  # somebody has made room
+        output.close(SECOND)
+        assert (output.problem, json.loads(path.read_text())) == (None, SECOND)
+
+    def test_a_limit_of_the_system(self, tmp_path):
+        """RLIMIT_FSIZE stands for the full disk: the real write fails."""
+        code = (
+            "import resource, signal, sys; from pathlib import Path; from moe_dist.bench.output import open_output\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "output = open_output(Path(sys.argv[1]), print); output.update({'rows': [1]})\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+            "output.update({'rows': [1] * 9999}); print(output.problem)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "o.json"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "can't be written: File too large; measuring goes on" in done.stdout
+        assert json.loads((tmp_path / "o.json").read_text()) == {"rows": [1]}
+        assert names(tmp_path) == ["o.json"]
+
+    def test_a_device_that_is_full(self, written, said):
+        before = os.stat("/dev/full")
+        output = written("/dev/full")
+        assert "No space left" in str(output.problem)
+        assert os.stat("/dev/full") == before
+
+
+class TestThrough:
+    @pytest.mark.parametrize("link", [True, False])
+    def test_a_device_stays_a_device(self, written, tmp_path, link):
+        path = tmp_path / "link"
+        path.symlink_to(os.devnull)
+        before = os.stat(os.devnull).st_ino
+        assert written(path if link else os.devnull).problem is None
+        assert os.stat(os.devnull).st_ino == before
+        assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+        assert path.is_symlink()
+
+    def test_a_fifo_gets_the_whole_document_once(self, written, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        read: list[str] = []
+        reader = threading.Thread(target=lambda: read.append((tmp_path / "fifo").read_text()))
+        reader.start()
+        written(tmp_path / "fifo")
+        reader.join(10)
+        assert json.loads(read[0]) == SECOND
+        assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+
+    def test_a_fifo_without_reader_is_refused_in_bounded_time(self, written, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "READER_S", 0.3)
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(ConfigError, match="nobody has opened for reading"):
+            written(tmp_path / "fifo")
+
+    def test_a_reader_that_takes_nothing_is_no_hang(self, tmp_path, said, monkeypatch):
+        monkeypatch.setattr(module, "STALL_S", 0.3)
+        os.mkfifo(tmp_path / "fifo")
+        reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        output = open_output(tmp_path / "fifo", said.append)
+        output.close({"rows": ["x" * 300_000]})
+        os.close(reader)
+        assert "took nothing" in str(output.problem)
+
+    def test_a_reader_that_has_gone(self, tmp_path, said):
+        os.mkfifo(tmp_path / "fifo")
+        reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        output = open_output(tmp_path / "fifo", said.append)
+        os.close(reader)
+        output.close(SECOND)
+        assert "Broken pipe" in str(output.problem)
+
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+    def test_standard_output_in_a_file_is_not_written_over(self, tmp_path, name):
+        """Opened anew, the file would be written from its start."""
+        (tmp_path / "link").symlink_to("/dev/stdout")
+        code = (
+            "import sys; from pathlib import Path; from moe_dist.bench.output import open_output\n"
+            "print('before', flush=True); output = open_output(Path(sys.argv[1]), print)\n"
+            "output.update({'rows': [1]}); output.close({'rows': [1]}); print('after')"
+        )
+        with open(tmp_path / "log", "w") as log:
+            subprocess.run([sys.executable, "-c", code, name], stdout=log, cwd=tmp_path, check=True)
+        text = (tmp_path / "log").read_text()
+        assert text.startswith("before\n{")
+        assert text.endswith("}\nafter\n")
+        assert text.count("rows") == 1
+
+    def test_what_is_refused(self, written, tmp_path, monkeypatch):
+        with socket.socket(socket.AF_UNIX) as server:
+            monkeypatch.chdir(tmp_path)
+            server.bind("socket")
+            (tmp_path / "file").write_text("")
+            (tmp_path / "round").symlink_to("round")
+            for name, rule in ((".", "folder"), ("socket", "a socket"), ("file/below", "can't be written"),
+                               ("round", "symbolic links"), ("a\0b", "null"), ("x" * 400, "too long"),
+                               ("/dev/fd/987654", "Bad file")):  # fmt: skip
+                with pytest.raises(ConfigError, match=rule) as caught:
+                    written(name)
+                assert caught.value.field == "out"
+
+    def test_a_disk_is_refused(self):
+        """As root, what writes through would write over it."""
+        with pytest.raises(OSError, match="it is a disk"):
+            module._open_device(Path("/dev/none"), stat.S_IFBLK | 0o660)

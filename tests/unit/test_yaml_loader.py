@@ -1,0 +1,91 @@
+"""YAML of unknown origin: plain data of bounded size, or one line that says why not."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.yaml_loader import load_yaml
+
+
+def bomb() -> str:
+    """Nine aliases of nine aliases of …: 9^8 values in 300 characters."""
+    lines = ["a: &a [x,x,x,x,x,x,x,x,x]"]
+    for above, name in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{name}: &{name} [{','.join([f'*{above}'] * 9)}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1, 2", "expected ',' or ']'"),
+        ("!!int abc", "invalid literal"),
+        ("!!int ''", "IndexError"),
+        ("!!float abc", "could not convert"),
+        ("!!bool maybe", "KeyError"),
+        ("!!timestamp 2024-13-45", "tag"),
+        ("!!binary aGk=", "tag"),
+        ("!!python/object/apply:os.getcwd []", "tag"),
+        ("!mine 1", "tag"),
+        ("&x [*x]", "holds itself"),
+        ("a: &x {b: *x}", "holds itself"),
+        ("*nobody", "undefined alias"),
+        ("9" * 5000, "a number of 5,000 characters"),
+        ("0x" + "f" * 5000, "a number of 5,002 characters"),
+        ("18446744073709551616", "beyond 64 bits"),
+        ("[" * 100_000, "deeper than 24 levels"),
+        ("- " * 1000 + "1", "deeper than 24 levels"),
+        ("{a: 1, a: 2}", "the key a stands here twice"),
+        ("a:\n  b: 1\n  c: 2\n  b: 3", "the key b stands here twice"),
+        ("{1: 2}", "1 is a key of type int"),
+        ("[{b: {true: 2}}]", "true is a key of type bool"),
+        ("? [a]\n: b", "a key of type seq"),
+        ("{2024: 1}", "2024 is a key of type int"),
+        ("{~: 1}", "a key of type null"),
+        ("a\0b", "special characters"),
+        ("\ud800", "special characters"),
+        ("1: 2: 3", "mapping values"),
+        ("--- 1\n--- 2", "single document"),
+        ("{<<: 3}", "mapping"),
+        (bomb(), "once aliases unfold"),
+        ("x" * 300_000, "at most 262,144"),
+    ],
+    ids=lambda text: text[:20].encode("unicode_escape").decode(),
+)
+def test_what_is_refused(text, said):
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(text, "override", "given")
+    assert time.monotonic() - start < 5
+    assert (caught.value.field, caught.value.value) == ("override", "given")
+    assert said in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8", 8),
+        ("-0x1f", -31),
+        ("1_000", 1000),
+        ("1e3", 1000.0),
+        ("1.5", 1.5),
+        (".inf", float("inf")),
+        ("true", True),
+        ("", None),
+        ("fp8_block", "fp8_block"),
+        ("2024-01-02", "2024-01-02"),  # no date
+        ("1:30", "1:30"),  # not 90
+        ("010", "010"),  # not 8
+        ("!!str 5", "5"),
+        ("[&a {x: 1}, *a]", [{"x": 1}, {"x": 1}]),
+        ("{<<: {a: 1, b: 2}, a: 3}", {"a": 3, "b": 2}),
+    ],
+)
+def test_what_is_read(text, value):
+    found = load_yaml(text, "f", "v")
+    assert found == value
+    assert type(found) is type(value)
