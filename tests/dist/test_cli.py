@@ -299,7 +299,7 @@ class TestWithRanks:
         assert len(found.document["results"]["rows"]) == 1
 
     def test_a_call_that_takes_too_long(self, command):
-        found = command("run", "--tokens", "4", "--iters", "1000000", "case_timeout_s=2", "--json", *SMALL)
+        found = command("run", "--tokens", "4", "--iters", "1000000", "case_timeout_s=6", "--json", *SMALL)
         assert found.code == 4
         assert found.document["error"] == "RankFailure"
         assert "rank 0 failed in tiny single local torch 4 sharded tokens uniform" in found.document["message"]
