@@ -47,6 +47,7 @@ class Comm:
         self._group, self._cpu_group, self._timeout_s = group, cpu_group, timeout_s
         self.sequence = 0
         self.bytes_sent = 0
+        self.noted: Callable[[str, int], None] | None = None  # told (op, number) as a collective begins, ("", ...) after
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Comm:
@@ -218,10 +219,15 @@ class Comm:
 
     def _run(self, op: str, call: Callable[[], R]) -> R:
         self.sequence += 1
+        if self.noted:
+            self.noted(op, self.sequence)
         try:
             return call()
         except Exception as error:
             raise RankFailure(self.rank, op, self.sequence, _short(error)) from error
+        finally:
+            if self.noted:
+                self.noted("", self.sequence)
 
 
 def _wire(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from moe_dist.comm import Comm
+from moe_dist.runtime.pulse import Pulse
 from moe_dist.spec import Section
 
 RankFunction = Callable[..., Any]
@@ -18,13 +19,18 @@ RankFunction = Callable[..., Any]
 
 @dataclass
 class RankContext:
-    """`memo` keeps what is dear to make (weights) between calls; `status` is what progress displays show."""
+    """`memo` keeps what is dear to make (weights) between calls; `status` is what progress displays show. `pulse` tells
+    other processes of this machine the same, and which collective this rank is in."""
 
     comm: Comm
     runtime: str  # "ray" or "torchrun"
     memo: dict[str, Any] = field(default_factory=dict)
     status: str = "starting"
     status_since: float = field(default_factory=time.monotonic)
+    pulse: Pulse = field(default_factory=Pulse)
+
+    def __post_init__(self) -> None:
+        self.comm.noted = self.pulse.note
 
     @property
     def rank(self) -> int:
@@ -40,6 +46,7 @@ class RankContext:
 
     def progress(self, status: str) -> None:
         self.status, self.status_since = status, time.monotonic()
+        self.pulse.status(status)
 
 
 class RaySpec(Section):
@@ -52,7 +59,7 @@ class RaySpec(Section):
     cpus_per_rank: float = 0.25
     start_timeout_s: float = 60.0
     collective_timeout_s: float = 60.0
-    silence_timeout_s: float = 30.0  # a rank that answers no heartbeat for so long is given up
+    silence_timeout_s: float = 30.0  # a rank that gives no sign of life for so long is given up; under torchrun too
 
 
 class Group(Protocol):
