@@ -1,5 +1,5 @@
 """The command `moe-dist`. Exit codes: 0 fine, 1 a number out of tolerance, 2 bad input, 3 too little machine,
-4 a rank failed, 130 interrupted."""
+4 a rank failed, 5 the Ray cluster was lost, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -23,27 +23,33 @@ from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_t
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.config import model_names, override, read_yaml, resolve_models
 from moe_dist.doctor import examine
-from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError, UnsupportedError
+from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, RankFailure, ResourceError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.plan import Machine, Plan
 from moe_dist.progress import Reporter
+from moe_dist.runtime.voice import leave_code, speaks
 from moe_dist.spec import TOKEN_LAYOUTS
 from moe_dist.tables import user_folder
 
-OK, OUT_OF_TOLERANCE, BAD_INPUT, TOO_SMALL, RANK_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
-LAST_WORDS_S = 3.0
+OK, OUT_OF_TOLERANCE, BAD_INPUT, TOO_SMALL, RANK_FAILED, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+LAST_WORDS_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _arguments(arguments)
     try:
         code: int = args.command(args)
-        return code
+        return leave_code(code)
     except MoeDistError as error:
         _report(error, args.json)
-        return RANK_FAILED if isinstance(error, RankFailure) else TOO_SMALL if isinstance(error, ResourceError) else 2
+        return leave_code(_code(error))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return leave_code(INTERRUPTED)
+
+
+def _code(error: MoeDistError) -> int:
+    codes = ((RankFailure, RANK_FAILED), (ResourceError, TOO_SMALL), (ClusterLost, LOST))
+    return next((code for kind, code in codes if isinstance(error, kind)), BAD_INPUT)
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +65,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _report(error: MoeDistError, as_json: bool) -> None:
-    if not _speaks():
+    if not speaks():
         time.sleep(LAST_WORDS_S)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
         return
     if as_json:
@@ -67,14 +73,9 @@ def _report(error: MoeDistError, as_json: bool) -> None:
     Console(stderr=True).print(f"moe-dist: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 
-def _speaks() -> bool:
-    """Under torchrun every rank runs this program, and only the first one prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _console() -> Console:
-    console = Console(quiet=not _speaks())
-    return console if console.is_terminal else Console(width=210, quiet=not _speaks())
+    console = Console(quiet=not speaks())
+    return console if console.is_terminal else Console(width=210, quiet=not speaks())
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -304,15 +305,15 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
     outcome = Outcome(refused=refused)
     start = group_starter(experiment, machine)
     about = provenance(machine)
-    with Reporter(len(planned), quiet=not _speaks()) as reporter:
+    with Reporter(len(planned), quiet=not speaks()) as reporter:
 
         def row_done() -> None:
             reporter.step()
-            if args.out and _speaks():  # after every row: what was measured before a failure is kept
+            if args.out and speaks():  # after every row: what was measured before a failure is kept
                 write_results(Path(args.out), about, outcome)
 
         run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, row_done)
-    if args.json and _speaks():
+    if args.json and speaks():
         print(json.dumps(results_document(about, outcome), allow_nan=False))
     elif not args.json:
         _print_outcome(outcome, args, sweep)

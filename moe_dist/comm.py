@@ -47,7 +47,7 @@ class Comm:
         self._group, self._cpu_group, self._timeout_s = group, cpu_group, timeout_s
         self.sequence = 0
         self.bytes_sent = 0
-        self.noted: Callable[[str, int], None] | None = None  # told (op, number) as a collective begins, ("", ...) after
+        self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Comm:

@@ -70,7 +70,9 @@ def overdue(sights: Sequence[Sight], timeout_s: float) -> RankFailure:
     """The failure of a call that took too long: of the rank that is furthest behind, which the others wait for."""
     unfinished = [sight for sight in sights if not sight.finished]
     behind = min(unfinished, key=lambda sight: (not sight.stopped, sight.sequence, bool(sight.op), sight.rank))
-    why = f"not done within {timeout_s:g} s, here for {behind.doing_s:.0f} s" + (f"; {STOPPED}" if behind.stopped else "")
+    why = f"not done within {timeout_s:g} s, here for {behind.doing_s:.0f} s" + (
+        f"; {STOPPED}" if behind.stopped else ""
+    )
     waits = f", in {behind.op}" if behind.op else _waits(sights, behind)
     return RankFailure(behind.rank, behind.doing, behind.sequence, why + waits)
 

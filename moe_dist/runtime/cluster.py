@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import psutil
 import ray
 from ray._private import ray_constants
+from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray brings its own
 
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.runtime.context import RaySpec
@@ -111,8 +112,9 @@ def _no_place(folder: str, error: OSError) -> ResourceError:
 
 def _reread_authentication() -> None:
     """Ray reads these variables once, when it is imported; this process may have imported it under others."""
-    ray._raylet.Config.initialize("")
-    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _make_token_file_private() -> None:
@@ -164,7 +166,7 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray prints its services' deaths and hints to standard output even with log_to_driver=False; we say it ourselves."""
+    """Ray prints its services' deaths to standard output even with log_to_driver=False; we say it ourselves."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     logger = logging.getLogger("ray")
     before = logger.level
@@ -214,7 +216,7 @@ class Watch:
     """Notices within seconds that the cluster is gone. Ray itself tries for a minute to reach it again, then aborts."""
 
     def __init__(self) -> None:
-        node = ray._private.worker._global_node
+        node: Any = ray._private.worker._global_node
         self.address = node.gcs_address
         places = {"head (GCS)": self.address, "node (raylet)": _raylet_address(node)}
         self._places = {name: _endpoint(place) for name, place in places.items() if place}

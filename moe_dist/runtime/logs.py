@@ -10,7 +10,7 @@ RAYS_OWN = (":actor_name:", ":job_id:", ":task_name:")  # marks that Ray puts be
 
 
 def said_last(path: str | None) -> str:
-    """The log's path, and the line of it that says most: what an exception said, else the last one. "" without a log."""
+    """The log's path and the line of it that says most: what an exception said, else the last. "" without a log."""
     if not path:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Whether a Ray head answers at an address, asked by a process that can be killed: Ray's own clients wait for minutes."""
+"""Whether a Ray head answers, asked by a process that can be killed: Ray's own clients wait for minutes."""
 
 from __future__ import annotations
 

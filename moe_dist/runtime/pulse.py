@@ -1,5 +1,5 @@
-"""What a rank is doing, in memory that other processes of the same machine can read at any time: while the rank is busy,
-stopped or dead. A killed process sends no last message, and a heartbeat once a second is older than the failure."""
+"""What a rank is doing, in memory that other processes of its machine can read at any time: while it is busy, stopped
+or dead. A killed process sends no last message, and a heartbeat once a second is older than the failure."""
 
 from __future__ import annotations
 

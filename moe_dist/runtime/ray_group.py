@@ -216,10 +216,12 @@ class RayGroup:
         if len(futures) < self.world:  # a question to one rank alone
             raise next(iter(raised.values()))
         echoes = [error for error in raised.values() if isinstance(error, RankFailure)]
-        raise blamed(echoes, self._sights(futures, [f for f in futures if f in pending or futures.index(f) in failures]))
+        raise blamed(
+            echoes, self._sights(futures, [f for f in futures if f in pending or futures.index(f) in failures])
+        )
 
-    def _raised(self, rank: int, error: RayTaskError) -> MoeDistError:
-        cause = error.cause
+    def _raised(self, rank: int, error: Exception) -> MoeDistError:
+        cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, MoeDistError):
             return cause
         failure = RankFailure(rank, self._beats[rank][0], self._beats[rank][2], first_line(cause))
