@@ -35,6 +35,10 @@ token_file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -s "$token_file" ] ||
     fail "no token: copy the cluster's into $token_file, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
 
+# The token goes with every request: first ask without it. What can be proven of a service on this machine is whose it
+# is; of any other, that it is a Ray dashboard which wants a token (README.md, "Security").
+problem=$("$python" launch/service.py dashboard "$address") || fail "no token was sent: $problem"
+
 # The copy on the cluster has no history, so the commit travels with the job: as moe_dist.bench.results.commit() words it.
 commit=${MOE_DIST_COMMIT:-}
 if [ -z "$commit" ]; then

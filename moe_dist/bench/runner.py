@@ -62,7 +62,7 @@ def _available_memory() -> int:
             free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(free, *container_memory())
+    return min([free, *container_memory()])
 
 
 def run_cases(

@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ OLDEST_RAY = (2, 52)  # the first with token authentication
 LONGEST_FOLDER = 40  # bytes: what Ray appends for its sockets is up to 65, and a Unix socket's path holds 107
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
 PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 2.0, 2
+AGAIN_S = 2.0
 LOST_EXIT_CODE = 5
 
 _users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
@@ -203,9 +205,13 @@ def _limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"Ray was not up within {seconds:g} s (ray.start_timeout_s)")
 
     handler = signal.signal(signal.SIGALRM, over)
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: Ray may catch it where it tidies up.
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+    deadline = time.monotonic() + seconds
     try:
         yield
+        if time.monotonic() > deadline:
+            over(0, None)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)

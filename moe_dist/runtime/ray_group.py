@@ -132,7 +132,7 @@ class RayGroup:
 
         if not self._patiently(one, timeout_s):
             rank = next(rank for rank, future in enumerate(futures) if future in pending)
-            raise RankFailure(rank, op, -1, f"no answer within {timeout_s:g} s")
+            raise RankFailure(rank, f"starting ({op})", -1, f"no answer within {timeout_s:g} s")
         results: list[Any] = ray.get(list(futures))
         return results
 
