@@ -92,10 +92,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["belongs"]:
-        problem = belongs(int(arguments[1]), int(arguments[2]))
-    else:
-        problem = dashboard(arguments[1])
+    command, *rest = arguments
+    problem = belongs(*map(int, rest)) if command == "belongs" else dashboard(*rest)
     if problem:
         print(problem)
     return 1 if problem else 0

@@ -221,7 +221,7 @@ def _limit(seconds: float) -> Iterator[None]:
 class Watch:
     """Notices within seconds that the cluster is gone. Ray itself tries for a minute to reach it again, then aborts."""
 
-    def __init__(self) -> None:
+    def __init__(self, silence_timeout_s: float) -> None:
         node: Any = ray._private.worker._global_node
         self.address = node.gcs_address
         places = {"head (GCS)": self.address, "node (raylet)": _raylet_address(node)}
@@ -229,6 +229,8 @@ class Watch:
         self._own = [process for kind in node.all_processes.values() for process in kind]  # empty if we joined
         self._all = psutil.Process().children(recursive=True) if self._own else []
         self._misses = dict.fromkeys(self._places, 0)
+        self._answered = dict.fromkeys(self._places, time.monotonic())
+        self._silence_s = silence_timeout_s
         self._cause: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="moe-dist-cluster-watch", daemon=True)
@@ -257,10 +259,16 @@ class Watch:
 
     def _ask(self, misses: int) -> None:
         for name, place in self._places.items():
-            problem = _unreachable(place)
-            self._misses[name] = self._misses[name] + 1 if problem else 0
-            if self._misses[name] >= misses:
-                self._cause = f"its {name} does not answer: {problem}"
+            try:
+                _greet(place)
+                self._misses[name], self._answered[name] = 0, time.monotonic()
+            except TimeoutError:  # busy, or stopped
+                if (silent := time.monotonic() - self._answered[name]) > self._silence_s:
+                    self._cause = f"its {name} was silent for {silent:.0f} s"
+            except OSError as error:
+                self._misses[name] += 1
+                if self._misses[name] >= misses:
+                    self._cause = f"its {name} does not answer: {error.strerror or error}"
 
     def _abandon(self) -> None:
         """Without its cluster, Ray's shutdown takes ten seconds and may crash this process: it ends without Ray's
@@ -291,12 +299,15 @@ def _endpoint(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _unreachable(place: tuple[str, int]) -> str | None:
-    try:
-        socket.create_connection(place, timeout=PROBE_TIMEOUT_S).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+def _greet(place: tuple[str, int]) -> None:
+    """Open HTTP/2, which gRPC is spoken over: a living server answers with its settings, a stopped one does not.
+
+    Raises OSError where nobody listens, TimeoutError where nobody answers.
+    """
+    with socket.create_connection(place, timeout=PROBE_TIMEOUT_S) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5))  # preface, empty settings
+        if not connection.recv(9):
+            raise ConnectionResetError("the connection was closed")
 
 
 def first_line(error: BaseException) -> str:

@@ -61,7 +61,7 @@ class RayGroup:
         self._heard = [time.monotonic()] * world
         connect(self.spec)
         check_resources(world, device, self.spec)
-        self._watch_cluster = Watch()
+        self._watch_cluster = Watch(self.spec.silence_timeout_s)
         try:
             self._place()
             self._rendezvous()
