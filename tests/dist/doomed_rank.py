@@ -33,6 +33,7 @@ def work(context: RankContext, *_: Any) -> None:
             time.sleep(60)
         else:
             os.kill(os.getpid(), signal.Signals[HOW])
+            time.sleep(5)  # a stop may reach another thread first
     context.comm.barrier()
 
 

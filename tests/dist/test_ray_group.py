@@ -134,6 +134,7 @@ def doomed(context: RankContext, how: str) -> None:
             context.comm.all_reduce(torch.ones(4))
         else:
             os.kill(os.getpid(), signal.Signals[how])
+            time.sleep(5)  # a stop may reach another thread first
     context.comm.barrier()
 
 
