@@ -4,6 +4,7 @@
 #   make compare                            TP against EP on what is here
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
+#   make nightly                            the property tests with 2,000 examples each
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
 
@@ -18,10 +19,10 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test lint kernels-check gpu-test clean
+.PHONY: compare test nightly lint kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
-ifdef CHECKPOINT
+ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
 	$(BIN)/moe-dist compare --checkpoint "$(CHECKPOINT)" --layer $(LAYER) --out "$(OUT)" $(ARGS)
 else
 	$(BIN)/moe-dist demo-checkpoint $(DEMO)
@@ -31,6 +32,11 @@ endif
 # Whole files to each of two processes: ranks and Ray clusters are shared within a file.
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+# Property tests only, 2,000 examples each.
+nightly: $(VENV)/.ready-test
+	MOE_DIST_HYPOTHESIS=nightly $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "hypothesis and not gpu" \
+		--timeout 3600 $(ARGS)
 
 # Not in CI, which has no GPU.
 gpu-test: $(VENV)/.ready-test

@@ -18,7 +18,9 @@ from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment, default_experiment
 from moe_dist.bench.results import Outcome, provenance, results_document, write_results
+from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
+from moe_dist.bench.source import check_models, with_source
 from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_table, verdict
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.config import model_names, override, read_yaml, resolve_models
@@ -105,6 +107,9 @@ def plan(args: argparse.Namespace) -> int:
         raise ConfigError("overrides", " ".join(args.overrides), rule, "one world of tp·ep ranks, one value a key")
     (case,) = cases
     made = case.plan(machine)
+    if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
+        said = f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says"
+        Console(stderr=True).print(f"moe-dist: {said}", highlight=False, markup=False, soft_wrap=True)
     if args.json:
         print(json.dumps(made.as_dict() | {"wire_bytes": made.wire_bytes(case.workload.tokens)}, indent=1))
         return OK
@@ -152,8 +157,12 @@ def compare(args: argparse.Namespace) -> int:
     if args.file and "=" in args.file:  # no file, the first override stands in its place
         args.file, args.overrides = None, [args.file, *args.overrides]
     machine = Machine.detect(args.device or "auto")
-    default = default_experiment(machine, BACKENDS.names(), router=bool(args.checkpoint))
-    config = override(read_yaml(args.file) if args.file else default, args.overrides)
+    config = with_source(
+        override(read_yaml(args.file) if args.file else {}, args.overrides), args.checkpoint, args.layer
+    )
+    if not args.file:
+        router = config["source"].get("checkpoint") is not None
+        config = default_experiment(machine, BACKENDS.names(), router) | config
     return _measure(_experiment(config, args), args, sweep=True)
 
 
@@ -268,19 +277,19 @@ def _one_placement(args: argparse.Namespace) -> dict[str, Any]:
 
 def _experiment(config: dict[str, Any], args: argparse.Namespace) -> Experiment:
     """Flags over the file's keys. Without any model the small embedded default is taken."""
-    if args.checkpoint:
-        found = checkpoint.read_config(args.checkpoint)
-        found.require_moe_layer(args.layer)
-        config["source"] = {"checkpoint": str(Path(args.checkpoint).absolute()), "layer": args.layer}
-        config["models"] = [found.spec.model_dump()]
-    elif args.model:
+    config = with_source(config, args.checkpoint, args.layer)
+    if args.model:
         config["models"] = [args.model]
     elif "models" not in config:
         config["models"] = ["tiny"]
     for key in ("runtime", "device"):
         if getattr(args, key, None) is not None:
             config[key] = getattr(args, key)
-    return Experiment(**resolve_models(config))
+    experiment = Experiment(**resolve_models(config))
+    source = experiment.source
+    if source.checkpoint is not None and source.layer is not None:
+        check_models(experiment.models, source, checkpoint.layer_spec(source.checkpoint, source.layer))
+    return experiment
 
 
 def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> int:
@@ -305,14 +314,14 @@ def _measure(experiment: Experiment, args: argparse.Namespace, sweep: bool) -> i
     outcome = Outcome(refused=refused)
     start = group_starter(experiment, machine)
     about = provenance(machine)
-    with Reporter(len(planned), quiet=not speaks()) as reporter:
+    with Reporter(sum(turns(case) for case, _ in planned), quiet=not speaks()) as reporter:
 
-        def row_done() -> None:
+        def turn_done() -> None:
             reporter.step()
-            if args.out and speaks():  # after every row: what was measured before a failure is kept
+            if args.out and speaks():  # after every turn of a case: what was measured before a failure is kept
                 write_results(Path(args.out), about, outcome)
 
-        run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, row_done)
+        run_cases(planned, start, experiment.case_timeout_s, outcome, reporter.shown, reporter.said, turn_done)
     if args.json and speaks():
         print(json.dumps(results_document(about, outcome), allow_nan=False))
     elif not args.json:
@@ -408,7 +417,7 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--model", help=f"one of {', '.join(model_names())}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
-    sub.add_argument("--layer", type=int, default=0, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--layer", type=int, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
 

@@ -4,6 +4,7 @@ fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,13 +14,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.quantization import FP8
 from moe_dist.sizes import row_bytes
 
 R = TypeVar("R")
+
+SETTLED_AFTER_S = 5.0  # a second thread that comes later can't have been taken for the first one on another rank
 
 # torch 2.13 has new names for these two and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -42,9 +45,13 @@ class Comm:
         group: dist.ProcessGroup | None = None,
         cpu_group: dist.ProcessGroup | None = None,
         timeout_s: float = 60.0,
+        owned: Sequence[dist.ProcessGroup | None] = (),
     ) -> None:
+        """`owned`: the groups that `leave` destroys, None being the default one."""
         self.rank, self.world, self.device = rank, world, device
-        self._group, self._cpu_group, self._timeout_s = group, cpu_group, timeout_s
+        self._group, self._cpu_group, self._timeout_s, self._owned = group, cpu_group, timeout_s, list(owned)
+        self._thread: int | None = None  # that uses it, since when, and whether another came as soon
+        self._since, self._contended = 0.0, False
         self.sequence = 0
         self.bytes_sent = 0
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
@@ -52,7 +59,7 @@ class Comm:
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Comm:
         """One rank alone: no process group is needed."""
-        return cls(0, 1, torch.device(device))
+        return cls(0, 1, _with_index(device))
 
     @classmethod
     def join(cls, rank: int, world: int, store: Store | None, device: torch.device, timeout_s: float) -> Comm:
@@ -71,26 +78,78 @@ class Comm:
             )
         except Exception as error:
             raise RankFailure(rank, f"rendezvous of {world} ranks", 0, _short(error)) from error
-        return cls.from_group(device, timeout_s=timeout_s)
+        comm = cls.from_group(device, timeout_s=timeout_s)
+        comm._owned = [None]  # whose end is that of all others too
+        return comm
 
     @classmethod
     def from_group(
-        cls, device: torch.device | str, group: dist.ProcessGroup | None = None, timeout_s: float = 60.0
+        cls, device: torch.device | str, group: dist.ProcessGroup | None = None, timeout_s: float | None = None
     ) -> Comm:
-        """Use a process group that this process has already (default: the default one). Collective when it is NCCL's:
-        all ranks of the group must call it, because small agreements get a gloo group of their own."""
+        """Use a process group that this process has already (default: the default one), of NCCL, gloo, or both.
+
+        Collective where the group can't move tensors of a CPU, as NCCL's alone: all ranks of the group, and no others,
+        must call it, because small agreements get a gloo group of their own. Siblings may do so at the same time.
+
+        `timeout_s` bounds every collective from here on (default: the group's own timeout). Collectives of gloo are
+        waited for so long; a group of NCCL gets it as its own timeout, since only its own watchdog sees the device.
+        Raises ConfigError without torch.distributed, for a device that the group can't serve, and for a process that
+        is not in the group.
+        """
         if not dist.is_initialized():
             raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
-        cpu_group = group  # None is the default group: an object of it, held until the process exits, can abort gloo
-        if dist.get_backend(group) != "gloo":
-            ranks = dist.get_process_group_ranks(group)
-            cpu_group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
-        return cls(dist.get_rank(group), dist.get_world_size(group), torch.device(device), group, cpu_group, timeout_s)
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ConfigError("process group", "another's", "this process is not in it", "a group that it is in")
+        device, backends = torch.device(device), _backends(group)
+        if device.type not in backends:
+            raise ConfigError("device", str(device), "the process group has no backend for it", tuple(backends))
+        device = _with_index(device)
+        if timeout_s is None:
+            timeout_s = _timeout_of(group, device)
+        elif not 0 < timeout_s < math.inf:
+            raise ConfigError("timeout_s", timeout_s, "bounds every collective", "seconds, more than 0")
+        elif backends[device.type] == "nccl":
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        cpu_group, owned = group, []  # None is the default group: an object of it, held until exit, can abort gloo
+        if backends.get("cpu") != "gloo":
+            members = dist.get_process_group_ranks(group)
+            cpu_group = dist.new_group(
+                members, backend="gloo", timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
+            )
+            owned = [cpu_group]
+        return cls(rank, dist.get_world_size(group), device, group, cpu_group, timeout_s, owned)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Comm:
+        """A copy of what holds it talks to the same ranks through the same group."""
+        return self
 
     def leave(self) -> None:
-        """Destroy the default process group; ranks that wait in a collective of it get an error at once."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Destroy the groups that were made here; ranks that wait in a collective of one get an error at once."""
+        owned, self._owned = self._owned, []
+        for group in owned:
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
+
+    def check_thread(self) -> None:
+        """Raise ConfigError unless this is the thread that uses this Comm, which is the first to do so: ranks whose
+        threads take turns in different orders would get each other's tokens. Where two threads begin at about the same
+        time, other ranks may follow the other one, so both are refused."""
+        if self.world == 1:
+            return
+        thread, now = threading.get_ident(), time.monotonic()
+        if self._thread is None:
+            self._thread, self._since = thread, now
+        if self._thread != thread and now - self._since < SETTLED_AFTER_S:
+            self._contended = True
+        if self._thread != thread or self._contended:
+            rule = "shares this Comm with another thread: their collectives would cross between ranks"
+            legal = "a Comm of its own for each thread, or take_over() by the only one that goes on with it"
+            raise ConfigError("thread", threading.current_thread().name, rule, legal)
+
+    def take_over(self) -> None:
+        """From now on the calling thread is the one that uses this Comm."""
+        self._thread, self._since, self._contended = threading.get_ident(), time.monotonic(), False
 
     def all_gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order."""
@@ -102,7 +161,7 @@ class Comm:
         def gather() -> None:
             with self._together(len(outs), named=True):
                 for out, wire in zip(outs, wires, strict=True):
-                    _all_gather(out, wire, group=self._group)
+                    self._wait(_all_gather(out, wire, group=self._group, async_op=self._waits))
 
         self._run("all_gather", gather)
         self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
@@ -140,14 +199,18 @@ class Comm:
         if self.world == 1:
             return rows
         out = rows.new_empty(rows.shape[0] // self.world, *rows.shape[1:])
-        self._run("reduce_scatter", lambda: _reduce_scatter(out, rows.contiguous(), group=self._group))
+        rows = rows.contiguous()
+        self._run(
+            "reduce_scatter",
+            lambda: self._wait(_reduce_scatter(out, rows, group=self._group, async_op=self._waits)),
+        )
         self.bytes_sent += rows.nbytes * (self.world - 1) // self.world
         return out
 
     def all_reduce(self, rows: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.world > 1:
-            self._run("all_reduce", lambda: dist.all_reduce(rows, group=self._group))
+            self._run("all_reduce", lambda: self._wait(dist.all_reduce(rows, group=self._group, async_op=self._waits)))
             self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
         return rows
 
@@ -172,7 +235,11 @@ class Comm:
         def exchange() -> None:
             with self._together(len(outs), named=False):
                 for out, wire in zip(outs, wires, strict=True):
-                    dist.all_to_all_single(out, wire, list(receive), list(send), group=self._group)
+                    self._wait(
+                        dist.all_to_all_single(
+                            out, wire, list(receive), list(send), group=self._group, async_op=self._waits
+                        )
+                    )
 
         self._run("all_to_all", exchange)
         self.bytes_sent += sum(map(row_bytes, wires)) * (sum(send) - send[self.rank])
@@ -183,7 +250,7 @@ class Comm:
         for nothing that was launched since."""
         here, ready, sequence = values, None, self.sequence
         if values.is_cuda:
-            here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            here = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             here.copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
@@ -203,31 +270,70 @@ class Comm:
         """The largest `value` of any rank, agreed on the CPU group."""
         if self.world == 1:
             return value
-        agreed = torch.tensor(value)
-        self._run("agree_max", lambda: dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._cpu_group))
+        agreed = torch.tensor(value, dtype=torch.int64, device="cpu")
+
+        def agree() -> None:
+            self._wait(dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._cpu_group, async_op=True))
+
+        self._run("agree_max", agree)
         return int(agreed)
 
     def align(self) -> None:
         """Make the device streams of all ranks wait for each other; the host does not wait."""
         if self.world > 1 and self.device.type == "cuda":
-            tiny = torch.zeros(1, device=self.device)
+            tiny = torch.zeros(1, dtype=torch.float32, device=self.device)
             self._run("align", lambda: dist.all_reduce(tiny, group=self._group))
 
     def barrier(self) -> None:
         if self.world > 1:
-            self._run("barrier", lambda: dist.barrier(group=self._cpu_group))
+            self._run("barrier", lambda: self._wait(dist.barrier(group=self._cpu_group, async_op=True)))
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the host waits for a collective to end: on a CPU."""
+        return self.device.type == "cpu"
+
+    def _wait(self, work: Any) -> None:
+        """For gloo, no longer than the timeout. None comes back from what the device waits for."""
+        if work is not None:
+            work.wait(timedelta(seconds=self._timeout_s))
 
     def _run(self, op: str, call: Callable[[], R]) -> R:
+        self.check_thread()
         self.sequence += 1
         if self.noted:
             self.noted(op, self.sequence)
         try:
-            return call()
+            result = call()
         except Exception as error:
             raise RankFailure(self.rank, op, self.sequence, _short(error)) from error
         finally:
             if self.noted:
                 self.noted("", self.sequence)
+        self.check_thread()  # one that came meanwhile may have taken part
+        return result
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """A GPU is named with its number: tensors on it are."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Device type to the name of the backend that serves it."""
+    pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
+    return {device: backend for device, _, backend in pairs}
+
+
+def _timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """The group's own, in seconds."""
+    real = group if group is not None else dist.group.WORLD
+    options = getattr(real._get_backend(device), "options", None)  # type: ignore[union-attr]
+    timeout: timedelta = getattr(options, "_timeout", dist.distributed_c10d.default_pg_timeout)
+    return timeout.total_seconds()
 
 
 def _wire(tensor: Tensor) -> Tensor:

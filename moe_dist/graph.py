@@ -31,13 +31,13 @@ class StepGraph:
         capturable = layer.plan.capturable
         if not capturable.ok:
             raise UnsupportedError("a CUDA graph of this step", [capturable.reason])
-        spec, device = layer.plan.spec, x_TH.device
-        self.bucket = bucket
-        self._x = torch.zeros(bucket, spec.hidden, dtype=spec.torch_dtype, device=device)
-        self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
-        self._weights = torch.zeros(bucket, spec.top_k, device=device)
+        spec, device = layer.plan.spec, layer.comm.device
+        self.bucket, self._layer = bucket, layer
+        with torch.inference_mode(False):  # what is made in it could be filled in it only
+            self._x = torch.zeros(bucket, spec.hidden, dtype=spec.torch_dtype, device=device)
+            self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
+            self._weights = torch.zeros(bucket, spec.top_k, dtype=torch.float32, device=device)
         self._fill(x_TH, routing)
-        self._layer = layer
         self._graph, self._y = self._captured(self._step, lambda: layer.warm_up(self._x, self._routing(), bucket))
 
     def _routing(self) -> Routing:
@@ -70,6 +70,7 @@ class StepGraph:
         return StagedGraph(graph, stages.take())
 
     def _fill(self, x_TH: Tensor, routing: Routing) -> None:
+        x_TH, routing = self._layer.checked(x_TH, routing, None)
         tokens = len(x_TH)
         if tokens > self.bucket:
             raise ConfigError("tokens", tokens, "do not fit the captured bucket", f"0 to {self.bucket}")
@@ -83,7 +84,9 @@ class StepGraph:
 
     def __call__(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """See MoELayer.forward."""
-        self._fill(x_TH, routing)
+        self._layer.comm.check_thread()
+        with torch.no_grad():
+            self._fill(x_TH, routing)
         return self.replay()[: len(x_TH)]
 
     def replay(self) -> Tensor:

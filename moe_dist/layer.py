@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,36 +15,70 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.layout import AnyExchange, with_layout
-from moe_dist.plan import Plan
-from moe_dist.routing import Routing, route
+from moe_dist.inputs import (
+    check_gradient,
+    check_routing,
+    check_shard,
+    check_tokens,
+    check_values,
+    debug_asked_for,
+)
+from moe_dist.plan import Plan, shared_placement
+from moe_dist.routing import Routing, check_bias, route
 from moe_dist.rows import TokenRows
 from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.surroundings import settled
 from moe_dist.weights import ExpertWeights
+
+ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
 
 
 class Router(nn.Module):
-    """Logits in float32 from the router's weight [E, H], and the spec's top-k rule."""
+    """Logits in float32 from the router's weight [E, H], and the spec's top-k rule. Weight and bias stay float32
+    whatever dtype a model around it is moved to."""
 
     def __init__(self, plan: Plan, gate_EH: Tensor, bias_E: Tensor | None = None) -> None:
+        """Raises ConfigError for wrong shapes, for a weight that is NaN or infinite, and for a bias that is not finite:
+        every token or none would go to such an expert."""
         super().__init__()
-        expected = (plan.spec.num_experts, plan.spec.hidden)
+        spec = plan.spec
+        expected = (spec.num_experts, spec.hidden)
         if tuple(gate_EH.shape) != expected:
             raise ConfigError("router.weight", tuple(gate_EH.shape), "wrong shape", expected)
-        self.spec = plan.spec
-        self.register_buffer("gate_EH", gate_EH.float())
-        self.register_buffer("bias_E", None if bias_E is None else bias_E.float())
+        if not bool(gate_EH.isfinite().all()):
+            raise ConfigError("router.weight", "NaN or infinite", "decides where tokens go", "finite values")
+        if spec.correction_bias != (bias_E is not None):
+            given = None if bias_E is None else "given"
+            raise ConfigError("router.bias", given, f"correction_bias of the model is {spec.correction_bias}")
+        if bias_E is not None:
+            check_bias(bias_E, spec, values=True, masks=False)
+        self.spec = spec
+        self.register_buffer("gate_EH", gate_EH.detach().float())
+        self.register_buffer("bias_E", None if bias_E is None else bias_E.detach().float())
         self.gate_EH: Tensor
         self.bias_E: Tensor | None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves to another device, but `half()` and the like change nothing: in bf16 tokens would go elsewhere."""
+        for name, before in list(self.named_buffers()):
+            self.register_buffer(name, before.to(fn(before[:0]).device))
+        return self
+
     def forward(self, x_TH: Tensor) -> Routing:
-        return route(x_TH.float() @ self.gate_EH.T, self.spec, self.bias_E)
+        with settled(x_TH.device):
+            return route(x_TH.float() @ self.gate_EH.T, self.spec, self.bias_E)
 
 
 class MoELayer(nn.Module):
     """One rank's part of a distributed MoE layer.
 
     `shard` is what `plan.placement` gives this rank (weights.shard, checkpoint.load_shard). `shared` is the shared
-    expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective.
+    expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective, it is not
+    differentiated, and torch.compile leaves it as it is. With `debug` (default: whether MOE_DIST_DEBUG is set) the
+    values of the routing are checked on a GPU too, where the host waits for that.
+
+    The layer stays on its communicator's device and in its plan's dtypes: `to`, `half` and the like change nothing, and
+    raise ConfigError for another device.
     """
 
     def __init__(
@@ -53,18 +90,14 @@ class MoELayer(nn.Module):
         router: Router | None = None,
         shared: ExpertWeights | None = None,
         stages: Stages = NO_STAGES,
+        debug: bool | None = None,
     ) -> None:
         super().__init__()
-        if comm.world != plan.placement.world:
-            raise ConfigError("parallel", plan.parallel.label, f"the process group has {comm.world} ranks", comm.world)
-        if (plan.spec.shared_experts != "none") != (shared is not None):
-            rule = "the shared expert's weights must be given exactly if the spec has one"
-            raise ConfigError("model.shared_experts", plan.spec.shared_experts, rule)
-        _check_shard(plan, shard, comm.rank)
-        if shared is not None and shared.a13 is not None and shard.a13 is not None and shared.a13 != shard.a13:
-            rule = "the shared expert takes the same quantized rows, so it needs the experts' static input scale"
-            raise ConfigError("shared.a13", float(shared.a13), rule, float(shard.a13))
+        _check_fit(plan, shard, shared, router, comm)
+        self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.stages, self.router = plan, comm, stages, router
+        self._weights = shard, shared
+        self._uncompiled: Callable[..., Tensor] | None = None
         self.exchange: AnyExchange = with_layout(
             EXCHANGES.get(plan.exchange)(comm, plan.placement, plan.spec, plan.payload, shard.a13, stages),
             plan.token_layout,
@@ -79,11 +112,28 @@ class MoELayer(nn.Module):
 
         Without `routing` the layer's own router decides. `max_tokens_per_rank` is the bucket that all ranks step at,
         the same on all; a rank with more tokens raises, and the others wait for it until the collective's timeout.
-        Without it they agree on one, which costs a small collective on the CPU.
+        Without it they agree on one, which costs a small collective on the CPU. Raises ConfigError for tensors of
+        another shape, dtype or device, and as inputs.check_values does on a CPU or with `debug`.
         """
-        routing = self._routing(x_TH, routing)
-        bucket = max_tokens_per_rank if self.exchange.needs_bucket else None
-        if self.exchange.needs_bucket and bucket is None:
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return self._checked_forward(x_TH, routing, max_tokens_per_rank)
+        if self._uncompiled is None:  # only somebody who compiles has imported it; this layer is no part of that
+            self._uncompiled = dynamo.disable(self._checked_forward)
+        y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank)
+        return y_TH
+
+    def _checked_forward(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> Tensor:
+        self.comm.check_thread()
+        check_gradient(x_TH)
+        with torch.no_grad(), settled(self.comm.device):
+            x_TH, routing = self.checked(x_TH, routing, bucket)
+            return self._forward(x_TH, routing, bucket)
+
+    def _forward(self, x_TH: Tensor, routing: Routing, bucket: int | None) -> Tensor:
+        if not self.exchange.needs_bucket:
+            bucket = None
+        elif bucket is None:
             bucket = self.comm.agree_max(routing.tokens)
         rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
         y_RH = self.backend.forward(rows)
@@ -97,43 +147,79 @@ class MoELayer(nn.Module):
     def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int) -> None:
         """Let the backend choose and compile what it needs for this bucket, then run a step: collective, not to be
         timed or captured."""
-        bucket = max_tokens_per_rank if self.exchange.needs_bucket else None
-        rows, handle = self.exchange.dispatch(x_TH, self._routing(x_TH, routing), bucket)
-        self.backend.tune(rows)
-        self.exchange.combine(self.backend.forward(rows), handle)
-        self(x_TH, routing, max_tokens_per_rank=max_tokens_per_rank)
+        self.comm.check_thread()
+        with torch.no_grad(), settled(self.comm.device):
+            x_TH, routing = self.checked(x_TH, routing, max_tokens_per_rank)
+            bucket = max_tokens_per_rank if self.exchange.needs_bucket else None
+            rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
+            self.backend.tune(rows)
+            self.exchange.combine(self.backend.forward(rows), handle)
+            self._forward(x_TH, routing, max_tokens_per_rank)
 
-    def _routing(self, x_TH: Tensor, routing: Routing | None) -> Routing:
-        spec = self.plan.spec
-        if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden:
-            raise ConfigError("x", tuple(x_TH.shape), "wrong shape", f"[tokens, {spec.hidden}]")
-        if x_TH.dtype != spec.torch_dtype:
-            raise ConfigError("x.dtype", x_TH.dtype, "not the spec's", spec.torch_dtype)
+    def checked(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> tuple[Tensor, Routing]:
+        """What came in, checked, contiguous, and with the own router's routing where none was given."""
+        spec, device = self.plan.spec, self.comm.device
+        check_tokens(x_TH, spec, device)
         if routing is None:
             if self.router is None:
                 raise ConfigError("routing", None, "this layer has no router of its own")
             routing = self.router(x_TH)
-        if tuple(routing.ids_TK.shape) != (len(x_TH), spec.top_k):
-            raise ConfigError("routing.ids", tuple(routing.ids_TK.shape), "wrong shape", (len(x_TH), spec.top_k))
-        return routing
+        check_routing(routing, len(x_TH), spec, device)
+        if bucket is not None and (type(bucket) is not int or bucket < len(x_TH)):
+            rule = f"this rank has {len(x_TH)} tokens and all ranks step at one agreed size"
+            raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {len(x_TH)} or more")
+        if device.type == "cpu" or (self.debug and not torch.cuda.is_current_stream_capturing()):
+            check_values(routing, spec)
+        x_TH = x_TH.detach().contiguous()
+        if x_TH.data_ptr() % ALIGNMENT or x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT:
+            x_TH = x_TH.clone()  # a single row that is cut out of a wider one is contiguous, wherever it begins
+        return x_TH, routing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
+        device = self.comm.device
+        moved = fn(torch.empty(0, dtype=torch.float32, device=device)).device
+        if moved != device:
+            rule = "the layer's shard, its communicator and its kernels live on one device"
+            raise ConfigError("device", str(moved), rule, str(device))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+        """With weights of its own, since kernels know where those of the original lie, on the same communicator."""
+        shard, shared = deepcopy(self._weights, memo)
+        router = deepcopy(self.router, memo)
+        copied = MoELayer(self.plan, shard, self.comm, router=router, shared=shared, debug=self.debug)
+        memo[id(self)] = copied
+        return copied.train(self.training)
 
     def extra_repr(self) -> str:
         plan = self.plan
         return f"{plan.parallel.label}, exchange={plan.exchange}, backend={plan.backend}, payload={plan.payload}"
 
 
-def _check_shard(plan: Plan, shard: ExpertWeights, rank: int) -> None:
-    placement, spec = plan.placement, plan.spec
-    width, experts = placement.width_of(rank), len(placement.experts_of(rank))
-    expected: dict[str, Any] = {
-        "w13": (experts, spec.w13_rows(width), spec.hidden),
-        "w2": (experts, spec.hidden, width),
-        "kind": spec.quant,
-    }
-    found = {"w13": tuple(shard.w13_eFH.shape), "w2": tuple(shard.w2_eHi.shape), "kind": shard.kind}
-    for name, value in expected.items():
-        if found[name] != value:
-            raise ConfigError(f"shard.{name}", found[name], f"not what rank {rank} holds under this plan", value)
+def _check_fit(
+    plan: Plan, shard: ExpertWeights, shared: ExpertWeights | None, router: Router | None, comm: Comm
+) -> None:
+    """Raise ConfigError for parts that don't belong together."""
+    spec, placement, rank, device = plan.spec, plan.placement, comm.rank, comm.device
+    if comm.world != placement.world:
+        raise ConfigError("parallel", plan.parallel.label, f"the process group has {comm.world} ranks", comm.world)
+    if plan.machine.device != device.type:
+        raise ConfigError(
+            "comm.device", str(device), "the plan was made for ranks on another kind", plan.machine.device
+        )
+    if (spec.shared_experts != "none") != (shared is not None):
+        rule = "the shared expert's weights must be given exactly if the spec has one"
+        raise ConfigError("model.shared_experts", spec.shared_experts, rule)
+    experts, width = len(placement.experts_of(rank)), placement.width_of(rank)
+    check_shard("shard", shard, spec, experts, width, device, f"rank {rank}")
+    if shared is not None:
+        width = shared_placement(spec, plan.parallel).width_of(rank)
+        check_shard("shared", shared, spec.shared_spec(), 1, width, device, f"rank {rank}")
+        if shared.a13 is not None and shard.a13 is not None and shared.a13 != shard.a13:
+            rule = "the shared expert takes the same quantized rows, so it needs the experts' static input scale"
+            raise ConfigError("shared.a13", float(shared.a13), rule, float(shard.a13))
+    if router is not None and router.gate_EH.device != device:
+        raise ConfigError("router.device", str(router.gate_EH.device), "not the communicator's", str(device))
 
 
 def _prepared(plan: Plan, weights: ExpertWeights, stages: Stages, shared_expert: bool = False) -> Backend:

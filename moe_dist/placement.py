@@ -77,33 +77,37 @@ class Placement:
         return sum(map(len, self.homes)) > self.num_experts
 
     def serving_groups(self, ids_TK: Tensor, rows_T: Tensor, sources_T: Tensor | None) -> Tensor:
-        """The expert group that serves each (token, expert) pair, int64 [T, K]; -1 where the id is -1.
+        """The expert group that serves each (token, expert) pair, int64 [T, K]; -1 where the id is no expert.
 
         `rows_T` is the token's index on its source rank and `sources_T` that rank (None: tokens are replicated, they
         have no source). With one copy of an expert the answer is its owner. With several it is the source's own group
         if that holds a copy, else copy number (row + expert) mod copies: every rank finds the same answer alone.
         """
         tables = tables_on(self, ids_TK.device)
-        ids = ids_TK.long().clamp_min(0)
-        if self.replicated:
-            copy = (rows_T[:, None] + ids) % tables.copies_E[ids]
-            groups = tables.groups_EC[ids, copy]
-            if sources_T is not None:
-                own = (sources_T // self.tp)[:, None].expand_as(ids)
-                groups = torch.where(tables.slots_GE[own, ids] >= 0, own, groups)
-        else:
-            groups = tables.groups_EC[ids, 0]
-        return torch.where(ids_TK < 0, -1, groups)
+        experts = self._columns(ids_TK)
+        if not self.replicated:
+            return tables.groups_EC[experts, 0]
+        copy = (rows_T[:, None] + experts) % tables.copies_E[experts]
+        groups = tables.groups_EC[experts, copy]
+        if sources_T is None:
+            return groups
+        own = (sources_T // self.tp)[:, None].expand_as(experts)
+        return torch.where(tables.slots_GE[own, experts] >= 0, own, groups)
+
+    def _columns(self, ids_TK: Tensor) -> Tensor:
+        """Ids as columns of the tables: whatever is no expert is the last one, whose entries say so."""
+        known = (ids_TK >= 0) & (ids_TK < self.num_experts)
+        return torch.where(known, ids_TK, self.num_experts).long()
 
     def local_slots(self, ids_TK: Tensor, groups_TK: Tensor, rank: int) -> Tensor:
         """The slot on `rank` of each pair that its group serves, int32 [T, K]; -1 where the pair is not here."""
         group = rank // self.tp
-        slots = tables_on(self, ids_TK.device).slots_GE[group][ids_TK.long().clamp_min(0)]
+        slots = tables_on(self, ids_TK.device).slots_GE[group][self._columns(ids_TK)]
         return torch.where(groups_TK == group, slots, -1)
 
     def slots_served(self, ids_TK: Tensor, groups_TK: Tensor) -> Tensor:
-        """The slot of each pair in the group that serves it, int32 [T, K]; -1 where the id is -1."""
-        return tables_on(self, ids_TK.device).slots_GE[groups_TK, ids_TK]
+        """The slot of each pair in the group that serves it, int32 [T, K]; -1 where the id is no expert."""
+        return tables_on(self, ids_TK.device).slots_GE[groups_TK, self._columns(ids_TK)]
 
     def slots_on(self, rank: int, ids_RK: Tensor, sharded: int | None = None) -> Tensor:
         """The slot on `rank` of each pair of all tokens, int32 [R, K]; -1 where it is served elsewhere.
@@ -112,7 +116,7 @@ class Placement:
         this is one look-up.
         """
         if not self.replicated:
-            return tables_on(self, ids_RK.device).slots_GE[rank // self.tp][ids_RK]  # id -1 reads the last entry: -1
+            return tables_on(self, ids_RK.device).slots_GE[rank // self.tp][self._columns(ids_RK)]
         rows_R = torch.arange(len(ids_RK), device=ids_RK.device)
         sources_R = None if sharded is None else rows_R // sharded
         groups_RK = self.serving_groups(ids_RK, rows_R if sharded is None else rows_R % sharded, sources_R)
@@ -132,16 +136,16 @@ def imbalance(rows_per_rank: list[int]) -> float:
 
 @dataclass(frozen=True)
 class Tables:
-    """A placement as tensors on one device."""
+    """A placement as tensors on one device. The entry behind those of the experts is that of no expert."""
 
     slots_GE: Tensor  # local slot of expert e in group g, -1 if it is not there; int32 [groups, experts + 1]
-    groups_EC: Tensor  # group of copy c of expert e, owner first; int64 [experts, most copies]
-    copies_E: Tensor  # number of copies; int64 [experts]
+    groups_EC: Tensor  # group of copy c of expert e, owner first, -1 for none; int64 [experts + 1, most copies]
+    copies_E: Tensor  # number of copies, 1 for no expert; int64 [experts + 1]
 
 
 @lru_cache(maxsize=64)
 def tables_on(placement: Placement, device: torch.device) -> Tables:
-    slots = torch.full((placement.ep, placement.num_experts + 1), -1, dtype=torch.int32)
+    slots = torch.full((placement.ep, placement.num_experts + 1), -1, dtype=torch.int32, device="cpu")
     groups: list[list[int]] = [[] for _ in range(placement.num_experts)]
     owners = split_bounds(placement.num_experts, placement.ep)
     for group, experts in enumerate(placement.homes):
@@ -150,6 +154,7 @@ def tables_on(placement: Placement, device: torch.device) -> Tables:
             own = owners[group][0] <= expert < owners[group][1]
             groups[expert].insert(0 if own else len(groups[expert]), group)
     most = max(map(len, groups))
-    padded = torch.tensor([held + [-1] * (most - len(held)) for held in groups], dtype=torch.int64)
-    copies = torch.tensor([len(held) for held in groups], dtype=torch.int64)
+    groups.append([])
+    padded = torch.tensor([held + [-1] * (most - len(held)) for held in groups], dtype=torch.int64, device="cpu")
+    copies = torch.tensor([max(1, len(held)) for held in groups], dtype=torch.int64, device="cpu")
     return Tables(slots.to(device), padded.to(device), copies.to(device))

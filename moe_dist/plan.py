@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.base import payload_row_bytes
 from moe_dist.placement import Placement
 from moe_dist.rows import Support
-from moe_dist.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
+from moe_dist.spec import MoESpec, ParallelSpec, TokenLayout
 from moe_dist.tables import Shape, table_source
+from moe_dist.weights import ExpertWeights
 
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
@@ -114,17 +116,9 @@ class Plan:
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, scales included."""
-        spec, width = self.spec, self.placement.width_of(rank)
-        rows, H = spec.w13_rows(width), spec.hidden
-        itemsize = 1 if spec.quantized else spec.torch_dtype.itemsize
-        scales = {
-            "none": 0,
-            "fp8_block": -(-H // BLOCK) * -(-width // BLOCK) * (3 if spec.gated else 2),
-            "fp8_channel": rows + H,
-        }.get(spec.quant, 3 if spec.gated else 2)
-        if spec.quant == "fp8_tensor_static":
-            scales += 1
-        return len(self.placement.experts_of(rank)) * ((rows + width) * H * itemsize + 4 * scales)
+        width, experts = self.placement.width_of(rank), len(self.placement.experts_of(rank))
+        forms = ExpertWeights.forms(self.spec, experts, width).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
 
     def most_rows(self, max_tokens_per_rank: int) -> int:
         """Worst case of (token, expert) pairs on one rank: world × T × min(K, e), tile padding not counted."""
@@ -150,7 +144,7 @@ class Plan:
         """One for each shape that ranks have; an empty shard is none."""
         layers = [(self.spec, self.placement)]
         if self.spec.shared_experts != "none":
-            layers.append((self.spec.shared_spec(), _shared_placement(self.spec, self.parallel)))
+            layers.append((self.spec.shared_spec(), shared_placement(self.spec, self.parallel)))
         device = self.machine.name if self.machine.device == "cuda" else self.machine.device  # tables.device_name
         found: dict[Shape, Part] = {}
         for spec, placement in layers:
@@ -223,7 +217,7 @@ def make_plan(
     placement = Placement.build(spec, parallel)
 
     travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
-    choices = _choices(spec, placement, token_layout, exchange, backend, travels, payload, machine)
+    choices = _choices(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)
     refused = [choice for choice in choices if choice.chosen and not choice.possible]
     if refused:
         what = " and ".join(f"{choice.kind} {choice.name}" for choice in refused)
@@ -282,6 +276,7 @@ def _choices(
     backend: str,
     travels: str,
     payload: str,
+    combine: str,
     machine: Machine,
 ) -> list[Choice]:
     """Every registered exchange and backend, with what speaks against it."""
@@ -295,14 +290,20 @@ def _choices(
             reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
         choices.append(Choice("exchange", name, support.ok, name == exchange, reason))
     for name in BACKENDS.names():
-        support = _backend_support(spec, placement, BACKENDS.get(name), travels, payload, machine)
+        support = _backend_support(spec, placement, BACKENDS.get(name), travels, payload, combine, machine)
         reason = "not asked for" if support.ok and name != backend else support.reason
         choices.append(Choice("backend", name, support.ok, name == backend, reason))
     return choices
 
 
 def _backend_support(
-    spec: MoESpec, placement: Placement, backend: type[Backend], travels: str, payload: str, machine: Machine
+    spec: MoESpec,
+    placement: Placement,
+    backend: type[Backend],
+    travels: str,
+    payload: str,
+    combine: str,
+    machine: Machine,
 ) -> Support:
     """It must run here and serve every rank's own slice."""
     available = backend.available(machine.device)
@@ -311,6 +312,8 @@ def _backend_support(
     takes = backend.payloads(spec)
     if travels not in takes and not (payload == "auto" and spec.dtype in takes):
         return Support(False, f"takes rows as {', '.join(sorted(takes))}, not {travels}")
+    if combine not in backend.sums:
+        return Support(False, f"gives partial sums in {', '.join(sorted(backend.sums))}, not {combine}")
     shapes = {(placement.width_of(rank), len(placement.experts_of(rank))) for rank in range(placement.world)}
     for width, num_local in sorted(shapes):
         problem = Problem(spec, width, num_local, machine.device, machine.capability, travels)
@@ -326,10 +329,10 @@ def _check_shared(spec: MoESpec, exchange: type[Exchange], parallel: ParallelSpe
         rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"
         raise ConfigError("model.shared_experts", "tp", rule, ("none", "replicated"))
     if spec.shared_experts != "none":
-        _shared_placement(spec, parallel)
+        shared_placement(spec, parallel)
 
 
-def _shared_placement(spec: MoESpec, parallel: ParallelSpec) -> Placement:
+def shared_placement(spec: MoESpec, parallel: ParallelSpec) -> Placement:
     """Sliced over all ranks, or whole on each."""
     tp = parallel.world if spec.shared_experts == "tp" else 1
     return Placement.build(spec.shared_spec(), ParallelSpec(tp=tp, allow_empty_shards=parallel.allow_empty_shards))

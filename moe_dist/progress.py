@@ -43,6 +43,10 @@ class Reporter:
             line = f"[{self._done}/{self._total}] {text}{self._left()}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def said(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(f"moe-dist: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def _left(self) -> str:
         if not self._remaining or not self._done:
             return ""

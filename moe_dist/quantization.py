@@ -4,7 +4,7 @@
 |---|---|---|
 | fp8_block | one scale per 128×128 block | one per row and group of 128 columns, from the row itself |
 | fp8_tensor_static | one per matrix | one for all rows, fixed beforehand |
-| fp8_tensor_dynamic | one per matrix | one for all rows of the source rank, from these rows |
+| fp8_tensor_dynamic | one per matrix | one for all rows of the source rank, from those that are computed |
 | fp8_channel | one per output row | one per row (token), from the row itself |
 """
 
@@ -46,7 +46,15 @@ def cast(values: Tensor, scales: Tensor) -> Tensor:
 def scale_of(amax: Tensor) -> Tensor:
     """amax / 448, rounded as IEEE prescribes. For a divisor that is a plain number, torch multiplies by its reciprocal
     on GPUs, which moves the scale by its last bit, and with it codes that lie on ties."""
-    return (amax.float() / torch.full((), FP8_MAX, device=amax.device)).clamp_min(TINY)
+    return (amax.float() / torch.full((), FP8_MAX, dtype=torch.float32, device=amax.device)).clamp_min(TINY)
+
+
+def dynamic_scale(values_RK: Tensor, used_R: Tensor | None = None) -> Tensor:
+    """One scale for all rows, or for those that are True in `used_R`; a scalar."""
+    amax_R = values_RK.abs().amax(1) if values_RK.numel() else values_RK.new_zeros(len(values_RK))
+    if used_R is not None:
+        amax_R = amax_R.masked_fill(~used_R, 0)
+    return scale_of(amax_R.amax() if len(amax_R) else amax_R.new_zeros(()))
 
 
 def pad_to_blocks(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -79,9 +87,12 @@ def quantize_groups(values_RK: Tensor) -> QuantizedRows:
     return QuantizedRows(cast(groups, scales[..., None]).flatten(-2)[..., :K].contiguous(), scales)
 
 
-def quantize_rows(values_RK: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
+def quantize_rows(
+    values_RK: Tensor, kind: QuantKind, static_scale: Tensor | None = None, used_R: Tensor | None = None
+) -> QuantizedRows:
     """A GEMM's input rows as `kind` prescribes. fp8_tensor_static needs `static_scale`: scalar, or [R, 1] if rows of
-    several experts with scales of their own lie together. fp8_tensor_dynamic takes all given rows as one tensor."""
+    several experts with scales of their own lie together. fp8_tensor_dynamic takes all given rows as one tensor, but
+    for those that are False in `used_R` (bool): what padding holds must not decide how others are rounded."""
     if kind == "fp8_block":
         return quantize_groups(values_RK)
     if kind == "fp8_tensor_static":
@@ -91,8 +102,7 @@ def quantize_rows(values_RK: Tensor, kind: QuantKind, static_scale: Tensor | Non
     if kind == "fp8_channel":
         scales = scale_of(values_RK.abs().amax(-1, keepdim=True))
     elif kind == "fp8_tensor_dynamic":
-        amax = values_RK.abs().amax() if values_RK.numel() else values_RK.new_zeros(())
-        scales = scale_of(amax).expand(len(values_RK), 1).contiguous()
+        scales = dynamic_scale(values_RK, used_R).expand(len(values_RK), 1).contiguous()
     else:
         raise ValueError(f"{kind} is no FP8 kind")
     return QuantizedRows(cast(values_RK, scales), scales)

@@ -8,6 +8,7 @@ lets every rank compute its own and add them up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ from torch import Tensor
 from moe_dist.placement import Placement
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec
+from moe_dist.surroundings import unaffected
 from moe_dist.weights import ExpertWeights
+
+# Which rows a dynamic per-tensor scale is made from: all of its run of tokens, those that go to some expert, or those
+# that the rank at hand computes itself.
+ScaledBy = Literal["all", "routed", "computed"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Numerics:
         return 2.5e-2 if self.fast_accumulation or self.reciprocal else 1e-2
 
 
+@unaffected
 def oracle_partial(
     x_TH: Tensor,
     routing: Routing,
@@ -54,10 +61,12 @@ def oracle_partial(
     sources: list[tuple[int, int]],
     groups_TK: Tensor,
     numerics: Numerics | None,
+    scaled_by: ScaledBy = "routed",
 ) -> Tensor:
     """Rank `rank`'s share of the output for all global tokens, float32 [T, H].
 
-    `sources`: the runs of tokens that were quantized together (a dynamic per-tensor scale belongs to one of them).
+    `sources`: the runs of tokens that were quantized together (a dynamic per-tensor scale belongs to one of them, and
+    is made from the rows that `scaled_by` names). Ids that are no expert's add nothing, whatever their weights hold.
     `groups_TK`: which expert group serves each pair. `numerics` None means exact: dequantized weights, float32
     everywhere, no activation is quantized.
     """
@@ -66,7 +75,15 @@ def oracle_partial(
     x = x_TH.float()
     if not exact:
         turned = numerics is not None and numerics.reciprocal
-        pieces = [_fake_quantize(x[start:stop], spec.quant, shard.a13, None, turned) for start, stop in sources]
+        legal = (routing.ids_TK >= 0) & (routing.ids_TK < spec.num_experts)
+        choices = {"all": torch.ones_like(legal), "routed": legal, "computed": groups_TK == rank // placement.tp}
+        counted = choices[scaled_by].any(dim=1)
+        pieces = []
+        for start, stop in sources:
+            rows = x[start:stop]
+            of_scale = rows[counted[start:stop]]
+            most = float(of_scale.abs().max()) if of_scale.numel() else 0.0
+            pieces.append(_fake_quantize(rows, spec.quant, shard.a13, most, turned))
         x = torch.cat(pieces)
 
     work = []
@@ -124,7 +141,7 @@ def _weight(codes: Tensor, scale: Tensor | None, kind: str) -> Tensor:
     if scale is None:
         return dense
     if kind == "fp8_block":
-        whole_blocks = torch.kron(scale, torch.ones(128, 128, device=scale.device))
+        whole_blocks = torch.kron(scale, torch.ones(128, 128, dtype=torch.float32, device=scale.device))
         return dense * whole_blocks[: dense.shape[0], : dense.shape[1]]
     if kind == "fp8_channel":
         return dense * scale.reshape(-1, 1)
@@ -141,13 +158,16 @@ def _fake_quantize(
     if kind == "fp8_block":
         columns = [_fake_quantize(part, "fp8_channel", None, None, reciprocal) for part in torch.split(x, 128, dim=1)]
         return torch.cat(columns, dim=1)
-    most = torch.full((1,), 448.0, device=x.device)  # a tensor, or a GPU would multiply by a rounded 1 / 448
+    most = torch.full(
+        (1,), 448.0, dtype=torch.float32, device=x.device
+    )  # a tensor, or a GPU would multiply by a rounded 1 / 448
     if kind == "fp8_channel":
         scale = x.abs().amax(dim=1, keepdim=True) / most
     elif static is not None:
         scale = static
     else:
-        scale = torch.tensor(float(x.abs().max()) if whole_amax is None else whole_amax, device=x.device) / most
+        amax = float(x.abs().max()) if whole_amax is None else whole_amax
+        scale = torch.tensor(amax, dtype=torch.float32, device=x.device) / most
     scale = torch.where(scale > 1e-12, scale, torch.full_like(scale, 1e-12))
     if reciprocal:
         factor = 1 / x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) * 448
@@ -164,11 +184,14 @@ def oracle_layer(
     sources: list[tuple[int, int]],
     groups_TK: Tensor,
     numerics: Numerics | None,
+    scaled_by: ScaledBy = "routed",
 ) -> Tensor:
     """The whole layer on one device, float32 [T, H]: the sum of every rank's partial."""
     y_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     for rank in range(placement.world):
-        y_TH += oracle_partial(x_TH, routing, shards[rank], spec, placement, rank, sources, groups_TK, numerics)
+        y_TH += oracle_partial(
+            x_TH, routing, shards[rank], spec, placement, rank, sources, groups_TK, numerics, scaled_by
+        )
     return y_TH
 
 

@@ -13,12 +13,14 @@ from moe_dist.errors import ConfigError
 from moe_dist.spec import MoESpec
 from moe_dist.streams import Stream
 
+MASKED = -1e4  # stands for -inf where two scores are added; scores are at most 1, and biases a few
+
 SKEWS = "balanced, uniform, zipf:S (S >= 0), hot:N (N experts), limited:GxN (N of G groups), single, router, file:PATH"
 
 
 @dataclass(frozen=True)
 class Routing:
-    """`ids_TK` int32, global expert ids, -1 for none; `weights_TK` float32, 0 where the id is -1."""
+    """`ids_TK` int32, global expert ids, -1 for none; `weights_TK` float32, of no account where the id is -1."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -26,6 +28,10 @@ class Routing:
     @property
     def tokens(self) -> int:
         return self.ids_TK.shape[0]
+
+    def legal(self, num_experts: int) -> Tensor:
+        """Which places hold an expert, bool [T, K]."""
+        return (self.ids_TK >= 0) & (self.ids_TK < num_experts)
 
     def rows(self, start: int, stop: int) -> Routing:
         return Routing(self.ids_TK[start:stop], self.weights_TK[start:stop])
@@ -41,26 +47,49 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
     sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): top-k of score + `bias_E`, weights are the scores without the
     bias. With groups, only the `top_groups` groups whose two best biased scores sum highest may be chosen
     (DeepSeek-V3 technical report, arXiv 2412.19437, section 2.1.2). Weights are scaled by `routed_scaling` last.
+
+    An expert whose logit or bias is -inf is no choice. Places that no other expert can fill get id -1 and weight 0.
+    A score that is NaN is chosen and makes its weight NaN, so that the output shows it. Raises ConfigError for logits
+    or a bias of the wrong shape and, on a CPU, for a bias that is NaN or +inf; `Router` looks at it on every device.
     """
-    if logits_TE.shape[-1] != spec.num_experts:
+    if logits_TE.ndim != 2 or logits_TE.shape[1] != spec.num_experts:
         raise ConfigError("logits", tuple(logits_TE.shape), "one column per expert", f"[tokens, {spec.num_experts}]")
     if spec.correction_bias != (bias_E is not None):
         raise ConfigError("bias", "given" if bias_E is not None else None, f"correction_bias is {spec.correction_bias}")
+    if bias_E is not None:
+        check_bias(bias_E, spec, values=bias_E.device.type == "cpu")
     logits = logits_TE.float()
     scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
     choice = scores if bias_E is None else scores + bias_E.float()
+    choice = choice.masked_fill(logits == float("-inf"), float("-inf"))
     if spec.num_groups > 1:
         choice = _mask_groups(choice, spec.num_groups, spec.top_groups)
-    ids = choice.topk(spec.top_k, dim=-1).indices
-    weights = scores.gather(-1, ids)
+    chosen, ids = choice.topk(spec.top_k, dim=-1)
+    empty = chosen == float("-inf")
+    weights = torch.where(chosen.isnan(), chosen, scores.gather(-1, ids)).masked_fill(empty, 0.0)
     if spec.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-    return Routing(ids.to(torch.int32), weights * spec.routed_scaling)
+    return Routing(ids.to(torch.int32).masked_fill(empty, -1), weights * spec.routed_scaling)
+
+
+def check_bias(bias_E: Tensor, spec: MoESpec, values: bool, masks: bool = True) -> None:
+    """Raise ConfigError for a correction bias of the wrong shape and, if `values`, for one that is NaN, +inf or,
+    unless it `masks`, -inf. Looking at values makes the host wait for a GPU."""
+    if tuple(bias_E.shape) != (spec.num_experts,):
+        raise ConfigError("router.bias", tuple(bias_E.shape), "one value per expert", f"[{spec.num_experts}]")
+    if not values:
+        return
+    bad = ~bias_E.isfinite() & ~((bias_E == float("-inf")) & masks)
+    if bool(bad.any()):
+        expert = int(bad.nonzero()[0, 0])
+        rule = f"is the bias of expert {expert}, which every token or none would go to"
+        raise ConfigError("router.bias", float(bias_E[expert]), rule, "finite values")
 
 
 def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
     grouped = choice_TE.view(len(choice_TE), num_groups, -1)
-    group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+    # Of two groups with a single legal expert the better one is meant, not either: -inf would make them equal.
+    group_scores = grouped.topk(2, dim=-1).values.clamp_min(MASKED).sum(-1)
     kept = group_scores.topk(top_groups, dim=-1).indices
     mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)
     return grouped.masked_fill(~mask[..., None], float("-inf")).flatten(-2)
@@ -118,13 +147,13 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int, number: 
         return _recorded(spec, tokens, argument)
     order = stream.permutation(E)
     if kind == "balanced":
-        places = torch.arange(tokens * K).view(tokens, K) % E
+        places = torch.arange(tokens * K, device="cpu").view(tokens, K) % E
         places = places[stream.permutation(tokens)]
     elif kind == "limited":
-        order = torch.arange(E)  # runs of neighbours are the point here
+        order = torch.arange(E, device="cpu")  # runs of neighbours are the point here
         places = _draw_limited(E, K, tokens, argument, stream)
     elif kind == "single":
-        places = torch.zeros(tokens, K, dtype=torch.int64)
+        places = torch.zeros(tokens, K, dtype=torch.int64, device="cpu")
     else:
         places = _draw(E, K, tokens, kind, argument, stream)
     ids = order[places]
@@ -151,16 +180,16 @@ def check_skew_fits(skew: str, spec: MoESpec) -> None:
 
 def _draw(E: int, K: int, tokens: int, kind: str, argument: str, stream: Stream) -> Tensor:
     """K distinct places out of E for each token: the largest of log-odds + Gumbel noise (Gumbel top-k sampling)."""
-    log_odds = torch.zeros(E)
+    log_odds = torch.zeros(E, dtype=torch.float32, device="cpu")
     if kind == "zipf":
-        log_odds = -float(argument) * torch.arange(1, E + 1).float().log()
+        log_odds = -float(argument) * torch.arange(1, E + 1, dtype=torch.float32, device="cpu").log()
     elif kind == "hot":
         log_odds[: int(argument)] = 1e6
     chunks = [
         (log_odds + stream.gumbel(n, E)).topk(K, dim=-1).indices
         for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)
     ]
-    return torch.cat(chunks) if chunks else torch.empty(0, K, dtype=torch.int64)
+    return torch.cat(chunks) if chunks else torch.empty(0, K, dtype=torch.int64, device="cpu")
 
 
 def _draw_limited(E: int, K: int, tokens: int, argument: str, stream: Stream) -> Tensor:
@@ -172,7 +201,7 @@ def _draw_limited(E: int, K: int, tokens: int, argument: str, stream: Stream) ->
 
 def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
     try:
-        recorded = torch.load(path, weights_only=True)
+        recorded = torch.load(path, weights_only=True, map_location="cpu")
         ids, weights = recorded["ids"].to(torch.int64), recorded["weights"].float()
     except Exception as error:
         rule = f"is no torch file of tensors ids and weights ({type(error).__name__}: {error})"
@@ -185,5 +214,5 @@ def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
         raise ConfigError("workload.skew", path, f"holds expert {worst}", f"-1 to {spec.num_experts - 1}")
     if not bool(weights.isfinite().all()):
         raise ConfigError("workload.skew", path, "holds weights that are NaN or infinite", "finite weights")
-    repeated = torch.arange(tokens) % len(ids)
+    repeated = torch.arange(tokens, device="cpu") % len(ids)
     return Routing(ids[repeated].to(torch.int32), weights[repeated].masked_fill(ids[repeated] < 0, 0.0))

@@ -8,16 +8,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_dist.quantization import Activations
+from moe_dist.spec import QuantKind
 
 
 @dataclass(frozen=True)
 class TokenRows:
     """R token rows for one rank. `x` is [R, H] or quantized rows; `slots_RK` int32 local slots, -1 = not here;
-    `weights_RK` float32. A row may come with no slot at all (padding, or a token that is only gathered here)."""
+    `weights_RK` float32, whose value is of no account where the slot is -1. A row may come with no slot at all
+    (padding, or a token that is only gathered here): what `x` holds there is of no account either."""
 
     x: Activations
     slots_RK: Tensor
     weights_RK: Tensor
+
+
+def used_rows(kind: QuantKind, slots_RK: Tensor) -> Tensor | None:
+    """Which rows a dynamic per-tensor scale is made from, bool [R]: those that are computed here. None for formats
+    without such a scale."""
+    return (slots_RK >= 0).any(1) if kind == "fp8_tensor_dynamic" else None
 
 
 class Support(NamedTuple):

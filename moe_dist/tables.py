@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
 
 from moe_dist.errors import ConfigError
+from moe_dist.notices import notice
 from moe_dist.spec import MoESpec, Section
 
 SHIPPED = Path(__file__).parent / "tables_shipped"
@@ -85,10 +85,10 @@ class TuningTable(Section):
     machine: dict[str, Any]
     entries: dict[Annotated[int, Field(ge=1)], Entry] = Field(min_length=1)
 
-    def config_for(self, rows: int) -> dict[str, Any]:
-        """The config of the nearest number of rows by ratio, the smaller of two as near."""
+    def nearest(self, rows: int) -> int:
+        """The entry that serves so many rows: the nearest by ratio, the smaller of two as near."""
         wanted = log2(max(rows, 1))
-        return self.entries[min(self.entries, key=lambda bucket: (abs(log2(bucket) - wanted), bucket))].config
+        return min(self.entries, key=lambda bucket: (abs(log2(bucket) - wanted), bucket))
 
     def document(self) -> dict[str, Any]:
         """As a file holds it, entries in the order of their rows."""
@@ -174,17 +174,26 @@ def table_source(shape: Shape, revision: int) -> str | None:
 
 @cache
 def say_missing_once(shape: Shape) -> None:
-    """Say on standard error that there is no table of the backend's revision, and how to make one; once a process."""
+    """Tell the user that there is no table of the backend's revision, and how to make one; once a process."""
     old = ", ".join(str(path) for _, path in _files(shape))
     why = f"passed over, its configs are of another revision of {shape.backend}: {old}" if old else "not found"
     command = f"moe-dist tune --backend {shape.backend} --model MODEL --tp TP --ep EP"
-    print(f"moe-dist: tuning table {shape.file_name} {why}; defaults are used. To make it: {command}", file=sys.stderr)
+    notice(f"tuning table {shape.file_name} {why}; defaults are used. To make it: {command}")
 
 
-def tuned_config(shape: Shape, revision: int, rows: int) -> dict[str, Any] | None:
+class Choice(NamedTuple):
+    """A config and where it comes from: "tuned" for a table's entry of just so many rows, "nearest:M" for its entry of
+    M rows, the nearest."""
+
+    config: dict[str, Any]
+    source: str
+
+
+def tuned_config(shape: Shape, revision: int, rows: int) -> Choice | None:
     """The config found for this many rows; None, said once, where there is no table."""
     table = find_table(shape, revision)
     if table is None:
         say_missing_once(shape)
         return None
-    return table.config_for(rows)
+    bucket = table.nearest(rows)
+    return Choice(table.entries[bucket].config, "tuned" if bucket == rows else f"nearest:{bucket}")

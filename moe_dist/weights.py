@@ -11,9 +11,11 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.placement import Placement
-from moe_dist.quantization import FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.quantization import FP8, FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
 from moe_dist.streams import Stream
+from moe_dist.surroundings import unaffected
 
 
 @dataclass
@@ -38,6 +40,24 @@ class ExpertWeights:
     a13: Tensor | None = None
     a2: Tensor | None = None
     gate_first: bool = True
+
+    @staticmethod
+    def forms(spec: MoESpec, experts: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and dtype of every tensor that `experts` experts of `spec` with `width` columns have."""
+        H, F = spec.hidden, spec.w13_rows(width)
+        dtype = FP8 if spec.quantized else spec.torch_dtype
+        found = {"w13_eFH": ((experts, F, H), dtype), "w2_eHi": ((experts, H, width), dtype)}
+        scales: dict[str, tuple[int, ...]] = {}
+        if spec.quant == "fp8_block":
+            of_width, of_hidden = cdiv(width, BLOCK), cdiv(H, BLOCK)
+            scales = {"s13": (experts, spec.w13_rows(of_width), of_hidden), "s2": (experts, of_hidden, of_width)}
+        elif spec.quant == "fp8_channel":
+            scales = {"s13": (experts, F), "s2": (experts, H)}
+        elif spec.quantized:
+            scales = {"s13": (experts, spec.w13_rows(1)), "s2": (experts, 1)}
+        if spec.quant == "fp8_tensor_static":
+            scales |= {"a13": (), "a2": (experts,)}
+        return found | {name: (shape, torch.float32) for name, shape in scales.items()}
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +97,10 @@ class ExpertWeights:
         [up; gate], without a second copy. Whoever shares this object sees the new order in `gate_first`."""
         if not self.gated or gate_first == self.gate_first:
             return
+        with torch.inference_mode():  # weights that were made in it may be changed in it only
+            self._turn(gate_first)
+
+    def _turn(self, gate_first: bool) -> None:
         for tensor in (self.w13_eFH, self.s13):
             if tensor is None:
                 continue
@@ -84,15 +108,20 @@ class ExpertWeights:
                 expert.copy_(torch.cat(expert.chunk(2)[::-1]))
         self.gate_first = gate_first
 
-    def check_finite(self) -> None:
-        """Raise ConfigError if a scale (or an unquantized weight) is NaN, infinite or, for a scale, not positive."""
+    def check_finite(self, experts: Sequence[int] | None = None) -> None:
+        """Raise ConfigError if a weight or scale is NaN or infinite, a scale not positive, or a matrix of an expert all
+        zeros, which is how weights that were never written look. `experts`: their numbers in the layer, for the
+        message; slots without. One pass over all weights, expert by expert to need little memory."""
         for name, tensor in self.tensors().items():
-            scale = name[0] in "sa"
-            if tensor.dtype.itemsize == 1:
-                continue  # E4M3 codes have NaN too, but a checkpoint's codes are checked when they are read
-            if not bool(torch.isfinite(tensor).all()) or (scale and bool((tensor <= 0).any())):
-                rule = "scales must be finite and positive" if scale else "weights must be finite"
+            if name[0] in "sa" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+                rule = "scales must be finite and positive"
                 raise ConfigError(f"weights.{name}", "NaN, infinite or not positive", rule)
+        for slot in range(self.num_experts):
+            number = slot if experts is None else experts[slot]
+            halves = self.w13_eFH[slot].chunk(2 if self.gated else 1)
+            for name, matrix in [*(("w13_eFH", half) for half in halves), ("w2_eHi", self.w2_eHi[slot])]:
+                if matrix.numel():
+                    _check_matrix(f"weights.{name}", number, matrix)
 
     def dequantized(self, slot: int) -> tuple[Tensor, Tensor]:
         """One expert in float32: w13 [F, H] with [gate; up] rows whatever the stored order, w2 [H, i]."""
@@ -112,6 +141,20 @@ class ExpertWeights:
         return w13 * s13.repeat_interleave(i)[:F, None], w2 * s2
 
 
+def _check_matrix(field: str, expert: int, matrix: Tensor) -> None:
+    if matrix.dtype.itemsize == 1:  # E4M3 has two codes for NaN, 0x7F and 0xFF, two for zero, and none for infinity
+        largest = float((matrix.view(torch.uint8) & 0x7F).max())
+        finite = largest < 0x7F
+    else:
+        largest = float(matrix.abs().max())  # NaN if there is one
+        finite = largest < float("inf")
+    if not finite:
+        raise ConfigError(field, "NaN or infinite", f"weights must be finite, those of expert {expert} are not")
+    if largest == 0:
+        raise ConfigError(field, "all zeros", f"expert {expert} was not loaded")
+
+
+@unaffected
 def quantize_weights(w13_eFH: Tensor, w2_eHi: Tensor, spec: MoESpec) -> ExpertWeights:
     """Dense weights to the spec's format, without static activation scales. Gate and up get scales of their own."""
     if not spec.quantized:
@@ -136,6 +179,7 @@ def _quantize_over(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tenso
     return cast(values, scales), scales.flatten(1)
 
 
+@unaffected
 def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Columns [start, stop) of the intermediate size: rows of gate and of up, columns of w2, and their scales.
 
@@ -158,6 +202,7 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     return weights.with_tensors(**changes)
 
 
+@unaffected
 def stack(experts: Sequence[ExpertWeights]) -> ExpertWeights:
     """Concatenate along the expert dimension. Scalars (a13) must be the same everywhere and stay as they are."""
     first = experts[0]
@@ -181,6 +226,7 @@ def empty_like(weights: ExpertWeights) -> ExpertWeights:
     return weights.with_tensors(**{name: tensor[:0] for name, tensor in weights.tensors().items() if tensor.ndim})
 
 
+@unaffected
 def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeights:
     """What `rank` holds of a whole layer."""
     held = torch.tensor(placement.experts_of(rank), dtype=torch.int64, device=weights.device)
@@ -188,6 +234,7 @@ def shard(weights: ExpertWeights, placement: Placement, rank: int) -> ExpertWeig
     return slice_width(weights.with_tensors(**picked), *placement.slice_of(rank))
 
 
+@unaffected
 def shard_from(
     make_expert: Callable[[int], ExpertWeights], placement: Placement, rank: int, seen: Callable[[], None] | None = None
 ) -> ExpertWeights:
@@ -201,6 +248,7 @@ def shard_from(
     return stack(parts) if parts else empty_like(slice_width(make_expert(0), start, stop))
 
 
+@unaffected
 def random_expert(
     spec: MoESpec,
     expert: int,
@@ -226,10 +274,11 @@ def random_expert(
         return weights
     rows = Stream("calibration rows", seed, layer, expert, device=device).normal(64, H)
     amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
-    a13 = torch.tensor(5.5 / FP8_MAX, device=device)
+    a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 
 
+@unaffected
 def random_weights(
     spec: MoESpec, seed: int, device: torch.device | str = "cpu", experts: Iterable[int] | None = None
 ) -> ExpertWeights:

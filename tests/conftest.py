@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import profiles
 import pytest
 import torch
 from dist.pool import Pool
 
 torch.set_num_threads(1)  # small tensors on few, shared cores: more threads only wait for each other
+profiles.register()
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,14 @@ class Backend(ABC):
     """One rank's expert computation.
 
     `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal bits.
-    `table_revision`: raised when its configs mean something else; older tables are then passed over.
+    `table_revision`: raised when its configs mean something else; older tables are then passed over. `sums`: in which
+    of a plan's combine_dtypes it gives sums that were not rounded to a narrower one before.
     """
 
     capturable: ClassVar[bool]
     deterministic: ClassVar[bool]
     table_revision: ClassVar[int] = 0
+    sums: ClassVar[frozenset[str]] = frozenset({"bf16", "fp32"})
 
     def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
         self.spec, self.out_dtype, self.stages = spec, out_dtype, stages
@@ -92,6 +94,12 @@ class Backend(ABC):
     def use_config(self, config: dict[str, Any] | None) -> None:
         """Take this config for every forward from now on; None: the table's again, or the default."""
         return
+
+    def config_sources(self) -> tuple[str, ...]:
+        """Where the configs come from that it has run with, each once: "tuned" (a table's entry of just so many rows),
+        "nearest:M" (its entry of M rows), "default" (no table), "given" (by `use_config`). Empty for a backend without
+        a choice, and before it ran."""
+        return ()
 
     @abstractmethod
     def prepare(self, weights: ExpertWeights) -> None:

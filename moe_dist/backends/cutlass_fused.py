@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.backends.base import Problem
-from moe_dist.backends.own import OwnKernels, on_hopper
+from moe_dist.backends.own import OwnKernels, config_from, on_hopper
 from moe_dist.kernels.cutlass.library import build_state, ensure_built
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
@@ -49,7 +49,7 @@ class CutlassFused(OwnKernels["Config"]):
     def config_of(cls, values: dict[str, Any], spec: MoESpec) -> Config:
         from moe_dist.kernels.cutlass.fused_moe import Config
 
-        config = Config(**values)
+        config = config_from(Config, values)
         config.check()
         return config
 

@@ -61,7 +61,8 @@ def _watch(objects: list[Path], done: threading.Event) -> None:
     began = time.monotonic()
     while not done.wait(SAY_EVERY_S):
         ready = sum(path.exists() for path in objects)
-        say(f"one process compiles FlashInfer's SM90 module: {ready} of {len(objects)} objects, {_since(began)}")
+        far = f"{ready} of {len(objects)} objects, {_since(began)}"
+        say(f"one process compiles FlashInfer's SM90 module: {far}", progress=True)
 
 
 def _since(began: float) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import MISSING, fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from moe_dist.backends.base import Backend, Problem
+from moe_dist.errors import ConfigError
 from moe_dist.quantization import QuantizedRows
 from moe_dist.reference import Numerics
 from moe_dist.rows import Support, TokenRows
@@ -105,9 +107,15 @@ class OwnKernels(OwnSteps, Generic[C]):
         super().prepare(weights)
         self._forced: C | None = None
         self._chosen: dict[int, C] = {}
+        self._sources: dict[str, None] = {}  # a set in the order of their use
 
     def use_config(self, config: dict[str, Any] | None) -> None:
         self._forced = None if config is None else self.config_of(config, self.spec)
+        if self._forced is not None:
+            self._sources["given"] = None
+
+    def config_sources(self) -> tuple[str, ...]:
+        return tuple(self._sources)
 
     def step(self, rows: TokenRows) -> Step:
         """With the config in use, else the table's, else the default."""
@@ -116,10 +124,35 @@ class OwnKernels(OwnSteps, Generic[C]):
     def _choose(self, rows: TokenRows) -> C:
         weights, count = self._weights, rows.slots_RK.shape[0]
         shape = Shape.of(self.name, device_name(weights.device), self.spec, weights.width, weights.num_experts)
-        values = tuned_config(shape, self.table_revision, count)
-        if values is None:
+        found = tuned_config(shape, self.table_revision, count)
+        if found is None:
             payload = "fp8" if isinstance(rows.x, QuantizedRows) else "bf16"
             problem = Problem(self.spec, weights.width, weights.num_experts, "cuda", HOPPER, payload)
-            values = self.default_config(problem, count)
-        self._chosen[count] = config = self.config_of(values, self.spec)
+            config, source = self.config_of(self.default_config(problem, count), self.spec), "default"
+        else:
+            config, source = self._from_table(shape, found.config), found.source
+        self._chosen[count] = config
+        self._sources[source] = None
         return config
+
+    def _from_table(self, shape: Shape, values: dict[str, Any]) -> C:
+        try:
+            return self.config_of(values, self.spec)
+        except ConfigError as error:
+            raise ConfigError(f"{shape.file_name}: {error.field}", error.value, error.rule, error.legal) from None
+
+
+def config_from(kind: type[C], values: dict[str, Any]) -> C:
+    """The dataclass `kind` from JSON values. Raises ConfigError for names that it has not or lacks, and for values of
+    another type: kernels are compiled with whatever they are given."""
+    declared: Any = kind
+    types, known = get_type_hints(kind), {field.name: field for field in fields(declared)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"config.{name}", value, "unknown key", tuple(known))
+        if type(value) is not types[name]:
+            raise ConfigError(f"config.{name}", value, f"is {type(value).__name__}", types[name].__name__)
+    for name, field in known.items():
+        if name not in values and field.default is MISSING:
+            raise ConfigError(f"config.{name}", None, "missing", types[name].__name__)
+    return kind(**values)

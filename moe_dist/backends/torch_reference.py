@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.quantization import QuantizedRows, dequantize_rows, quantize_rows
-from moe_dist.rows import Support, TokenRows
+from moe_dist.rows import Support, TokenRows, used_rows
 from moe_dist.spec import MoESpec
 from moe_dist.stages import NO_STAGES, Stages
 from moe_dist.weights import ExpertWeights, activate
@@ -63,7 +63,8 @@ class TorchBackend(Backend):
                 return dequantize_rows(rows.x, weights.a13)
             if not self.spec.quantized:
                 return rows.x.float()
-            return dequantize_rows(quantize_rows(rows.x, self.spec.quant, weights.a13), weights.a13)
+            used_R = used_rows(self.spec.quant, rows.slots_RK)
+            return dequantize_rows(quantize_rows(rows.x, self.spec.quant, weights.a13, used_R), weights.a13)
 
     def _by_expert(self, rows: TokenRows) -> list[tuple[int, Tensor, Tensor]]:
         """(slot, row indices, weights) for each slot that has rows."""

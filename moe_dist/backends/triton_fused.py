@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from moe_dist.backends.base import Problem
-from moe_dist.backends.own import OwnKernels, on_hopper
+from moe_dist.backends.own import OwnKernels, config_from, on_hopper
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
@@ -74,7 +74,7 @@ class TritonFused(OwnKernels["Config"]):
     def config_of(cls, values: dict[str, Any], spec: MoESpec) -> Config:
         from moe_dist.kernels.triton.fused_moe import Config
 
-        config = Config(**values)
+        config = config_from(Config, values)
         config.check(spec.quant)
         return config
 

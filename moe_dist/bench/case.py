@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine, Plan, make_plan
 from moe_dist.routing import check_skew, check_skew_fits
@@ -23,6 +25,28 @@ class SourceSpec(Section):
     seed: int = 0
     checkpoint: str | None = None
     layer: int | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> SourceSpec:
+        """Half of a source would be random weights in silence."""
+        if self.checkpoint is None:
+            if self.layer is not None:
+                rule = "is a layer of a checkpoint, and none is given"
+                raise ConfigError("source.layer", self.layer, rule, "source.checkpoint beside it")
+            return self
+        folder(self.checkpoint)
+        if self.layer is None:
+            raise ConfigError("source.layer", None, "is needed beside source.checkpoint", "the number of an MoE layer")
+        if self.seed:
+            raise ConfigError("source.seed", self.seed, "a checkpoint's weights are not drawn", "no source.seed")
+        return self
+
+    @property
+    def label(self) -> str:
+        """In rows and tables, without a machine's paths."""
+        if self.checkpoint is None:
+            return f"random:{self.seed}"
+        return f"checkpoint:{model_name(Path(self.checkpoint))} layer {self.layer}"
 
 
 class Case(Section):

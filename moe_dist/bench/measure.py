@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +11,16 @@ from torch import Tensor
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
+from moe_dist.bench.rounds import Turn
+from moe_dist.bench.step import Kept, Step, make_step, sampled
+from moe_dist.bench.whole_experts import whole_error
 from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
 from moe_dist.comm import Comm
-from moe_dist.graph import StepGraph
 from moe_dist.layer import MoELayer, Router
+from moe_dist.notices import collecting
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, Plan
-from moe_dist.reference import Numerics, oracle_partial
+from moe_dist.plan import Machine, Plan, shared_placement
+from moe_dist.reference import Numerics, ScaledBy, oracle_partial
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import ParallelSpec, split_bounds
@@ -27,25 +28,32 @@ from moe_dist.stages import Stages
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_width
 
-STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
+Weights = tuple[ExpertWeights, ExpertWeights | None, Router | None]
+ALONE = Turn()
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's findings. `times_us`: one entry an iteration. `stages_us`: medians. Errors are the whole group's.
-    `max_memory`: bytes of a GPU, the weights and the most that making and running the step took beside them."""
+    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `stages_us`: medians. Errors
+    are the whole group's; `err_repeat` is what lies between the last output, after timing, and the first. `max_memory`:
+    bytes of a GPU, the weights and the most that making and running the step took beside them. `config`: see
+    Backend.config_sources. `notices`: what this rank had to say in this turn."""
 
-    times_us: list[float]
+    rounds_us: list[list[float]]
     stages_us: dict[str, float]
     bytes_sent: int
     rows: int
     active_experts: int
     err_oracle: float | None
     err_exact: float | None
+    err_whole: float | None
     max_memory: int | None
     payload: str
     combine_dtype: str
     splits: str | None
+    err_repeat: float | None = None
+    config: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,47 +73,100 @@ class Inputs:
         return self.x_TH[start:stop].contiguous(), self.routing.rows(start, stop)
 
 
-def measure(context: RankContext, case: Case) -> RankResult:
-    """Runs on every rank of the group; collective."""
-    comm = context.comm
-    plan = case.plan(Machine.detect(comm.device.type))
-    shard, shared, router = _weights(context, case, plan)
-    context.progress(f"{case.label}: inputs")
-    inputs = make_inputs(case, plan, comm, router)
-    before = _memory(comm.device)
-    layer = MoELayer(plan, shard, comm, shared=shared, stages=Stages(device=comm.device))
+def measure(context: RankContext, case: Case, turn: Turn = ALONE) -> RankResult:
+    """Runs on every rank of the group; collective. What comes back holds this turn of the case and those before it."""
+    with collecting(context.progress if context.runtime == "ray" else None) as said:  # torchrun's ranks are seen
+        kept, key = Kept.of(context, turn.batch), repr(case)
+        if turn.number == 0:
+            step = _first_turn(context, case, turn, kept, key)
+        else:
+            step = kept.step(context, key, lambda: _step(context, case, turn, _inputs(context, case, turn)))
+        _timed(context, case, turn, step, kept, key)
+        result: RankResult = kept.found[key]
+        if turn.last:
+            kept.drop(key)
+    return replace(result, notices=tuple(said))
 
-    x_TH, routing = inputs.mine()
-    bucket = max(stop - start for start, stop in inputs.bounds)
-    step, graph = _step(context, case, layer, x_TH, routing, bucket)
-    y_TH = step()
+
+def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: str) -> Step:
+    """Everything about a case but its times, once."""
+    comm = context.comm
+    plan, (shard, shared, _) = _planned(context, case, turn)
+    inputs = _inputs(context, case, turn)
+    before = _memory(comm.device)
+    step = _step(context, case, turn, inputs)
+    kept.keep(key, step)
+    y_TH = step.call()
+    kept.first[key] = sampled(y_TH)
     max_memory = None
     if before is not None:
         max_memory = torch.cuda.max_memory_allocated() - before + shard.nbytes() + (shared.nbytes() if shared else 0)
-    groups_TK = _serving_groups(layer, plan, inputs)
-    err_oracle = err_exact = None
+    groups_TK = _serving_groups(step.layer, plan, inputs)
+    err_oracle = err_exact = err_whole = None
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
-        err_oracle, err_exact = _errors(context, case, layer, inputs, shard, shared, groups_TK, y_TH)
-    context.progress(f"{case.label}: timing")
-    layer.exchange.static = plan.graph  # the bytes of a captured step are those of the same splits, sent eagerly
-    for _ in range(case.warmup if case.iters else 0):
-        step()
-    times = time_steps(comm, step, case.iters, queued=plan.graph)
+        errors = _errors(context, case, step.layer, inputs, shard, shared, groups_TK, y_TH)
+        err_oracle, err_exact, err_whole = errors
     here_TK = groups_TK == comm.rank // plan.placement.tp
-    return RankResult(
-        times_us=times,
-        stages_us=_staged(layer, x_TH, routing, bucket, case, graph),
-        bytes_sent=_sent(layer, x_TH, routing, bucket),
+    kept.found[key] = RankResult(
+        rounds_us=[],
+        stages_us=step.staged(case.iters),
+        bytes_sent=step.sent(),
         rows=int(here_TK.sum()),
         active_experts=int(inputs.routing.ids_TK[here_TK].unique().numel()),
         err_oracle=err_oracle,
         err_exact=err_exact,
+        err_whole=err_whole,
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
-        splits=layer.exchange.splits(bucket),
+        splits=step.layer.exchange.splits(step.bucket),
+        config=step.config_sources(),
     )
+    return step
+
+
+def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept, key: str) -> None:
+    """A round's iterations, and whether the last of them gave what the step gave first."""
+    iters = turn.iters(case.iters)
+    if not iters:
+        return
+    comm = context.comm
+    context.progress(f"{case.label}: timing" + (f", round {turn.number + 1} of {turn.of}" if turn.of > 1 else ""))
+    for _ in range(case.warmup if turn.number == 0 else min(case.warmup, 1)):
+        step.call()
+    last: list[Tensor] = []
+
+    def call() -> None:
+        last[:] = [step.call()]
+
+    times = time_steps(comm, call, iters, queued=step.graph is not None)
+    err_repeat = _group_error(comm, sampled(last[0]), kept.first[key])
+    found: RankResult = kept.found[key]
+    kept.found[key] = replace(
+        found,
+        rounds_us=[*found.rounds_us, times],
+        err_repeat=max(err_repeat, found.err_repeat or 0.0),
+        config=tuple(dict.fromkeys((*found.config, *step.config_sources()))),
+    )
+
+
+def _inputs(context: RankContext, case: Case, turn: Turn) -> Inputs:
+    plan, (_, _, router) = _planned(context, case, turn)
+    context.progress(f"{case.label}: inputs")
+    return make_inputs(case, plan, context.comm, router)
+
+
+def _step(context: RankContext, case: Case, turn: Turn, inputs: Inputs) -> Step:
+    plan, (shard, shared, _) = _planned(context, case, turn)
+    layer = MoELayer(plan, shard, context.comm, shared=shared, stages=Stages(device=context.device))
+    bucket = max(stop - start for start, stop in inputs.bounds)
+    return make_step(context, case, layer, shard, *inputs.mine(), bucket)
+
+
+def _planned(context: RankContext, case: Case, turn: Turn) -> tuple[Plan, Weights]:
+    plan = case.plan(Machine.detect(context.device.type))
+    return plan, _weights(context, case, plan, turn)
 
 
 def _memory(device: torch.device) -> int | None:
@@ -116,32 +177,21 @@ def _memory(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated()
 
 
-def _step(
-    context: RankContext, case: Case, layer: MoELayer, x: Tensor, routing: Routing, bucket: int
-) -> tuple[Callable[[], Tensor], StepGraph | None]:
-    """One step on fixed inputs: eager, or a graph's replay."""
-    context.progress(f"{case.label}: warming up")
-    if not layer.plan.graph:
-        layer.warm_up(x, routing, bucket)
-        return lambda: layer(x, routing, max_tokens_per_rank=bucket), None
-    context.progress(f"{case.label}: capturing")
-    graph = StepGraph(layer, bucket, x, routing)
-    return lambda: graph.replay()[: len(x)], graph
-
-
-def _weights(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, ExpertWeights | None, Router | None]:
-    """This rank's shard, made once for all cases of one placement; the previous placement's is dropped first."""
+def _weights(context: RankContext, case: Case, plan: Plan, turn: Turn) -> Weights:
+    """This rank's shard, made once for all cases of one placement in a batch; others' are dropped first."""
     key = f"{case.model!r} {case.source!r} {case.parallel!r}"
-    if context.memo.get("weights_key") != key:
-        context.memo.clear()
+    known: dict[str, Weights] = context.memo.setdefault("weights", {})
+    if turn.batch is None or context.memo.get("weights_of") != turn.batch:
+        for other in set(known) - {key}:
+            del known[other]
+        context.memo["weights_of"] = turn.batch
         gc.collect()
-        context.memo["weights"] = _load(context, case, plan)
-        context.memo["weights_key"] = key
-    weights: tuple[ExpertWeights, ExpertWeights | None, Router | None] = context.memo["weights"]
-    return weights
+    if key not in known:
+        known[key] = _load(context, case, plan)
+    return known[key]
 
 
-def _load(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, ExpertWeights | None, Router | None]:
+def _load(context: RankContext, case: Case, plan: Plan) -> Weights:
     comm, source, placement = context.comm, case.source, plan.placement
     total, done = len(placement.experts_of(comm.rank)), 0
 
@@ -165,19 +215,18 @@ def _load(context: RankContext, case: Case, plan: Plan) -> tuple[ExpertWeights, 
         router = Router(plan, stored.gate_EH, stored.bias_E)
         if slice_of_shared is not None:
             shared = load_shared_shard(source.checkpoint, source.layer, *slice_of_shared, comm.device)
-    shard.check_finite()
+    if source.checkpoint is None:  # a checkpoint's tensors were checked as they were read, by name
+        shard.check_finite(placement.experts_of(comm.rank))
+        if shared is not None:
+            shared.check_finite()
     return shard, shared, router
 
 
 def _shared_slice(plan: Plan, rank: int) -> tuple[int, int] | None:
     """Which columns of the shared expert `rank` holds."""
-    spec = plan.spec
-    if spec.shared_experts == "none":
+    if plan.spec.shared_experts == "none":
         return None
-    if spec.shared_experts == "replicated":
-        return 0, spec.shared_intermediate
-    grid = ParallelSpec(tp=plan.placement.world, allow_empty_shards=plan.parallel.allow_empty_shards)
-    return Placement.build(spec.shared_spec(), grid).slice_of(rank)
+    return shared_placement(plan.spec, plan.parallel).slice_of(rank)
 
 
 def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
@@ -209,26 +258,34 @@ def _errors(
     shared: ExpertWeights | None,
     groups_TK: Tensor,
     y_TH: Tensor,
-) -> tuple[float, float]:
-    """The group's relative L2 error against the oracle and against the exact layer. Each rank computes its own partial
-    in float32 and they are added up: the check holds at sizes where no device could hold the whole layer."""
+) -> tuple[float, float, float]:
+    """The group's relative L2 error against the oracle and against the exact layer, and what the exact layer differs
+    from whole experts by. Each rank computes its own partial in float32 and they are added up: the check holds at sizes
+    where no device could hold the whole layer."""
     plan = layer.plan
     sources = layer.exchange.quantized_together(inputs.bounds if inputs.sharded else inputs.bounds[:1])
     start, stop = inputs.bounds[inputs.rank]
 
-    def error(numerics: Numerics | None) -> float:
+    def expected(numerics: Numerics | None) -> Tensor:
         # One expectation serves all exchanges, backends and modes that must give the same: it takes longer than they.
-        sensitive = sources if plan.spec.quant == "fp8_tensor_dynamic" and numerics else None
+        dynamic = plan.spec.quant == "fp8_tensor_dynamic" and numerics is not None
+        sensitive = (sources, layer.exchange.scaled_by) if dynamic else None
         copies = plan.exchange if plan.placement.replicated else None
-        key = f"{case.workload!r} {numerics} {sensitive} {copies}"
+        same = f"{case.model!r} {case.source!r} {case.parallel!r} {case.workload!r}"
+        key = f"{same} {numerics} {sensitive} {copies}"
         kept: dict[str, Tensor] = context.memo.setdefault("expected", {})
         if key not in kept:
-            if any(not known.startswith(repr(case.workload)) for known in kept):
+            if any(not known.startswith(same) for known in kept):
                 kept.clear()  # another workload's: they are large
-            kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics)
-        return _group_error(layer.comm, y_TH, kept[key][start:stop])
+            scaled_by = layer.exchange.scaled_by
+            kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics, scaled_by)
+        return kept[key]
 
-    return error(layer.backend.numerics), error(None)
+    def error(numerics: Numerics | None) -> float:
+        return _group_error(layer.comm, y_TH, expected(numerics)[start:stop])
+
+    err_whole = whole_error(context, case, inputs.x_TH, inputs.routing, groups_TK, expected(None))
+    return error(layer.backend.numerics), error(None), err_whole
 
 
 def _expected(
@@ -240,16 +297,20 @@ def _expected(
     groups_TK: Tensor,
     sources: list[tuple[int, int]],
     numerics: Numerics | None,
+    scaled_by: ScaledBy,
 ) -> Tensor:
     spec, x, rank = plan.spec, inputs.x_TH, comm.rank
-    partial = oracle_partial(x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics)
+    partial = oracle_partial(
+        x, inputs.routing, shard, spec, plan.placement, rank, sources, groups_TK, numerics, scaled_by
+    )
     if shared is not None and (spec.shared_experts == "tp" or rank == 0):
         alone = Placement.build(spec.shared_spec(), ParallelSpec())
         everyone = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
         one = Routing(everyone, torch.ones_like(everyone, dtype=torch.float32))
         if spec.shared_experts == "replicated":  # each rank feeds it the tokens as they came, before any exchange
             sources = inputs.bounds if inputs.sharded else inputs.bounds[:1]
-        partial += oracle_partial(x, one, shared, spec.shared_spec(), alone, 0, sources, everyone.long(), numerics)
+        of_shared = spec.shared_spec()
+        partial += oracle_partial(x, one, shared, of_shared, alone, 0, sources, everyone.long(), numerics, "all")
     return comm.all_reduce(partial)
 
 
@@ -264,38 +325,13 @@ def _group_error(comm: Comm, measured: Tensor, expected: Tensor) -> float:
     return float((squares[0] / squares[1]) ** 0.5)
 
 
-def _sent(layer: MoELayer, x: Tensor, routing: Routing, bucket: int) -> int:
-    """The bytes that this rank sends in a step, counted in one more."""
-    before = layer.comm.bytes_sent
-    layer(x, routing, max_tokens_per_rank=bucket)
-    return layer.comm.bytes_sent - before
-
-
-def _staged(
-    layer: MoELayer, x: Tensor, routing: Routing, bucket: int, case: Case, graph: StepGraph | None
-) -> dict[str, float]:
-    """Median microseconds of each stage over a few further steps, run as the timed ones were."""
-    totals: list[dict[str, float]] = []
-    staged = graph.with_stages() if graph and case.iters else None
-    for _ in range(min(case.iters, STAGE_ITERS)):
-        if staged:
-            time_steps(layer.comm, staged.replay, 1, queued=True)
-            totals.append(staged.totals_us())
-            continue
-        layer.comm.barrier()
-        with layer.stages.switched_on():
-            layer(x, routing, max_tokens_per_rank=bucket)
-        totals.append(layer.stages.totals_us())
-    return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
-
-
 def merge(results: list[RankResult]) -> dict[str, Any]:
     """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank."""
-    iterations = [max(times) for times in zip(*(result.times_us for result in results), strict=True)]
+    rounds = zip(*(result.rounds_us for result in results), strict=True)
     slowest = max(results, key=lambda result: sum(result.stages_us.values()))
     first = results[0]
     return {
-        "times_us": iterations,
+        "rounds_us": [[max(times) for times in zip(*ranks, strict=True)] for ranks in rounds],
         "stages_us": slowest.stages_us,
         "bytes_sent": max(result.bytes_sent for result in results),
         "rows_per_rank": [result.rows for result in results],
@@ -303,8 +339,21 @@ def merge(results: list[RankResult]) -> dict[str, Any]:
         "active_per_rank": [result.active_experts for result in results],
         "err_oracle": first.err_oracle,
         "err_exact": first.err_exact,
+        "err_whole": first.err_whole,
         "max_memory": max((result.max_memory or 0) for result in results) or None,
         "payload_dtype": first.payload,
         "combine_dtype": first.combine_dtype,
         "splits": first.splits,
+        "err_repeat": first.err_repeat,
+        "config": ", ".join(dict.fromkeys(source for result in results for source in result.config)) or None,
+        "notices": said_by(results),
     }
+
+
+def said_by(results: list[RankResult]) -> dict[str, list[int]]:
+    """Each notice once, with the ranks that gave it."""
+    found: dict[str, list[int]] = {}
+    for rank, result in enumerate(results):
+        for text in result.notices:
+            found.setdefault(text, []).append(rank)
+    return found

@@ -11,6 +11,8 @@ from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.container import container_memory
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import Outcome, make_row
+from moe_dist.bench.rounds import schedule
+from moe_dist.bench.source import check_models
 from moe_dist.checkpoint import check_layer
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
@@ -27,9 +29,10 @@ def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case
             planned.append((case, case.plan(machine)))
         except (UnsupportedError, ConfigError) as error:
             refused.append({"case": case.label, "reason": str(error)})
-    for case in {case.source.checkpoint: case for case, _ in planned}.values():
+    for case in {(case.source, case.model): case for case, _ in planned}.values():
         if case.source.checkpoint is not None and case.source.layer is not None:
-            check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none")
+            stored = check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none").spec
+            check_models([case.model], case.source, stored)
     if planned:
         _check_memory([plan for _, plan in planned], machine)
     return planned, refused
@@ -71,17 +74,33 @@ def run_cases(
     timeout_s: float,
     outcome: Outcome,
     shown: Shown,
-    row_done: Callable[[], None],
+    said: Shown,
+    turn_done: Callable[[], None],
 ) -> None:
-    """Measure in order into `outcome`; consecutive cases of one world size share a group. A rank's failure ends it."""
+    """Measure into `outcome`, whose rows hold what is known of each case after each of its turns; consecutive cases of
+    one world size share a group. `said` gets what ranks have to tell the user. A rank's failure ends it."""
     for world, share in groupby(planned, key=lambda pair: pair[1].placement.world):
         shown(f"starting {world} ranks")
+        cases = list(share)
+        rows: dict[int, int] = {}  # where a case's row stands
         with closing(start_group(world)) as group:
             outcome.places[world] = list(group.describe())
-            for case, plan in share:
-                results = group.run(measure, case, timeout_s=timeout_s, shown=shown)
-                outcome.rows.append(make_row(case, plan, merge(results), group.runtime))
-                row_done()
+            for index, turn in schedule(cases, _memory(cases[0][1].machine)):
+                case, plan = cases[index]
+                merged = merge(group.run(measure, case, turn, timeout_s=timeout_s, shown=shown))
+                row = make_row(case, plan, merged, group.runtime)
+                if index in rows:
+                    outcome.rows[rows[index]] = row
+                else:
+                    rows[index] = len(outcome.rows)
+                    outcome.rows.append(row)
+                for line in outcome.add_notices(merged["notices"]):
+                    said(line)
+                turn_done()
+
+
+def _memory(machine: Machine) -> int:
+    return (machine.memory or 0) if machine.device == "cuda" else _available_memory()
 
 
 def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], Group]:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from math import hypot
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from moe_dist.bench.results import Row
+from moe_dist.bench.results import WHOLE_TOLERANCE, Row
 from moe_dist.bench.tune import Found, Tuned, config_text
 
-TIE = 1.05  # closer than this is called a tie: single runs differ by as much
+SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
+# Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
+# of the 16 rows that benchmarks/2026-11-22-h200x2-backends.json and 2026-11-23-h200x2.json have in common.
+ANOTHER_START = 0.02
 COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 
 
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
-    keys = ("model", "quant", "activation", "shared_experts", "world", "token_layout", "global_tokens", "skew", "seed")
+    keys = (
+        "model",
+        "source",
+        "quant",
+        "activation",
+        "shared_experts",
+        "world",
+        "token_layout",
+        "global_tokens",
+        "skew",
+        "seed",
+    )
     return tuple(row[key] for key in keys)
 
 
@@ -44,12 +59,14 @@ def _table(rows: list[Row]) -> Table:
     )
     if first["shared_experts"] != "none":
         title += f" · shared expert {first['shared_experts']}"
+    if first["source"].startswith("checkpoint:"):
+        title += f" · {first['source']}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     converts = any(row["stages_us"].get("convert") for row in rows)
     floors = any(row["floor_us"] is not None for row in rows)
     for name in ("placement", "exchange", "backend", "mode", "payload"):
         table.add_column(name)
-    numbers = ["p50 µs", "p99 µs", "dispatch", *["convert"] * converts, "compute", "combine"]
+    numbers = ["p50 µs", "±", "p99 µs", "dispatch", *["convert"] * converts, "compute", "combine"]
     for name in [*numbers, *["floor", "×floor"] * floors, "rows max/mean", "sent/rank", "err oracle", "err exact"]:
         table.add_column(name, justify="right")
     table.add_column("ok")
@@ -62,7 +79,7 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
     stages = row["stages_us"]
     mode = "graph" if row["graph"] else "eager"
     cells = [row["placement"], row["exchange"], row["backend"], mode, row["payload_dtype"]]
-    cells += [_number(row["p50_us"]), _number(row["p99_us"]), _number(stages.get("dispatch"))]
+    cells += [_number(row["p50_us"]), _scatter(row), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert") or None))
     cells += [_number(sum(stages[name] for name in COMPUTE) if stages else None), _number(stages.get("combine"))]
@@ -71,11 +88,21 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str]:
         cells += [_number(floor), f"{row['p50_us'] / floor:.2f}" if floor and row["p50_us"] else "-"]
     cells += [f"{row['imbalance']:.2f}", size(row["bytes_sent"])]
     cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
-    return [*cells, {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]]
+    return [*cells, _verdict(row)]
+
+
+def _verdict(row: Row) -> str:
+    if row["ok"] is False and row["err_whole"] is not None and not row["err_whole"] <= WHOLE_TOLERANCE:
+        return "[bold red]NO, other weights than its source's[/]"
+    return {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "unchecked"}[row["ok"]]
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _scatter(row: Row) -> str:
+    return "-" if row["scatter_us"] is None else f"{row['scatter_us'] / row['p50_us']:.1%}"
 
 
 def _error(row: Row, key: str) -> str:
@@ -154,9 +181,18 @@ def _sentence(rows: list[Row]) -> str | None:
     winner, *others = best.values()
     where = f"{winner['model']}, {winner['world']} ranks, {winner['global_tokens']} {winner['token_layout']} tokens"
     rivals = [f"{_who(row)} {row['p50_us'] / winner['p50_us']:.2f}x" for row in others]
-    tied = others[0]["p50_us"] / winner["p50_us"] < TIE
-    said = "no clear winner, ahead by a hair" if tied else "fastest"
+    said = "no clear winner, within scatter:" if tied(winner, others[0]) else "fastest"
     return f"{where}, {winner['skew']}: {said} {_who(winner)} ({winner['p50_us']:,.0f} µs); " + ", ".join(rivals)
+
+
+def tied(first: Row, second: Row) -> bool:
+    """Whether two medians differ by no more than scatter explains: that of both rows' rounds, and that of another start
+    of the ranks. Of a row with too few rounds nothing is known, so nothing is claimed."""
+    scatters = first["scatter_us"], second["scatter_us"]
+    if None in scatters:
+        return True
+    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(first["p50_us"], second["p50_us"]))
+    return bool(abs(second["p50_us"] - first["p50_us"]) <= explained)
 
 
 def _who(row: Row) -> str:
@@ -172,7 +208,7 @@ def last_line(rows: list[Row]) -> str:
         if len(rivals) < 2:
             continue
         first, second = sorted(rivals.values(), key=_speed)[:2]
-        name = "a tie" if _speed(second) / _speed(first) < TIE else family(first)
+        name = "a tie" if tied(first, second) else family(first)
         place = f"{first['world']} ranks × {first['global_tokens']} {first['token_layout']} {first['skew']}"
         wins.setdefault(name, []).append(place)
     if not wins:

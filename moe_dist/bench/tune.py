@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
-from moe_dist.bench.results import FEW_PAIRS, FEW_PAIRS_MARGIN, provenance
+from moe_dist.bench.results import margin, provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.comm import Comm
 from moe_dist.errors import ResourceError, UnsupportedError
@@ -25,7 +25,7 @@ from moe_dist.graph import capture
 from moe_dist.kernels import quantize_rows
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Part, Plan
-from moe_dist.reference import oracle_partial, relative_error
+from moe_dist.reference import ScaledBy, oracle_partial, relative_error
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.rows import TokenRows
 from moe_dist.streams import Stream
@@ -167,14 +167,16 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
     numerics = backend.numerics
     token_rows = tuple(TokenRows(x, slots, routing.weights_TK) for routing, slots in drawn)
     if seed == 0:
-        expected_RH = oracle_partial(x_RH, first, shard, spec, placement, rank, [(0, rows)], groups_RK, numerics)
+        scaled_by: ScaledBy = "all" if plan.payload == "fp8" else "computed"
+        whole = [(0, rows)]
+        expected_RH = oracle_partial(x_RH, first, shard, spec, placement, rank, whole, groups_RK, numerics, scaled_by)
     else:
         backend.use_config(backend.default_config(part.problem, rows))
         expected_RH = backend.forward(token_rows[0]).float()
     return Sample(
         rows=token_rows,
         expected_RH=expected_RH,
-        tolerance=numerics.tolerance * (FEW_PAIRS_MARGIN if (slots_RK >= 0).sum() < FEW_PAIRS else 1.0),
+        tolerance=numerics.tolerance * margin(int((slots_RK >= 0).sum())),
         floor_us=_floor(part, [slots for _, slots in drawn]),
     )
 
@@ -297,7 +299,6 @@ def _distance(backend: Backend, sample: Sample) -> float:
 def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
     """Microseconds of one forward with the config in use: the median over `iters` steps of all the sample's forwards,
     as one CUDA graph where that can be captured."""
-    device = sample.expected_RH.device
 
     def forwards() -> None:
         for rows in sample.rows:
@@ -307,12 +308,25 @@ def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
         backend.tune(sample.rows[0])
         forwards()
 
-    step: Callable[[], object] = forwards
-    captured = device.type == "cuda" and backend.capturable
+    return calls_us(forwards, warm_up, len(sample.rows), sample.expected_RH.device, iters, backend.capturable)
+
+
+def calls_us(
+    calls: Callable[[], None],
+    warm_up: Callable[[], None],
+    count: int,
+    device: torch.device,
+    iters: int,
+    capturable: bool = True,
+) -> float:
+    """Microseconds of one of the `count` calls that `calls` makes: the median over `iters` steps of all of them, as one
+    CUDA graph where that can be captured. The one clock for whole forwards and for parts of them."""
+    step: Callable[[], object] = calls
+    captured = device.type == "cuda" and capturable
     if captured:
-        graph, _ = capture(forwards, warm_up)
+        graph, _ = capture(calls, warm_up)
         step = graph.replay
     else:
         warm_up()
     step()
-    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / len(sample.rows)
+    return median(time_steps(Comm.single(device), step, iters, queued=captured)) / count

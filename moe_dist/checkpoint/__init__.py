@@ -1,9 +1,9 @@
 """Hugging Face checkpoints: config.json to a spec, and reads of just the slices that a rank holds."""
 
 from moe_dist.checkpoint.config import ModelConfig, read_config, spec_from_config
+from moe_dist.checkpoint.layout import check_layer, layer_spec
 from moe_dist.checkpoint.load import (
     RouterWeights,
-    check_layer,
     load_router,
     load_shard,
     load_shared_shard,
@@ -16,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "RouterWeights",
     "check_layer",
+    "layer_spec",
     "load_router",
     "load_shard",
     "load_shared_shard",

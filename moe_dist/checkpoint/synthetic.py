@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_dist.checkpoint.config import CONFIG_FILE, read_json
+from moe_dist.checkpoint.folder import CONFIG_LIMIT, read_json
+from moe_dist.checkpoint.quantization import CONFIG_FILE
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.spec import BLOCK, MoESpec
@@ -88,7 +89,7 @@ def _made_already(directory: Path, parameters: dict[str, Any]) -> bool:
         return False
     rule = "is there already and is no synthetic checkpoint; name another directory"
     try:
-        found = read_json(directory / CONFIG_FILE).get(MARK)
+        found = read_json(directory, CONFIG_FILE, CONFIG_LIMIT).get(MARK)
     except CheckpointError:
         found = None
     if isinstance(found, dict):
@@ -197,7 +198,8 @@ def _router(mlp: str, spec: MoESpec, stream: Stream, biased: bool) -> Iterator[t
     """Gate rows of log-spaced norms, dealt to the experts at random: a longer row's logit varies more and is in the
     top k more often. bf16, as stored by both families; the correction bias is float32."""
     E, H = spec.num_experts, spec.hidden
-    norms = torch.logspace(0, 1, E, ROUTER_NORMS[1] / ROUTER_NORMS[0]) * ROUTER_NORMS[0]
+    ratio = ROUTER_NORMS[1] / ROUTER_NORMS[0]
+    norms = torch.logspace(0, 1, E, ratio, dtype=torch.float32, device="cpu") * ROUTER_NORMS[0]
     dealt = norms[stream.permutation(E)]
     gate = stream.normal(E, H) * dealt[:, None] / H**0.5
     yield f"{mlp}.gate.weight", gate.to(torch.bfloat16)

@@ -32,7 +32,7 @@ class AllGatherReduceScatter(Exchange):
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bucket = self.check_bucket(routing.tokens, bucket)
-        x = self.to_payload(x)
+        x = self.to_payload(x, routing)
         with self.stages("dispatch"):
             x_all, all_routing = gather_tokens(self.comm, x, routing, bucket)
             slots_RK = slots_on(self.placement, self.comm.rank, all_routing.ids_TK, sharded=bucket)

@@ -88,7 +88,7 @@ class AllToAll(Exchange):
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bucket = self.check_bucket(routing.tokens, bucket)
-        x = self.to_payload(x)
+        x = self.to_payload(x, routing)
         with self.stages("dispatch"):
             parts = parts_of(x)
             if bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts):
@@ -178,12 +178,11 @@ def _row_bytes(spec: MoESpec, payload: str, combine_itemsize: int) -> int:
 def expected_targets(spec: MoESpec, placement: Placement) -> float:
     """How many other ranks a token goes to in the mean if the router's scores are random, under the model's own rule of
     top-k and groups. Drawn from a fixed seed, so that every rank finds the same."""
-    with torch.device("cpu"):
-        scores_TE = Stream("expected targets").uniform(DRAWN, spec.num_experts)
-        routing = route(scores_TE, spec, torch.zeros(spec.num_experts) if spec.correction_bias else None)
-        rows = torch.arange(DRAWN)
-        source = rows % placement.world
-        groups_TK = placement.serving_groups(routing.ids_TK, rows, source)
-        reached_TG = (groups_TK[..., None] == torch.arange(placement.ep)).any(1)
+    scores_TE = Stream("expected targets").uniform(DRAWN, spec.num_experts)
+    routing = route(scores_TE, spec, torch.zeros_like(scores_TE[0]) if spec.correction_bias else None)
+    rows = torch.arange(DRAWN, device="cpu")
+    source = rows % placement.world
+    groups_TK = placement.serving_groups(routing.ids_TK, rows, source)
+    reached_TG = (groups_TK[..., None] == torch.arange(placement.ep, device="cpu")).any(1)
     targets = placement.tp * int(reached_TG.sum()) - int(reached_TG[rows, source // placement.tp].sum())
     return targets / DRAWN

@@ -14,6 +14,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations, QuantizedRows, scale_columns
+from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
 from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
@@ -83,20 +84,31 @@ class Exchange(ABC):
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """(row on its source, source rank or None) of every global token, where `bounds[r]` is rank r's run of them:
         what decides which copy of an expert serves it. The oracle asks."""
-        rows = torch.cat([torch.arange(stop - start) for start, stop in bounds])
-        sources = torch.cat([torch.full((stop - start,), rank) for rank, (start, stop) in enumerate(bounds)])
+        counts = torch.tensor([stop - start for start, stop in bounds], dtype=torch.int64, device="cpu")
+        sources = torch.arange(len(bounds), device="cpu").repeat_interleave(counts)
+        rows = torch.cat([torch.arange(stop - start, device="cpu") for start, stop in bounds])
         return rows, sources
 
     def quantized_together(self, bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """The runs of global tokens that share a dynamic per-tensor scale. The oracle asks."""
         return list(bounds) if self.payload == "fp8" else [(bounds[0][0], bounds[-1][1])]
 
-    def to_payload(self, x: Activations) -> Activations:
+    @property
+    def scaled_by(self) -> ScaledBy:
+        """Which rows a dynamic per-tensor scale is made from. The oracle asks."""
+        if self.payload != "fp8":
+            return "computed"
+        return "all" if self.spec.shared_experts == "tp" else "routed"
+
+    def to_payload(self, x: Activations, routing: Routing) -> Activations:
         """Quantize at the source if the payload is FP8 and that has not been done."""
         if self.payload != "fp8" or isinstance(x, QuantizedRows):
             return x
         with self.stages("quantize"):
-            return quantize_rows(x, self.spec.quant, self.static_scale)
+            used_T = None
+            if self.spec.quant == "fp8_tensor_dynamic" and self.scaled_by == "routed":
+                used_T = routing.legal(self.spec.num_experts).any(1)
+            return quantize_rows(x, self.spec.quant, self.static_scale, used_T)
 
     def check_bucket(self, tokens: int, bucket: int | None) -> int:
         """The bucket to pad to. Raises ConfigError where tokens would not fit: none is ever dropped."""

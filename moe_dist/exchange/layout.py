@@ -22,6 +22,7 @@ class _Converted:
     def __init__(self, inner: Exchange) -> None:
         self.inner = inner
         self.comm, self.stages = inner.comm, inner.stages
+        self.scaled_by = inner.scaled_by
 
     @property
     def static(self) -> bool:
@@ -39,7 +40,7 @@ class ShardedToReplicated(_Converted):
 
     def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
         bucket = self.inner.check_bucket(routing.tokens, bucket)
-        x = self.inner.to_payload(x)
+        x = self.inner.to_payload(x, routing)
         with self.stages("convert"):
             x, everyone = gather_tokens(self.comm, x, routing, bucket)
         rows, handle = self.inner.dispatch(x, everyone, bucket)

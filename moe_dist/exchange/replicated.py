@@ -38,7 +38,7 @@ class AllReduce(Exchange):
             return self.comm.all_reduce(y_RH)
 
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-        return torch.arange(bounds[-1][1]), None
+        return torch.arange(bounds[-1][1], device="cpu"), None
 
 
 class Local(AllReduce):

@@ -62,7 +62,7 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: in
         return Traffic(*(rows.new_empty(ranks * bucket, *rows.shape[1:]) for ranks in (world - 1, world)))
     send, receive = _traffic(rows[token_WB.clamp_min(0)], rank)
     if counts_W is not None:
-        real = (torch.arange(bucket)[None] < _of_others(counts_W, rank)[:, None]).flatten()
+        real = (torch.arange(bucket, device="cpu")[None] < _of_others(counts_W, rank)[:, None]).flatten()
         send = torch.cat([send[real], send[~real]])
     return Traffic(send, receive)
 
@@ -76,7 +76,7 @@ def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tenso
         return kernel(pairs_WPM, rows, rank)
     top_k = pairs_WPM.shape[2] // 2
     pairs_WPM = torch.cat([pairs_WPM[rank, None], _of_others(pairs_WPM, rank)])
-    kept_WB = torch.arange(pairs_WPM.shape[1] - 1)[None] < pairs_WPM[:, -1, :1]
+    kept_WB = torch.arange(pairs_WPM.shape[1] - 1, device="cpu")[None] < pairs_WPM[:, -1, :1]
     slots_RK, weights_RK = pairs_WPM[:, :-1][kept_WB].split(top_k, 1)
     return slots_RK.contiguous(), weights_RK.contiguous().view(torch.float32)
 
@@ -92,7 +92,7 @@ def sum_rows(
         from moe_dist.kernels.triton.rows import sum_rows as kernel
 
         return kernel(back_SH, own_RH, order_TW, counts_W, bucket, rank)
-    y_TH = torch.zeros(order_TW.shape[0], back_SH.shape[1], dtype=torch.float32)
+    y_TH = torch.zeros(order_TW.shape[0], back_SH.shape[1], dtype=torch.float32, device="cpu")
     start = 0
     for w, order_T in enumerate(order_TW.unbind(1)):
         token = (order_T >= 0).nonzero()[:, 0]
@@ -112,13 +112,15 @@ def _of_others(by_rank: Tensor, rank: int) -> Tensor:
     return torch.cat([by_rank[:rank], by_rank[rank + 1 :]])
 
 
-def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
-    """See quantization.quantize_rows; one launch on a GPU (two for fp8_tensor_dynamic)."""
+def quantize_rows(
+    x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None, used_R: Tensor | None = None
+) -> QuantizedRows:
+    """See quantization.quantize_rows; one launch on a GPU (a few more for fp8_tensor_dynamic)."""
     if x_RH.is_cuda and x_RH.numel():
         from moe_dist.kernels.triton.quantize import quantize_rows as kernel
 
-        return kernel(x_RH, kind, static_scale)
-    return quantize_rows_torch(x_RH, kind, static_scale)
+        return kernel(x_RH, kind, static_scale, used_R)
+    return quantize_rows_torch(x_RH, kind, static_scale, used_R)
 
 
 def slots_on(placement: Placement, rank: int, ids_RK: Tensor, sharded: int | None = None) -> Tensor:
@@ -192,15 +194,15 @@ def _send_lists_torch(
     """order_TW, token_WB, slots_WBK, weights_WBK, counts_W."""
     tokens, top_k = routing.ids_TK.shape
     world = placement.world
-    row_T = torch.arange(tokens)
+    row_T = torch.arange(tokens, device="cpu")
     groups_TK = placement.serving_groups(routing.ids_TK, row_T, torch.full_like(row_T, rank))
     slots_TK = placement.slots_served(routing.ids_TK, groups_TK)
-    here_WTK = groups_TK[None] == (torch.arange(world) // placement.tp)[:, None, None]
+    here_WTK = groups_TK[None] == (torch.arange(world, device="cpu") // placement.tp)[:, None, None]
     wanted_WT = here_WTK.any(-1)
     order_WT = (wanted_WT.cumsum(1) - 1).masked_fill(~wanted_WT, -1)
-    token_WB = torch.full((world, bucket), -1, dtype=torch.int32)
-    slots_WBK = torch.full((world, bucket, top_k), -1, dtype=torch.int32)
-    weights_WBK = torch.zeros(world, bucket, top_k)
+    token_WB = torch.full((world, bucket), -1, dtype=torch.int32, device="cpu")
+    slots_WBK = torch.full((world, bucket, top_k), -1, dtype=torch.int32, device="cpu")
+    weights_WBK = torch.zeros(world, bucket, top_k, dtype=torch.float32, device="cpu")
     target, token = wanted_WT.nonzero(as_tuple=True)
     place = (target, order_WT[target, token])
     token_WB[place] = token.to(torch.int32)

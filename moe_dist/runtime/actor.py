@@ -69,6 +69,7 @@ class RankActor:
         if self.context is None:
             raise RankFailure(self.rank, "run", -1, "this rank has not joined a group")
         self._enter_thread()
+        self.context.comm.take_over()  # Ray runs methods on either of the two threads; only one works at a time
         self.context.progress(getattr(function, "__name__", "run"))
         try:
             with torch.inference_mode():

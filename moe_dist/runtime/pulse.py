@@ -11,8 +11,8 @@ import struct
 import time
 from dataclasses import dataclass
 
-_LAYOUT = struct.Struct("<qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
-_BEAT_AT, _STATUS_AT = 8, 16
+_LAYOUT = struct.Struct("=qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
+_TIMES, _OP, _STATUS = slice(8, 24), slice(24, 56), slice(56, 216)
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,24 @@ class Pulse:
         self.fd = os.memfd_create("moe-dist-pulse") if hasattr(os, "memfd_create") else -1
         if self.fd >= 0:
             os.ftruncate(self.fd, _LAYOUT.size)
-        self._memory = mmap.mmap(self.fd, _LAYOUT.size)  # -1: memory of this process alone
-        now = time.monotonic()
-        _LAYOUT.pack_into(self._memory, 0, 0, now, now, b"", b"starting")
+        memory = memoryview(mmap.mmap(self.fd, _LAYOUT.size))  # -1: memory of this process alone
+        # Words and texts are stored whole: struct.pack_into would write zeros first, which others may read.
+        self._sequence, self._times = memory[: _TIMES.start].cast("q"), memory[_TIMES].cast("d")
+        self._op, self._status = memory[_OP], memory[_STATUS]
+        self.beat()
+        self.status("starting")
 
     def note(self, op: str, sequence: int) -> None:
         """As Comm.noted: called at both ends of each collective, so it takes no more than a microsecond or two."""
-        struct.pack_into("<q", self._memory, 0, sequence)
-        struct.pack_into("<32s", self._memory, 24, op.encode())
+        self._sequence[0] = sequence
+        self._op[:] = _padded(op, 32)
 
     def status(self, text: str) -> None:
-        struct.pack_into("<d", self._memory, _STATUS_AT, time.monotonic())
-        struct.pack_into("<160s", self._memory, 56, text.encode(errors="replace")[:160])
+        self._times[1] = time.monotonic()
+        self._status[:] = _padded(text, 160)
 
     def beat(self) -> None:
-        struct.pack_into("<d", self._memory, _BEAT_AT, time.monotonic())
+        self._times[0] = time.monotonic()
 
 
 class Peer:
@@ -65,7 +68,7 @@ class Peer:
         self._pidfd = os.pidfd_open(pid)
 
     def sight(self, finished: bool = False) -> Sight:
-        sequence, beat, since, op, status = _LAYOUT.unpack_from(self._memory)
+        sequence, beat, since, op, status = _LAYOUT.unpack(self._memory[:])
         now = time.monotonic()  # one clock for all processes of a machine
         doing, running = (text.rstrip(b"\0").decode(errors="replace") for text in (status, op))
         state, ended = _state(self.pid), self.ended()
@@ -86,6 +89,10 @@ class Peer:
     def close(self) -> None:
         self._memory.close()
         os.close(self._pidfd)
+
+
+def _padded(text: str, size: int) -> bytes:
+    return text.encode(errors="replace")[:size].ljust(size, b"\0")
 
 
 def describe_end(code: int) -> str:

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from dist.pool import group_of
 from torch import Tensor
 
-from moe_dist.backends import BACKENDS, Problem
+from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.exchange import EXCHANGES
 from moe_dist.layer import MoELayer, Router
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.reference import Numerics, oracle_layer
+from moe_dist.reference import Numerics, ScaledBy, oracle_layer
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.weights import ExpertWeights, random_expert, shard, slice_width, stack
@@ -97,7 +97,9 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
     layer = MoELayer(plan, own, comm, router=router, shared=_shared_part(case, comm.rank))
     start, stop = (0, len(x)) if plan.token_layout == "replicated" else case.inputs.bounds[comm.rank]
     given = None if router else routing.rows(start, stop)
-    y = layer(x[start:stop].clone(), given, max_tokens_per_rank=case.bucket)
+    wide = x.new_zeros(len(x), spec.hidden + 4)  # columns of it are not contiguous
+    wide[:, 1:-3] = x
+    y = layer(wide[start:stop, 1:-3], given, max_tokens_per_rank=case.bucket)
     if y.shape != (stop - start, spec.hidden) or y.dtype != spec.torch_dtype:
         raise AssertionError(f"{case.name}: the output is {y.dtype} {tuple(y.shape)}")
     return y, layer, x, routing
@@ -115,8 +117,11 @@ def _run(comm: Comm, case: Case) -> Outcome:
     numerics = layer.backend.numerics
     problem = (spec, case.inputs, case.up_scale, case.routed_by_layer)
     key = (*problem, plan.parallel)
-    key += (tuple(groups.flatten().tolist()), tuple(together), tuple(bounds), numerics)
-    expected = _shared_by_all(comm, key, lambda: _expected(case, x, routing, groups, together, bounds, numerics))
+    scaled_by = layer.exchange.scaled_by
+    key += (tuple(groups.flatten().tolist()), tuple(together), tuple(bounds), numerics, scaled_by)
+    expected = _shared_by_all(
+        comm, key, lambda: _expected(case, x, routing, groups, together, bounds, numerics, scaled_by)
+    )
     exact = _shared_by_all(comm, problem, lambda: _exact(case, x, routing))
 
     start, stop = (0, len(x)) if replicated else case.inputs.bounds[comm.rank]
@@ -139,12 +144,13 @@ def _expected(
     together: list[tuple[int, int]],
     bounds: list[tuple[int, int]],
     numerics: Numerics | None,
+    scaled_by: ScaledBy,
 ) -> Tensor:
     """The oracle, quantizing where the plan quantizes."""
     spec, placement = case.plan.spec, case.plan.placement
     weights = _weights(spec, case.inputs.seed, case.up_scale)
     shards = [shard(weights, placement, rank) for rank in range(placement.world)]
-    y = oracle_layer(x, routing, shards, spec, placement, together, groups, numerics)
+    y = oracle_layer(x, routing, shards, spec, placement, together, groups, numerics, scaled_by)
     if spec.shared_experts == "none":
         return y
     shared, every = spec.shared_spec(), _every_token(len(x))
@@ -224,7 +230,8 @@ def inputs_of(hidden: int, num_experts: int, top_k: int, inputs: Inputs) -> tupl
     sizes = MoESpec(hidden=hidden, intermediate=16, num_experts=num_experts, top_k=top_k)
     routing = synthetic_routing(sizes, tokens, inputs.skew, inputs.seed)
     hole = torch.rand(routing.ids_TK.shape, generator=generator) < inputs.holes
-    return x, Routing(routing.ids_TK.masked_fill(hole, -1), routing.weights_TK.masked_fill(hole, 0.0))
+    x[hole.all(1)] *= 50  # what a row without any expert holds must not decide how others are rounded
+    return x, Routing(routing.ids_TK.masked_fill(hole, -1), routing.weights_TK.masked_fill(hole, float("nan")))
 
 
 _known: dict[int, dict[Any, Tensor]] = {}
@@ -253,6 +260,15 @@ def planned(
     )  # fmt: skip
 
 
+# What runs on a CPU is tested here; what the others refuse in test_refused.py, what they compute in tests/gpu.
+HERE = tuple(name for name in BACKENDS.names() if BACKENDS.get(name).available("cpu").ok)
+
+
+def exchanges_for(parallel: ParallelSpec) -> list[str]:
+    """All of them; `local` is for one rank alone."""
+    return [name for name in EXCHANGES.names() if name != "local" or parallel.world == 1]
+
+
 def expected_payload(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, layout: str, ask: str) -> str:
     """What rows must travel as, from what exchange and backend declare; "illegal" where nothing fits."""
     if parallel.world == 1 or layout == EXCHANGES.get(exchange).token_layout == "replicated":
@@ -260,26 +276,6 @@ def expected_payload(spec: MoESpec, parallel: ParallelSpec, exchange: str, backe
     if spec.quantized and ask == "auto" and "fp8" in BACKENDS.get(backend).payloads(spec):
         return "fp8"
     return "illegal" if spec.quant == "fp8_tensor_dynamic" else spec.dtype
-
-
-def refusal(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, travels: str) -> str:
-    """Why exchange or backend can't serve this, by their own word; empty if they can."""
-    placement = Placement.build(spec, parallel)
-    support = EXCHANGES.get(exchange).supports(spec, placement)
-    if not support.ok:
-        return support.reason
-    backend_class = BACKENDS.get(backend)
-    support = backend_class.available("cpu")
-    if not support.ok:
-        return support.reason
-    if travels not in backend_class.payloads(spec):
-        return "takes rows as"
-    for rank in range(placement.world):
-        width, held = placement.width_of(rank), len(placement.experts_of(rank))
-        support = backend_class.supports(Problem(spec, width, held, "cpu", None, travels))
-        if not support.ok:
-            return support.reason
-    return ""
 
 
 def oracle_bound(plan: Plan) -> float:

@@ -204,6 +204,7 @@ def _wait_in_vain(rank: int, port: int, results: Connection) -> None:
 
     def enter(name: str) -> None:
         start = time.monotonic()
+        comms[name].take_over()
         try:
             OPERATIONS[name](comms[name])
             found[name] = "nothing was raised"

@@ -72,6 +72,7 @@ def test_slots_on():
     placement = Placement.build(spec, ParallelSpec(tp=2, ep=3))
     for tokens in (1, 200):
         ids = torch.randint(-1, 7, (tokens, 3), dtype=torch.int32)
+        ids[0] = torch.tensor([-2, 7, 1 << 30])  # no experts: they count as -1
         for rank in (0, 3, 5):
             found = slots_on(placement, rank, ids)
             assert found.dtype == torch.int32
@@ -87,8 +88,9 @@ def test_send_lists():
         spec = MoESpec(hidden=128, intermediate=512, num_experts=7, top_k=3)
         placement = Placement.build(spec, ParallelSpec(tp=tp, ep=ep, replicas=replicas))
         ids = torch.stack([torch.randperm(7)[:3] for _ in range(tokens)]).to(torch.int32)
-        ids[torch.rand(tokens, 3) < 0.1] = -1
-        routing = Routing(ids, torch.rand(tokens, 3))
+        for strange in (-1, -7, 7, 8, 1 << 30):  # none of them is an expert
+            ids[torch.rand(tokens, 3) < 0.05] = strange
+        routing = Routing(ids, torch.rand(tokens, 3).masked_fill((ids < 0) | (ids >= 7), float("nan")))
         for rank in {0, 1, placement.world - 1}:
             expected = kernels.send_lists(placement, routing, rank, bucket)
             found = send_lists(placement, routing, rank, bucket)

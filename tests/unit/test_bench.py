@@ -47,9 +47,9 @@ def case(**changes) -> Case:
 
 def rank_result(**changes) -> RankResult:
     defaults = {
-        "times_us": [100.0, 300.0, 200.0], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40, "active_experts": 4,
-        "err_oracle": 1e-3, "err_exact": 2e-2, "max_memory": None, "payload": "fp8", "combine_dtype": "bf16",
-        "splits": None,
+        "rounds_us": [[100.0], [300.0], [200.0]], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40,
+        "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "max_memory": None,
+        "payload": "fp8", "combine_dtype": "bf16", "splits": None,
     }  # fmt: skip
     return RankResult(**(defaults | changes))
 
@@ -61,12 +61,12 @@ def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> dict:
 def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
     """A row as the tables take it."""
     defaults = {
-        "model": "m", "hidden": 8, "intermediate": 8, "num_experts": 4, "top_k": 2, "quant": "fp8_block",
-        "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
+        "model": "m", "source": "random:0", "hidden": 8, "intermediate": 8, "num_experts": 4, "top_k": 2,
+        "quant": "fp8_block", "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
         "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "graph": False,
         "payload_dtype": "fp8", "token_layout": "sharded", "global_tokens": 64, "skew": "uniform", "seed": 0,
-        "p50_us": p50, "p99_us": None, "floor_us": None, "stages_us": STAGES, "imbalance": 1.25, "bytes_sent": 2048,
-        "err_oracle": 1e-3, "err_exact": 2e-2, "ok": True,
+        "p50_us": p50, "scatter_us": 1.0, "p99_us": None, "floor_us": None, "stages_us": STAGES,
+        "imbalance": 1.25, "bytes_sent": 2048, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "ok": True,
     }  # fmt: skip
     return defaults | changes
 
@@ -141,16 +141,46 @@ class TestMakeRow:
         assert [name for name in DESIGNED if name not in made] == []
 
     def test_an_iteration_is_as_long_as_its_slowest_rank(self):
-        slow_start = rank_result(times_us=[500.0, 10.0, 10.0])
-        slow_end = rank_result(times_us=[10.0, 10.0, 900.0])
+        slow_start = rank_result(rounds_us=[[500.0, 10.0, 10.0]])
+        slow_end = rank_result(rounds_us=[[10.0, 10.0, 900.0]])
         made = row_of(case(), slow_start, slow_end)
         assert made["p50_us"] == 500.0  # of 500, 10 and 900: no rank alone has this median
         assert made["iters"] == 3
 
     def test_p99_needs_a_hundred_iterations(self):
         times = [float(n) for n in range(1, 101)]
-        assert row_of(case(), rank_result(times_us=times[:99]), rank_result(times_us=times[:99]))["p99_us"] is None
-        assert row_of(case(), rank_result(times_us=times), rank_result(times_us=times))["p99_us"] == 99.0
+        for given, expected in ((times[:99], None), (times, 99.0)):
+            ranks = [rank_result(rounds_us=[given[:40], given[40:]])] * 2
+            assert row_of(case(), *ranks)["p99_us"] == expected
+
+    def test_rounds_say_how_far_the_median_scatters(self):
+        """Of medians of 100, 120 and 140 the standard deviation is 20, that of their middle 20 / sqrt(3)."""
+        fast = rank_result(rounds_us=[[100.0, 1.0, 120.0], [120.0] * 3, [140.0] * 3])
+        slow = rank_result(rounds_us=[[1.0, 100.0, 1.0], [1.0] * 3, [1.0] * 3])
+        made = row_of(case(), fast, slow)
+        assert made["round_p50_us"] == [100.0, 120.0, 140.0]
+        assert made["scatter_us"] == pytest.approx(20.0 / 3**0.5)
+        assert made["p50_us"] == 120.0
+        assert made["iters"] == 9
+        two = row_of(case(), *[rank_result(rounds_us=[[100.0], [120.0]])] * 2)
+        assert two["scatter_us"] is None  # two say too little
+
+    @pytest.mark.parametrize(
+        ("repeat", "checked", "expected"),
+        [(None, True, True), (0.0, True, True), (1e-2, True, True), (1.1e-2, True, False), (math.inf, True, False),
+         (0.0, False, None), (0.5, False, False)],
+    )  # fmt: skip
+    def test_an_output_that_changes_while_it_is_timed_is_wrong(self, repeat, checked, expected):
+        errors = {} if checked else {"err_oracle": None, "err_exact": None}
+        made = row_of(case(), *[rank_result(err_repeat=repeat, **errors)] * 2)
+        assert made["ok"] is expected
+        assert made["err_repeat"] == repeat
+
+    def test_configs_are_named_by_what_ran(self):
+        assert row_of(case(), rank_result(), rank_result())["config"] is None
+        tuned, other = rank_result(config=("tuned",)), rank_result(config=("nearest:128", "tuned"))
+        assert row_of(case(), tuned, tuned)["config"] == "tuned"
+        assert row_of(case(), tuned, other)["config"] == "tuned, nearest:128"
 
     def test_figures_come_from_the_busiest_rank(self):
         idle = rank_result(rows=10, active_experts=1, bytes_sent=5, stages_us=dict.fromkeys(STAGES, 0.0))
@@ -181,8 +211,8 @@ class TestMakeRow:
         assert (made["global_tokens"], made["tokens_per_rank"], made["token_layout"]) == (33, per_rank, layout)
 
     def test_without_iterations_there_are_no_times_and_no_rates(self):
-        made = row_of(case(iters=0), *[rank_result(times_us=[], stages_us={})] * 2)
-        for name in ("p50_us", "p99_us", "tflops", "hbm_gbps", "link_gbps"):
+        made = row_of(case(iters=0), *[rank_result(rounds_us=[], stages_us={})] * 2)
+        for name in ("p50_us", "p99_us", "scatter_us", "tflops", "hbm_gbps", "link_gbps"):
             assert made[name] is None
         assert made["ok"] is True
 
@@ -207,6 +237,20 @@ class TestMakeRow:
         made = row_of(case(), *[rank_result(err_oracle=oracle, err_exact=exact)] * 2)
         assert made["ok"] is expected
 
+    def test_weights_that_are_not_the_sources_fail_a_row_and_it_says_so(self):
+        for wrong in (1.1e-4, math.inf, math.nan):
+            made = row_of(case(), *[rank_result(err_whole=wrong)] * 2)
+            assert made["ok"] is False
+            assert "NO, other weights than its source's" in printed(
+                *tables([row() | {"ok": False, "err_whole": wrong}])
+            )
+        assert row_of(case(), *[rank_result(err_whole=9e-5)] * 2)["ok"] is True
+        assert "other weights" not in printed(*tables([row(ok=False, err_whole=None), row(ok=False)]))
+
+    def test_rows_of_a_checkpoint_say_so_in_their_title(self):
+        assert "· checkpoint:m layer 3" in printed(*tables([row(source="checkpoint:m layer 3")]))
+        assert "random:0" not in printed(*tables([row()]))
+
     def test_unquantized_rows_have_a_tolerance_of_their_own(self):
         plain = case(model=SPEC.with_changes(quant="none"))
         assert row_of(plain, *[rank_result(err_exact=EXACT_TOLERANCE["none"])] * 2)["ok"] is True
@@ -228,6 +272,7 @@ class TestTables:
         {"skew": "single"},
         {"seed": 1},
         {"shared_experts": "tp"},
+        {"source": "checkpoint:m layer 3"},
     )
 
     @pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
@@ -293,13 +338,26 @@ class TestVerdict:
         )
         assert last_line(rows) == "Verdict: of 1 comparisons, fastest was EP in 1 (2 ranks × 64 sharded uniform)."
 
-    def test_near_equal_times_are_a_tie(self):
-        close = [row(tp=2, p50=104.0), row(ep=2, p50=100.0)]
-        assert "no clear winner" in verdict(close)[0]
-        assert "a tie in 1" in last_line(close)
-        apart = [row(tp=2, p50=106.0), row(ep=2, p50=100.0)]
-        assert "fastest EP2" in verdict(apart)[0]
-        assert "EP in 1" in last_line(apart)
+    @pytest.mark.parametrize(
+        ("difference", "scatters", "tie"),
+        [
+            (2.1, (0.1, 0.1), False),  # of graphs on a quiet machine little means something
+            (1.9, (0.1, 0.1), True),  # but ranks that are started again may differ by as much
+            (16.0, (3.0, 4.0), False),  # 3 and 4 together are 5, three times that 15
+            (14.0, (3.0, 4.0), True),
+            (14.0, (4.0, 3.0), True),
+            (14.0, (0.0, 5.0), True),  # either row's scatter counts
+            (14.0, (5.0, 0.0), True),
+            (50.0, (None, 0.1), True),  # measured too seldom to know
+            (50.0, (0.1, None), True),
+        ],
+    )
+    def test_a_tie_is_what_scatter_explains(self, difference, scatters, tie):
+        rows = [row(tp=2, p50=100.0 + difference, scatter_us=scatters[0]), row(ep=2, scatter_us=scatters[1])]
+        assert ("no clear winner" in verdict(rows)[0]) is tie
+        assert ("fastest EP2" in verdict(rows)[0]) is not tie
+        assert ("a tie in 1" in last_line(rows)) is tie
+        assert ("EP in 1" in last_line(rows)) is not tie
 
     def test_wrong_and_untimed_rows_do_not_compete(self):
         wrong = [row(tp=2, p50=1.0, ok=False), row(ep=2, p50=100.0), row(tp=2, p50=200.0)]
@@ -329,7 +387,7 @@ class TestFile:
         refused = [{"case": "c", "reason": "r"}]
         write_results(path, provenance(CPU), Outcome([row(err_oracle=math.inf, ok=False)], refused, {2: ["rank 0"]}))
         document = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
-        assert set(document) == {"date", "commit", "command", "machine", "ranks", "rows", "refused"}
+        assert set(document) == {"date", "commit", "command", "machine", "ranks", "notices", "rows", "refused"}
         assert {"gpu", "count", "driver", "torch", "triton", "nccl", "flashinfer"} <= set(document["machine"])
         assert document["machine"]["gpu"] is None
         assert document["rows"][0]["err_oracle"] is None

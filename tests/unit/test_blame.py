@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,35 @@ def test_words_for_an_end() -> None:
     assert describe_end(7 << 8) == "its process died with exit code 7"
     assert describe_end(signal.SIGABRT) == "its process died of SIGABRT"
     assert "memory ran out" in describe_end(signal.SIGKILL)
+
+
+def test_a_record_is_never_read_half_written() -> None:
+    """A reader that saw zeros would take the writer for a rank that is silent since the machine was started."""
+    pulse, running = Pulse(), threading.Event()
+    pulse.note("barrier", 1 << 40)
+
+    def write() -> None:
+        while not running.is_set():
+            pulse.beat()
+            pulse.status("work")
+            pulse.note("barrier", 1 << 40)
+
+    code = (
+        "import sys; from moe_dist.runtime.pulse import Peer; peer = Peer(0, int(sys.argv[1]), int(sys.argv[2]));"
+        "sights = [peer.sight() for _ in range(3000)]; print(max(s.silent_s for s in sights),"
+        "{(s.doing, s.op, s.sequence) for s in sights} == {('work', 'barrier', 1 << 40)})"
+    )
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        command = [sys.executable, "-c", code, str(os.getpid()), str(pulse.fd)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        running.set()
+        writer.join()
+    silent_s, same = done.stdout.split()
+    assert float(silent_s) < 30
+    assert same == "True"
 
 
 def test_a_long_status_fits() -> None:

@@ -485,9 +485,9 @@ def test_missing_correction_bias(broken: Path) -> None:
     [
         ("gate_proj.weight", lambda w: w[:-1], r"has shape \(383, 256\), the config asks for \(384, 256\)"),
         ("down_proj.weight", lambda w: w.view(torch.uint8).T.contiguous().view(w.dtype), r"has shape \(384, 256\)"),
-        ("up_proj.weight", lambda w: w.bfloat16(), "has dtype BF16, the config asks for F8_E4M3"),
+        ("up_proj.weight", lambda w: w.bfloat16(), "has dtype BF16, the layer's format asks for F8_E4M3"),
         ("up_proj.weight_scale_inv", lambda s: s[:, :1], r"has shape \(3, 1\), the config asks for \(3, 2\)"),
-        ("up_proj.weight_scale_inv", lambda s: s.half(), "has dtype F16, the config asks for F32 or BF16"),
+        ("up_proj.weight_scale_inv", lambda s: s.half(), "has dtype F16, the layer's format asks for F32 or BF16"),
     ],
 )
 def test_wrong_shape_or_dtype(broken: Path, name: str, change: Change, pattern: str) -> None:

@@ -22,6 +22,7 @@ from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.kernels.cutlass import check, library
 from moe_dist.kernels.cutlass.fused_moe import SHARES, Config
 from moe_dist.kernels.cutlass.library import Args, BuildError, WeightsMap
+from moe_dist.notices import collecting
 from moe_dist.spec import QUANT_KINDS
 from moe_dist.tables import tuned_config
 
@@ -75,13 +76,32 @@ class TestConfigs:
         with pytest.raises(ConfigError, match=next(iter(changes))):
             Config(**{"share1": 2, "share2": 2} | changes).check()
 
-    def test_a_missing_table_is_said_once(self, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize(
+        ("values", "field"),
+        [
+            ({"share1": 1, "share2": 1, "pdl": True, "share3": 1}, "share3"),
+            ({"share1": 1, "pdl": True}, "share2"),
+            ({"share1": True, "share2": 1}, "share1"),
+            ({"share1": "1", "share2": 1}, "share1"),
+            ({"share1": 1, "share2": 1, "pdl": 1}, "pdl"),
+        ],
+    )
+    def test_keys_and_types_of_a_table_s_config_are_checked(self, values, field):
+        with pytest.raises(ConfigError, match=rf"config\.{field} = "):
+            CutlassFused.config_of(values, problem().spec)
+
+    def test_what_has_a_default_may_be_missing(self):
+        assert CutlassFused.config_of({"share1": 2, "share2": 1}, problem().spec) == Config(2, 1, True)
+
+    def test_a_missing_table_is_said_once(self, tmp_path, monkeypatch):
         monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path))
         tables.say_missing_once.cache_clear()
         shape = tables.Shape.of("cutlass", "NVIDIA H200", problem().spec, 256, 4)
-        assert tuned_config(shape, CutlassFused.table_revision, 8) is None
-        assert tuned_config(shape, CutlassFused.table_revision, 8) is None
-        assert capsys.readouterr().err.count("moe-dist tune --backend cutlass") == 1
+        with collecting() as said:
+            assert tuned_config(shape, CutlassFused.table_revision, 8) is None
+            assert tuned_config(shape, CutlassFused.table_revision, 8) is None
+        (line,) = said
+        assert "moe-dist tune --backend cutlass" in line
 
 
 def script(path: Path, text: str) -> Path:

@@ -10,8 +10,10 @@ import pytest
 from moe_dist import errors, registry
 from moe_dist.errors import (
     CheckpointError,
+    ClusterLost,
     ConfigError,
     MoeDistError,
+    OutputError,
     RankFailure,
     ResourceError,
     UnsupportedError,
@@ -28,6 +30,11 @@ EXAMPLES = [
     (UnsupportedError("x", iter(["r1", "r2"]), ["y"]), {"what": "x", "reasons": ("r1", "r2"), "supported": ["y"]}),
     (CheckpointError("/c", "truncated"), {"path": "/c", "problem": "truncated"}),
     (ResourceError("GPUs", 8, 4, "Use tp 4."), {"resource": "GPUs", "needed": 8, "available": 4, "hint": "Use tp 4."}),
+    (
+        ClusterLost("10.0.0.1:6379", "timing", "no answer"),
+        {"address": "10.0.0.1:6379", "doing": "timing", "cause": "no answer"},
+    ),
+    (OutputError("out.json", "no space left"), {"path": "out.json", "problem": "no space left"}),
     (RankFailure(3, "combine", 17, "died"), {"rank": 3, "op": "combine", "seq": 17, "cause": "died"}),
 ]
 

@@ -6,15 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from unit.asked import problem
+from unit.asked import HOPPER, problem
 
 from moe_dist import cli
-from moe_dist.backends import BACKENDS, flashinfer_build
+from moe_dist.backends import BACKENDS, deep_gemm_grouped, flashinfer_build
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.errors import UnsupportedError
+from moe_dist.plan import Machine, make_plan
 from moe_dist.quantization import FP8_MAX, cast
 from moe_dist.reference import relative_error
-from moe_dist.spec import MoESpec
+from moe_dist.rows import Support
+from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.weights import activate, random_weights
 
 
@@ -131,6 +134,37 @@ def test_nothing_is_built_unless_asked_for(monkeypatch):
     assert built == []
     assert cli.main(["run", "--build"]) == cli.BAD_INPUT
     assert built == [TorchBackend]
+
+
+class TestPartialSums:
+    """The library writes them in bf16, whatever they are turned into afterwards."""
+
+    SPEC = problem(num_experts=4).spec
+    H200 = Machine("cuda", 4, "NVIDIA H200", HOPPER, 141 << 30)
+
+    @pytest.fixture(autouse=True)
+    def on_hopper(self, monkeypatch):
+        for name in ("flashinfer_cutlass", "triton", "cutlass", "deep_gemm"):
+            monkeypatch.setattr(BACKENDS.get(name), "available", classmethod(lambda cls, device: Support(True)))
+        monkeypatch.setattr(deep_gemm_grouped, "installed", lambda: Support(True))
+
+    def plan(self, backend: str, combine: str | None):
+        return make_plan(
+            self.SPEC, ParallelSpec(ep=2), exchange="ag_rs", backend=backend, combine_dtype=combine, machine=self.H200
+        )
+
+    def test_are_not_called_fp32(self):
+        with pytest.raises(UnsupportedError, match="gives partial sums in bf16, not fp32") as refused:
+            self.plan("flashinfer_cutlass", "fp32")
+        assert refused.value.supported == ["torch", "triton", "cutlass", "deep_gemm"]
+
+    @pytest.mark.parametrize("combine", [None, "bf16"])
+    def test_are_taken_as_they_are(self, combine):
+        assert self.plan("flashinfer_cutlass", combine).combine_dtype == "bf16"
+
+    @pytest.mark.parametrize("backend", ["torch", "triton", "cutlass", "deep_gemm"])
+    def test_of_the_others_are_float32_until_the_last_step(self, backend):
+        assert self.plan(backend, "fp32").out_dtype == torch.float32
 
 
 def test_it_is_listed():

@@ -14,11 +14,11 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    ("errors", "building", "spec", "sizes", "streams", "registry", "tables"),
+    ("errors", "notices", "building", "files", "spec", "sizes", "streams", "surroundings", "registry", "tables"),
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
-    ("plan", "layer", "graph"),
+    ("plan", "inputs", "layer", "graph"),
     ("runtime",),
     ("bench",),
     ("progress", "config", "doctor", "integrations", "cli", "__main__"),
@@ -105,12 +105,15 @@ def modules_after(statement: str) -> tuple[set[str], float]:
     return set(names), float(seconds)
 
 
-def test_importing_the_package_is_fast_and_loads_nothing_heavy():
-    names, seconds = modules_after("import moe_dist")
-    heavy = {"ray", "pydantic", "rich", "triton", "flashinfer", "transformers", "safetensors"}
-    assert {name for name in names if name.split(".")[0] in heavy} == set()
-    assert not {name for name in names if name.startswith(("torch.distributed.", "torch._inductor", "torch._dynamo"))}
-    assert seconds < 0.5
+def test_importing_the_layer_is_fast_and_loads_little():
+    """Beside torch and the standard library, what checks input and nothing else: a serving process that imports it pays
+    for no more."""
+    names, seconds = modules_after("import moe_dist.layer")
+    assert "moe_dist.comm" in names
+    packages = {name.split(".")[0] for name in names if not name.startswith("_")} - sys.stdlib_module_names
+    assert packages == {"moe_dist", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
+    assert {name for name in names if name.startswith("torch.")} == set()  # what torch loads later by itself
+    assert seconds < 0.6  # 0.2 on two cores; of CPU time, so a busy machine is no excuse
 
 
 @pytest.mark.parametrize("module", ["moe_dist.layer", "moe_dist.bench.runner", "moe_dist.cli"])

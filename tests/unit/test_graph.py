@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from moe_dist import graph
+from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
 from moe_dist.rows import Support
 from moe_dist.spec import MoESpec
@@ -22,6 +24,7 @@ class Layer:
 
     def __init__(self, capturable: Support = Support(True)) -> None:  # noqa: B008
         self.plan = SimpleNamespace(capturable=capturable, spec=SPEC)
+        self.comm, self.router, self.debug = Comm.single(), None, False
         self.exchange = SimpleNamespace(static=False)
         self.stages = Stages()
         self.calls: list[SimpleNamespace] = []
@@ -34,6 +37,7 @@ class Layer:
             return x * 2
 
     warm_up = __call__
+    checked = MoELayer.checked
 
 
 @pytest.fixture(autouse=True)

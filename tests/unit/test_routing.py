@@ -257,6 +257,14 @@ def test_the_label_of_a_file_is_its_content(recorded, tmp_path):
     assert skew_label("zipf:1.2") == "zipf:1.2"
 
 
+def test_balanced_tokens_come_in_random_order():
+    """Else the tokens of a rank would go round the experts in turns, and each rank's would be balanced by itself."""
+    spec = MoESpec(hidden=128, intermediate=128, num_experts=8, top_k=2)
+    ids = synthetic_routing(spec, 64, "balanced", 0).ids_TK
+    again = (ids[4:] == ids[:-4]).all(1)  # four tokens take all experts once
+    assert 0.05 < again.float().mean() < 0.6  # one in four by chance
+
+
 @pytest.mark.parametrize("skew", ["balanced", "uniform", "zipf:0", "zipf:1.2", "hot:1", "single", "router"])
 def test_legal_skews(skew):
     check_skew(skew)

@@ -85,6 +85,27 @@ def test_the_declared_bytes_hold_for_even_splits(tokens):
     assert found == shard * row * reached + (shard + 1) * pairs * 7
 
 
+@pytest.mark.parametrize(("tp", "ep", "reached"), [(1, 8, 1), (2, 4, 2), (4, 2, 4), (8, 1, 7)])
+def test_every_slice_of_an_expert_counts_as_a_rank_to_reach(tp, ep, reached):
+    """One expert a token: its row goes to all ranks that hold a slice of it, but not to the own one of eight."""
+    spec, tokens = MoESpec(hidden=4096, intermediate=2048, num_experts=64, top_k=1), 8 * 65536
+    placement = Placement.build(spec, ParallelSpec(tp=tp, ep=ep))
+    found = AllToAll.wire_bytes(spec, placement, tokens, "bf16", 2)
+    assert found == 65536 * 2 * 2 * spec.hidden * reached + 65537 * 8 * 7
+
+
+@pytest.mark.parametrize(("tokens", "shard"), [(1, 1), (13, 4), (16, 4)])
+def test_the_declared_bytes_of_gathering_everything(tokens, shard):
+    """Three others get each row of the shard, with its slots and weights, and send their sums back; as all_reduce has
+    it, three quarters of twice all sums."""
+    spec = MoESpec(hidden=256, intermediate=256, num_experts=8, top_k=2)
+    placement = Placement.build(spec, ParallelSpec(ep=4))
+    found = {name: EXCHANGES.get(name).wire_bytes(spec, placement, tokens, "bf16", 4) for name in EXCHANGES.names()}
+    assert found["ag_rs"] == 3 * shard * (256 * 2 + 2 * 8 + 256 * 4)
+    assert found["all_reduce"] == 2 * tokens * 256 * 4 * 3 // 4
+    assert found["local"] == 0
+
+
 def test_where_there_is_no_choice_nothing_is_said():
     placement = Placement.build(DEEPSEEK, ParallelSpec(ep=2))
     for name in ("ag_rs", "all_reduce"):

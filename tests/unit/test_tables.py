@@ -10,6 +10,7 @@ import pytest
 
 from moe_dist import tables
 from moe_dist.errors import ConfigError
+from moe_dist.notices import collecting
 from moe_dist.spec import MoESpec
 from moe_dist.tables import Entry, Shape, TuningTable, find_table, read_table, table_source, tuned_config, user_folder
 
@@ -124,17 +125,17 @@ class TestFile:
         assert list(tmp_path.glob("*.json")) == []
 
 
-class TestConfigFor:
+class TestNearest:
     @pytest.mark.parametrize(
         ("rows", "expected"),
         [(0, 1), (1, 1), (2, 1), (3, 8), (8, 8), (22, 8), (23, 64), (64, 64), (181, 64), (182, 512), (100_000, 512)],
     )
     def test_takes_the_nearest_by_ratio(self, rows, expected):
         made = table(entries={bucket: entry(bucket) for bucket in (512, 1, 64, 8)})
-        assert made.config_for(rows) == {"name": expected}
+        assert made.nearest(rows) == expected
 
     def test_of_two_as_near_the_smaller(self):
-        assert table(entries={16: entry(16), 4: entry(4)}).config_for(8) == {"name": 4}
+        assert table(entries={16: entry(16), 4: entry(4)}).nearest(8) == 4
 
 
 class TestFind:
@@ -142,10 +143,10 @@ class TestFind:
         user, shipped = folders
         assert find_table(SHAPE, 3) is None
         table(entries={8: entry("shipped")}).write(shipped)
-        assert find_table(SHAPE, 3).config_for(8) == {"name": "shipped"}
+        assert find_table(SHAPE, 3).entries[8].config == {"name": "shipped"}
         assert table_source(SHAPE, 3) == "shipped"
         table(entries={8: entry("user")}).write(user)
-        assert find_table(SHAPE, 3).config_for(8) == {"name": "user"}
+        assert find_table(SHAPE, 3).entries[8].config == {"name": "user"}
         assert table_source(SHAPE, 3) == "user"
 
     def test_another_revision_is_passed_over(self, folders):
@@ -154,7 +155,7 @@ class TestFind:
         assert find_table(SHAPE, 3) is None
         assert table_source(SHAPE, 3) is None
         table(entries={8: entry("shipped")}).write(shipped)
-        assert find_table(SHAPE, 3).config_for(8) == {"name": "shipped"}
+        assert find_table(SHAPE, 3).entries[8].config == {"name": "shipped"}
 
     def test_another_shape_is_not_found(self, folders):
         table().write(folders[0])
@@ -184,29 +185,34 @@ class TestFind:
         assert user_folder() == Path("/home/me/.cache/moe_dist/tables")
 
 
-class TestMissing:
-    def test_is_said_once_a_shape(self, capsys):
-        assert tuned_config(SHAPE, 3, 8) is None
-        said = capsys.readouterr()
-        assert said.out == ""
-        (line,) = said.err.splitlines()
-        assert SHAPE.file_name in line
-        assert "not found" in line
-        assert "moe-dist tune --backend triton" in line
-        assert tuned_config(SHAPE, 3, 16) is None
-        assert capsys.readouterr().err == ""
-        other = replace(SHAPE, width=1024)
-        assert tuned_config(other, 3, 8) is None
-        assert other.file_name in capsys.readouterr().err
+class TestChoice:
+    @pytest.mark.parametrize(
+        ("rows", "config", "source"),
+        [(8, 8, "tuned"), (9, 8, "nearest:8"), (0, 8, "nearest:8"), (64, 64, "tuned"), (4096, 64, "nearest:64")],
+    )
+    def test_says_where_the_config_comes_from(self, folders, rows, config, source):
+        table(entries={8: entry(8), 64: entry(64)}).write(folders[1])
+        with collecting() as said:
+            assert tuned_config(SHAPE, 3, rows) == ({"name": config}, source)
+        assert said == []
 
-    def test_of_another_revision_is_said_too(self, folders, capsys):
+
+class TestMissing:
+    def test_is_said_once_a_shape(self):
+        with collecting() as said:
+            assert tuned_config(SHAPE, 3, 8) is None
+            assert tuned_config(SHAPE, 3, 16) is None
+            (line,) = said
+            for words in (SHAPE.file_name, "not found", "moe-dist tune --backend triton"):
+                assert words in line
+            other = replace(SHAPE, width=1024)
+            assert tuned_config(other, 3, 8) is None
+        assert [other.file_name in line for line in said] == [False, True]
+
+    def test_of_another_revision_is_said_too(self, folders):
         path = table(revision=2).write(folders[0])
-        assert tuned_config(SHAPE, 3, 8) is None
-        (line,) = capsys.readouterr().err.splitlines()
+        with collecting() as said:
+            assert tuned_config(SHAPE, 3, 8) is None
+        (line,) = said
         assert f"passed over, its configs are of another revision of triton: {path}" in line
         assert "moe-dist tune --backend triton" in line
-
-    def test_nothing_is_said_of_a_table_that_is_there(self, folders, capsys):
-        table().write(folders[1])
-        assert tuned_config(SHAPE, 3, 8) == {"name": "best"}
-        assert capsys.readouterr().err == ""

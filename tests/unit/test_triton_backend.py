@@ -18,6 +18,7 @@ from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.triton import fused_moe, precompile
 from moe_dist.kernels.triton.fused_moe import Config
+from moe_dist.notices import MoeDistWarning, collecting
 from moe_dist.quantization import quantize_rows
 from moe_dist.rows import TokenRows
 from moe_dist.spec import QUANT_KINDS, MoESpec
@@ -231,27 +232,66 @@ def default(rows: int) -> Config:
 
 
 class TestForward:
-    def test_a_missing_table_is_said_once_and_defaults_are_used(self, calls, capsys):
+    def test_a_missing_table_is_said_once_and_defaults_are_used(self, calls):
         backend = prepared()
-        backend.forward(rows_of(3))
-        (line,) = capsys.readouterr().err.splitlines()
+        assert backend.config_sources() == ()
+        with collecting() as said:
+            for count in (3, 3, 600):
+                backend.forward(rows_of(count))
+            prepared().forward(rows_of(3))
+        (line,) = said
         assert SHAPE.file_name in line
         assert "defaults are used" in line
-        for count in (3, 600):
-            backend.forward(rows_of(count))
-        prepared().forward(rows_of(3))
-        assert capsys.readouterr().err == ""
+        assert backend.config_sources() == ("default",)
         assert default(3) != default(600)
         assert [config for config, *_ in calls] == [default(rows) for rows in (3, 3, 600, 3)]
 
-    def test_what_was_tuned_is_used(self, calls, capsys):
+    def test_what_was_tuned_is_used(self, calls):
         few, many = write_table()
         backend = prepared()
-        for count in (8, 600, 1):
-            backend.forward(rows_of(count))
+        with collecting() as said:
+            for count in (8, 600, 1):
+                backend.forward(rows_of(count))
         assert [config for config, *_ in calls] == [few, many, few]
         assert few not in (many, default(8))
-        assert capsys.readouterr().err == ""
+        assert said == []
+        assert backend.config_sources() == ("tuned", "nearest:512", "nearest:8")
+
+    def test_sources_are_those_of_what_ran(self, calls):
+        """Not of what is found by now, nor of another backend's forwards."""
+        backend = prepared()
+        with collecting():
+            backend.forward(rows_of(8))
+        write_table()
+        find_table.cache_clear()
+        backend.forward(rows_of(8))
+        assert backend.config_sources() == ("default",)
+        another = prepared()
+        another.forward(rows_of(8))
+        assert another.config_sources() == ("tuned",)
+        another.use_config(vars(default(8)))
+        another.forward(rows_of(8))
+        assert another.config_sources() == ("tuned", "given")
+
+    @pytest.mark.parametrize("rows", [0, 3])
+    def test_an_empty_shard_has_no_config(self, calls, rows):
+        backend = prepared(change=empty_like)
+        backend.forward(rows_of(rows))
+        assert backend.config_sources() == ()
+
+    @pytest.mark.parametrize(
+        ("change", "field"),
+        [({"bn3": 128}, "bn3"), ({"bm": "16"}, "bm"), ({"tma": 1}, "tma"), ({"stages1": 3.0}, "stages1")],
+    )
+    def test_a_table_with_a_config_that_is_none_is_named(self, calls, change, field):
+        write_table()
+        path = user_folder() / SHAPE.file_name
+        document = json.loads(path.read_text())
+        document["entries"]["8"]["config"] |= change
+        path.write_text(json.dumps(document))
+        find_table.cache_clear()
+        with pytest.raises(ConfigError, match=rf"{re.escape(SHAPE.file_name)}: config\.{field} = "):
+            prepared().forward(rows_of(8))
 
     def test_a_table_is_asked_once_for_a_number_of_rows(self, calls, monkeypatch):
         asked = []
@@ -262,12 +302,12 @@ class TestForward:
         assert asked == [(SHAPE, TritonFused.table_revision, 3), (SHAPE, TritonFused.table_revision, 4)]
         assert len(calls) == 5
 
-    def test_tables_of_another_shape_or_revision_are_not(self, calls, capsys):
+    def test_tables_of_another_shape_or_revision_are_not(self, calls):
         write_table(replace(SHAPE, width=64))
         write_table(revision=TritonFused.table_revision + 1)
-        prepared().forward(rows_of(8))
+        with pytest.warns(MoeDistWarning, match="another revision"):  # nobody collects in a process of one's own
+            prepared().forward(rows_of(8))
         assert calls[0][0] == default(8)
-        assert "another revision" in capsys.readouterr().err
 
     def test_a_part_of_the_layer_has_a_table_of_its_own(self, calls):
         own = write_table(replace(SHAPE, width=32, experts=3))[0]

@@ -177,15 +177,22 @@ def test_turned_weights_are_stored_up_first_and_mean_the_same(quant, activation)
     assert_same(weights, canonical)
 
 
-def test_stack_does_not_mix_orders():
+@pytest.mark.parametrize("turned", [0, 1])
+def test_stack_does_not_mix_orders(turned):
     parts = [random_weights(make_spec("none"), 0, experts=[expert]) for expert in (0, 1)]
-    expected = parts[1].dequantized(0)[0].clone()
-    parts[1].turn(gate_first=False)
-    try:
-        joined = stack(parts)
-    except (ConfigError, ValueError):
-        return
-    assert torch.equal(joined.dequantized(1)[0], expected)
+    parts[turned].turn(gate_first=False)
+    with pytest.raises(ConfigError, match=r"weights\.gate_first = .*all parts must be in one order"):
+        stack(parts)
+    parts[1 - turned].turn(gate_first=False)
+    assert not stack(parts).gate_first
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_stack_does_not_mix_input_scales(factor):
+    """Rows are quantized once, for all experts."""
+    one, other = (random_expert(make_spec(STATIC), expert, seed=0) for expert in (0, 1))
+    with pytest.raises(ConfigError, match=r"weights\.a13"):
+        stack([one, other.with_tensors(a13=other.a13 * factor)])
 
 
 def test_turning_a_copy_leaves_the_original():

@@ -212,7 +212,7 @@ def _build(path: Path) -> None:
         try:
             for done, job in enumerate(as_completed(jobs), 1):
                 job.result()
-                say(f"compiled {done} of {len(jobs)} sources, {time.monotonic() - began:.0f} s")
+                say(f"compiled {done} of {len(jobs)} sources, {time.monotonic() - began:.0f} s", progress=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -242,7 +242,8 @@ def _alone(lock: Path) -> Iterator[None]:
         try:
             held.acquire(timeout=SAY_EVERY_S)
         except Timeout:
-            say(f"waiting for another process that compiles the cutlass backend, {time.monotonic() - began:.0f} s")
+            waited = f"{time.monotonic() - began:.0f} s"
+            say(f"waiting for another process that compiles the cutlass backend, {waited}", progress=True)
     try:
         yield
     finally:

@@ -11,6 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dist.errors import UnsupportedError
+
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # of a grid, by its dimensions: CUDA's own limits
+
 _compiled: dict[Any, Any] = {}
 _compile_only = False
 
@@ -43,9 +47,14 @@ def launch(
     """kernel[grid](*tensors, *integers, *constants, **options), for kernels whose parameters come in that order. The
     last tensor may be a TMA descriptor.
 
-    The key holds all that Triton compiles differently for: constants and options, dtypes, whether an address or integer
-    is a multiple of 16, whether an integer is 1 or needs 64 bits.
+    The key holds all that Triton compiles differently for: constants, options by name, dtypes, whether an address or
+    integer is a multiple of 16, whether an integer is 1 or needs 64 bits.
+
+    Raises UnsupportedError for a grid that no GPU takes: what grows with tokens belongs into the first dimension.
     """
+    if grid[0] > MOST_PROGRAMS[0] or grid[1] > MOST_PROGRAMS[1] or grid[2] > MOST_PROGRAMS[2]:
+        what, most = f"a step of this size (kernel {kernel.fn.__name__})", " x ".join(map(str, MOST_PROGRAMS))
+        raise UnsupportedError(what, [f"its grid of {' x '.join(map(str, grid))} programs is more than {most}"])
     if _compile_only:
         kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
         return
@@ -57,7 +66,7 @@ def launch(
         kernel.fn,
         plain[0].device.index,
         constants,
-        *options.values(),
+        *options.items(),
         *[tensor.dtype for tensor in plain],
         *[tensor.data_ptr() & 15 == 0 for tensor in plain],
         *described,

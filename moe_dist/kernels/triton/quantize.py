@@ -8,14 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.launch import launch
-from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, scale_of
+from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, dynamic_scale
 from moe_dist.sizes import cdiv, power_of_2
 from moe_dist.spec import BLOCK, QuantKind
 
 LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row
 
 
-def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None) -> QuantizedRows:
+def quantize_rows(
+    x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None, used_R: Tensor | None = None
+) -> QuantizedRows:
     """See quantization.quantize_rows."""
     R, H = x_RH.shape
     x_RH = x_RH.contiguous()
@@ -37,7 +39,7 @@ def quantize_rows(x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = N
         launch(_quantize_whole_rows, (R, 1, 1), (x_RH, values, scales), (H,), constants, num_warps=8)
         return QuantizedRows(values, scales)
     if kind == "fp8_tensor_dynamic":
-        scale = scale_of(x_RH.abs().amax())
+        scale = dynamic_scale(x_RH, used_R)
     elif static_scale is None:
         raise ValueError("fp8_tensor_static needs its static scale")
     else:

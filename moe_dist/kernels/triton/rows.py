@@ -25,7 +25,7 @@ def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: in
     compact = counts_W is not None
     launch(
         _take_sends,
-        (world, bucket, cdiv(width, block)),
+        (bucket, world, cdiv(width, block)),
         (rows.contiguous(), token_WB, token_WB if counts_W is None else counts_W, send, receive),
         (width, rank),
         (words, compact, power_of_2(world), block),
@@ -40,7 +40,7 @@ def _take_sends(
     TARGETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     source, send, receive = as_bits(source, WORDS), as_bits(send, WORDS), as_bits(receive, WORDS)
-    to, place, bucket = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    place, to, bucket = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     taken = tl.load(token + to * bucket + place).to(tl.int64)
     if taken >= 0:
         if COMPACT:

@@ -32,7 +32,7 @@ def _slots_on(ids, slot_table, slots, PAIRS, own_group, EXPERTS, BLOCK: tl.const
     """A group's last entry, behind those of its experts, is that of no expert."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids + pair, mask=pair < PAIRS, other=-1)
-    expert = tl.where(expert < 0, EXPERTS - 1, expert)
+    expert = tl.where((expert < 0) | (expert >= EXPERTS), EXPERTS - 1, expert)
     tl.store(slots + pair, tl.load(slot_table + own_group * EXPERTS + expert), mask=pair < PAIRS)
 
 
@@ -73,7 +73,7 @@ def _listed(
     parts = max(1, cdiv(bucket, block))
     launch(
         _send_lists,
-        (world, parts, 1),
+        (parts, world, 1),
         (*inputs, order_TW, token_WB, *lists, token_WB if counts_W is None else counts_W),
         (tokens, bucket, *sizes),
         (*constants, counts_W is not None, parts > 1, look, block),
@@ -106,8 +106,8 @@ def _served_by(
     pair = (token < T)[:, None] & (place < K)
     at = token[:, None] * K + place
     expert = tl.load(ids + at, mask=pair, other=-1)
-    known = pair & (expert >= 0)
-    expert = tl.maximum(expert, 0)
+    known = pair & (expert >= 0) & (expert < EXPERTS - 1)  # the last entry is that of no expert
+    expert = tl.where(known, expert, 0)
     if REPLICATED:
         copy = (token[:, None] + expert) % tl.load(copy_counts + expert, mask=known, other=1).to(tl.int32)
         serving = tl.load(group_table + expert * COPIES + copy, mask=known, other=-1).to(tl.int32)
@@ -128,8 +128,8 @@ def _send_lists(
     """One program for each target rank and each BLOCK of its places and of the tokens. Where there are several, each
     counts by itself what the target takes of all tokens, and of those before its own, in reads that nothing waits for:
     30 us for 8,192 tokens on an H200, where one program for each target that walked them in turn took 74 to 82."""
-    target, part = tl.program_id(0), tl.program_id(1)
-    world = tl.num_programs(0)
+    part, target = tl.program_id(0), tl.program_id(1)
+    world = tl.num_programs(1)
     group = target // TP
     first = part * BLOCK
     before, total = 0, 0
@@ -190,7 +190,7 @@ def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tenso
     if rows:
         padded = power_of_2(top_k)
         block = max(1, min(1024 // padded, power_of_2(bucket)))
-        grid = (world, cdiv(bucket, block), 1)
+        grid = (cdiv(bucket, block), world, 1)
         constants = (top_k, padded, power_of_2(world), block)
         launch(_unpack_pairs, grid, (pairs_WPM, slots_RK, weights_RK), (bucket, rank), constants)
     return slots_RK, weights_RK
@@ -201,12 +201,12 @@ def _unpack_pairs(
     pairs, slots, weights, BUCKET, rank, K: tl.constexpr, PLACES: tl.constexpr, SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    source = tl.program_id(0)
+    source = tl.program_id(1)
     pitch = (BUCKET + 1) * 2 * K
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.arange(0, PLACES)[None, :]
     lower = tl.arange(0, SOURCES)
-    earlier = (source != rank) & ((lower < source) | (lower == rank)) & (lower < tl.num_programs(0))
+    earlier = (source != rank) & ((lower < source) | (lower == rank)) & (lower < tl.num_programs(1))
     before = tl.load(pairs + lower.to(tl.int64) * pitch + BUCKET * 2 * K, mask=earlier, other=0)
     start = tl.sum(before, 0)
     count = tl.load(pairs + source.to(tl.int64) * pitch + BUCKET * 2 * K)
@@ -231,7 +231,7 @@ def packed_sends(
     block = min(2048, power_of_2(value_words))
     launch(
         _packed_sends,
-        (world, bucket, cdiv(value_words, block)),
+        (bucket, world, cdiv(value_words, block)),
         (*inputs, parts[0].contiguous(), parts[-1].contiguous(), send, receive, order_TW),
         (tokens, *sizes, value_words, scale_words, row_words),
         (*constants, power_of_2(max(tokens, 16)), power_of_2(max(scale_words, 1)), block),
@@ -247,8 +247,8 @@ def _packed_sends(
 ):  # fmt: skip
     """One program for each part of each row. Each looks through all tokens for its own, which for few is quicker than a
     launch that does so for all."""
-    target, world = tl.program_id(0), tl.num_programs(0)
-    place, part = tl.program_id(1), tl.program_id(2)
+    target, world = tl.program_id(1), tl.num_programs(1)
+    place, part = tl.program_id(0), tl.program_id(2)
     group = target // TP
     token = tl.arange(0, TOKENS)
     _, _, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS, COPIES, K,
@@ -262,7 +262,7 @@ def _packed_sends(
     if target == rank:
         row = receive + place.to(tl.int64) * ROW_WORDS
     else:
-        row = send + ((target - (target > rank).to(tl.int32)) * tl.num_programs(1) + place).to(tl.int64) * ROW_WORDS
+        row = send + ((target - (target > rank).to(tl.int32)) * tl.num_programs(0) + place).to(tl.int64) * ROW_WORDS
     values, scales = as_bits(values), as_bits(scales)
     column = part * BLOCK + tl.arange(0, BLOCK)
     inside = column < tl.where(mine >= 0, VALUE_WORDS, 0)

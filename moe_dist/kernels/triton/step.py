@@ -17,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from moe_dist.errors import UnsupportedError
 from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
+from moe_dist.rows import used_rows
 from moe_dist.sizes import power_of_2
 from moe_dist.spec import BLOCK
 from moe_dist.stages import NO_STAGES, Stages
@@ -28,6 +30,9 @@ from moe_dist.weights import ExpertWeights
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
 GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
+MOST_PAIRS = (
+    2**30
+)  # their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets
 MOST_PAIRS_TOGETHER = 4096  # beyond, one program for each expert that reads all pairs takes too long
 MOST_CHUNKS = 128  # of many pairs; each has a program that adds up the counts of all, and the chip has as many SMs
 COMPARED = 256  # pairs of a chunk with each other, one by each thread
@@ -52,7 +57,7 @@ def _weighted_sum(
     for place in tl.static_range(K):
         pair = row * K + place
         slot = tl.load(slots + pair)
-        weight = tl.load(weights + pair)
+        weight = tl.load(weights + pair, mask=slot >= 0, other=0.0)  # what it holds without a slot is ignored
         place_of = tl.load(places + pair, mask=slot >= 0, other=0).to(tl.int64) if PLACED else pair
         at = out + place_of * H + column
         value = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
@@ -101,6 +106,9 @@ class Step(ABC):
             experts.kind, ROW_SCALES
         )
         self.pairs = slots_RK.numel()
+        if self.pairs > MOST_PAIRS:
+            what = f"a step of {self.pairs} (token, expert) pairs"
+            raise UnsupportedError(what, [f"kernels count at most {MOST_PAIRS} of them in 32 bits"])
         self.places: Tensor | None = None  # of pairs among GEMM2's rows, where those don't lie by pair
         self.entries = self.pairs // tile + experts.num_experts
         P, E, i = self.pairs, experts.num_experts, experts.width
@@ -152,7 +160,7 @@ class Step(ABC):
             source, groups = x.contiguous(), R * blocks(H)
             x = QuantizedRows(*empties(x.device, ((R, H), FP8), ((R, blocks(H)), torch.float32)))
         elif isinstance(x, Tensor) and self.kind != UNQUANTIZED:
-            x = quantize_rows(x, self.experts.kind, self.experts.a13)
+            x = quantize_rows(x, self.experts.kind, self.experts.a13, used_rows(self.experts.kind, self.slots_RK))
         values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
         scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
         sort = self._sort_few if self.pairs <= MOST_PAIRS_TOGETHER else self._sort_many

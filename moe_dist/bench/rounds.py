@@ -1,0 +1,73 @@
+"""Timing in rounds: each case a little, then all of them again. What is busy for a while, or drifts, then meets all
+alike, and how far one case's rounds lie apart says which differences between cases mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from moe_dist.bench.case import Case
+from moe_dist.plan import Plan
+
+ROUNDS = 5
+ROOM = 0.4  # of memory: as much may the weights of placements take that are measured in turns
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A case's share of one round. Cases of one `batch` take turns, and what is dear to make is kept until the next;
+    None: it has all its time at once, and nobody else's weights are kept."""
+
+    number: int = 0
+    of: int = 1
+    batch: int | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.of - 1
+
+    def iters(self, total: int) -> int:
+        """Of so many in all."""
+        return total // self.of + (self.number < total % self.of)
+
+
+def turns(case: Case) -> int:
+    return max(1, min(ROUNDS, case.iters))
+
+
+def schedule(planned: list[tuple[Case, Plan]], memory: int) -> Iterator[tuple[int, Turn]]:
+    """Which case is measured when, by its index: rounds over all of a batch, each beginning with another case. `memory`
+    in bytes: of one GPU, or of a CPU's ranks together."""
+    for number, batch in enumerate(batches(planned, memory)):
+        for turn in range(ROUNDS):
+            first = turn * len(batch) // ROUNDS
+            for index in batch[first:] + batch[:first]:
+                of = turns(planned[index][0])
+                if turn < of:
+                    yield index, Turn(turn, of, number)
+
+
+def batches(planned: list[tuple[Case, Plan]], memory: int) -> list[list[int]]:
+    """Neighbours of one model, where all its placements' weights have room beside each other, else of one placement:
+    weights are made once."""
+
+    def model(index: int) -> str:
+        case = planned[index][0]
+        return f"{case.model!r} {case.source!r}"
+
+    found = []
+    for _, of_model in groupby(range(len(planned)), key=model):
+        together = list(of_model)
+        by_placement = [
+            list(share) for _, share in groupby(together, key=lambda index: repr(planned[index][0].parallel))
+        ]
+        weights = sum(group_bytes(planned[share[0]][1]) for share in by_placement)
+        found += [together] if weights <= ROOM * memory else by_placement
+    return found
+
+
+def group_bytes(plan: Plan) -> int:
+    """Of a placement's weights, on the GPU that holds most or in the one memory of a CPU's ranks."""
+    ranks = [plan.weight_bytes(rank) for rank in range(plan.placement.world)]
+    return max(ranks) if plan.machine.device == "cuda" else sum(ranks)

@@ -1,0 +1,144 @@
+"""A case ready to run on one rank, and what a rank keeps of it from turn to turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.bench.case import Case
+from moe_dist.bench.clock import time_steps
+from moe_dist.graph import StepGraph
+from moe_dist.layer import MoELayer
+from moe_dist.routing import Routing
+from moe_dist.runtime.context import RankContext
+from moe_dist.weights import ExpertWeights
+
+STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
+SAMPLED = 512  # rows of an output that are kept to be compared with
+SMALL = 32 << 20  # bytes of a shard: on a CPU a step of a larger one is made anew, as backends keep copies of weights
+SPARE = 0.25  # of a GPU's memory: with less left, steps are made anew
+
+
+@dataclass
+class Step:
+    """One step on fixed inputs: `call` runs it eagerly or replays `graph`."""
+
+    layer: MoELayer
+    shard: ExpertWeights
+    x: Tensor
+    routing: Routing
+    bucket: int
+    call: Callable[[], Tensor]
+    graph: StepGraph | None
+
+    def __post_init__(self) -> None:
+        self._gate_first = self.shard.gate_first
+
+    @property
+    def stale(self) -> bool:
+        """Another backend has turned the weights that this one was prepared with."""
+        return self.shard.gate_first != self._gate_first
+
+    def sent(self) -> int:
+        """The bytes that this rank sends in a step, counted in one more."""
+        before = self.layer.comm.bytes_sent
+        self._eagerly()
+        return self.layer.comm.bytes_sent - before
+
+    def staged(self, iters: int) -> dict[str, float]:
+        """Median microseconds of each stage over a few of `iters` further steps, run as the timed ones are."""
+        totals: list[dict[str, float]] = []
+        graph = self.graph.with_stages() if self.graph and iters else None
+        for _ in range(min(iters, STAGE_ITERS)):
+            if graph:
+                time_steps(self.layer.comm, graph.replay, 1, queued=True)
+                totals.append(graph.totals_us())
+                continue
+            self.layer.comm.barrier()
+            with self.layer.stages.switched_on():
+                self._eagerly()
+            totals.append(self.layer.stages.totals_us())
+        return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
+
+    def config_sources(self) -> tuple[str, ...]:
+        """See Backend.config_sources; the shared expert's too."""
+        backends = (self.layer.backend, self.layer.shared)
+        return tuple(dict.fromkeys(source for each in backends if each for source in each.config_sources()))
+
+    def _eagerly(self) -> None:
+        self.layer(self.x, self.routing, max_tokens_per_rank=self.bucket)
+
+
+def make_step(
+    context: RankContext, case: Case, layer: MoELayer, shard: ExpertWeights, x: Tensor, routing: Routing, bucket: int
+) -> Step:
+    """Collective, compiles what is compiled at first use."""
+    context.progress(f"{case.label}: warming up")
+    if not layer.plan.graph:
+        layer.warm_up(x, routing, bucket)
+        return Step(layer, shard, x, routing, bucket, lambda: layer(x, routing, max_tokens_per_rank=bucket), None)
+    context.progress(f"{case.label}: capturing")
+    graph = StepGraph(layer, bucket, x, routing)
+    # The bytes of a captured step are those of the same splits, sent eagerly.
+    layer.exchange.static = True
+    return Step(layer, shard, x, routing, bucket, lambda: graph.replay()[: len(x)], graph)
+
+
+def sampled(y_TH: Tensor) -> Tensor:
+    """A copy of some rows."""
+    return y_TH[:: max(1, len(y_TH) // SAMPLED)].clone()
+
+
+@dataclass
+class Kept:
+    """What one batch's cases leave for their next turns. `first`: some rows of a case's first output; `found`: what
+    was measured so far."""
+
+    batch: int | None
+    steps: dict[str, Step] = field(default_factory=dict)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, context: RankContext, batch: int | None) -> Kept:
+        """Another batch's is dropped."""
+        kept = context.memo.get("kept")
+        if kept is None or batch is None or kept.batch != batch:
+            context.memo.pop("kept", None)
+            del kept
+            gc.collect()
+            kept = context.memo["kept"] = Kept(batch)
+        return kept
+
+    def step(self, context: RankContext, key: str, make: Callable[[], Step]) -> Step:
+        """The one that is kept, or a new one if that is missing or stale on any rank: making one is collective."""
+        step = self.steps.get(key)
+        anew = context.comm.agree_max(int(step is None or step.stale))
+        if step is None or anew:
+            self.steps.pop(key, None)
+            del step
+            step = make()
+            self.keep(key, step)
+        return step
+
+    def keep(self, key: str, step: Step) -> None:
+        """As long as there is room."""
+        if _room(step.shard):
+            self.steps[key] = step
+
+    def drop(self, key: str) -> None:
+        for kept in (self.steps, self.first, self.found):
+            kept.pop(key, None)
+
+
+def _room(shard: ExpertWeights) -> bool:
+    if shard.device.type != "cuda":
+        return shard.nbytes() <= SMALL
+    free, total = torch.cuda.mem_get_info(shard.device)
+    return free >= SPARE * total

@@ -1,0 +1,213 @@
+"""Which modules of a model are quantized, and how: `quantization_config` of config.json, and hf_quant_config.json.
+
+One way is read, FP8 with a scale for each 128×128 block. Every other one is refused with what was found, and so is a
+key or a value that is not known to change nothing: it may say how the numbers are to be read. A layer that the list of
+exceptions takes out is not quantized, whatever the rest is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.folder import CONFIG_LIMIT, exists, read_json, shown
+from moe_dist.errors import CheckpointError, UnsupportedError
+from moe_dist.spec import BLOCK
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+CONFIG_FILE = "config.json"
+SECTION = "quantization_config"
+MODELOPT_FILE = "hf_quant_config.json"
+OTHER_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's own
+READ = (
+    f"quant_method fp8 with weight_block_size [{BLOCK}, {BLOCK}], fmt e4m3 and activation_scheme dynamic",
+    "no quantization_config (bf16, fp32)",
+)
+# Beside quant_method and weight_block_size, the keys of fp8 and the values that leave the format what it is. A
+# scale_fmt of ue8m0 (DeepSeek-V3.1) does: the stored scales are plain numbers all the same, and activation scales in
+# float32 are only finer than the powers of two it asks for.
+HARMLESS: dict[str, tuple[object, ...]] = {
+    "activation_scheme": ("dynamic",),
+    "fmt": ("e4m3", "e4m3fn", "float8_e4m3fn"),
+    "scale_fmt": ("ue8m0", "float32"),
+    "weight_per_tensor": (False,),
+    "act_per_tensor": (False,),
+    "is_checkpoint_fp8_serialized": (True,),
+    "dequantize": (False,),
+    "kv_cache_scheme": (),
+    "_load_in_8bit": (False,),
+    "_load_in_4bit": (False,),
+}
+EXCEPTIONS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+_REPEAT, _NESTED, MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"[*+}][^()]*\)[*+{]"), 5
+KV_CACHE = ("kv_cache_quant_algo", "kv_cache_scheme", "kv_cache_dtype")  # no business of the experts
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """Modules that are not quantized. An entry is the dotted name of a module or a run of its parts, which covers what
+    is below it too (`lm_head`, `model.layers.1.mlp.experts`, `mlp.experts`), `re:` and a pattern that must match from
+    the start of the name, as compressed-tensors has it, or a name with `*`, as ModelOpt has it."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[re.Pattern[str], ...] = ()
+
+    @classmethod
+    def parse(cls, entries: Iterable[Any], where: str, path: Path | str) -> Exceptions:
+        names, patterns = set(), []
+        for entry in entries:
+            if not isinstance(entry, str) or not entry.strip("."):
+                raise CheckpointError(path, f"{where} holds {shown(entry)}, which is no name of a module")
+            try:
+                if entry.startswith("re:"):
+                    if _NESTED.search(entry) or len(_REPEAT.findall(entry)) > MOST_REPEATS:
+                        rule = f"of a repetition, or more than {MOST_REPEATS} of them"
+                        raise re.error(f"a repetition {rule}, may take for ever")
+                    patterns.append(re.compile(entry.removeprefix("re:")))
+                elif any(sign in entry for sign in "*?["):
+                    patterns.append(re.compile(fnmatch.translate(entry.strip("."))))
+                else:
+                    names.add(entry.strip(".").removesuffix(".weight"))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise CheckpointError(path, f"{where} holds {shown(entry)}, no pattern: {error}") from None
+        return cls(frozenset(names), tuple(patterns))
+
+    def cover(self, module: str) -> bool:
+        parts = module.split(".")
+        runs = (".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1))
+        return any(run in self.names for run in runs) or any(pattern.match(module) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One section that quantizes modules, and how: as FP8 blocks if `reasons` is empty, else as these say."""
+
+    where: str
+    reasons: tuple[str, ...]
+    exceptions: Exceptions
+    supported: tuple[str, ...] = READ
+
+    def refuse(self) -> None:
+        if self.reasons:
+            raise UnsupportedError(self.where, self.reasons, self.supported)
+
+    def converts(self, prefix: str, experts: int) -> bool:
+        """Whether the `experts` experts `prefix`.0 and so on are quantized; UnsupportedError if only some are."""
+        if self.exceptions == Exceptions() or self.exceptions.cover(prefix):
+            return self.exceptions == Exceptions()
+        modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in PROJECTIONS]
+        kept = {module for module in modules if self.exceptions.cover(module)}
+        if kept and len(kept) < len(modules):
+            converted = next(module for module in modules if module not in kept)
+            reason = f"it converts {converted} but not {min(kept)}: the experts of a layer must have one format"
+            raise UnsupportedError(self.where, [reason])
+        return not kept
+
+
+def read_quantizations(raw: Mapping[str, Any], path: Path | str) -> tuple[Quantization, ...]:
+    """The section of a config.json, none if it has none. Raises CheckpointError for what is no section at all and
+    UnsupportedError for keys that hint at a quantization in a place that is not known."""
+    strange = [key for key, value in raw.items() if _hints(key) and key != SECTION and value is not None]
+    if strange:
+        reason = f"key {shown(strange[0])} may say how numbers are stored"
+        raise UnsupportedError(f"a quantization in {path}", [reason], READ)
+    found = raw.get(SECTION)
+    if found is None:
+        return ()
+    if not isinstance(found, dict):
+        raise CheckpointError(path, f"key {SECTION} = {shown(found)} is no dict")
+    where = f"{SECTION} in {path}"
+    method = found.get("quant_method")
+    if method == "fp8":
+        return (_fp8(found, where, path),)
+    if "quant_algo" in _flat(found):
+        return _modelopt(found, where, path)
+    return (Quantization(where, (_other(found),), _exceptions(found, path)),)
+
+
+def read_other_files(directory: Path) -> tuple[Quantization, ...]:
+    """What the files beside config.json say of quantization."""
+    for name in OTHER_FILES:
+        if exists(directory, name):
+            found = read_json(directory, name, CONFIG_LIMIT)
+            reason = f"its weights have {shown(found.get('bits', found.get('w_bit')))} bits"
+            raise UnsupportedError(f"the quantization in {directory / name}", [reason], READ)
+    if not exists(directory, MODELOPT_FILE):
+        return ()
+    path = directory / MODELOPT_FILE
+    found = dict(read_json(directory, MODELOPT_FILE, CONFIG_LIMIT))
+    if not isinstance(found.get("quantization"), dict):
+        raise CheckpointError(path, f"key quantization = {shown(found.get('quantization'))} is no dict")
+    return _modelopt(found, f"the quantization in {path}", path)
+
+
+def _hints(key: str) -> bool:
+    return "quant" in key.lower() or key in ("compression_config", "sparsity_config")
+
+
+def _fp8(found: dict[str, Any], where: str, path: Path | str) -> Quantization:
+    reasons = []
+    if (blocks := found.get("weight_block_size")) != [BLOCK, BLOCK]:
+        reasons.append(f"weight_block_size is {shown(blocks)}")
+    for key, value in found.items():
+        if key in ("quant_method", "weight_block_size", *EXCEPTIONS) or value is None:
+            continue
+        if key not in HARMLESS:
+            reasons.append(f"key {shown(key)} = {shown(value)} is not known")
+        elif not any(value == known and type(value) is type(known) for known in HARMLESS[key]):
+            reasons.append(f"{key} is {shown(value)}")
+    return Quantization(where, tuple(reasons), _exceptions(found, path))
+
+
+def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
+    """ModelOpt's keys stand in the section, or in `quantization` in it."""
+    inner = found.get("quantization")
+    return {**found, **inner} if isinstance(inner, dict) else dict(found)
+
+
+def _modelopt(found: Mapping[str, Any], where: str, path: Path | str) -> tuple[Quantization, ...]:
+    """ModelOpt quantizes nothing, or nothing but the KV cache, where its quant_algo is null."""
+    keys = _flat(found)
+    if "quant_algo" not in keys:
+        raise UnsupportedError(where, [f"it says nothing of quant_algo, but {shown(sorted(keys))}"], READ)
+    algorithm = keys["quant_algo"]
+    if algorithm is not None:
+        reason = f"quant_algo is {shown(algorithm)}"
+        if keys.get("group_size") is not None:
+            reason += f" with group_size {shown(keys['group_size'])}"
+        return (Quantization(where, (reason,), _exceptions(keys, path)),)
+    known = ("quant_algo", "quantization", "producer", "quant_method", "group_size", *EXCEPTIONS, *KV_CACHE)
+    strange = [key for key, value in keys.items() if key not in known and value not in (None, {}, [])]
+    if strange:
+        raise UnsupportedError(where, [f"key {shown(strange[0])} = {shown(keys[strange[0]])} is not known"], READ)
+    return ()
+
+
+def _other(found: dict[str, Any]) -> str:
+    """What another method's section says of itself, in one line."""
+    parts = [f"quant_method is {shown(found.get('quant_method'))}"]
+    parts += [f"{key} is {shown(found[key])}" for key in ("format", "bits", "quant_type", "fmt") if key in found]
+    groups = found.get("config_groups")
+    if isinstance(groups, dict):
+        for group in groups.values():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            if isinstance(weights, dict):
+                said = [f"{key} {shown(weights.get(key))}" for key in ("num_bits", "type", "strategy")]
+                parts.append("weights have " + ", ".join(said))
+    return ", ".join(parts[:6])
+
+
+def _exceptions(found: Mapping[str, Any], path: Path | str) -> Exceptions:
+    entries: list[Any] = []
+    for key in EXCEPTIONS:
+        listed = found.get(key)
+        if listed is None:
+            continue
+        if not isinstance(listed, list):
+            raise CheckpointError(path, f"key {key} = {shown(listed)} is no list")
+        entries += listed
+    return Exceptions.parse(entries, " and ".join(key for key in EXCEPTIONS if found.get(key) is not None), path)

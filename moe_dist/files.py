@@ -1,0 +1,55 @@
+"""Reading small text files of unknown origin: a config that is a FIFO, a device or gigabytes long must not hang or
+fill the memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def read_small_text(path: Path | str, limit: int) -> str:
+    """The text of a regular UTF-8 file of at most `limit` bytes; links are followed. Never waits for a writer.
+
+    Raises OSError only (FileNotFoundError if there is none), always with a `strerror` of one line that says what is
+    wrong with the file: it is no regular file, it is too large, it is not UTF-8, or what the system said.
+    """
+    name = os.fspath(path)
+    try:
+        require_regular(name)
+        # Something else may lie there by now: O_NONBLOCK opens a FIFO without waiting, and fstat tells.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL byte in the name
+        raise OSError(errno.EINVAL, f"is no file name: {error}", name) from None
+    with open(descriptor, "rb") as file:
+        _require_regular(os.fstat(descriptor), name)
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"is larger than the {limit:,} bytes that such a file may have", name)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"is no UTF-8 text: {error.reason} at byte {error.start}", name) from None
+
+
+def require_regular(path: Path | str) -> os.stat_result:
+    """What stat says of a regular file, links followed; OSError if there is none or it is something else."""
+    found = os.stat(path)
+    _require_regular(found, os.fspath(path))
+    return found
+
+
+def _require_regular(found: os.stat_result, name: str) -> None:
+    if stat.S_ISREG(found.st_mode):
+        return
+    kind = next((kind for test, kind in KINDS if test(found.st_mode)), "something else")
+    raise OSError(errno.EINVAL, f"is {kind}, not a regular file", name)

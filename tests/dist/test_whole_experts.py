@@ -1,0 +1,221 @@
+"""The check with whole experts: good layers pass far below its tolerance, and every way to load a slice wrong is seen,
+though the oracle takes its weights from the same shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import edit
+from checkpoints import fused as fused_form
+from dist.pool import Pool
+
+from moe_dist import weights
+from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.results import WHOLE_TOLERANCE, make_row
+from moe_dist.bench.whole_experts import compared_tokens
+from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
+from moe_dist.comm import Comm
+from moe_dist.plan import Machine
+from moe_dist.runtime.context import RankContext
+from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+
+SPEC = MoESpec(name="small", hidden=256, intermediate=384, num_experts=8, top_k=2)
+WIDTH = 512  # of a checkpoint's experts
+SHARED = {"shared_intermediate": 256}
+MACHINE = Machine("cpu", 1, "a test's CPU")
+
+
+def case(model: MoESpec, source: SourceSpec | None = None, exchange: str = "ag_rs", **parallel: Any) -> Case:
+    workload = WorkloadSpec(tokens=12, seed=3)
+    grid = ParallelSpec(**parallel)
+    source = source or SourceSpec(seed=5)
+    return Case(model=model, source=source, parallel=grid, exchange=exchange, backend="torch", workload=workload,
+                iters=0)  # fmt: skip
+
+
+def checkpoint(directory: Path, fused: bool = False, **options: Any) -> Path:
+    sizes = {"hidden": 256, "intermediate": WIDTH, "num_experts": 8, "top_k": 2, "shards": 1}
+    made = make_checkpoint(directory, **(sizes | options))
+    if fused:
+        edit(made, None, fused_form)
+    return made
+
+
+def of(directory: Path, shared: str = "none", **parallel: Any) -> Case:
+    source = SourceSpec(checkpoint=str(directory), layer=1)
+    return case(layer_spec(directory, 1).with_changes(shared_experts=shared), source, **parallel)
+
+
+# What goes wrong, on every rank
+
+
+def first_slice_everywhere() -> tuple[object, str, Any]:
+    part = layout.Piece.part
+
+    return layout.Piece, "part", lambda piece, start, stop: part(piece, 0, stop - start)
+
+
+def gate_for_up() -> tuple[object, str, Any]:
+    targets = load._targets
+
+    def swapped(shard: weights.ExpertWeights, slot: int) -> list[torch.Tensor]:
+        found = targets(shard, slot)
+        half = len(found) // 3
+        return [*found[half : 2 * half], *found[:half], *found[2 * half :]]
+
+    return load, "_targets", swapped
+
+
+def next_expert() -> tuple[object, str, Any]:
+    expert = layout.Layer.expert
+    return layout.Layer, "expert", lambda layer, number: expert(layer, (number + 1) % layer.spec.num_experts)
+
+
+def scales_of_another_block() -> tuple[object, str, Any]:
+    fill = load._fill
+
+    def filled(checkpoint: Any, piece: layout.Piece, target: torch.Tensor, start: int, stop: int) -> None:
+        fill(checkpoint, piece, target, start, stop)
+        if piece.scale:
+            target.copy_(target.flip(-1).clone())
+
+    return load, "_fill", filled
+
+
+def one_column_off() -> tuple[object, str, Any]:
+    sliced = weights.slice_width
+
+    def shifted(whole: weights.ExpertWeights, start: int, stop: int) -> weights.ExpertWeights:
+        found = sliced(whole, start, stop)
+        return found.with_tensors(w2_eHi=torch.roll(found.w2_eHi.view(torch.uint8), 1, -1).view(found.w2_eHi.dtype))
+
+    return weights, "slice_width", shifted
+
+
+def another_seed() -> tuple[object, str, Any]:
+    expert = weights.random_expert
+
+    def drawn(spec: MoESpec, number: int, seed: int, *arguments: Any, **options: Any) -> weights.ExpertWeights:
+        return expert(spec, number, seed + (number == SPEC.num_experts), *arguments, **options)
+
+    import moe_dist.bench.measure
+
+    return moe_dist.bench.measure, "random_expert", drawn
+
+
+Fault = Callable[[], tuple[object, str, Any]]
+
+
+def measured(comm: Comm, chosen: Case, fault: Fault | None) -> Any:
+    if fault is None:
+        return measure(RankContext(comm, "torchrun"), chosen)
+    owner, name, replacement = fault()
+    before = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        return measure(RankContext(comm, "torchrun"), chosen)
+    finally:
+        setattr(owner, name, before)
+
+
+def row_of(pool: Pool, chosen: Case, fault: Fault | None = None) -> dict[str, Any]:
+    results = pool.run(chosen.parallel.world, measured, chosen, fault)
+    return make_row(chosen, chosen.plan(MACHINE), merge(results), "torchrun")
+
+
+RANDOM = [
+    case(SPEC, tp=2),
+    case(SPEC, exchange="local"),
+    case(SPEC.with_changes(quant="none", dtype="fp32"), tp=2),
+    case(SPEC.with_changes(quant="fp8_channel", activation="relu2"), ep=2),
+    case(SPEC.with_changes(quant="fp8_tensor_static", activation="geglu"), tp=2),
+    case(SPEC.with_changes(shared_experts="tp", **SHARED), ep=2),
+    case(SPEC.with_changes(shared_experts="replicated", **SHARED), tp=2),
+    case(SPEC, ep=2, replicas={0: [1], 7: [0]}),
+]
+
+
+@pytest.mark.parametrize("chosen", RANDOM, ids=lambda chosen: f"{chosen.model.quant_label} {chosen.label}")
+def test_random_weights_agree_with_whole_experts(pool: Pool, chosen: Case) -> None:
+    row = row_of(pool, chosen)
+    assert row["source"] == "random:5"
+    assert 0 < row["err_whole"] < WHOLE_TOLERANCE / 10
+    assert row["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "shared", "parallel"),
+    [
+        ({}, "none", {"tp": 2}),
+        ({"quant": "none"}, "none", {"ep": 2}),
+        ({"model_type": "deepseek_v3"}, "tp", {"tp": 2}),
+        ({"model_type": "deepseek_v3"}, "replicated", {"ep": 2}),
+        ({"fused": True}, "none", {"tp": 2}),
+        ({"fused": True, "quant": "none"}, "none", {"ep": 2}),
+    ],
+    ids=str,
+)
+def test_checkpoints_agree_with_whole_experts(
+    pool: Pool, tmp_path: Path, options: Any, shared: str, parallel: Any
+) -> None:
+    row = row_of(pool, of(checkpoint(tmp_path / "model", **options), shared, **parallel))
+    assert row["source"] == "checkpoint:model layer 1"
+    assert 0 < row["err_whole"] < WHOLE_TOLERANCE / 10
+    assert row["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("fault", "fused"),
+    [
+        (first_slice_everywhere, False),
+        (gate_for_up, False),
+        (next_expert, False),
+        (scales_of_another_block, False),
+        (first_slice_everywhere, True),
+        (gate_for_up, True),
+    ],
+)
+def test_a_checkpoint_loaded_wrong_does_not_pass(pool: Pool, tmp_path: Path, fault: Fault, fused: bool) -> None:
+    row = row_of(pool, of(checkpoint(tmp_path / "model", fused=fused), tp=2), fault)
+    assert row["err_oracle"] < 1e-2  # the oracle has the same wrong weights
+    assert row["err_whole"] > 0.1
+    assert row["ok"] is False
+
+
+@pytest.mark.parametrize("shared", ["tp", "replicated"])
+@pytest.mark.parametrize("fault", [first_slice_everywhere, gate_for_up])
+def test_the_shared_expert_is_compared_too(pool: Pool, tmp_path: Path, fault: Fault, shared: str) -> None:
+    row = row_of(pool, of(checkpoint(tmp_path / "model", model_type="deepseek_v3"), shared, ep=2), fault)
+    assert row["ok"] is (shared == "replicated" and fault is first_slice_everywhere)  # whole there: nothing to move
+    if not row["ok"]:
+        assert row["err_whole"] > 10 * WHOLE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("fault", "chosen"),
+    [
+        (one_column_off, case(SPEC, tp=2)),
+        (another_seed, case(SPEC.with_changes(shared_experts="tp", **SHARED), ep=2)),
+    ],
+    ids=["one_column_off", "another_seed"],
+)
+def test_random_shards_made_wrong_do_not_pass(pool: Pool, fault: Fault, chosen: Case) -> None:
+    row = row_of(pool, chosen, fault)
+    assert row["err_oracle"] < 1e-2
+    assert row["err_whole"] > 10 * WHOLE_TOLERANCE
+    assert row["ok"] is False
+
+
+def test_every_group_of_experts_is_looked_at() -> None:
+    groups_TK = torch.zeros(1000, 4, dtype=torch.int64)
+    groups_TK[17, 2], groups_TK[801, 0], groups_TK[900] = 5, 3, -1
+    chosen = case(SPEC, ep=2).with_changes(workload=WorkloadSpec(tokens=1000, seed=3))
+    tokens = compared_tokens(chosen, groups_TK)
+    assert {17, 801} <= set(tokens.tolist())
+    assert 6 <= len(tokens) <= 7
+    assert torch.equal(tokens, compared_tokens(chosen, groups_TK))

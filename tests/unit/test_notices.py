@@ -1,0 +1,83 @@
+"""What is said to a user that is no error: once, to whoever listens."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+
+from moe_dist import building
+from moe_dist.notices import MoeDistWarning, collecting, live, notice
+
+
+def test_a_process_of_its_own_warns_in_a_category_of_ours():
+    with pytest.warns(MoeDistWarning, match="no table") as found:
+        notice("no table")
+    assert found[0].filename == __file__  # of who said it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoeDistWarning)
+        notice("filtered by its category")
+
+
+def test_a_rank_keeps_each_once_in_their_order():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with collecting() as said:
+            for text in ("a", "b", "a"):
+                notice(text)
+    assert said == ["a", "b"]
+
+
+def test_what_comes_later_goes_elsewhere():
+    with collecting() as outer:
+        with collecting() as inner:
+            notice("a")
+        notice("b")
+    with pytest.warns(MoeDistWarning):
+        notice("c")
+    assert (outer, inner) == (["b"], ["a"])
+
+
+def test_an_error_ends_the_collecting():
+    with pytest.raises(ZeroDivisionError), collecting():
+        raise ZeroDivisionError
+    with pytest.warns(MoeDistWarning):
+        notice("heard")
+
+
+def test_threads_of_a_rank_are_heard():
+    shown: list[str] = []
+    with collecting(shown.append) as said:
+        threads = [threading.Thread(target=building.say, args=(f"line {n}",)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert sorted(said) == sorted(shown) == [f"line {n}" for n in range(8)]
+
+
+class TestBuilding:
+    def test_a_rank_whose_errors_nobody_sees(self, capsys):
+        """What happened is kept for the user; how far it is, is only shown while it lasts."""
+        shown: list[str] = []
+        with collecting(shown.append) as said:
+            building.say("compiling 3 sources")
+            building.say("compiled 1 of 3", progress=True)
+            building.say("compiled")
+        assert said == ["compiling 3 sources", "compiled"]
+        assert shown == ["compiling 3 sources", "compiled 1 of 3", "compiled"]
+        assert capsys.readouterr().err == ""
+
+    def test_a_process_that_is_seen(self, capsys):
+        for progress in (False, True):
+            building.say("compiling", progress=progress)
+            with collecting() as said:  # torchrun's ranks: their standard error is the user's
+                building.say("compiling", progress=progress)
+            assert said == []
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 4
+        assert all(line.startswith("moe-dist (pid ") and line.endswith("): compiling") for line in lines)
+
+    def test_nobody_watches(self):
+        assert not live("text")

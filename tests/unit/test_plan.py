@@ -1,0 +1,74 @@
+"""What a plan says of sizes, and that every rank's own slice is asked about."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.errors import UnsupportedError
+from moe_dist.plan import Machine, make_plan
+from moe_dist.rows import Support
+from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.weights import random_weights, shard
+
+CPU = Machine("cpu", 1, "a test's CPU")
+
+
+def plan(exchange: str = "ag_rs", layout: str = "sharded", spec: dict | None = None, **grid):
+    sizes = {"hidden": 160, "intermediate": 320, "num_experts": 10, "top_k": 4} | (spec or {})
+    return make_plan(
+        MoESpec(**sizes), ParallelSpec(**grid), exchange=exchange, backend="torch", token_layout=layout, machine=CPU
+    )
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("quant", QUANT_KINDS)
+def test_weights_weigh_what_they_do(quant, activation):
+    made = plan(spec={"quant": quant, "activation": activation}, tp=3, ep=4)
+    whole = random_weights(made.spec, seed=0)
+    for rank in range(12):
+        assert made.weight_bytes(rank) == shard(whole, made.placement, rank).nbytes(), rank
+
+
+@pytest.mark.parametrize(
+    ("layout", "grid", "expected"),
+    [
+        ("sharded", {"ep": 4}, 4 * 5 * 3),  # 3 experts on a rank at most, of top-4
+        ("replicated", {"ep": 4}, 5 * 3),
+        ("sharded", {"tp": 2}, 2 * 5 * 4),
+        ("sharded", {"tp": 2, "ep": 2}, 4 * 5 * 4),
+        ("sharded", {"ep": 10}, 10 * 5 * 1),
+    ],
+)
+def test_most_rows(layout, grid, expected):
+    assert plan(layout=layout, **grid).most_rows(5) == expected
+
+
+def test_scratch_of_the_worst_case():
+    """Of 2 ranks' 5 tokens each: GEMM1's 640, GEMM2's 320 and 160 columns of 40 pairs in bf16; of 10 rows the FP8 codes
+    with two scales, four ids and weights, and the sums in bf16."""
+    assert plan(ep=2).scratch_bytes(5) == 40 * 2 * (640 + 320 + 160) + 10 * (160 + 2 * 4 + 4 * 8 + 160 * 2)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "layout", "grid", "expected"),
+    [
+        ("all_reduce", "sharded", {"ep": 2}, True),
+        ("all_reduce", "replicated", {"ep": 2}, False),
+        ("ag_rs", "sharded", {"ep": 2}, False),
+        ("ag_rs", "replicated", {"ep": 2}, True),
+        ("all_to_all", "replicated", {"tp": 2}, True),
+        ("local", "sharded", {}, False),
+    ],
+)
+def test_who_changes_the_token_layout(exchange, layout, grid, expected):
+    assert plan(exchange, layout, **grid).converts_layout is expected
+
+
+@pytest.mark.parametrize(("width", "grid"), [(64, {"tp": 3}), (128, {"tp": 3})])
+def test_every_ranks_slice_is_asked_about(monkeypatch, width, grid):
+    """320 columns over three ranks are 128, 128 and 64."""
+    answer = classmethod(lambda cls, problem: Support(problem.width != width, f"not {problem.width}"))
+    monkeypatch.setattr(TorchBackend, "supports", answer)
+    with pytest.raises(UnsupportedError, match=f"not {width}"):
+        plan(**grid)

@@ -1,0 +1,265 @@
+"""Cases in rounds: who is measured when, what a rank keeps until the next turn, what is kept when a rank fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from unit.test_bench import CPU, H200, SPEC, case, rank_result
+
+from moe_dist.backends import BACKENDS
+from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.bench import measure as measuring
+from moe_dist.bench import step as steps
+from moe_dist.bench.measure import measure
+from moe_dist.bench.results import Outcome
+from moe_dist.bench.rounds import ROUNDS, Turn, batches, group_bytes, schedule, turns
+from moe_dist.bench.runner import run_cases
+from moe_dist.comm import Comm
+from moe_dist.errors import RankFailure
+from moe_dist.layer import MoELayer
+from moe_dist.notices import notice
+from moe_dist.runtime.context import RankContext
+
+PLENTY = 1 << 40
+
+
+def planned(*cases, machine=CPU):
+    return [(one, one.plan(machine)) for one in cases]
+
+
+class TestSchedule:
+    FOUR = tuple(case(iters=7, exchange=exchange, parallel=parallel) for parallel in ({"tp": 2}, {"ep": 2})
+                 for exchange in ("ag_rs", "all_to_all"))  # fmt: skip
+
+    def test_every_round_is_over_before_the_next(self):
+        found = list(schedule(planned(*self.FOUR), PLENTY))
+        rounds = [found[start : start + 4] for start in range(0, len(found), 4)]
+        assert len(rounds) == ROUNDS
+        for number, one in enumerate(rounds):
+            assert sorted(index for index, _ in one) == [0, 1, 2, 3]
+            assert {(turn.number, turn.of, turn.batch) for _, turn in one} == {(number, ROUNDS, 0)}
+        assert [index for index, _ in rounds[0]] == [0, 1, 2, 3]
+        assert len({one[0][0] for one in rounds}) == 4  # not always the same one is first
+
+    @pytest.mark.parametrize("iters", [0, 1, 2, 4, 5, 7, 100, 103])
+    def test_all_iterations_are_shared_out(self, iters):
+        mine = [turn for _, turn in schedule(planned(case(iters=iters)), PLENTY)]
+        shares = [turn.iters(iters) for turn in mine]
+        assert sum(shares) == iters
+        assert len(mine) == turns(case(iters=iters)) == min(max(iters, 1), ROUNDS)
+        assert max(shares) - min(shares) <= 1
+        assert [turn.last for turn in mine] == [False] * (len(mine) - 1) + [True]
+
+    @pytest.mark.parametrize("machine", [CPU, H200])
+    def test_placements_take_turns_only_where_their_weights_have_room_together(self, machine):
+        given = planned(*self.FOUR, machine=machine)
+        both = sum(group_bytes(plan) for _, plan in (given[0], given[2]))
+        assert batches(given, int(both / 0.39)) == [[0, 1, 2, 3]]
+        assert batches(given, int(both / 0.41)) == [[0, 1], [2, 3]]
+        parts = [plan.weight_bytes(rank) for rank in (0, 1) for plan in (given[0][1],)]
+        assert group_bytes(given[0][1]) == (max(parts) if machine is H200 else sum(parts))
+
+    def test_models_do_not_mix(self):
+        other = case(model=SPEC.with_changes(name="other"))
+        assert batches(planned(case(), other, other, case()), PLENTY) == [[0], [1, 2], [3]]
+
+
+class Alternating(TorchBackend):
+    """Gives something else every second time."""
+
+    def forward(self, rows):
+        self.count = getattr(self, "count", 0) + 1
+        return super().forward(rows) * (1 + self.count % 2)
+
+
+class Speaking(TorchBackend):
+    def forward(self, rows):
+        notice("said while it ran")
+        return super().forward(rows)
+
+    def config_sources(self):
+        return ("nearest:8",)
+
+
+@pytest.fixture
+def backends():
+    added = {"alternating": Alternating, "speaking": Speaking}
+    for name, backend in added.items():
+        BACKENDS.register(name, backend)
+    yield
+    for name in added:
+        BACKENDS.unregister(name)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The layers that were made."""
+    layers = []
+
+    class Counted(MoELayer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            layers.append(self)
+
+    monkeypatch.setattr(measuring, "MoELayer", Counted)
+    return layers
+
+
+def alone(**changes):
+    return case(**{"parallel": {}, "exchange": "local", "workload": {"tokens": 20}, "iters": 7, "warmup": 1} | changes)
+
+
+def all_turns(context, *cases, batch=0):
+    """Results after each round, by case."""
+    found = {}
+    for turn in range(ROUNDS):
+        for number, one in enumerate(cases):
+            found.setdefault(number, []).append(measure(context, one, Turn(turn, ROUNDS, batch)))
+    return found
+
+
+class TestOnARank:
+    @pytest.fixture
+    def context(self):
+        return RankContext(Comm.single("cpu"), "test")
+
+    def test_a_step_is_made_and_checked_once(self, context, made):
+        found = all_turns(context, alone(), alone(workload={"tokens": 9}))
+        assert len(made) == 2
+        for results in found.values():
+            assert [len(result.rounds_us) for result in results] == [1, 2, 3, 4, 5]
+            assert [len(times) for times in results[-1].rounds_us] == [2, 2, 1, 1, 1]
+            assert all(result.rounds_us == results[-1].rounds_us[: len(result.rounds_us)] for result in results)
+            assert {result.err_oracle for result in results} == {results[0].err_oracle}
+            assert results[-1].err_repeat == 0.0
+            assert sum(results[0].stages_us.values()) > 0
+        assert context.memo["kept"].steps == {}  # after the last turn nothing is
+
+    @pytest.mark.parametrize("why", ["large", "turned"])
+    def test_a_step_that_was_not_kept_is_made_again_and_gives_the_same(self, context, made, monkeypatch, why):
+        """Another backend turns the weights that the first one was prepared with."""
+        if why == "large":
+            monkeypatch.setattr(steps, "SMALL", 0)
+            found = all_turns(context, alone())
+            assert len(made) == ROUNDS
+        else:
+            found = {0: [measure(context, alone(), Turn(0, 3, 0))]}
+            (weights,) = context.memo["weights"].values()
+            weights[0].turn(gate_first=False)
+            found[0] += [measure(context, alone(), Turn(number, 3, 0)) for number in (1, 2)]
+            assert len(made) == 2
+        assert found[0][-1].err_repeat == 0.0
+
+    def test_weights_stay_within_a_batch_only(self, context, monkeypatch):
+        loaded, load = [], measuring._load
+        monkeypatch.setattr(measuring, "_load", lambda *given: loaded.append(given[1].model.name) or load(*given))
+        other = alone(model=SPEC.with_changes(name="other"))
+        all_turns(context, alone(), other, batch=0)
+        assert loaded == ["small", "other"]
+        all_turns(context, other, batch=1)
+        assert loaded == ["small", "other"]
+        assert len(context.memo["weights"]) == 1
+        measure(context, alone())
+        measure(context, other)
+        assert loaded == ["small", "other", "small", "other"]
+        assert len(context.memo["weights"]) == 1
+
+    def test_expectations_are_not_another_placement_s(self, context):
+        """Two layers of one workload in one batch, each against its own weights."""
+        other = alone(model=SPEC.with_changes(name="other"), source={"seed": 5})
+        for results in all_turns(context, alone(), other).values():
+            assert results[0].err_oracle < 1e-2
+
+    def test_an_output_that_changes_is_seen(self, context, backends):
+        (result,) = (results[-1] for results in all_turns(context, alone(backend="alternating", check=False)).values())
+        assert result.err_repeat > 0.3
+
+    def test_what_is_said_comes_back_in_the_turn_that_said_it(self, context, backends):
+        found = all_turns(context, alone(backend="speaking"))[0]
+        assert {result.notices for result in found} == {("said while it ran",)}
+        assert found[-1].config == ("nearest:8",)
+        assert measure(context, alone()).config == measure(context, alone()).notices == ()
+
+    def test_without_times_nothing_is_timed(self, context, made):
+        result = measure(context, alone(iters=0))
+        assert (result.rounds_us, result.stages_us, result.err_repeat) == ([], {}, None)
+        assert result.err_oracle < 1e-2
+        assert len(made) == 1
+
+    def test_the_sample_of_a_large_output_is_spread_over_it(self):
+        rows = torch.arange(5000.0)[:, None]
+        kept = steps.sampled(rows)
+        assert 500 < len(kept) < 1000
+        assert kept[-1] > 4900
+        rows.zero_()
+        assert kept.any()
+
+
+class FakeGroup:
+    """Ranks whose findings are known; `fails_after` so many calls."""
+
+    runtime = "fake"
+
+    def __init__(self, world, calls, said, fails_after=10**9):
+        self.world, self.calls, self.said, self.fails_after = world, calls, said, fails_after
+        self.rounds = {}
+
+    def describe(self):
+        return [f"rank {rank}" for rank in range(self.world)]
+
+    def run(self, function, one, turn, *, timeout_s, shown):
+        assert function is measure
+        if len(self.calls) == self.fails_after:
+            raise RankFailure(1, "all_gather", 7, "gone")
+        self.calls.append((one.exchange, turn))
+        times = self.rounds.setdefault(one.exchange, [])
+        times.append([100.0 * (turn.number + 1)])
+        ranks = [rank_result(rounds_us=list(times), notices=self.said.get(rank, ())) for rank in range(self.world)]
+        return [replace(ranks[0], rows=20), *ranks[1:]]
+
+    def close(self):
+        self.calls.append("closed")
+
+
+class TestRun:
+    CASES = (case(exchange="ag_rs", iters=5), case(exchange="all_to_all", iters=5))
+
+    def run(self, said=None, fails_after=10**9):
+        calls, outcome, lines, seen = [], Outcome(), [], []
+        try:
+            run_cases(
+                planned(*self.CASES), lambda world: FakeGroup(world, calls, said or {}, fails_after), 1.0, outcome,
+                lambda _: None, lines.append, lambda: seen.append([dict(row) for row in outcome.rows]),
+            )  # fmt: skip
+        except RankFailure:
+            lines.append("failed")
+        return calls, outcome, lines, seen
+
+    def test_a_case_has_one_row_which_grows(self):
+        calls, outcome, _, seen = self.run()
+        assert len(calls) == 2 * ROUNDS + 1
+        assert [row["exchange"] for row in outcome.rows] == ["ag_rs", "all_to_all"]
+        for row in outcome.rows:
+            assert row["round_p50_us"] == [100.0, 200.0, 300.0, 400.0, 500.0]
+        assert [[len(row["round_p50_us"]) for row in rows] for rows in seen[:4]] == [[1], [1, 1], [2, 1], [2, 2]]
+        assert len(seen) == 2 * ROUNDS
+
+    def test_what_was_measured_before_a_failure_is_kept(self):
+        calls, outcome, lines, _ = self.run(fails_after=3)
+        assert calls[-1] == "closed"
+        assert lines == ["failed"]
+        assert sorted(len(row["round_p50_us"]) for row in outcome.rows) == [1, 2]
+        assert {row["iters"] for row in outcome.rows} == {1, 2}
+
+    def test_ranks_are_heard_once(self):
+        _, outcome, lines, _ = self.run(said={0: ("a",), 1: ("a", "b")})
+        assert lines == ["rank 0, 1: a", "rank 1: b"]
+        assert outcome.notices == {"a": [0, 1], "b": [1]}
+
+    def test_ranks_that_say_it_later_are_named_in_the_results(self):
+        outcome = Outcome()
+        assert outcome.add_notices({"a": [2]}) == ["rank 2: a"]
+        assert outcome.add_notices({"a": [0], "b": [1]}) == ["rank 1: b"]
+        assert outcome.notices == {"a": [0, 2], "b": [1]}
