@@ -43,8 +43,14 @@ prepare() {
     mkdir -p "$HEAD_DIR" "$(dirname "$RAY_AUTH_TOKEN_PATH")"
     [ -O "$HEAD_DIR" ] || fail "$HEAD_DIR belongs to somebody else; set HEAD_DIR"
     ! pid=$(running) || fail "a head is running already, process $pid ($PID_FILE)"
+    ! (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null ||
+        fail "the port is taken: something listens at 127.0.0.1:$PORT already; set DASHBOARD_PORT"
     if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
         od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
+    fi
+    if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ -n "$(find -L "$RAY_AUTH_TOKEN_PATH" -perm /077)" ]; then
+        chmod 600 "$RAY_AUTH_TOKEN_PATH" || fail "$RAY_AUTH_TOKEN_PATH can be read by others: give a file of your own"
+        echo "launch/head.sh: $RAY_AUTH_TOKEN_PATH could be read by others; it is private now" >&2
     fi
 }
 
@@ -65,13 +71,18 @@ start() {
     setsid "${BASH_SOURCE[0]}" run "$@" >"$LOG" 2>&1 </dev/null &
     local pid=$! waited=0
     until grep -q "Ray runtime started" "$LOG" && (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; do
-        kill -0 "$pid" 2>/dev/null || fail "the head ended at once: $(tail -n 5 "$LOG")" 1
+        kill -0 "$pid" 2>/dev/null || fail "the head ended at once: $(tail -n 5 "$LOG")" 3
         [ $((waited += 1)) -le "$START_TIMEOUT_S" ] || {
             kill "$pid"
-            fail "the head did not come up within $START_TIMEOUT_S s; see $LOG" 1
+            fail "the head did not come up within $START_TIMEOUT_S s; see $LOG" 3
         }
         sleep 1
     done
+    # That something answers there is no proof: the token of this cluster would go to whoever does.
+    problem=$("$(dirname "$(command -v "$RAY")")/python" "$here/service.py" belongs "$PORT" "$pid") || {
+        kill "$pid"
+        fail "$problem" 3
+    }
     echo "Ray head is up: process $pid, log $LOG"
     echo "submit: RAY_ADDRESS=http://127.0.0.1:$PORT RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH launch/submit.sh run --ep 2"
     echo "stop:   HEAD_DIR=$HEAD_DIR launch/head.sh stop (or: kill $pid)"

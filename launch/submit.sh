@@ -35,6 +35,10 @@ token_file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -s "$token_file" ] ||
     fail "no token: copy the cluster's into $token_file, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
 
+# The token goes with every request: first ask without it. What can be proven of a service on this machine is whose it
+# is; of any other, that it is a Ray dashboard which wants a token (README.md, "Security").
+problem=$("$python" launch/service.py dashboard "$address") || fail "no token was sent: $problem"
+
 # The copy on the cluster has no history, so the commit travels with the job: as moe_dist.bench.results.commit() words it.
 commit=${MOE_DIST_COMMIT:-}
 if [ -z "$commit" ]; then
@@ -57,11 +61,27 @@ code=0
     -- "${JOB_PYTHON:-python}" -m moe_dist "$@" || code=$?
 [ "$code" -ne 0 ] || exit 0
 
-# Ray says 1 for every failure; moe-dist's codes say more (2 bad input, 3 too little machine, 4 a rank failed).
+# Ray says 1 for every failure; moe-dist's codes say more (2 bad input, 3 too little machine, 4 a rank failed, 5 cluster
+# lost), and 1 is a number out of tolerance. So what has no code of moe-dist's gets one here.
 exact=$("$python" - "$address" "$job" 2>/dev/null <<'PYTHON' || true
 import sys
-from ray.job_submission import JobSubmissionClient
-print(JobSubmissionClient(sys.argv[1]).get_job_info(sys.argv[2]).driver_exit_code or "")
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+try:
+    info = JobSubmissionClient(sys.argv[1]).get_job_info(sys.argv[2])
+except AuthenticationError:
+    print(2)
+except ConnectionError:
+    print(5)
+else:
+    ended = info.driver_exit_code
+    if info.status == JobStatus.STOPPED:
+        print(143)
+    elif ended is None:  # the cluster failed it before or after moe-dist ran
+        print(5)
+    else:
+        print(ended if ended >= 0 else 128 - ended)
 PYTHON
 )
-exit "${exact:-$code}"
+[ "${exact:-0}" -ne 0 ] || exact=5 # the cluster can't tell any more, or Ray failed a job that ended well
+exit "$exact"

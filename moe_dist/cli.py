@@ -19,7 +19,7 @@ from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
 from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
-from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single, speaks
+from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single
 from moe_dist.cli_options import parse
 from moe_dist.cli_print import print_doctor, print_outcome, print_plan, print_rows, print_tuned
 from moe_dist.config import override, read_yaml
@@ -32,6 +32,7 @@ from moe_dist.plan import Machine
 from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
+from moe_dist.runtime.voice import leave_code, speaks
 from moe_dist.tables import user_folder
 from moe_dist.terminal import Terminal, say, terminal, to_standard_output
 
@@ -40,7 +41,7 @@ MOST_SEEDS = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
-    ending = Ending(speaks)
+    ending = Ending(speaks, leave_code)
 
     def command() -> int:
         try:

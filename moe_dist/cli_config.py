@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any, NamedTuple
 
 from moe_dist import checkpoint
@@ -13,13 +12,9 @@ from moe_dist.bench.source import check_models, with_source
 from moe_dist.config import override, resolve_models
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine
+from moe_dist.runtime.voice import speaks
 from moe_dist.spec import MOST_TOKENS
 from moe_dist.terminal import say
-
-
-def speaks() -> bool:
-    """Under torchrun every rank runs the command, and only the first one prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Asked(NamedTuple):

@@ -54,6 +54,7 @@ class Comm:
         self._since, self._contended = 0.0, False
         self.sequence = 0
         self.bytes_sent = 0
+        self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Comm:
@@ -300,10 +301,15 @@ class Comm:
     def _run(self, op: str, call: Callable[[], R]) -> R:
         self.check_thread()
         self.sequence += 1
+        if self.noted:
+            self.noted(op, self.sequence)
         try:
             result = call()
         except Exception as error:
             raise RankFailure(self.rank, op, self.sequence, _short(error)) from error
+        finally:
+            if self.noted:
+                self.noted("", self.sequence)
         self.check_thread()  # one that came meanwhile may have taken part
         return result
 

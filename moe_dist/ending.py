@@ -19,16 +19,16 @@ from moe_dist.exit_codes import BROKEN_PIPE, CLUSTER_LOST, NOT_WRITTEN, TOO_SMAL
 from moe_dist.signals import Signals
 from moe_dist.terminal import reader_is_gone, say, silence, take_any_text
 
-LAST_WORDS_S = 3.0
+LAST_WORDS_S = 10.0
 
 
 class Ending:
     """What must be known to end well, whatever happens. `kept` says what was measured so far and where it is; `results`
     is what was measured, where no file keeps it. Under torchrun every rank runs the command, and only the one that
-    `speaks` says anything."""
+    `speaks` says anything and leaves its exit code (`leave_code`)."""
 
-    def __init__(self, speaks: Callable[[], bool]) -> None:
-        self.speaks, self.as_json = speaks, False
+    def __init__(self, speaks: Callable[[], bool], leave_code: Callable[[int], int]) -> None:
+        self.speaks, self.leave_code, self.as_json = speaks, leave_code, False
         self.kept = ""
         self.results: dict[str, Any] | None = None
         self.signals = Signals(self._interrupted)
@@ -37,7 +37,7 @@ class Ending:
         """Run it and return its exit code. `last`: nothing else runs in this process afterwards."""
         take_any_text()
         with self.signals:
-            code = self._guarded(command)
+            code = self.leave_code(self._guarded(command))
             if last:
                 self._leave(code)
         return code

@@ -8,6 +8,7 @@ from contextlib import closing
 from itertools import groupby
 
 from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.container import container_memory
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import Outcome, make_row
 from moe_dist.bench.rounds import schedule
@@ -61,11 +62,13 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
 
 
 def _available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container's limit."""
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *container_memory()])
 
 
 def run_cases(
@@ -110,7 +113,8 @@ def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], G
         if experiment.runtime == "torchrun":
             from moe_dist.runtime.torchrun_group import TorchrunGroup
 
-            return TorchrunGroup(world, machine.device, experiment.ray.collective_timeout_s)
+            limits = experiment.ray.collective_timeout_s, experiment.ray.silence_timeout_s
+            return TorchrunGroup(world, machine.device, *limits)
         from moe_dist.runtime.ray_group import RayGroup
 
         return RayGroup(world, machine.device, experiment.ray)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +15,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
+from moe_dist.runtime.blame import as_failure
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
+from moe_dist.runtime.pulse import Pulse
 from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
 
 
@@ -27,10 +31,11 @@ class RankActor:
             # Every GPU stays visible (symmetric memory needs that), so the rank's own one must be named.
             self.device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
         self.context: RankContext | None = None
+        self._pulse = Pulse()
         self._store: TCPStore | None = None
 
     def where(self) -> dict[str, Any]:
-        """Identity of this rank's place: node, address, process, GPU."""
+        """Identity of this rank's place: node, address, process, GPU, and where it can be watched from outside."""
         gpu = None
         if self.device.type == "cuda":
             gpu = str(torch.cuda.get_device_properties(self.device).uuid)
@@ -39,6 +44,8 @@ class RankActor:
             "address": ray.util.get_node_ip_address(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "pulse": self._pulse.fd,
+            "log": _log_file(),
             "device": str(self.device),
             "gpu": gpu,
         }
@@ -55,20 +62,26 @@ class RankActor:
         bind_gloo(host)
         store = self._store or reach_store(host, port, self.world, timeout_s)
         comm = Comm.join(self.rank, self.world, store, self.device, timeout_s)
-        self.context = RankContext(comm, "ray")
+        self.context = RankContext(comm, "ray", pulse=self._pulse)
 
     def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> Any:
-        """Call `function(context, *arguments)`."""
+        """Call `function(context, *arguments)`. What it raises leaves here as a MoeDistError that knows this rank."""
         if self.context is None:
             raise RankFailure(self.rank, "run", -1, "this rank has not joined a group")
         self._enter_thread()
         self.context.comm.take_over()  # Ray runs methods on either of the two threads; only one works at a time
         self.context.progress(getattr(function, "__name__", "run"))
-        with torch.inference_mode():
-            return function(self.context, *arguments)
+        try:
+            with torch.inference_mode():
+                return function(self.context, *arguments)
+        except (Exception, SystemExit) as error:
+            failure = as_failure(error, self.context)
+            print(failure.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]  # into this rank's log
+            raise failure from error
 
     def beat(self) -> tuple[str, float, int]:
         """(what this rank is doing, for how many seconds, how many collectives so far); answers while `run` works."""
+        self._pulse.beat()
         if self.context is None:
             return "starting", 0.0, 0
         context = self.context
@@ -83,3 +96,11 @@ class RankActor:
         """The current CUDA device is a thread's own, and Ray runs methods on several threads."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+
+
+def _log_file() -> str | None:
+    """Where Ray keeps what this process writes to standard error."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    if node is None:
+        return None
+    return next(map(str, Path(node.get_logs_dir_path()).glob(f"worker-*-{os.getpid()}.err")), None)

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.pulse import Pulse
 from moe_dist.spec import Name, Seconds, Section
 
 RankFunction = Callable[..., Any]
@@ -20,13 +21,18 @@ RankFunction = Callable[..., Any]
 
 @dataclass
 class RankContext:
-    """`memo` keeps what is dear to make (weights) between calls; `status` is what progress displays show."""
+    """`memo` keeps what is dear to make (weights) between calls; `status` is what progress displays show. `pulse` tells
+    other processes of this machine the same, and which collective this rank is in."""
 
     comm: Comm
     runtime: str  # "ray" or "torchrun"
     memo: dict[str, Any] = field(default_factory=dict)
     status: str = "starting"
     status_since: float = field(default_factory=time.monotonic)
+    pulse: Pulse = field(default_factory=Pulse)
+
+    def __post_init__(self) -> None:
+        self.comm.noted = self.pulse.note
 
     @property
     def rank(self) -> int:
@@ -42,6 +48,7 @@ class RankContext:
 
     def progress(self, status: str) -> None:
         self.status, self.status_since = status, time.monotonic()
+        self.pulse.status(status)
 
 
 class RaySpec(Section):
@@ -54,7 +61,7 @@ class RaySpec(Section):
     cpus_per_rank: float = Field(default=0.25, strict=True, ge=1e-4, le=1024, allow_inf_nan=False)
     start_timeout_s: Seconds = 60.0
     collective_timeout_s: Annotated[Seconds, Field(ge=0.1)] = 60.0  # process groups count whole milliseconds
-    silence_timeout_s: Seconds = 30.0  # a rank that answers no heartbeat for so long is given up
+    silence_timeout_s: Seconds = 30.0  # a rank without a sign of life for so long is given up
 
     @field_validator("cpus_per_rank")
     @classmethod

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
-
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from moe_dist.errors import ConfigError, MoeDistError, RankFailure, ResourceError
+from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.runtime.actor import RankActor
+from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, silence
+from moe_dist.runtime.cluster import Watch, connect, first_line
 from moe_dist.runtime.context import RankFunction, RaySpec
+from moe_dist.runtime.logs import said_last
+from moe_dist.runtime.pulse import Peer, Sight
 from moe_dist.runtime.rendezvous import LOOPBACK
 
 BEAT_EVERY_S = 1.0
 GRACE_S = 2.0  # after a first failure: time for the others to show theirs, so that the cause is named, not an echo
-
-
-def connect(spec: RaySpec) -> None:
-    """Join a running Ray cluster, or start a private one on this machine that ends with this process."""
-    if ray.is_initialized():
-        return
-    address = spec.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _join_cluster(address)
-        return
-    ray.init(
-        address="local",  # without it Ray would join any cluster that `ray start` left a note of on this machine
-        include_dashboard=False, object_store_memory=100 << 20, logging_level=logging.ERROR, log_to_driver=False,
-        configure_logging=False,
-    )  # fmt: skip
-
-
-def _join_cluster(address: str) -> None:
-    legal = "host:port of a running head, or auto"
-    host, _, port = address.rpartition(":")
-    try:
-        if "://" not in address and port.isdigit():
-            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
-        raise ConfigError("ray.address", address, f"can't be joined: {str(error).splitlines()[0]}", legal) from error
 
 
 def check_resources(world: int, device: str, spec: RaySpec) -> None:
@@ -82,13 +57,17 @@ class RayGroup:
         self._actors: list[Any] = []
         self._bundles: Any = None
         self._beats: list[tuple[str, float, int]] = [("starting", 0.0, 0)] * world
+        self._peers: list[Peer | None] = [None] * world
+        self._heard = [time.monotonic()] * world
         connect(self.spec)
         check_resources(world, device, self.spec)
+        self._watch_cluster = Watch(self.spec.silence_timeout_s)
         try:
             self._place()
             self._rendezvous()
-        except BaseException:
-            self.close()
+            self._watch_cluster.seen_all()
+        except BaseException as error:
+            self._settle(error)
             raise
 
     def __enter__(self) -> RayGroup:
@@ -100,7 +79,7 @@ class RayGroup:
     def _place(self) -> None:
         bundle = {"CPU": self.spec.cpus_per_rank} | ({"GPU": 1} if self.device == "cuda" else {})
         self._bundles = placement_group([bundle] * self.world, strategy=self.spec.strategy)
-        if not self._bundles.wait(self.spec.start_timeout_s):
+        if not self._patiently(self._bundles.wait, self.spec.start_timeout_s):
             free = {name: f"{ray.available_resources().get(name, 0):g}" for name in bundle}
             hint = f"{self.world} bundles of {bundle} were not free within {self.spec.start_timeout_s:g} s."
             raise ResourceError("free resources in the Ray cluster", bundle, free, hint)
@@ -118,6 +97,9 @@ class RayGroup:
 
     def _rendezvous(self) -> None:
         self.places = self._ask("where", timeout_s=self.spec.start_timeout_s)
+        for rank, place in enumerate(self.places):
+            with suppress(OSError):  # on another machine: its heartbeats have to do
+                self._peers[rank] = Peer(rank, place["pid"], place["pulse"])
         one_node = len({place["node"] for place in self.places}) == 1
         host = LOOPBACK if one_node else self.places[0]["address"]
         timeout_s = self.spec.collective_timeout_s
@@ -125,21 +107,34 @@ class RayGroup:
         here = max(sum(place["node"] == own["node"] for place in self.places) for own in self.places)
         self._ask("join", host, port, here, timeout_s, timeout_s=self.spec.start_timeout_s + timeout_s)
 
+    def _patiently(self, wait: Callable[[float], Any], timeout_s: float) -> Any:
+        """`wait(seconds)` again and again until it finds something or time is up; raises ClusterLost in between."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            remaining = deadline - time.monotonic()
+            if (found := wait(max(0.0, min(1.0, remaining)))) or remaining <= 0:
+                return found
+            self._watch_cluster.check("starting ranks")
+
     def _ask(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
         """Call a method on all ranks and wait for all."""
         futures = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         return self._get(futures, method, timeout_s)
 
     def _get(self, futures: Sequence[Any], op: str, timeout_s: float) -> list[Any]:
-        try:
-            results: list[Any] = ray.get(list(futures), timeout=timeout_s)
-            return results
-        except GetTimeoutError:
-            ready, _ = ray.wait(list(futures), num_returns=len(futures), timeout=0)
-            rank = next(rank for rank, future in enumerate(futures) if future not in ready)
-            raise RankFailure(rank, op, -1, f"no answer within {timeout_s:g} s") from None
-        except RayError as error:
-            raise self._named(0 if len(futures) == 1 else None, op, error) from error
+        pending = list(futures)
+
+        def one(seconds: float) -> bool:
+            nonlocal pending
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=seconds)
+            self._raise_first_failure(done, futures)
+            return not pending
+
+        if not self._patiently(one, timeout_s):
+            rank = next(rank for rank, future in enumerate(futures) if future in pending)
+            raise RankFailure(rank, f"starting ({op})", -1, f"no answer within {timeout_s:g} s")
+        results: list[Any] = ray.get(list(futures))
+        return results
 
     def describe(self) -> Sequence[str]:
         return [
@@ -151,83 +146,119 @@ class RayGroup:
         """See Group.run. On any failure the other ranks are freed and the whole group is given up."""
         if not self._actors:
             raise RankFailure(-1, "run", -1, "this group is closed, by itself after a failure: start another")
-        futures = [actor.run.remote(function, arguments) for actor in self._actors]
         try:
+            futures = [actor.run.remote(function, arguments) for actor in self._actors]
             self._watch(futures, timeout_s, shown)
             return self._get(futures, "run", timeout_s)
-        except BaseException:
-            self._free_survivors()
-            self.close()
+        except BaseException as error:
+            self._settle(error)
             raise
 
     def _watch(self, futures: list[Any], timeout_s: float, shown: Callable[[str], None]) -> None:
-        """Return when all are done; raise when one fails, falls silent or time is up."""
+        """Return when all are done; raise when one fails, falls silent or time is up, or the cluster goes."""
         deadline = time.monotonic() + timeout_s
-        heard = [time.monotonic()] * self.world
+        self._heard = [time.monotonic()] * self.world
         beats: dict[Any, int] = {}
-        pending = list(futures)
+        pending, suspected = list(futures), False
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=BEAT_EVERY_S)
+            self._watch_cluster.check(self._beats[0][0])
             self._raise_first_failure(done, futures)
-            asked = set(beats.values())
-            beats |= {self._actors[r].beat.remote(): r for r in range(self.world) if r not in asked}
-            answered, _ = ray.wait(list(beats), num_returns=len(beats), timeout=0 if not pending else 0.2)
-            for beat in answered:
-                rank = beats.pop(beat)
-                try:
-                    self._beats[rank] = ray.get(beat)
-                    heard[rank] = time.monotonic()
-                except RayError:
-                    continue  # its own future reports the death
+            self._listen(beats, patient=bool(pending))
             shown(self._beats[0][0])
-            for rank in (futures.index(future) for future in pending):
-                silent = time.monotonic() - heard[rank]
-                if silent > self.spec.silence_timeout_s:
-                    raise RankFailure(rank, "heartbeat", self._beats[rank][2], f"silent for {silent:.0f} s")
-                if time.monotonic() > deadline:
-                    status, since, sequence = self._beats[rank]
-                    raise RankFailure(
-                        rank, status, sequence, f"not done within {timeout_s:g} s, here for {since:.0f} s"
-                    )
+            sights = self._sights(futures, pending)
+            silent = max((sight for sight in sights if not sight.finished), key=lambda s: s.silent_s, default=None)
+            if silent and silent.silent_s > self.spec.silence_timeout_s:
+                raise silence(silent, sights)
+            if pending and time.monotonic() > deadline:
+                raise overdue(sights, timeout_s)
+            left = left_early(sights)
+            if left and suspected:  # seen twice, a beat apart: nobody is still on the way
+                raise left
+            suspected = left is not None
 
-    def _raise_first_failure(self, done: list[Any], futures: list[Any]) -> None:
+    def _listen(self, beats: dict[Any, int], patient: bool) -> None:
+        """Ask each rank that has no question open for its heartbeat, and take the answers."""
+        asked = set(beats.values())
+        beats |= {self._actors[r].beat.remote(): r for r in range(self.world) if r not in asked}
+        answered, _ = ray.wait(list(beats), num_returns=len(beats), timeout=0.2 if patient else 0)
+        for beat in answered:
+            rank = beats.pop(beat)
+            with suppress(RayError):  # its own future reports the death
+                self._beats[rank] = ray.get(beat)
+                self._heard[rank] = time.monotonic()
+
+    def _sights(self, futures: Sequence[Any], pending: Sequence[Any]) -> list[Sight]:
+        now, found = time.monotonic(), []
+        for rank in range(self.world):
+            finished, silent_s = futures[rank] not in pending, now - self._heard[rank]
+            if (peer := self._peers[rank]) is not None:
+                found.append(replace(peer.sight(finished), silent_s=silent_s))
+            else:
+                doing, since, sequence = self._beats[rank]
+                found.append(Sight(rank, doing, "", sequence, silent_s, since, finished))
+        return found
+
+    def _raise_first_failure(self, done: Sequence[Any], futures: Sequence[Any]) -> None:
         """Wait briefly after a failure: a dead rank makes others fail too, and the first cause is what counts."""
         if not any(_failure(future) for future in done):
             return
-        settled, _ = ray.wait(futures, num_returns=len(futures), timeout=GRACE_S)
-        failures = [(future, _failure(future)) for future in settled]
-        named = [
-            self._named(futures.index(future), self._beats[futures.index(future)][0], error)
-            for future, error in failures
-            if error is not None
-        ]
-        raise min(named, key=_is_echo)
+        settled, pending = ray.wait(list(futures), num_returns=len(futures), timeout=GRACE_S)
+        failures = {futures.index(future): error for future in settled if (error := _failure(future))}
+        died = {rank: error for rank, error in failures.items() if not isinstance(error, RayTaskError)}
+        raised = {rank: self._raised(rank, error) for rank, error in failures.items() if rank not in died}
+        for error in raised.values():
+            if not is_echo(error):
+                raise error
+        if died:
+            self._watch_cluster.check(self._beats[0][0], suspicious=True)
+            raise self._death(*min(died.items()))
+        if len(futures) < self.world:  # a question to one rank alone
+            raise next(iter(raised.values()))
+        echoes = [error for error in raised.values() if isinstance(error, RankFailure)]
+        raise blamed(
+            echoes, self._sights(futures, [f for f in futures if f in pending or futures.index(f) in failures])
+        )
 
-    def _named(self, rank: int | None, op: str, error: Exception) -> Exception:
-        """A Ray error as ours: a rank's own exception as it was, a death as RankFailure."""
-        if isinstance(error, RayTaskError):
-            cause = error.cause
-            if isinstance(cause, MoeDistError):
-                return cause
-            said = f"{type(cause).__name__}: {cause}"
-            return RankFailure(-1 if rank is None else rank, op, self._sequence(rank), said)
-        if rank is None:
-            dead = getattr(error, "actor_id", None)
-            rank = next((r for r, actor in enumerate(self._actors) if actor._actor_id.hex() == dead), -1)
-        return RankFailure(rank, op, self._sequence(rank), f"the actor died: {str(error).strip().splitlines()[0]}")
+    def _raised(self, rank: int, error: Exception) -> MoeDistError:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, MoeDistError):
+            return cause
+        failure = RankFailure(rank, self._beats[rank][0], self._beats[rank][2], first_line(cause))
+        failure.own = True  # type: ignore[attr-defined]
+        return failure
 
-    def _sequence(self, rank: int | None) -> int:
-        return -1 if rank is None or rank < 0 else self._beats[rank][2]
+    def _death(self, rank: int, error: Exception) -> RankFailure:
+        """A rank's end as its record, its process and its log tell it."""
+        (doing, _, sequence), peer, place = self._beats[rank], self._peers[rank], getattr(self, "places", None)
+        how = "its process died"
+        if peer is not None:
+            sight = peer.sight()
+            doing, sequence, how = sight.doing, sight.sequence, sight.ended or how
+            how += f", in {sight.op}" if sight.op else ""
+        if isinstance(error, OutOfMemoryError):
+            how += f", ended by Ray because the node ran out of memory: {str(error).strip().splitlines()[0]}"
+        elif peer is None:
+            how += f": {_detail(error)}"
+        return RankFailure(rank, doing, sequence, how + said_last(place and place[rank]["log"]))
 
-    def _free_survivors(self) -> None:
-        futures = [actor.abort.remote() for actor in self._actors]
-        ray.wait(futures, num_returns=len(futures), timeout=GRACE_S)
+    def _settle(self, error: BaseException) -> None:
+        """After a failure: free the ranks that still wait, and give the group up."""
+        if not isinstance(error, ClusterLost):
+            futures = [actor.abort.remote() for actor in self._actors]
+            if futures:
+                ray.wait(futures, num_returns=len(futures), timeout=GRACE_S)
+            self.close()
+        self._actors, self._bundles = [], None  # of a lost cluster nothing can be given back
 
     def close(self) -> None:
         """End the actors and give their place back. May be called twice."""
+        self._watch_cluster.close()
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        for peer in filter(None, self._peers):
+            peer.close()
+        self._actors, self._peers = [], [None] * self.world
         if self._bundles is not None:
             remove_placement_group(self._bundles)
             self._bundles = None
@@ -243,8 +274,7 @@ def _failure(future: Any) -> Exception | None:
     return None
 
 
-def _is_echo(error: Exception) -> int:
-    """Rank causes: a rank's own error first, then a death, then a collective that broke because of another rank."""
-    if not isinstance(error, RankFailure):
-        return 0
-    return 1 if "died" in error.cause or error.seq < 0 else 2
+def _detail(error: Exception) -> str:
+    """Ray's own words for a worker's end, without the advice around them."""
+    text = " ".join(str(error).split())
+    return text.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0][:300] or type(error).__name__

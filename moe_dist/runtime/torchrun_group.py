@@ -1,19 +1,44 @@
-"""The same ranks without Ray: every process that torchrun started runs this same program, one is each rank."""
+"""The same ranks without Ray: every process that torchrun started runs this same program, one is each rank.
+
+Nobody stands outside and watches, so the ranks watch each other: a thread in each looks at the others' records once a
+second. When one has failed, stopped or left, or time is up, it notes that failure and breaks the process group under
+its own main thread, which then raises what was noted instead of waiting for who will not come.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.comm import Comm
-from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.errors import ConfigError, MoeDistError, RankFailure
+from moe_dist.runtime import voice
+from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, silence
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
-from moe_dist.runtime.rendezvous import LOOPBACK, bind_gloo
+from moe_dist.runtime.pulse import Peer, Sight
+from moe_dist.runtime.rendezvous import LOOPBACK, bind_gloo, break_sockets, open_sockets
+
+LOOK_EVERY_S = 1.0
+GRACE_S = 2.5  # after a collective broke: time to learn from the others what broke it
+RETURNED, FAILED = "gathering results", "failed"  # in place of a collective's name in a rank's record
 
 
 class TorchrunGroup:
@@ -21,7 +46,9 @@ class TorchrunGroup:
 
     runtime = "torchrun"
 
-    def __init__(self, world: int, device: str = "cpu", timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, world: int, device: str = "cpu", timeout_s: float = 60.0, silence_timeout_s: float = 30.0
+    ) -> None:
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
             raise ConfigError("runtime", "torchrun", "this process was not started by torchrun", ("ray",))
         launched = int(os.environ["WORLD_SIZE"])
@@ -37,34 +64,230 @@ class TorchrunGroup:
         limit_threads(local_world)
         if local_world == world:
             bind_gloo(LOOPBACK)
-        comm = Comm.join(self.rank, world, None, place, timeout_s)
-        self.context = RankContext(comm, "torchrun")
+        shared = self._reach_store(timeout_s)
+        self._store = PrefixStore("moe_dist", shared)
+        self._store.set(f"host{self.rank}", socket.gethostname())
+        before = open_sockets()
+        self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._watcher = _Watcher(self.context, self._store, silence_timeout_s, open_sockets() - before)
+
+    def _reach_store(self, timeout_s: float) -> Store:
+        try:
+            store: Store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+        except Exception as error:
+            raise RankFailure(0, "starting", 0, f"its store does not answer: {str(error).splitlines()[0]}") from error
+        return store
+
+    def _join(self, shared: Store, device: torch.device, timeout_s: float) -> Comm:
+        """Form the process group; when that fails, name who has not even come."""
+        try:
+            return Comm.join(self.rank, self.world, shared, device, timeout_s)
+        except RankFailure as failure:
+            missing = [rank for rank in range(self.world) if not self._store.check([f"host{rank}"])]
+            if not missing:
+                raise
+            voice.mute(missing)
+            waited = f"did not come within {timeout_s:g} s; rank {self.rank} waited in {failure.op}"
+            raise RankFailure(missing[0], "starting", 0, waited) from failure
 
     def run(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> list[Any]:
         """See Group.run. A rank's exception is raised on every rank."""
-        outcome: Any
-        try:
-            with torch.inference_mode():
-                outcome = function(self.context, *arguments)
-        except Exception as error:
-            outcome = error
+        self.context.progress(getattr(function, "__name__", "run"))
+        with self._watcher.watching(timeout_s):
+            try:
+                with torch.inference_mode():
+                    outcome = function(self.context, *arguments)
+                return self._gather(outcome)
+            except (Exception, SystemExit) as error:
+                raise self._watcher.settled(as_failure(error, self.context)) from error
+
+    def _gather(self, outcome: Any) -> list[Any]:
+        sequence = self.context.comm.sequence
+        self.context.pulse.note(RETURNED, sequence)
         results: list[Any] = [None] * self.world
         try:
             dist.all_gather_object(results, outcome, group=self._results)
         except Exception as error:
-            raise (
-                outcome
-                if isinstance(outcome, Exception)
-                else RankFailure(self.rank, "gather results", self.context.comm.sequence, str(error).splitlines()[0])
-            ) from error
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise RankFailure(self.rank, RETURNED, sequence, said) from error
+        self.context.pulse.note("", sequence)
         return results
 
     def describe(self) -> Sequence[str]:
         return [f"rank {rank}: {self.context.device.type}" for rank in range(self.world)]
 
     def close(self) -> None:
+        self._watcher.close()
+        self._results = None  # an object of it, held until the process exits, can abort gloo
         self.context.comm.leave()
+
+
+class _Watcher:
+    """Looks after the other ranks of this machine while `watching`. Ranks of other machines are out of its sight: of
+    them only a broken or timed-out collective tells."""
+
+    def __init__(self, context: RankContext, store: Store, silence_timeout_s: float, sockets: set[str]) -> None:
+        self._context, self._store, self._silence_s, self._sockets = context, store, silence_timeout_s, sockets
+        here = json.dumps([socket.gethostname(), os.getpid(), context.pulse.fd])
+        store.set(f"pulse{context.rank}", here)
+        self._peers: list[Peer] = []
+        for rank in range(context.world):
+            host, pid, fd = json.loads(store.get(f"pulse{rank}"))
+            if host == socket.gethostname():
+                with suppress(OSError):
+                    self._peers.append(Peer(rank, pid, fd))
+        self._deadline, self._timeout_s = float("inf"), float("inf")
+        self._noted: MoeDistError | None = None
+        self._suspected = self._over = False
+        self._stop = threading.Event()
+        self._before = self._take_sigterm()
+        threading.Thread(target=self._look_again, name="moe-dist-rank-watch", daemon=True).start()
+
+    def watching(self, timeout_s: float) -> _Watcher:
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        return self
+
+    def __enter__(self) -> None:
+        self._suspected = False
+
+    def __exit__(self, *_: object) -> None:
+        self._deadline = float("inf")
+
+    def settled(self, own: MoeDistError) -> MoeDistError:
+        """What is to be raised here for `own`: another rank's failure, if that is what broke this rank's collective."""
+        failure, self._over = own, True
+        if is_echo(own):
+            self._store.set(f"echo{self._context.rank}", pickle.dumps(own).hex())
+            failure = self._learned() or blamed(self._echoes(), self._sights())
+        else:
+            print(own.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+        with suppress(Exception):
+            self._store.set(f"failure{self._context.rank}", pickle.dumps(failure).hex())
+        self._context.pulse.note(FAILED, self._context.comm.sequence)
+        self._mute()
+        return failure
+
+    def _learned(self) -> MoeDistError | None:
+        """What another rank's failure was, if that shows within a short time."""
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            if (found := self._noted or self._failed() or self._died()) is not None:
+                return found
+            time.sleep(0.1)
+        return None
+
+    def _echoes(self) -> list[RankFailure]:
+        """Every rank's collective that broke, as far as they have said so."""
+        keys = [key for rank in range(self._context.world) if self._store.check([key := f"echo{rank}"])]
+        return [self._read(key) for key in keys]
+
+    def _read(self, key: str) -> Any:
+        return pickle.loads(bytes.fromhex(self._store.get(key).decode()))
+
+    def _mute(self) -> None:
+        """Who can't speak, is passed over; what is stopped would hold torchrun up for half a minute at the end."""
+        for peer in self._peers:
+            sight = peer.sight()
+            if sight.rank == self._context.rank or sight.op == FAILED:  # that one has spoken for itself
+                continue
+            if sight.ended or sight.stopped or sight.silent_s > self._silence_s:
+                voice.mute([sight.rank])
+                if sight.stopped:
+                    atexit.register(_kill, peer)
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _sights(self) -> list[Sight]:
+        sights = [peer.sight() for peer in self._peers]
+        return [
+            replace(sight, op="", finished=sight.op == RETURNED) if sight.op in (RETURNED, FAILED) else sight
+            for sight in sights
+        ]
+
+    def _look_again(self) -> None:
+        while not self._stop.wait(LOOK_EVERY_S):
+            self._context.pulse.beat()
+            if self._deadline == float("inf") or self._noted is not None:
+                continue
+            found = self._failure()
+            if found is not None and not self._stop.is_set():
+                self._noted = found
+                self._mute()
+                self._free_main_thread()
+
+    def _free_main_thread(self) -> None:
+        """End the collective that it may be in."""
+        break_sockets(self._sockets)
+        if self._context.device.type == "cuda":
+            with suppress(Exception):
+                self._context.comm.leave()
+
+    def _failed(self) -> MoeDistError | None:
+        """The failure of a rank that has told it."""
+        for peer in self._peers:
+            if peer.rank != self._context.rank and peer.sight().op == FAILED:
+                with suppress(Exception):
+                    failure: MoeDistError = self._read(f"failure{peer.rank}")
+                    return failure
+        return None
+
+    def _died(self) -> MoeDistError | None:
+        """The failure of a rank whose process ended before it could tell anything."""
+        for peer in self._peers:
+            sight = peer.sight()
+            if sight.ended and sight.rank != self._context.rank and sight.op != FAILED:
+                return _death(sight)
+        return None
+
+    def _failure(self) -> MoeDistError | None:
+        if (told := self._failed() or self._died()) is not None:
+            return told
+        sights = self._sights()
+        others = [sight for sight in sights if sight.rank != self._context.rank]
+        quiet = max(others, key=lambda sight: sight.silent_s, default=None)
+        if quiet and quiet.silent_s > self._silence_s:
+            return silence(quiet, sights)
+        if time.monotonic() > self._deadline:
+            return overdue(sights, self._timeout_s)
+        left, before = left_early(sights), self._suspected
+        self._suspected = left is not None
+        return left if before else None
+
+    def _take_sigterm(self) -> Any:
+        """torchrun sends SIGTERM to all as soon as one has ended: who speaks then tells which one that was, and how."""
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        before = signal.getsignal(signal.SIGTERM)
+
+        def ended(number: int, frame: FrameType | None) -> None:
+            if self._over and voice.speaks():
+                return  # this process is about to say what happened, and ends by itself
+            if not self._over and (death := self._died()) is not None:
+                self._over = True
+                self._mute()
+                raise death
+            if callable(before):
+                before(number, frame)
+            else:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, ended)
+        return before
+
+
+def _death(sight: Sight) -> RankFailure:
+    where = f", in {sight.op}" if sight.op else ""
+    failure = RankFailure(sight.rank, sight.doing, sight.sequence, f"{sight.ended}{where}")
+    failure.own = True  # type: ignore[attr-defined]
+    return failure
+
+
+def _kill(peer: Peer) -> None:
+    if peer.ended() is None:
+        with suppress(OSError):
+            os.kill(peer.pid, signal.SIGKILL)

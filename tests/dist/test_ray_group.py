@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ def silent(_: str) -> None:
 @contextmanager
 def group(world: int, **changes: Any) -> Iterator[RayGroup]:
     """Ends with nothing of the group left, or the test fails."""
-    started = RayGroup(world, "cpu", RaySpec(collective_timeout_s=COLLECTIVE_S, **changes))
+    started = RayGroup(world, "cpu", RaySpec(**{"collective_timeout_s": COLLECTIVE_S} | changes))
     pids = pids_of(started)
     try:
         yield started
@@ -117,19 +118,23 @@ def misconfigured(context: RankContext) -> None:
     context.comm.barrier()  # rank 1 never comes
 
 
-def broken(context: RankContext) -> None:
-    if context.rank == 1:
-        raise ValueError("on purpose")
-    context.comm.barrier()
-
-
-def stopped_by(context: RankContext, number: int) -> None:
-    """Rank 1 gets a signal while the others are in a collective that waits for it."""
+def doomed(context: RankContext, how: str) -> None:
+    """Twenty collectives, then rank 1 fails while rank 0 is, or soon will be, in one that waits for it."""
+    for _ in range(20):
+        context.comm.barrier()
     context.progress("work of a doomed rank")
-    context.comm.barrier()
     if context.rank == 1:
-        time.sleep(1.5)  # long enough for the others to wait, and for a heartbeat to have told what it does
-        os.kill(os.getpid(), number)
+        if how == "raise":
+            raise ValueError("on purpose")
+        if how == "return":
+            return
+        if how == "exit":
+            os._exit(7)
+        if how == "differ":
+            context.comm.all_reduce(torch.ones(4))
+        else:
+            os.kill(os.getpid(), signal.Signals[how])
+            time.sleep(5)  # a stop may reach another thread first
     context.comm.barrier()
 
 
@@ -188,40 +193,45 @@ def busy_cluster_is_refused() -> None:
     assert "PENDING" not in states
 
 
-def test_an_unexpected_exception_names_the_rank() -> None:
-    with group(2) as ranks:
-        error = failure(ranks, broken)
-        assert isinstance(error, RankFailure)
-        assert (error.rank, error.cause) == (1, "ValueError: on purpose")
-        with pytest.raises(RankFailure):
-            ranks.run(whoami, 0.0, timeout_s=LONG_S, shown=silent)  # given up as a whole, and it says so
+WAITS = r"; rank 0 wait(s|ed) in barrier \(sequence number 21\)"
+LOG = r"; its log: /\S+/worker-\S+\.err, which "
 
 
-def test_a_killed_rank_is_named_and_the_survivors_are_freed() -> None:
-    with group(3) as ranks:
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [
+        ("raise", r"ValueError: on purpose$"),
+        ("return", r"returned after 20 collectives" + WAITS),
+        ("SIGKILL", r"its process died of SIGKILL; where nobody sent it, the kernel did, because memory ran out" + LOG),
+        ("exit", r"its process died with exit code 7" + LOG),
+        ("SIGSTOP", r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
+        ("differ", r"was in all_reduce where rank 0 was in barrier" + WAITS),
+    ],
+)
+def test_a_failure_is_told_as_it_was(how: str, cause: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The rank that did not come, what it did, its number and how it ended; at once, long before a heartbeat or so."""
+    with group(2, silence_timeout_s=4.0, collective_timeout_s=8.0 if how == "differ" else COLLECTIVE_S) as ranks:
         pids = pids_of(ranks)
-        error = failure(ranks, stopped_by, signal.SIGKILL)
+        error = failure(ranks, doomed, how)
         assert isinstance(error, RankFailure)
-        assert error.rank == 1
-        assert error.op == "work of a doomed rank"
-        assert "died" in error.cause
+        assert (error.rank, error.op) == (1, "work of a doomed rank")
+        assert error.seq == (21 if how == "differ" else 20)
+        assert re.match(cause, error.cause), error.cause
         assert all(gone(pid) for pid in pids)
-    with group(2) as again:  # the same Ray serves the next group
-        assert again.run(whoami, 0.0, timeout_s=LONG_S, shown=silent) == [(0, 2, "ray"), (1, 2, "ray")]
-        error = failure(again, loiter, timeout_s=3.0)
+        if how == "raise":
+            assert "in doomed" in error.trace  # the rank's own traceback
+        with pytest.raises(RankFailure, match="this group is closed"):
+            ranks.run(whoami, 0.0, timeout_s=LONG_S, shown=silent)
+    said = capfd.readouterr()  # one error, raised, and no other
+    assert "Traceback" not in said.out + said.err
+
+
+def test_a_call_that_takes_too_long_names_who_is_behind() -> None:
+    with group(2) as ranks:
+        error = failure(ranks, loiter, timeout_s=3.0)
         assert isinstance(error, RankFailure)
-        assert error.rank == 1
-        assert error.op == "counting more sheep"
+        assert (error.rank, error.op, error.seq) == (1, "counting more sheep", 1)
         assert error.cause.startswith("not done within 3 s, here for ")
-
-
-def test_a_stopped_rank_is_noticed_by_its_silence() -> None:
-    """Ray reports nothing for a process that exists and does not answer."""
-    with group(2, silence_timeout_s=4.0) as ranks:
-        error = failure(ranks, stopped_by, signal.SIGSTOP)
-        assert isinstance(error, RankFailure)
-        assert (error.rank, error.op) == (1, "heartbeat")
-        assert error.cause.startswith("silent for ")
 
 
 @pytest.mark.parametrize(
@@ -241,17 +251,18 @@ def test_too_small_a_cluster_is_refused_at_once(world: int, device: str, spec: R
         assert text in str(raised.value)
 
 
-def test_a_rank_killed_for_memory_is_named(monkeypatch):
+def test_a_rank_killed_for_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray has an error of its own for that, neither a task's nor an actor's death."""
 
-    def killed(*_, **__):
+    def killed(*_: Any, **__: Any) -> None:
         raise OutOfMemoryError("Task was killed due to the node running low on memory.\nand more")
 
     monkeypatch.setattr(ray_group.ray, "get", killed)
     error = ray_group._failure(object())
-    group = SimpleNamespace(_beats=[(), ("run", 0.0, 5)], _sequence=lambda rank: 5, _actors=[])
-    named = ray_group.RayGroup._named(group, 1, "run", error)
-    assert isinstance(named, RankFailure)
+    assert error is not None
+    ranks = SimpleNamespace(_beats=[(), ("run", 0.0, 5)], _peers=[None, None], places=[{}, {"log": None}])
+    named = ray_group.RayGroup._death(ranks, 1, error)  # type: ignore[arg-type]
     assert (named.rank, named.op, named.seq) == (1, "run", 5)
+    assert "ended by Ray because the node ran out of memory" in named.cause
     assert "running low on memory" in named.cause
     assert "and more" not in named.cause

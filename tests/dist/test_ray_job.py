@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -11,11 +12,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -148,9 +151,83 @@ def test_strangers_are_refused(head: Head) -> None:
     wrong = head.directory / "wrong"
     wrong.write_text(secrets.token_hex(32))
     done = head.submit("doctor", RAY_AUTH_TOKEN_PATH=str(wrong))
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "submitted successfully" not in done.stdout
     assert "Invalid authentication token" in done.stderr
+
+
+def test_a_driver_joins_with_the_token_alone(head: Head) -> None:
+    """RAY_AUTH_MODE is not set: the head that answers says that it wants a token, and there is one."""
+    (gcs,) = set(re.findall(r"ray start --address='(\S+)'", (head.directory / "log").read_text()))
+    command = [sys.executable, "-m", "moe_dist", "run", "--ep", "2", "--tokens", "4", "--iters", "0", "--device", "cpu"]
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        known = clean(RAY_ADDRESS=gcs, HOME=str(head.directory), **environment)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=known)
+
+    joined = run(RAY_AUTH_TOKEN_PATH=str(head.directory / "token"))
+    assert joined.returncode == 0, joined.stderr
+    assert (head.directory / "token").stat().st_mode & 0o777 == 0o600
+    refused = run()
+    assert refused.returncode == 2
+    assert f"ray.address = '{gcs}': can't be joined: it wants a token; set RAY_AUTH_TOKEN_PATH" in refused.stderr
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[str, list[str]]]:
+    """A web server that is no Ray: its URL, and every request's Authorization header that it was sent."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(str(self.headers))
+            self.send_error(404)
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", seen
+        server.shutdown()
+
+
+def test_a_port_that_is_taken_and_a_token_that_stays(stranger: tuple[str, list[str]], tmp_path: Path) -> None:
+    url, seen = stranger
+    token = "0123456789abcdef" * 4
+    environment = clean(HEAD_DIR=str(tmp_path), DASHBOARD_PORT=url.rpartition(":")[2], RAY_AUTH_TOKEN=token)
+    for command in ("start", "run"):
+        launched = [ROOT / "launch" / "head.sh", command]
+        done = subprocess.run(launched, capture_output=True, text=True, timeout=30, env=environment)
+        assert done.returncode == 2
+        assert "the port is taken" in done.stderr
+    command = [ROOT / "launch" / "submit.sh", "doctor"]
+    environment = clean(RAY_ADDRESS=url, RAY_AUTH_TOKEN=token)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    assert done.returncode == 2
+    assert f"no token was sent: {url} is no Ray dashboard that wants a token (HTTP 404)" in done.stderr
+    assert seen
+    assert not any(token in headers for headers in seen)
+
+
+def test_whose_a_port_is() -> None:
+    """What head.sh asks after its start: another process may have taken the port in between."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+
+        def belongs(port: str, pid: int) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, ROOT / "launch" / "service.py", "belongs", port, str(pid)]
+            return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+        assert belongs(port, os.getpid()).returncode == 0
+        with subprocess.Popen(["sleep", "60"]) as other:
+            assert "the port is taken" in belongs(port, other.pid).stdout
+            other.kill()
+        assert "nothing listens" in belongs(str(free_port()), os.getpid()).stdout
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
+LAUNCHER = HERE.parent.parent / "launch" / "torchrun.sh"
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes. --standalone: a free port, so that runs at the same time can't meet."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = [LAUNCHER, "--standalone", "--nproc-per-node", "2", *arguments]
     without_ray = {"GLOO_SOCKET_IFNAME": "lo", "RAY_ADDRESS": "192.0.2.1:1"}  # nobody there: who asks, fails
+    without_ray["TORCHRUN"] = str(Path(sys.executable).parent / "torchrun")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **without_ray}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
@@ -37,11 +41,40 @@ def test_one_document_from_rank_0() -> None:
 def test_a_world_that_torchrun_did_not_start_is_refused() -> None:
     arguments = ["run", "--runtime", "torchrun", "--ep", "4", "--tokens", "16", "--device", "cpu", "--json"]
     done = torchrun("-m", "moe_dist", *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2  # the program's; torchrun itself always ends with 1
     message = "world = 4: torchrun started 2 processes (legal: 2)"
     assert json.loads(done.stdout) == {"error": "ConfigError", "message": message}
     assert done.stderr.count(f"moe-dist: {message}") == 1
-    assert re.search(r"exitcode\s*: 2 ", done.stderr)  # the program's; torchrun itself always ends with 1
+
+
+WAITS = r"; rank \d waits in barrier \(sequence number 21\)"
+
+
+@pytest.mark.parametrize(
+    ("how", "doomed", "cause"),
+    [
+        ("raise", 1, r"ValueError: on purpose"),
+        ("return", 1, r"returned after 20 collectives" + WAITS),
+        ("SIGSTOP", 0, r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
+        ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),
+        ("sleep", 1, r"not done within 4 s, here for \d s" + WAITS),
+    ],
+)
+def test_the_rank_that_fails_is_named_by_one_that_lives(how: str, doomed: int, cause: str) -> None:
+    """In the promised time, on one line, with moe-dist's own exit code; rank 1 speaks where rank 0 can't."""
+    done = torchrun(str(HERE / "doomed_rank.py"), how, str(doomed))
+    told = rf"rank {doomed} failed in work of a doomed rank \(sequence number 20\): {cause}"
+    assert len(re.findall(rf"^moe-dist: {told}$", done.stderr, re.MULTILINE)) == 1, done.stderr
+    assert done.returncode == 4
+    (line,) = done.stdout.splitlines()
+    assert re.fullmatch(told, json.loads(line)["message"])
+    (seconds,) = re.findall(r"failed after (\d+\.\d) s", done.stderr)
+    assert float(seconds) < 15.0  # the collective itself would have waited for 60
+
+
+def test_a_number_out_of_tolerance_is_1_and_a_death_without_a_word_is_not() -> None:
+    assert torchrun(str(HERE / "doomed_rank.py"), "wrong", "0").returncode == 1
+    assert torchrun("--no-python", "false").returncode == 4
 
 
 def test_without_torchrun_the_runtime_says_so() -> None:

@@ -1,0 +1,109 @@
+"""Who is named when a group fails: the rank that did not come, not the one that waited for it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moe_dist.errors import MoeDistError, RankFailure
+from moe_dist.runtime.context import RankContext
+from moe_dist.runtime.pulse import Sight
+
+STOPPED = "its process is stopped (SIGSTOP, or a debugger)"
+SILENT_S = 5.0  # a rank that gave no sign of life for so long is suspected before one that is merely behind
+
+
+def as_failure(error: BaseException, context: RankContext) -> MoeDistError:
+    """What a rank's function raised, as it travels: with the rank, what it was doing and its number at that moment.
+
+    Errors of moe_dist keep their type. `trace` keeps the rank's own traceback, which exceptions lose on their way.
+    """
+    if isinstance(error, MoeDistError):
+        failure: MoeDistError = error
+    else:
+        first = next(iter(str(error).strip().splitlines()), "")
+        cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        failure = RankFailure(context.rank, context.status, context.comm.sequence, cause)
+        failure.own = True  # type: ignore[attr-defined]
+    failure.trace = "".join(traceback.format_exception(error))  # type: ignore[attr-defined]
+    return failure
+
+
+def is_echo(error: Exception) -> bool:
+    """Whether this may be the consequence of another rank's failure: a collective that broke or timed out."""
+    return isinstance(error, RankFailure) and not getattr(error, "own", False)
+
+
+def blamed(failures: Sequence[RankFailure], sights: Sequence[Sight]) -> RankFailure:
+    """Of collectives that broke or timed out (`failures`, at least one), the failure of the rank that did not come."""
+    first = min(failures, key=lambda failure: (failure.seq, failure.rank))
+    ops = {failure.rank: failure.op for failure in failures}
+    rest = [replace(sight, op=ops.get(sight.rank, sight.op)) for sight in sights if sight.rank != first.rank]
+    suspect = _suspect(first, rest)
+    if suspect is None:
+        return first
+    sight, why = suspect
+    waited = f"rank {first.rank} waited in {first.op} (sequence number {first.seq}): {first.cause}"
+    return RankFailure(sight.rank, sight.doing, sight.sequence, f"{why}; {waited}")
+
+
+def left_early(sights: Sequence[Sight]) -> RankFailure | None:
+    """A rank whose function has returned while another one is in a collective that it took no part in."""
+    for waiting in sights:
+        if waiting.finished or not waiting.op:
+            continue
+        for gone in sights:
+            if gone.finished and gone.sequence < waiting.sequence:
+                waited = f"rank {waiting.rank} waits in {waiting.op} (sequence number {waiting.sequence})"
+                return RankFailure(gone.rank, gone.doing, gone.sequence, f"{_returned(gone)}; {waited}")
+    return None
+
+
+def silence(sight: Sight, sights: Sequence[Sight]) -> RankFailure:
+    """The failure of a rank that gave no sign of life for too long, with who waits for it."""
+    why = f"silent for {sight.silent_s:.0f} s" + (f": {STOPPED}" if sight.stopped else "")
+    return RankFailure(sight.rank, sight.doing, sight.sequence, why + _waits(sights, sight))
+
+
+def overdue(sights: Sequence[Sight], timeout_s: float) -> RankFailure:
+    """The failure of a call that took too long: of the rank that is furthest behind, which the others wait for."""
+    unfinished = [sight for sight in sights if not sight.finished]
+    behind = min(unfinished, key=lambda sight: (not sight.stopped, sight.sequence, bool(sight.op), sight.rank))
+    why = f"not done within {timeout_s:g} s, here for {behind.doing_s:.0f} s" + (
+        f"; {STOPPED}" if behind.stopped else ""
+    )
+    waits = f", in {behind.op}" if behind.op else _waits(sights, behind)
+    return RankFailure(behind.rank, behind.doing, behind.sequence, why + waits)
+
+
+def _suspect(failure: RankFailure, rest: Sequence[Sight]) -> tuple[Sight, str] | None:
+    for sight in rest:
+        if sight.ended:
+            return sight, sight.ended
+    for sight in rest:
+        if sight.stopped:
+            return sight, STOPPED
+    for sight in rest:
+        if sight.silent_s > SILENT_S and sight.sequence <= failure.seq:
+            return sight, f"silent for {sight.silent_s:.0f} s"
+    behind = [sight for sight in rest if sight.sequence < failure.seq]
+    if behind:
+        last = min(behind, key=lambda sight: sight.sequence)
+        return last, _returned(last) if last.finished else f"did not come to sequence number {last.sequence + 1}"
+    for sight in rest:
+        if sight.sequence == failure.seq and sight.op not in ("", failure.op):
+            return sight, f"was in {sight.op} where rank {failure.rank} was in {failure.op}"
+    return None
+
+
+def _returned(sight: Sight) -> str:
+    return f"returned after {sight.sequence} collectives"
+
+
+def _waits(sights: Sequence[Sight], sight: Sight) -> str:
+    """Who waits for `sight`'s rank, as the end of a sentence."""
+    waiting = next((other for other in sights if other.op and other.rank != sight.rank and not other.finished), None)
+    if waiting is None:
+        return ""
+    return f"; rank {waiting.rank} waits in {waiting.op} (sequence number {waiting.sequence})"

@@ -1,0 +1,319 @@
+"""The Ray cluster under the ranks: joined, or started for this process alone; closed to strangers, and watched.
+
+Whoever reaches a Ray cluster can run code on it. A private one therefore has token authentication whatever the
+environment says, with a token of its own that is never written down, and listens on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray brings its own
+
+from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
+from moe_dist.runtime.context import RaySpec
+from moe_dist.runtime.probe import probe
+from moe_dist.runtime.rendezvous import LOOPBACK
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the group's one error says what counts
+
+OLDEST_RAY = (2, 52)  # the first with token authentication
+LONGEST_FOLDER = 40  # bytes: what Ray appends for its sockets is up to 65, and a Unix socket's path holds 107
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
+PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 2.0, 2
+AGAIN_S = 2.0
+LOST_EXIT_CODE = 5
+
+_users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
+
+
+def connect(spec: RaySpec) -> None:
+    """Join a running Ray cluster, or start a private one on this machine that ends with this process.
+
+    Raises ConfigError for an address that can't be joined, ResourceError where Ray finds no place, ClusterLost for
+    whatever else keeps Ray from starting, all of them within `spec.start_timeout_s`.
+    """
+    if ray.is_initialized():
+        return
+    found = tuple(int(part) for part in ray.__version__.split(".")[:2] if part.isdigit())
+    if found < OLDEST_RAY:
+        raise ConfigError("ray", ray.__version__, "this release has no token authentication", "2.52 and newer")
+    address = spec.address or os.environ.get("RAY_ADDRESS")
+    with _quiet(), _kept_signal(signal.SIGTERM):
+        if address and address != "local":
+            _join(address, spec.start_timeout_s)
+        else:
+            _start(spec.start_timeout_s)
+
+
+def _join(address: str, timeout_s: float) -> None:
+    for name, value in _users_own.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    _users_own.clear()
+    _make_token_file_private()
+    found = probe(address, timeout_s / 2)
+    if found.token_wanted:
+        os.environ["RAY_AUTH_MODE"] = "token"  # what is there is a Ray head, wants a token, and the user has one
+    _reread_authentication()
+    legal = "host:port of a running head, or auto"
+    try:
+        with _limit(timeout_s / 2):
+            ray.init(address=found.address, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:
+        with suppress(Exception):
+            ray.shutdown()
+        raise ConfigError("ray.address", address, f"can't be joined: {first_line(error)}", legal) from error
+
+
+def _start(timeout_s: float) -> None:
+    for name in AUTHENTICATION:
+        _users_own.setdefault(name, os.environ.pop(name, None))
+        os.environ.pop(name, None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    _reread_authentication()
+    folder = _short_folder()
+    try:
+        with _limit(timeout_s), _loopback_only():
+            ray.init(
+                address="local",  # without it Ray would join any cluster that `ray start` left a note of here
+                include_dashboard=False, object_store_memory=100 << 20, logging_level=logging.ERROR,
+                log_to_driver=False, configure_logging=False, _temp_dir=folder, _node_ip_address=LOOPBACK,
+            )  # fmt: skip
+    except MoeDistError:
+        raise
+    except OSError as error:
+        raise _no_place(folder, error) from error
+    except Exception as error:
+        with suppress(Exception):
+            ray.shutdown()
+        raise ClusterLost("this machine", "starting", f"{first_line(error)} (logs: {folder})") from error
+
+
+def _no_place(folder: str, error: OSError) -> ResourceError:
+    hint = f"{error.strerror or first_line(error)}; set RAY_TMPDIR to a folder with a short path."
+    return ResourceError("place for Ray's files", "a folder that can be written to", error.filename or folder, hint)
+
+
+def _reread_authentication() -> None:
+    """Ray reads these variables once, when it is imported; this process may have imported it under others."""
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _make_token_file_private() -> None:
+    """A token that others can read is none. As ssh does with keys, but what is ours is mended."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) or not mode & 0o077:
+        return
+    try:
+        path.chmod(0o600)
+    except OSError as error:
+        rule = f"others can read this file (mode {stat.S_IMODE(mode):o}): {error.strerror}"
+        raise ConfigError("RAY_AUTH_TOKEN_PATH", str(path), rule, "a file of your own with mode 600") from None
+    say(f"{path} could be read by others (mode {stat.S_IMODE(mode):o}); it is private now (mode 600)")
+
+
+def _short_folder() -> str:
+    """Where Ray's logs and sockets go: its own choice, unless that is too long for sockets or not ASCII."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    base = os.environ.get(name) or "/tmp"
+    folder = os.path.join(base, "ray")
+    try:
+        if folder.isascii() and len(folder) <= LONGEST_FOLDER:
+            os.makedirs(folder, exist_ok=True)
+            return folder
+        chosen = tempfile.mkdtemp(prefix="moe-dist-", dir="/tmp")
+    except OSError as error:
+        raise _no_place(folder, error) from error
+    say(f"{name} = {base!r} can't hold Ray's sockets (at most {LONGEST_FOLDER - 4} bytes of ASCII): using {chosen}")
+    return chosen
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Ray's own switch of macOS and Windows, where its local clusters listen on the loopback interface. On Linux it
+    would take the machine's address even where 127.0.0.1 was asked for, and listen on every interface."""
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray prints its services' deaths to standard output even with log_to_driver=False; we say it ourselves."""
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    logger = logging.getLogger("ray")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(max(before, logging.ERROR))
+
+
+@contextmanager
+def _kept_signal(number: signal.Signals) -> Iterator[None]:
+    """ray.init takes SIGTERM over, with an exit code of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(number, before)
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside after so long, as far as the main thread's Python can be interrupted; Ray's waits are short
+    ones in loops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(_: int, __: FrameType | None) -> None:
+        raise TimeoutError(f"Ray was not up within {seconds:g} s (ray.start_timeout_s)")
+
+    handler = signal.signal(signal.SIGALRM, over)
+    # Again and again: Ray may catch it where it tidies up.
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+    deadline = time.monotonic() + seconds
+    try:
+        yield
+        if time.monotonic() > deadline:
+            over(0, None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+
+
+class Watch:
+    """Notices within seconds that the cluster is gone. Ray itself tries for a minute to reach it again, then aborts."""
+
+    def __init__(self, silence_timeout_s: float) -> None:
+        node: Any = ray._private.worker._global_node
+        self.address = node.gcs_address
+        places = {"head (GCS)": self.address, "node (raylet)": _raylet_address(node)}
+        self._places = {name: _endpoint(place) for name, place in places.items() if place}
+        self._own = [process for kind in node.all_processes.values() for process in kind]  # empty if we joined
+        self._all = psutil.Process().children(recursive=True) if self._own else []
+        self._misses = dict.fromkeys(self._places, 0)
+        self._answered = dict.fromkeys(self._places, time.monotonic())
+        self._silence_s = silence_timeout_s
+        self._cause: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="moe-dist-cluster-watch", daemon=True)
+        self._thread.start()
+
+    def seen_all(self) -> None:
+        """Remember the processes that are there now: they end with a private cluster that breaks."""
+        if self._own:
+            self._all = psutil.Process().children(recursive=True)
+
+    def check(self, doing: str, suspicious: bool = False) -> None:
+        """Raise ClusterLost if the cluster is gone. `suspicious`: a rank died, so ask at once, and once is enough."""
+        if suspicious and self._cause is None:
+            self._ask(1)
+        if self._cause is None:
+            return
+        self._abandon()
+        raise ClusterLost(self.address, doing, self._cause)
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _look(self) -> None:
+        while self._cause is None and not self._stop.wait(PROBE_EVERY_S):
+            self._ask(PROBES)
+
+    def _ask(self, misses: int) -> None:
+        for name, place in self._places.items():
+            try:
+                _greet(place)
+                self._misses[name], self._answered[name] = 0, time.monotonic()
+            except TimeoutError:  # busy, or stopped
+                if (silent := time.monotonic() - self._answered[name]) > self._silence_s:
+                    self._cause = f"its {name} was silent for {silent:.0f} s"
+            except OSError as error:
+                self._misses[name] += 1
+                if self._misses[name] >= misses:
+                    self._cause = f"its {name} does not answer: {error.strerror or error}"
+
+    def _abandon(self) -> None:
+        """Without its cluster, Ray's shutdown takes ten seconds and may crash this process: it ends without Ray's
+        leave, with the exit code of a lost cluster. What is left of a private cluster is ended here."""
+        for process in self._all:
+            with suppress(psutil.Error):
+                process.kill()
+        atexit.register(_leave)  # the last to be registered is the first to run
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(LOST_EXIT_CODE)
+
+
+def _raylet_address(node: object) -> str | None:
+    own = ray.get_runtime_context().get_node_id()
+    for found in ray.nodes():
+        if found["NodeID"] == own:
+            return f"{found['NodeManagerAddress']}:{found['NodeManagerPort']}"
+    return None
+
+
+def _endpoint(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _greet(place: tuple[str, int]) -> None:
+    """Open HTTP/2, which gRPC is spoken over: a living server answers with its settings, a stopped one does not.
+
+    Raises OSError where nobody listens, TimeoutError where nobody answers.
+    """
+    with socket.create_connection(place, timeout=PROBE_TIMEOUT_S) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5))  # preface, empty settings
+        if not connection.recv(9):
+            raise ConnectionResetError("the connection was closed")
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def say(text: str) -> None:
+    print(f"moe-dist: {text}", file=sys.stderr, flush=True)

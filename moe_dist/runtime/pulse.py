@@ -1,0 +1,135 @@
+"""What a rank is doing, in memory that other processes of its machine can read at any time: while it is busy, stopped
+or dead. A killed process sends no last message, and a heartbeat once a second is older than the failure."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+
+_LAYOUT = struct.Struct("=qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
+_TIMES, _OP, _STATUS = slice(8, 24), slice(24, 56), slice(56, 216)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One rank as others see it. `op`: the collective it is in, or "". `finished`: its function has returned.
+    `ended`: how its process ended. `silent_s`: seconds since it gave a sign of life."""
+
+    rank: int
+    doing: str
+    op: str
+    sequence: int
+    silent_s: float = 0.0
+    doing_s: float = 0.0
+    finished: bool = False
+    stopped: bool = False
+    ended: str | None = None
+
+
+class Pulse:
+    """A rank's own record. Lives in anonymous memory: nothing is left on disk, whatever ends the process."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("moe-dist-pulse") if hasattr(os, "memfd_create") else -1
+        if self.fd >= 0:
+            os.ftruncate(self.fd, _LAYOUT.size)
+        memory = memoryview(mmap.mmap(self.fd, _LAYOUT.size))  # -1: memory of this process alone
+        # Words and texts are stored whole: struct.pack_into would write zeros first, which others may read.
+        self._sequence, self._times = memory[: _TIMES.start].cast("q"), memory[_TIMES].cast("d")
+        self._op, self._status = memory[_OP], memory[_STATUS]
+        self.beat()
+        self.status("starting")
+
+    def note(self, op: str, sequence: int) -> None:
+        """As Comm.noted: called at both ends of each collective, so it takes no more than a microsecond or two."""
+        self._sequence[0] = sequence
+        self._op[:] = _padded(op, 32)
+
+    def status(self, text: str) -> None:
+        self._times[1] = time.monotonic()
+        self._status[:] = _padded(text, 160)
+
+    def beat(self) -> None:
+        self._times[0] = time.monotonic()
+
+
+class Peer:
+    """Another process's record, and that process's end. Raises OSError where it lies on another machine."""
+
+    def __init__(self, rank: int, pid: int, fd: int) -> None:
+        self.rank, self.pid = rank, pid
+        with open(f"/proc/{pid}/fd/{fd}", "rb") as record:
+            self._memory = mmap.mmap(record.fileno(), _LAYOUT.size, prot=mmap.PROT_READ)
+        self._pidfd = os.pidfd_open(pid)
+
+    def sight(self, finished: bool = False) -> Sight:
+        sequence, beat, since, op, status = _LAYOUT.unpack(self._memory[:])
+        now = time.monotonic()  # one clock for all processes of a machine
+        doing, running = (text.rstrip(b"\0").decode(errors="replace") for text in (status, op))
+        state, ended = _state(self.pid), self.ended()
+        return Sight(
+            self.rank, doing, running, sequence, max(0.0, now - beat), max(0.0, now - since), finished,
+            stopped=state in ("T", "t") and ended is None, ended=ended,
+        )  # fmt: skip
+
+    def ended(self) -> str | None:
+        """How the process ended, or None while it lives. Linux 6.15 and newer know it even after it was waited for."""
+        code = _exit_code(self._pidfd)
+        if code is None:
+            code = _zombie_code(self.pid)
+        if code is not None:
+            return describe_end(code)
+        return None if os.path.exists(f"/proc/{self.pid}") else "its process died"
+
+    def close(self) -> None:
+        self._memory.close()
+        os.close(self._pidfd)
+
+
+def _padded(text: str, size: int) -> bytes:
+    return text.encode(errors="replace")[:size].ljust(size, b"\0")
+
+
+def describe_end(code: int) -> str:
+    """A wait status in words, with what usually sends SIGKILL."""
+    if not os.WIFSIGNALED(code):
+        return f"its process died with exit code {os.waitstatus_to_exitcode(code)}"
+    number = os.WTERMSIG(code)
+    name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
+    hint = "; where nobody sent it, the kernel did, because memory ran out" if number == signal.SIGKILL else ""
+    return f"its process died of {name}{hint}"
+
+
+def _exit_code(pidfd: int) -> int | None:
+    """PIDFD_GET_INFO with PIDFD_INFO_EXIT: struct pidfd_info of linux/pidfd.h."""
+    info = struct.Struct("<QQ11Ii")
+    wanted, request = 1 << 3, (3 << 30) | (info.size << 16) | (0xFF << 8) | 11
+    buffer = bytearray(info.pack(wanted, 0, *[0] * 11, 0))
+    try:
+        fcntl.ioctl(pidfd, request, buffer)
+    except OSError:  # an older kernel, or nothing left to tell
+        return None
+    found = info.unpack(buffer)
+    return found[-1] if found[0] & wanted else None
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()
+    except OSError:
+        return []
+
+
+def _state(pid: int) -> str:
+    return next(iter(_stat(pid)), "")
+
+
+def _zombie_code(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[-1]) if fields and fields[0] == "Z" else None

@@ -1,0 +1,53 @@
+"""`moe-dist run` under torchrun, in which one rank fails: torchrun --nproc-per-node 2 doomed_rank.py HOW RANK"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from moe_dist import cli
+from moe_dist.bench import runner
+from moe_dist.bench.results import Outcome
+from moe_dist.runtime.context import RankContext
+
+HOW, DOOMED = sys.argv[1], int(sys.argv[2])
+began = 0.0
+
+
+def work(context: RankContext, *_: Any) -> None:
+    """Twenty collectives, then one rank fails while the other waits for it in the next."""
+    global began
+    for _ in range(20):
+        context.comm.barrier()
+    context.progress("work of a doomed rank")
+    began = time.monotonic()
+    if context.rank == DOOMED:
+        if HOW == "raise":
+            raise ValueError("on purpose")
+        if HOW == "return":
+            return
+        if HOW == "sleep":
+            time.sleep(60)
+        else:
+            os.kill(os.getpid(), signal.Signals[HOW])
+            time.sleep(5)  # a stop may reach another thread first
+    context.comm.barrier()
+
+
+def main() -> int:
+    if HOW == "wrong":
+        Outcome.ok = property(lambda _: False)  # type: ignore[assignment]
+    else:
+        runner.measure = work  # type: ignore[assignment]
+    limits = ["ray.silence_timeout_s=3", f"case_timeout_s={4 if HOW == 'sleep' else 60}"]
+    code = cli.main(["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu", "--iters", "0", "--json", *limits])
+    if began:
+        sys.stderr.write(f"failed after {time.monotonic() - began:.1f} s\n" * cli.speaks())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

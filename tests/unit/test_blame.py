@@ -1,0 +1,172 @@
+"""Who is named when a group fails: from made-up records, all orders of what can have happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from moe_dist.bench.container import container_memory
+from moe_dist.errors import RankFailure
+from moe_dist.runtime.blame import blamed, left_early, overdue, silence
+from moe_dist.runtime.logs import said_last
+from moe_dist.runtime.pulse import Peer, Pulse, Sight, describe_end
+
+WAITING = Sight(0, "timing", "barrier", 21)
+BROKE = RankFailure(0, "barrier", 21, "RuntimeError: Timed out")
+
+
+@pytest.mark.parametrize(
+    ("peer", "why"),
+    [
+        (Sight(1, "loading", "", 20), "did not come to sequence number 21; rank 0 waited in barrier"),
+        (Sight(1, "loading", "", 20, finished=True), "returned after 20 collectives; rank 0 waited in barrier"),
+        (Sight(1, "loading", "", 21, stopped=True), "its process is stopped (SIGSTOP, or a debugger); rank 0"),
+        (Sight(1, "loading", "", 21, silent_s=9), "silent for 9 s; rank 0"),
+        (Sight(1, "loading", "", 25, ended="its process died of SIGSEGV"), "its process died of SIGSEGV; rank 0"),
+        (Sight(1, "loading", "all_reduce", 21), "was in all_reduce where rank 0 was in barrier; rank 0"),
+    ],
+)
+def test_who_did_not_come_is_blamed(peer: Sight, why: str) -> None:
+    bystander = Sight(2, "timing", "barrier", 21)
+    found = blamed([BROKE], [WAITING, bystander, peer])
+    assert (found.rank, found.op, found.seq) == (1, "loading", peer.sequence)
+    assert found.cause.startswith(why)
+    assert "(sequence number 21): RuntimeError: Timed out" in found.cause
+
+
+def test_without_a_suspect_the_failure_stays() -> None:
+    assert blamed([BROKE], [WAITING, Sight(1, "timing", "barrier", 21)]) is BROKE
+
+
+def test_ranks_that_both_broke_in_different_collectives() -> None:
+    other = RankFailure(1, "all_reduce", 21, "RuntimeError: Timed out")
+    found = blamed([other, BROKE], [Sight(0, "a", "", 21), Sight(1, "b", "", 21)])
+    assert (found.rank, found.op) == (1, "b")
+    assert found.cause.startswith("was in all_reduce where rank 0 was in barrier")
+
+
+def test_only_a_rank_that_was_left_behind_makes_a_return_early() -> None:
+    done = Sight(1, "measure", "", 20, finished=True)
+    found = left_early([WAITING, done])
+    assert found is not None
+    assert (found.rank, found.seq) == (1, 20)
+    assert left_early([Sight(0, "timing", "", 21), done]) is None  # not in a collective: may be about to return
+    assert left_early([WAITING, Sight(1, "measure", "", 21, finished=True)]) is None  # took part
+
+
+def test_silence_and_lateness_name_who_waits() -> None:
+    late = Sight(1, "loading", "", 20, silent_s=31, doing_s=40, stopped=True)
+    assert silence(late, [WAITING, late]).cause == (
+        "silent for 31 s: its process is stopped (SIGSTOP, or a debugger); rank 0 waits in barrier (sequence number 21)"
+    )
+    found = overdue([WAITING, late], 600)
+    assert (found.rank, found.op, found.seq) == (1, "loading", 20)
+    assert found.cause.startswith("not done within 600 s, here for 40 s; its process is stopped")
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("os._exit(7)", "its process died with exit code 7"),
+        ("os.kill(os.getpid(), 11)", "its process died of SIGSEGV"),
+        ("os.kill(os.getpid(), 9)", "its process died of SIGKILL; where nobody sent it, the kernel did"),
+    ],
+)
+def test_a_record_outlives_its_process(ending: str, said: str) -> None:
+    code = (
+        "import os; from moe_dist.runtime.pulse import Pulse; pulse = Pulse(); pulse.status('work');"
+        f"pulse.note('barrier', 5); print(pulse.fd, flush=True); input(); {ending}"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    peer = Peer(1, child.pid, int(child.stdout.readline()))
+    assert (peer.sight().ended, peer.sight().stopped) == (None, False)
+    os.kill(child.pid, signal.SIGSTOP)
+    while not peer.sight().stopped:
+        pass
+    os.kill(child.pid, signal.SIGCONT)
+    with child:
+        child.communicate("\n", timeout=30)
+        sight = peer.sight()
+        assert (sight.doing, sight.op, sight.sequence) == ("work", "barrier", 5)
+        assert sight.ended is not None
+        assert sight.ended == "its process died" or sight.ended.startswith(said)  # Linux before 6.15: no more is known
+    peer.close()
+
+
+def test_words_for_an_end() -> None:
+    assert describe_end(7 << 8) == "its process died with exit code 7"
+    assert describe_end(signal.SIGABRT) == "its process died of SIGABRT"
+    assert "memory ran out" in describe_end(signal.SIGKILL)
+
+
+def test_a_record_is_never_read_half_written() -> None:
+    """A reader that saw zeros would take the writer for a rank that is silent since the machine was started."""
+    pulse, running = Pulse(), threading.Event()
+    pulse.note("barrier", 1 << 40)
+
+    def write() -> None:
+        while not running.is_set():
+            pulse.beat()
+            pulse.status("work")
+            pulse.note("barrier", 1 << 40)
+
+    code = (
+        "import sys; from moe_dist.runtime.pulse import Peer; peer = Peer(0, int(sys.argv[1]), int(sys.argv[2]));"
+        "sights = [peer.sight() for _ in range(3000)]; print(max(s.silent_s for s in sights),"
+        "{(s.doing, s.op, s.sequence) for s in sights} == {('work', 'barrier', 1 << 40)})"
+    )
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        command = [sys.executable, "-c", code, str(os.getpid()), str(pulse.fd)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        running.set()
+        writer.join()
+    silent_s, same = done.stdout.split()
+    assert float(silent_s) < 30
+    assert same == "True"
+
+
+def test_a_long_status_fits() -> None:
+    pulse = Pulse()
+    pulse.status("é" * 500)
+    pulse.note("x" * 100, 1 << 40)
+    assert Peer(0, os.getpid(), pulse.fd).sight().sequence == 1 << 40
+
+
+def test_what_a_log_says(tmp_path: Path) -> None:
+    log = tmp_path / "worker.err"
+    log.write_text(":actor_name:RankActor\nterminate called\n  what():  enforce failed: 64 vs 32\n*** SIGABRT\n")
+    assert said_last(str(log)) == f"; its log: {log}, which says: what():  enforce failed: 64 vs 32"
+    log.write_text(":job_id:01000000\n")
+    assert said_last(str(log)) == f"; its log: {log}, which is empty"
+    assert said_last(None) == ""
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/pod/container\n")
+    inner = tmp_path / "pod" / "container"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.current").write_text("10\n")
+    assert container_memory(tmp_path, membership) == []
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent / "memory.current").write_text("600\n")
+    (inner.parent / "memory.stat").write_text("anon 1\ninactive_file 250\n")
+    assert container_memory(tmp_path, membership) == [650]
+    membership.write_text("5:cpu:/x\n4:memory:/pod\n")
+    first = tmp_path / "memory" / "pod"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text("500\n")
+    (first / "memory.usage_in_bytes").write_text("450\n")
+    (first / "memory.stat").write_text("total_inactive_file 0\n")
+    assert container_memory(tmp_path, membership) == [50]
