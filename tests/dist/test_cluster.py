@@ -79,7 +79,7 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def measuring() -> Iterator[subprocess.Popen[str]]:
     """`moe-dist run` on a cluster of its own, in an environment that would leave Ray open, once it measures."""
-    arguments = ["run", "--ep", "2", "--tokens", "4", "--iters", "100000000", "case_timeout_s=100", "--device", "cpu"]
+    arguments = ["run", "--ep", "2", "--tokens", "4", "--iters", "1000000", "case_timeout_s=100", "--device", "cpu"]
     small = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "moe_dist", *arguments, *small],
