@@ -182,10 +182,12 @@ def _weights(context: RankContext, case: Case, plan: Plan, turn: Turn) -> Weight
     key = f"{case.model!r} {case.source!r} {case.parallel!r}"
     known: dict[str, Weights] = context.memo.setdefault("weights", {})
     if turn.batch is None or context.memo.get("weights_of") != turn.batch:
-        for other in set(known) - {key}:
+        others = set(known) - {key}
+        for other in others:
             del known[other]
         context.memo["weights_of"] = turn.batch
-        gc.collect()
+        if others:  # a tenth of a second, which a case of many in a row would feel
+            gc.collect()
     if key not in known:
         known[key] = _load(context, case, plan)
     return known[key]

@@ -111,8 +111,9 @@ class Kept:
         kept = context.memo.get("kept")
         if kept is None or batch is None or kept.batch != batch:
             context.memo.pop("kept", None)
-            del kept
-            gc.collect()
+            if kept is not None and kept.steps:
+                del kept
+                gc.collect()
             kept = context.memo["kept"] = Kept(batch)
         return kept
 
