@@ -105,6 +105,25 @@ def _start(timeout_s: float) -> None:
         with suppress(Exception):
             ray.shutdown()
         raise ClusterLost("this machine", "starting", f"{first_line(error)} (logs: {folder})") from error
+    if places := _open_to_the_network():
+        say(f"this release of Ray listens beyond 127.0.0.1 ({', '.join(places)}); its token is what guards it")
+
+
+def _open_to_the_network() -> list[str]:
+    """Where the private cluster's processes listen but for the loopback interface: `_loopback_only` leans on a switch
+    that another release of Ray may not have."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            for connection in process.net_connections("inet"):
+                address = connection.laddr
+                if connection.status == psutil.CONN_LISTEN and address.ip not in (
+                    LOOPBACK,
+                    "::1",
+                    f"::ffff:{LOOPBACK}",
+                ):
+                    found.add(f"{address.ip}:{address.port}")
+    return sorted(found)
 
 
 def _no_place(folder: str, error: OSError) -> ResourceError:

@@ -218,3 +218,14 @@ def test_what_starts_too_slowly_is_stopped() -> None:
         time.sleep(30)  # suppressed as Ray does where it tidies up
     assert time.monotonic() - begin < 5.0
     assert signal.getitimer(signal.ITIMER_REAL)[0] > 0  # pytest-timeout's own is set again
+
+
+def test_a_cluster_that_listens_beyond_the_loopback_interface_is_said() -> None:
+    """As with a release of Ray that does not know the switch for that."""
+    code = (
+        "from contextlib import nullcontext; from moe_dist.runtime import cluster; from moe_dist.runtime.context import RaySpec;"
+        "cluster._loopback_only = nullcontext; cluster.connect(RaySpec())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean())
+    assert done.returncode == 0, done.stderr
+    assert "listens beyond 127.0.0.1" in done.stderr
