@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PLAIN = ("none", "ieee")  # precisions of float32 products
+NOTHING = nullcontext()
+
+
+def settled(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, matrix products of float32 are those of float32, and kernels go to `device`, whatever the caller has set:
+    autocast, TF32 or bf16 for float32 products, another current GPU. Costs 2 us where nothing of that is set."""
+    kind = device.type
+    precision = _matmul(kind).fp32_precision
+    elsewhere = kind == "cuda" and torch.cuda.current_device() != device.index
+    if precision in PLAIN and not elsewhere and not torch.is_autocast_enabled(kind):
+        return NOTHING
+    return _settled(device)
+
 
 @contextmanager
-def settled(device: torch.device) -> Iterator[None]:
-    """Inside, matrix products of float32 are those of float32, and kernels go to `device`, whatever the caller has set:
-    autocast, TF32 or bf16 for float32 products, another current GPU. Nothing is entered that is not needed."""
+def _settled(device: torch.device) -> Iterator[None]:
+    matmul = _matmul(device.type)
     with ExitStack() as stack:
-        kind = device.type
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        backend = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
-        if (before := backend.matmul.fp32_precision) not in ("none", "ieee"):
-            backend.matmul.fp32_precision = "ieee"
-            stack.callback(setattr, backend.matmul, "fp32_precision", before)
-        if kind == "cuda" and torch.cuda.current_device() != device.index:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if (before := matmul.fp32_precision) not in PLAIN:
+            matmul.fp32_precision = "ieee"
+            stack.callback(setattr, matmul, "fp32_precision", before)
+        if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         yield
+
+
+def _matmul(kind: str) -> Any:
+    backend: Any = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
+    return backend.matmul
 
 
 def unaffected(function: Callable[P, R]) -> Callable[P, R]:
