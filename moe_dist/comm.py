@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -23,6 +24,7 @@ from moe_dist.sizes import row_bytes
 R = TypeVar("R")
 
 SETTLED_AFTER_S = 5.0  # a second thread that comes later can't have been taken for the first one on another rank
+LEAST_TIMEOUT_S = 0.001  # process groups count whole milliseconds, and take none as no limit
 
 # torch 2.13 has new names for these two and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,9 +52,9 @@ class Comm:
         """`owned`: the groups that `leave` destroys, None being the default one."""
         self.rank, self.world, self.device = rank, world, device
         self._group, self._cpu_group, self._timeout_s, self._owned = group, cpu_group, timeout_s, list(owned)
-        self._thread: int | None = None  # that uses it, since when, and whether another came as soon
-        self._since, self._contended = 0.0, False
+        self._user = _user_of(group, world)
         self.sequence = 0
+        self._steps = 0
         self.bytes_sent = 0
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
@@ -101,14 +103,14 @@ class Comm:
         rank = dist.get_rank(group)
         if rank < 0:
             raise ConfigError("process group", "another's", "this process is not in it", "a group that it is in")
-        device, backends = torch.device(device), _backends(group)
+        device, backends = _device(device), _backends(group)
         if device.type not in backends:
             raise ConfigError("device", str(device), "the process group has no backend for it", tuple(backends))
         device = _with_index(device)
         if timeout_s is None:
             timeout_s = _timeout_of(group, device)
-        elif not 0 < timeout_s < math.inf:
-            raise ConfigError("timeout_s", timeout_s, "bounds every collective", "seconds, more than 0")
+        elif type(timeout_s) not in (int, float) or not LEAST_TIMEOUT_S <= timeout_s < math.inf:
+            raise ConfigError("timeout_s", timeout_s, "bounds every collective", f"seconds, {LEAST_TIMEOUT_S} or more")
         elif backends[device.type] == "nccl":
             _set_pg_timeout(timedelta(seconds=timeout_s), group)
         cpu_group, owned = group, []  # None is the default group: an object of it, held until exit, can abort gloo
@@ -132,24 +134,45 @@ class Comm:
                 dist.destroy_process_group(group)
 
     def check_thread(self) -> None:
-        """Raise ConfigError unless this is the thread that uses this Comm, which is the first to do so: ranks whose
-        threads take turns in different orders would get each other's tokens. Where two threads begin at about the same
-        time, other ranks may follow the other one, so both are refused."""
-        if self.world == 1:
-            return
-        thread, now = threading.get_ident(), time.monotonic()
-        if self._thread is None:
-            self._thread, self._since = thread, now
-        if self._thread != thread and now - self._since < SETTLED_AFTER_S:
-            self._contended = True
-        if self._thread != thread or self._contended:
-            rule = "shares this Comm with another thread: their collectives would cross between ranks"
-            legal = "a Comm of its own for each thread, or take_over() by the only one that goes on with it"
+        """Raise ConfigError unless this is the thread that uses this process group, which is the first to do so: ranks
+        whose threads take turns in different orders would get each other's tokens. Where two threads begin at about the
+        same time, other ranks may follow the other one, so both are refused."""
+        if self.world > 1 and not self._user.admits():
+            rule = "shares this process group with another thread: their collectives would cross between ranks"
+            legal = "a process group of its own for each thread, or take_over() by the only one that goes on with it"
             raise ConfigError("thread", threading.current_thread().name, rule, legal)
 
     def take_over(self) -> None:
-        """From now on the calling thread is the one that uses this Comm."""
-        self._thread, self._since, self._contended = threading.get_ident(), time.monotonic(), False
+        """From now on the calling thread is the one that uses this process group."""
+        self._user.take_over()
+
+    def meet(self, tokens: int, bucket: int | None, alike: bool) -> int:
+        """The ranks tell each other, on the CPU, which step they begin, with how many tokens, in which bucket; the
+        largest number of tokens comes back. Raises RankFailure where they begin different steps, as after an input that
+        one of them has refused, ConfigError where their buckets differ, or, with `alike`, their tokens."""
+        if self.world == 1:
+            return tokens
+        mine = torch.tensor([[self._steps, -1 if bucket is None else bucket, tokens]], dtype=torch.int64, device="cpu")
+        everyone = mine.new_empty(self.world, 3)
+
+        def tell() -> None:
+            self._wait(_all_gather(everyone, mine, group=self._cpu_group, async_op=True))
+
+        self._run("meet", tell)
+        steps, buckets, counts = everyone.T.tolist()
+        if len(set(steps)) > 1:
+            behind = steps.index(min(steps))
+            cause = f"it begins step {min(steps)} where others begin step {max(steps)}: they left one out"
+            raise RankFailure(behind, "meet", self.sequence, f"{cause}; form a new process group to go on")
+        for field, values, matters in (("max_tokens_per_rank", buckets, True), ("tokens", counts, alike)):
+            if matters and len(set(values)) > 1:
+                told = ", ".join("none" if value < 0 else str(value) for value in values)
+                raise ConfigError(field, values[self.rank], f"must be one on all ranks, not {told}")
+        return int(max(counts))
+
+    def begin_step(self) -> None:
+        """Count a step of a layer, whatever becomes of it."""
+        self._steps += 1
 
     def all_gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order."""
@@ -312,6 +335,45 @@ class Comm:
                 self.noted("", self.sequence)
         self.check_thread()  # one that came meanwhile may have taken part
         return result
+
+
+class _User:
+    """The thread that uses a process group, since when, and whether another one came as soon."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self.since, self.contended = 0.0, False
+
+    def admits(self) -> bool:
+        thread, now = threading.get_ident(), time.monotonic()
+        if self.thread is None:
+            self.thread, self.since = thread, now
+        if self.thread != thread and now - self.since < SETTLED_AFTER_S:
+            self.contended = True
+        return self.thread == thread and not self.contended
+
+    def take_over(self) -> None:
+        self.thread, self.since, self.contended = threading.get_ident(), time.monotonic(), False
+
+
+_users: weakref.WeakKeyDictionary[Any, _User] = weakref.WeakKeyDictionary()
+
+
+def _user_of(group: dist.ProcessGroup | None, world: int) -> _User:
+    """One for all that use a group."""
+    if world == 1 or not dist.is_initialized():
+        return _User()
+    return _users.setdefault(dist.group.WORLD if group is None else group, _User())
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError("device", device, f"is none: {str(error).splitlines()[0]}", ("cpu", "cuda")) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", str(found), "this process has no CUDA device", ("cpu",))
+    return found
 
 
 def _with_index(device: torch.device | str) -> torch.device:

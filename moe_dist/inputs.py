@@ -33,11 +33,11 @@ def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
     _check_kind("x", x_TH, spec.torch_dtype, device)
 
 
-def check_gradient(x_TH: Tensor) -> None:
+def check_gradient(name: str, tensor: Tensor) -> None:
     """Raise ConfigError where a gradient is expected to come back."""
-    if torch.is_grad_enabled() and isinstance(x_TH, Tensor) and x_TH.requires_grad:
+    if torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad:
         rule = "the layer is forward only, no gradient would come back through it"
-        raise ConfigError("x.requires_grad", True, rule, "x.detach(), or a call under torch.no_grad()")
+        raise ConfigError(f"{name}.requires_grad", True, rule, "tensor.detach(), or a call under torch.no_grad()")
 
 
 def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.device) -> None:
@@ -93,6 +93,7 @@ def check_shard(
         if tuple(tensor.shape) != shape:
             raise ConfigError(label, tuple(tensor.shape), f"not what {whose} holds under this plan", shape)
         _check_kind(label, tensor, dtype, device)
+        check_gradient(label, tensor)
         if not tensor.is_contiguous():
             raise ConfigError(f"{label}.stride", tensor.stride(), "must be contiguous", "tensor.contiguous()")
     for field in found:

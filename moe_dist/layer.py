@@ -58,6 +58,11 @@ class Router(nn.Module):
         self.gate_EH: Tensor
         self.bias_E: Tensor | None
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """What is loaded is float32 too, with `assign` as well."""
+        names = {prefix + name for name, _ in self.named_buffers()} & state_dict.keys()
+        super()._load_from_state_dict(state_dict | {name: state_dict[name].float() for name in names}, prefix, *rest)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves to another device, but `half()` and the like change nothing: in bf16 tokens would go elsewhere."""
         for name, before in list(self.named_buffers()):
@@ -98,10 +103,12 @@ class MoELayer(nn.Module):
         self.plan, self.comm, self.stages, self.router = plan, comm, stages, router
         self._weights = shard, shared
         self._uncompiled: Callable[..., Tensor] | None = None
-        self.exchange: AnyExchange = with_layout(
-            EXCHANGES.get(plan.exchange)(comm, plan.placement, plan.spec, plan.payload, shard.a13, stages),
-            plan.token_layout,
-        )
+        self._assemble()
+
+    def _assemble(self) -> None:
+        plan, (shard, shared), stages = self.plan, self._weights, self.stages
+        exchange = EXCHANGES.get(plan.exchange)(self.comm, plan.placement, plan.spec, plan.payload, shard.a13, stages)
+        self.exchange: AnyExchange = with_layout(exchange, plan.token_layout)
         self.backend = _prepared(plan, shard, stages)
         self.shared = None if shared is None else _prepared(plan, shared, stages, shared_expert=True)
 
@@ -125,16 +132,21 @@ class MoELayer(nn.Module):
 
     def _checked_forward(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> Tensor:
         self.comm.check_thread()
-        check_gradient(x_TH)
+        self.comm.begin_step()
+        check_gradient("x", x_TH)
+        if isinstance(routing, Routing):
+            check_gradient("routing.weights", routing.weights_TK)
         with torch.no_grad(), settled(self.comm.device):
             x_TH, routing = self.checked(x_TH, routing, bucket)
             return self._forward(x_TH, routing, bucket)
 
     def _forward(self, x_TH: Tensor, routing: Routing, bucket: int | None) -> Tensor:
-        if not self.exchange.needs_bucket:
-            bucket = None
-        elif bucket is None:
-            bucket = self.comm.agree_max(routing.tokens)
+        agreed, needed = bucket, self.exchange.needs_bucket
+        # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
+        looks = (needed and bucket is None) or self.debug or self.comm.device.type == "cpu"
+        if looks and not self._capturing():
+            agreed = self.comm.meet(routing.tokens, bucket, alike=self.plan.token_layout == "replicated")
+        bucket = (agreed if bucket is None else bucket) if needed else None
         rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
         y_RH = self.backend.forward(rows)
         if self.shared is not None and self.plan.spec.shared_experts == "tp":
@@ -168,12 +180,12 @@ class MoELayer(nn.Module):
         if bucket is not None and (type(bucket) is not int or bucket < len(x_TH)):
             rule = f"this rank has {len(x_TH)} tokens and all ranks step at one agreed size"
             raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {len(x_TH)} or more")
-        if device.type == "cpu" or (self.debug and not torch.cuda.is_current_stream_capturing()):
+        if device.type == "cpu" or (self.debug and not self._capturing()):
             check_values(routing, spec)
-        x_TH = x_TH.detach().contiguous()
-        if x_TH.data_ptr() % ALIGNMENT or x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT:
-            x_TH = x_TH.clone()  # a single row that is cut out of a wider one is contiguous, wherever it begins
-        return x_TH, routing
+        return _plain_rows(x_TH.detach()), routing
+
+    def _capturing(self) -> bool:
+        return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         device = self.comm.device
@@ -185,15 +197,43 @@ class MoELayer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
         """With weights of its own, since kernels know where those of the original lie, on the same communicator."""
-        shard, shared = deepcopy(self._weights, memo)
-        router = deepcopy(self.router, memo)
-        copied = MoELayer(self.plan, shard, self.comm, router=router, shared=shared, debug=self.debug)
-        memo[id(self)] = copied
-        return copied.train(self.training)
+        copied = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.plan)] = copied, self.plan
+        made_anew = {"exchange", "backend", "shared", "_uncompiled"}
+        for name, value in self.__dict__.items():
+            copied.__dict__[name] = None if name in made_anew else deepcopy(value, memo)
+        copied._assemble()
+        return copied
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """A state dict holds no expert: they come from a checkpoint, slice by slice. It says which they were."""
+        return {"experts": [None if part is None else part.fingerprint() for part in self._weights]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError where the state dict belongs to a layer of other experts."""
+        own = self.get_extra_state()
+        if state != own:
+            rule = "the state dict is that of a layer with other experts, which it does not hold"
+            raise ConfigError("state_dict.experts", state.get("experts"), rule, "weights from checkpoint.load_shard")
 
     def extra_repr(self) -> str:
         plan = self.plan
         return f"{plan.parallel.label}, exchange={plan.exchange}, backend={plan.backend}, payload={plan.payload}"
+
+
+def _plain_rows(x_TH: Tensor) -> Tensor:
+    """`x_TH` with one row right behind the other, from a multiple of 16 bytes on. A single row that is cut out of a
+    wider tensor is contiguous, wherever it begins, and has the wider one's stride."""
+    aligned = x_TH.data_ptr() % ALIGNMENT == 0 and x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT == 0
+    if aligned and x_TH.stride() == (x_TH.shape[1], 1):
+        return x_TH
+    return torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device).copy_(x_TH)
+
+
+ROUTING_FIELDS = (
+    "hidden", "num_experts", "top_k", "scoring", "renormalize", "correction_bias", "num_groups", "top_groups",
+    "routed_scaling",
+)  # fmt: skip
 
 
 def _check_fit(
@@ -218,8 +258,14 @@ def _check_fit(
         if shared.a13 is not None and shard.a13 is not None and shared.a13 != shard.a13:
             rule = "the shared expert takes the same quantized rows, so it needs the experts' static input scale"
             raise ConfigError("shared.a13", float(shared.a13), rule, float(shard.a13))
-    if router is not None and router.gate_EH.device != device:
+    if router is None:
+        return
+    if router.gate_EH.device != device:
         raise ConfigError("router.device", str(router.gate_EH.device), "not the communicator's", str(device))
+    for field in ROUTING_FIELDS:
+        own, wanted = getattr(router.spec, field), getattr(spec, field)
+        if own != wanted:
+            raise ConfigError(f"router.{field}", own, "the router was made for another model", wanted)
 
 
 def _prepared(plan: Plan, weights: ExpertWeights, stages: Stages, shared_expert: bool = False) -> Backend:

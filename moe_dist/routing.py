@@ -214,7 +214,7 @@ def _draw(E: int, K: int, tokens: int, kind: str, argument: str, stream: Stream)
     if kind == "zipf":
         log_odds = -float(argument) * torch.arange(1, E + 1, dtype=torch.float32, device="cpu").log()
     elif kind == "hot":
-        log_odds[: int(argument)] = 1e6
+        log_odds[: int(argument)] = 60.0  # e^60 to 1; more would leave the noise beside it too few bits
     chunks = [
         (log_odds + stream.gumbel(n, E)).topk(K, dim=-1).indices
         for n in [4096] * (tokens // 4096) + [tokens % 4096] * (tokens % 4096 > 0)

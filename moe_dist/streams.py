@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ class Stream:
 
     def __init__(self, purpose: str, *key: Key, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        digest = hashlib.sha256(repr((purpose, *key)).encode()).digest()
+        plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # numpy's 3 is 3
+        digest = hashlib.sha256(repr((purpose, *plain)).encode()).digest()
         if self.device.type == "cpu":
             self._numpy = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         else:

@@ -15,7 +15,7 @@ from moe_dist.quantization import FP8, FP8_MAX, cast, expand_blocks, quantize_bl
 from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, MoESpec, QuantKind
 from moe_dist.streams import Stream
-from moe_dist.surroundings import unaffected
+from moe_dist.surroundings import settled, unaffected
 
 
 @dataclass
@@ -82,6 +82,16 @@ class ExpertWeights:
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Each tensor's shape and the sum of its bytes as words of eight, modulo 2^64: tells other weights apart."""
+        found = {}
+        for name, tensor in self.tensors().items():
+            codes = tensor.contiguous().flatten().view(torch.uint8)
+            whole = codes.numel() // 8 * 8
+            parts = codes[:whole].view(torch.int64).sum(), codes[whole:].sum()
+            found[name] = [tuple(tensor.shape), *map(int, parts)]
+        return found
 
     def with_tensors(self, **tensors: Any) -> ExpertWeights:
         """Another object with these tensors instead of its own; the rest is shared, so don't `turn` both."""
@@ -273,7 +283,8 @@ def random_expert(
     if spec.quant != "fp8_tensor_static":
         return weights
     rows = Stream("calibration rows", seed, layer, expert, device=device).normal(64, H)
-    amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
+    with settled(rows.device):
+        amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
     a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 

@@ -30,6 +30,7 @@ from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_wid
 
 Weights = tuple[ExpertWeights, ExpertWeights | None, Router | None]
 ALONE = Turn()
+ERROR_STEP, LARGEST_ERROR = 1e-9, 1e6  # what is agreed on is a whole number
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class RankResult:
     err_oracle: float | None
     err_exact: float | None
     err_whole: float | None
+    err_token: float | None
     max_memory: int | None
     payload: str
     combine_dtype: str
@@ -102,11 +104,11 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
     if before is not None:
         max_memory = torch.cuda.max_memory_allocated() - before + shard.nbytes() + (shared.nbytes() if shared else 0)
     groups_TK = _serving_groups(step.layer, plan, inputs)
-    err_oracle = err_exact = err_whole = None
+    err_oracle = err_exact = err_whole = err_token = None
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
         errors = _errors(context, case, step.layer, inputs, shard, shared, groups_TK, y_TH)
-        err_oracle, err_exact, err_whole = errors
+        err_oracle, err_exact, err_whole, err_token = errors
     here_TK = groups_TK == comm.rank // plan.placement.tp
     kept.found[key] = RankResult(
         rounds_us=[],
@@ -117,6 +119,7 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
         err_oracle=err_oracle,
         err_exact=err_exact,
         err_whole=err_whole,
+        err_token=err_token,
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
@@ -260,10 +263,10 @@ def _errors(
     shared: ExpertWeights | None,
     groups_TK: Tensor,
     y_TH: Tensor,
-) -> tuple[float, float, float]:
-    """The group's relative L2 error against the oracle and against the exact layer, and what the exact layer differs
-    from whole experts by. Each rank computes its own partial in float32 and they are added up: the check holds at sizes
-    where no device could hold the whole layer."""
+) -> tuple[float, float, float, float]:
+    """The group's relative L2 error against the oracle and against the exact layer, what the exact layer differs from
+    whole experts by, and the error of the worst token against the oracle. Each rank computes its own partial in float32
+    and they are added up: the check holds at sizes where no device could hold the whole layer."""
     plan = layer.plan
     sources = layer.exchange.quantized_together(inputs.bounds if inputs.sharded else inputs.bounds[:1])
     start, stop = inputs.bounds[inputs.rank]
@@ -287,7 +290,9 @@ def _errors(
         return _group_error(layer.comm, y_TH, expected(numerics)[start:stop])
 
     err_whole = whole_error(context, case, inputs.x_TH, inputs.routing, groups_TK, expected(None))
-    return error(layer.backend.numerics), error(None), err_whole
+    numerics = layer.backend.numerics
+    err_token = _worst_token(layer.comm, y_TH, expected(numerics)[start:stop])
+    return error(numerics), error(None), err_whole, err_token
 
 
 def _expected(
@@ -317,7 +322,10 @@ def _expected(
 
 
 def _group_error(comm: Comm, measured: Tensor, expected: Tensor) -> float:
-    """||measured - expected|| / ||expected|| over all ranks' tokens, the same on every rank; NaN counts as infinite."""
+    """||measured - expected|| / ||expected|| over all ranks' tokens, the same on every rank. NaN and rows that are not
+    there count as infinite."""
+    if measured.shape != expected.shape:
+        measured = torch.full_like(expected, float("inf"))
     difference = (measured.double() - expected.double()).square().sum()
     squares = comm.all_reduce(torch.stack([difference, expected.double().square().sum()])).tolist()
     if not all(value == value and value != float("inf") for value in squares):
@@ -325,6 +333,17 @@ def _group_error(comm: Comm, measured: Tensor, expected: Tensor) -> float:
     if squares[1] == 0:
         return 0.0 if squares[0] == 0 else float("inf")
     return float((squares[0] / squares[1]) ** 0.5)
+
+
+def _worst_token(comm: Comm, measured: Tensor, expected: Tensor) -> float:
+    """The largest relative L2 error of any rank's token, the same on every rank: a lost token's is 1, which the norm
+    over thousands of tokens would hide. NaN and rows that are not there count as infinite, 0 / 0 as 0."""
+    if measured.shape != expected.shape:
+        measured = torch.full_like(expected, float("inf"))
+    difference, size = (measured.double() - expected.double()).norm(dim=1), expected.double().norm(dim=1)
+    errors = torch.where(difference == 0, torch.zeros_like(size), difference / size).nan_to_num(nan=float("inf"))
+    worst = min(float(errors.max()), LARGEST_ERROR) if len(errors) else 0.0
+    return comm.agree_max(round(worst / ERROR_STEP)) * ERROR_STEP
 
 
 def merge(results: list[RankResult]) -> dict[str, Any]:
@@ -342,6 +361,7 @@ def merge(results: list[RankResult]) -> dict[str, Any]:
         "err_oracle": first.err_oracle,
         "err_exact": first.err_exact,
         "err_whole": first.err_whole,
+        "err_token": first.err_token,
         "max_memory": max((result.max_memory or 0) for result in results) or None,
         "payload_dtype": first.payload,
         "combine_dtype": first.combine_dtype,

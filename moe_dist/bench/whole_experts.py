@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.bench.case import Case
+from moe_dist.bench.results import WHOLE_TOLERANCE
 from moe_dist.checkpoint.whole import WholeExperts
 from moe_dist.routing import Routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.streams import Stream
 from moe_dist.weights import activate, random_expert
 
-TOKENS = 4  # of the whole group; more where these leave out a rank
+TOKENS = 4  # of the whole group; more where these leave out an expert that was not compared yet
 
 
 def whole_error(
@@ -28,26 +29,43 @@ def whole_error(
     All arguments are the whole group's: `groups_TK` says which group of experts serves each pair (-1: none), `exact_TH`
     what the exact layer gives with the weights that the ranks hold.
     """
-    tokens = compared_tokens(case, groups_TK)
+    # An expert that was compared once is what it is: other workloads, exchanges and modes share the weights.
+    of_weights = f"{case.model!r} {case.source!r} {case.parallel!r}"
+    compared: set[tuple[int, int]] = context.memo.setdefault("compared", {}).setdefault(of_weights, set())
+    tokens = compared_tokens(case, routing.ids_TK, groups_TK, compared)
     key = f"{case.model!r} {case.source!r} {case.workload!r} {tokens.tolist()}"
     kept: dict[str, Tensor] = context.memo.setdefault("whole", {})
     if key not in kept:  # one serves all exchanges, backends and modes: reading whole experts takes longer than they
         kept.clear()
         kept[key] = _outputs(context, case, x_TH, routing, tokens)
-    return largest_error(exact_TH[tokens.to(exact_TH.device)], kept[key])
+    error = largest_error(exact_TH[tokens.to(exact_TH.device)], kept[key])
+    if error <= WHOLE_TOLERANCE:
+        compared |= _copies(routing.ids_TK[tokens.to(groups_TK.device)], groups_TK[tokens.to(groups_TK.device)])
+    return error
 
 
-def compared_tokens(case: Case, groups_TK: Tensor) -> Tensor:
-    """Their numbers, ascending, int64, on the CPU: some at random, and one for each group of experts that these don't
-    go to but others do."""
+def compared_tokens(case: Case, ids_TK: Tensor, groups_TK: Tensor, compared: set[tuple[int, int]]) -> Tensor:
+    """Their numbers, ascending, int64, on the CPU: some at random, and one for each copy of an expert that these don't
+    go to, but others do, and that was not compared yet."""
     work = case.workload
     order = Stream("tokens compared with whole experts", work.seed, work.tokens).permutation(work.tokens)
-    groups_TK = groups_TK.cpu()[order]
+    ids_TK, groups_TK = ids_TK.cpu()[order], groups_TK.cpu()[order]
     chosen = list(range(min(TOKENS, work.tokens)))
-    missing = set(groups_TK.unique().tolist()) - set(groups_TK[chosen].unique().tolist()) - {-1}
-    chosen += [int((groups_TK == group).any(-1).nonzero()[0]) for group in missing]
+    seen = compared | _copies(ids_TK[chosen], groups_TK[chosen])
+    if _copies(ids_TK, groups_TK) - seen:
+        for token, copies in enumerate(zip(ids_TK.tolist(), groups_TK.tolist(), strict=True)):
+            new = {copy for copy in zip(*copies, strict=True) if copy[0] >= 0} - seen
+            if new:
+                chosen.append(token)
+                seen |= new
     found: Tensor = order[chosen].unique()
     return found
+
+
+def _copies(ids_TK: Tensor, groups_TK: Tensor) -> set[tuple[int, int]]:
+    """(expert, the group that serves it) of every pair with an expert, whoever serves it or not."""
+    pairs = torch.stack([ids_TK.long(), groups_TK.long()], -1).flatten(0, 1).unique(dim=0).tolist()
+    return {(expert, group) for expert, group in pairs if expert >= 0}
 
 
 def largest_error(found_nH: Tensor, expected_nH: Tensor) -> float:

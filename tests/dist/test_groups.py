@@ -99,9 +99,11 @@ def what_is_refused(rank: int) -> dict[str, Any]:
     group = dist.new_group([0, 1])
     if rank > 1:
         return {"refused": [refusal(lambda: Comm.from_group("cpu", group))], "words": ["not in it"]}
-    calls = [lambda seconds=seconds: Comm.from_group("cpu", group, timeout_s=seconds) for seconds in (0, -1)]
-    calls += [lambda: Comm.from_group("cpu", group, timeout_s=float("nan")), lambda: Comm.from_group("xla", group)]
-    return {"refused": [refusal(call) for call in calls], "words": ["timeout_s"] * 3 + ["no backend"]}
+    wrong = (0, -1, 0.0005, float("nan"), float("inf"), "5", True)
+    calls = [lambda seconds=seconds: Comm.from_group("cpu", group, timeout_s=seconds) for seconds in wrong]
+    calls += [lambda device=device: Comm.from_group(device, group) for device in ("xla", "gpu", 3.5, "cuda")]
+    words = ["timeout_s"] * len(wrong) + ["no backend", "device = 'gpu'", "device = 3.5", "device = 'cuda'"]
+    return {"refused": [refusal(call) for call in calls], "words": words}
 
 
 def two_threads(rank: int) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def two_threads(rank: int) -> dict[str, Any]:
     began = in_threads([layer_on(first, "all_to_all"), layer_on(first, "ag_rs")], 200)
     layer = layer_on(second, "all_to_all")
     stepped(layer, 20, 2)
-    second._since -= comm_module.SETTLED_AFTER_S
+    second._user.since -= comm_module.SETTLED_AFTER_S
     later = in_threads([layer], 1)
     stepped(layer, 30, 2)
 
@@ -146,21 +148,88 @@ def two_threads(rank: int) -> dict[str, Any]:
     return {"wrong": wrong, "began": sum(said != "nothing was refused" for said in began), "later": later, "end": box[0]}
 
 
+def a_comm_for_each_of_two_threads(rank: int) -> dict[str, Any]:
+    """On one group: it is the group's collectives that would cross."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=5))
+    if rank > 1:
+        return {"wrong": 0, "refused": 2}
+    wrong: list[float] = []
+    refused: list[str] = []
+
+    def sums(value: float) -> None:
+        comm = Comm.from_group("cpu", group)
+        for _ in range(100):
+            total = comm.all_reduce(torch.full((8,), value, dtype=torch.float32))
+            if float(total[0]) != 2 * value:
+                wrong.append(float(total[0]))
+
+    order = (1.0, 10.0) if rank == 0 else (10.0, 1.0)
+    threads = [threading.Thread(target=lambda v=value: refused.append(refusal(lambda: sums(v)))) for value in order]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return {"wrong": len(wrong), "refused": sum(said != "nothing was refused" for said in refused)}
+
+
+def ranks_out_of_step(rank: int) -> dict[str, Any]:
+    """Rank 0's input is refused and it goes on to the next step; then other tokens and buckets than another rank's."""
+    groups = [dist.new_group([0, 1], timeout=timedelta(seconds=10)) for _ in range(3)]
+    if rank > 1:
+        return {"said": []}
+    said = []
+    layer = layer_on(Comm.from_group("cpu", groups[0]), "all_reduce")
+    x, routing = inputs(7)
+    wrong = Routing(routing.ids_TK + 100, routing.weights_TK)
+    if rank == 0:
+        refusal(lambda: layer(x, wrong))
+    said.append(refusal(lambda: layer(x, routing)))  # rank 0's second step, rank 1's first
+    machine = Machine.detect("cpu")
+    for group, layout, count, bucket in ((groups[1], "replicated", 6 - rank, None), (groups[2], "sharded", 6, 6 + rank)):
+        comm = Comm.from_group("cpu", group)
+        plan = make_plan(
+            SPEC, ParallelSpec(ep=2), exchange="ag_rs", backend="torch", token_layout=layout, machine=machine
+        )
+        other = MoELayer(plan, shard(random_weights(SPEC, 0), plan.placement, comm.rank), comm)
+        given = x[:count], routing.rows(0, count)
+        said.append(refusal(lambda other=other, given=given, bucket=bucket: other(*given, max_tokens_per_rank=bucket)))
+    return {"said": said}
+
+
+def one_row_of_a_wider_tensor(rank: int) -> dict[str, Any]:
+    """Contiguous, but with an odd stride and from an odd place on."""
+    if rank > 1:
+        dist.new_group([0, 1])
+        return {"errors": []}
+    comm = Comm.from_group("cpu", dist.new_group([0, 1]))
+    found = []
+    for exchange in ("all_to_all", "ag_rs"):
+        layer, (x, routing) = layer_on(comm, exchange), inputs(rank)
+        wide = torch.zeros(1, SPEC.hidden + 5, dtype=torch.bfloat16)
+        wide[:, 3:-2] = x[:1]
+        first = routing.rows(0, 1)
+        found.append(relative_error(layer(wide[:, 3:-2], first), layer(x[:1].clone(), first)))
+    return {"errors": found}
+
+
 def a_timeout_of_its_own(rank: int) -> dict[str, Any]:
     """Rank 1 never comes; the group's own timeout would be a minute."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=60))
     if rank > 1:
-        return {"seconds": 1.5, "refused": "rank 0 failed in agree_max (sequence number 1)"}
+        return {"seconds": 1.5, "refused": "rank 0 failed in meet (sequence number 1)"}
     comm = Comm.from_group("cpu", group, timeout_s=1.5)
     if rank == 1:
         time.sleep(4)
-        return {"seconds": 1.5, "refused": "rank 0 failed in agree_max (sequence number 1)"}
+        return {"seconds": 1.5, "refused": "rank 0 failed in meet (sequence number 1)"}
     layer, start = layer_on(comm, "ag_rs"), time.monotonic()
     said = refusal(lambda: error_of(layer, 0))
     return {"seconds": time.monotonic() - start, "refused": said}
 
 
-SCENARIOS = (siblings, members_alone, without_a_cpu, what_is_refused, two_threads, a_timeout_of_its_own)
+SCENARIOS = (
+    siblings, members_alone, without_a_cpu, what_is_refused, two_threads, a_comm_for_each_of_two_threads,
+    one_row_of_a_wider_tensor, ranks_out_of_step, a_timeout_of_its_own,
+)  # fmt: skip
 
 
 def _work(rank: int, port: int, backend: str, results: Connection) -> None:
@@ -236,11 +305,31 @@ def test_two_threads_get_no_wrong_tokens(found):
         assert answer["began"] == 2
         assert "nothing was refused" not in answer["later"]
         assert answer["end"] == "nothing was refused"
-    assert all("shares this Comm" in said for ranks in found[:2] for said in ranks["two_threads"]["later"])
+    assert all("shares this process group" in said for ranks in found[:2] for said in ranks["two_threads"]["later"])
+
+
+def test_a_comm_for_each_thread_needs_a_group_for_each(found):
+    for ranks in found:
+        assert ranks["a_comm_for_each_of_two_threads"] == {"wrong": 0, "refused": 2}
+
+
+def test_one_row_of_a_wider_tensor_is_a_row(found):
+    for ranks in found:
+        assert all(error == 0 for error in ranks["one_row_of_a_wider_tensor"]["errors"])
+
+
+def test_ranks_that_are_not_in_one_step_are_told(found):
+    words = ("rank 1 failed in meet", "tokens = ", "max_tokens_per_rank = ")
+    for ranks in found[:2]:
+        said = ranks["ranks_out_of_step"]["said"]
+        assert len(said) == len(words)
+        for text, expected in zip(said, words, strict=True):
+            assert expected in text
+    assert "begins step 1 where others begin step 2" in found[0]["ranks_out_of_step"]["said"][0]
 
 
 def test_the_timeout_given_holds_on_a_group_that_exists(found):
     for ranks in found:
         answer = ranks["a_timeout_of_its_own"]
-        assert answer["refused"].startswith("rank 0 failed in agree_max (sequence number 1)")
+        assert answer["refused"].startswith("rank 0 failed in meet (sequence number 1)")
         assert answer["seconds"] < 4

@@ -211,11 +211,14 @@ def test_random_shards_made_wrong_do_not_pass(pool: Pool, fault: Fault, chosen: 
     assert row["ok"] is False
 
 
-def test_every_group_of_experts_is_looked_at() -> None:
-    groups_TK = torch.zeros(1000, 4, dtype=torch.int64)
-    groups_TK[17, 2], groups_TK[801, 0], groups_TK[900] = 5, 3, -1
+def test_every_copy_of_every_expert_is_compared_once() -> None:
+    ids_TK, groups_TK = torch.zeros(1000, 4, dtype=torch.int32), torch.zeros(1000, 4, dtype=torch.int64)
+    groups_TK[17, 2] = 5  # another copy of expert 0
+    ids_TK[801, 0], ids_TK[900], ids_TK[901] = 3, -1, 7
+    groups_TK[900], groups_TK[901] = -1, -1  # no expert, and one that nobody serves
     chosen = case(SPEC, ep=2).with_changes(workload=WorkloadSpec(tokens=1000, seed=3))
-    tokens = compared_tokens(chosen, groups_TK)
-    assert {17, 801} <= set(tokens.tolist())
-    assert 6 <= len(tokens) <= 7
-    assert torch.equal(tokens, compared_tokens(chosen, groups_TK))
+    tokens = compared_tokens(chosen, ids_TK, groups_TK, set())
+    assert {17, 801, 901} <= set(tokens.tolist())
+    assert 7 <= len(tokens) <= 8
+    assert torch.equal(tokens, compared_tokens(chosen, ids_TK, groups_TK, set()))
+    assert len(compared_tokens(chosen, ids_TK, groups_TK, {(0, 0), (0, 5), (3, 0), (7, -1)})) == 4

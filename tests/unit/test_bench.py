@@ -51,7 +51,8 @@ def case(**changes) -> Case:
 def rank_result(**changes) -> RankResult:
     defaults = {
         "rounds_us": [[100.0], [300.0], [200.0]], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40,
-        "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "max_memory": None,
+        "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.1,
+        "max_memory": None,
         "payload": "fp8", "combine_dtype": "bf16", "splits": None,
     }  # fmt: skip
     return RankResult(**(defaults | changes))
@@ -69,7 +70,8 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
         "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "graph": False,
         "payload_dtype": "fp8", "token_layout": "sharded", "global_tokens": 64, "skew": "uniform", "seed": 0,
         "p50_us": p50, "scatter_us": 1.0, "p99_us": None, "floor_us": None, "stages_us": STAGES,
-        "imbalance": 1.25, "bytes_sent": 2048, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "ok": True,
+        "imbalance": 1.25, "bytes_sent": 2048, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6,
+        "err_token": 0.1, "ok": True,
     }  # fmt: skip
     return defaults | changes
 
@@ -170,7 +172,7 @@ class TestMakeRow:
 
     @pytest.mark.parametrize(
         ("repeat", "checked", "expected"),
-        [(None, True, True), (0.0, True, True), (1e-2, True, True), (1.1e-2, True, False), (math.inf, True, False),
+        [(None, True, True), (0.0, True, True), (1e-3, True, True), (1.1e-3, True, False), (math.inf, True, False),
          (0.0, False, None), (0.5, False, False)],
     )  # fmt: skip
     def test_an_output_that_changes_while_it_is_timed_is_wrong(self, repeat, checked, expected):

@@ -228,6 +228,26 @@ def test_a_bias_or_weight_that_is_not_finite_makes_no_router(value):
         Router(plan_of(GROUPED), gate, torch.zeros(32))
 
 
+@pytest.mark.parametrize(
+    "change", [{"routed_scaling": 2.5}, {"renormalize": False}, {"num_experts": 4}, {"hidden": 256}, {"top_k": 3}]
+)
+def test_a_router_of_another_model_is_refused(change):
+    other = SPEC.with_changes(**change)
+    router = Router(plan_of(other), torch.ones(other.num_experts, other.hidden))
+    with pytest.raises(ConfigError, match=rf"router\.{next(iter(change))} ="):
+        layer_of(router=router)
+    layer_of(router=Router(plan_of(SPEC.with_changes(quant="none")), torch.ones(8, 128)))  # the format is another thing
+
+
+def test_a_gradient_does_not_get_lost_in_the_weights_of_a_routing():
+    x, routing = inputs()
+    with pytest.raises(ConfigError, match=r"routing\.weights\.requires_grad"):
+        layer_of()(x, Routing(routing.ids_TK, routing.weights_TK.requires_grad_()))
+    whole = random_weights(spec_with("none"), 0)
+    with pytest.raises(ConfigError, match=r"shard\.w13\.requires_grad"):
+        MoELayer(plan_of(spec_with("none")), whole.with_tensors(w13_eFH=whole.w13_eFH.requires_grad_()), Comm.single())
+
+
 def test_a_router_has_a_bias_exactly_if_the_model_has_one():
     with pytest.raises(ConfigError, match=r"router\.bias = None"):
         Router(plan_of(GROUPED), torch.ones(32, 64))

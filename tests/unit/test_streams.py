@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,14 @@ def test_a_key_gives_the_same_numbers_and_every_other_key_gives_others():
     for one, other in itertools.combinations(drawn, 2):
         assert not torch.equal(one, other)
         assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.6
+
+
+def test_a_key_is_its_value_whatever_its_type():
+    expected = Stream("test", 3).normal(8)
+    for key in (np.int64(3), torch.tensor(3)):
+        assert torch.equal(Stream("test", key).normal(8), expected)
+    with pytest.raises(TypeError):
+        Stream("test", 3.5)
 
 
 def test_distributions():

@@ -162,6 +162,40 @@ def test_a_copy_is_another_layer_on_the_same_communicator():
     assert torch.equal(copied(x), expected)
 
 
+class Doubled(MoELayer):
+    """A subclass, as a serving stack may have one."""
+
+    factor = 2
+
+    def forward(self, *args, **options):
+        return self.factor * super().forward(*args, **options)
+
+
+def test_a_copy_of_a_subclass_with_hooks_is_one():
+    layer = layer_of("fp8_block")
+    doubled = Doubled(layer.plan, layer._weights[0], layer.comm, router=layer.router, shared=layer._weights[1])
+    doubled.register_forward_hook(lambda module, given, y: y + 1)
+    doubled.factor = 3
+    x = tokens("fp8_block")
+    assert torch.equal(copy.deepcopy(doubled)(x), doubled(x))
+    assert torch.equal(doubled(x), 3 * layer(x) + 1)
+
+
+def test_a_state_dict_says_which_experts_it_belongs_to():
+    """It holds the router alone; experts come from a checkpoint."""
+    layer, same = layer_of("fp8_block"), layer_of("fp8_block")
+    state = layer.state_dict()
+    same.load_state_dict(state)
+    other = random_weights(layer.plan.spec, 1)
+    stranger = MoELayer(layer.plan, other, layer.comm, router=layer.router, shared=layer._weights[1])
+    with pytest.raises(ConfigError, match=r"state_dict\.experts"):
+        stranger.load_state_dict(state)
+    halved = {name: value.half() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    same.load_state_dict(halved, assign=True)
+    assert same.router.gate_EH.dtype == torch.float32
+    assert same(tokens("fp8_block")).isfinite().all()
+
+
 def test_a_layer_does_not_move_to_another_device():
     model = Model("none")
     with pytest.raises(ConfigError, match="device = 'meta'"):
