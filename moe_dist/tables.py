@@ -21,6 +21,7 @@ from moe_dist.notices import notice
 from moe_dist.spec import MoESpec, Section
 
 LARGEST = 4 << 20  # bytes of a table: some hundred times the shipped ones
+MOST_ERROR = 0.05  # of a config that is used: beyond any backend's tolerance
 SHIPPED = Path(__file__).parent / "tables_shipped"
 Micros = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -30,7 +31,7 @@ class Shape:
     """What a table is for. `device` is the GPU's name as torch gives it, `quant` the spec's quant_label, `width` this
     rank's slice of the intermediate size, `experts` the number of those on this rank, `of_experts` of all."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # for the one in a file
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # for the one in a file
 
     backend: str
     device: str
@@ -70,7 +71,7 @@ class Entry:
     us: Micros
     floor_us: Micros | None
     default_us: Micros
-    err_oracle: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    err_oracle: Annotated[float, Field(ge=0, le=MOST_ERROR, allow_inf_nan=False)]
 
 
 class TuningTable(Section):
@@ -80,7 +81,7 @@ class TuningTable(Section):
     section: ClassVar[str] = "table"
 
     shape: Shape
-    revision: int
+    revision: Annotated[int, Field(strict=True)]
     date: str
     commit: str
     command: str
@@ -117,16 +118,31 @@ def _line(name: str, value: Any) -> str:
     return f"{json.dumps(name)}: {json.dumps(value, sort_keys=True, allow_nan=False)}"
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice JSON would keep the last value, in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
 def read_table(path: Path) -> TuningTable:
     """Raises ConfigError that names file and field for one that is broken."""
     try:
-        document = json.loads(read_small_text(path, LARGEST))
+        document = json.loads(read_small_text(path, LARGEST), object_pairs_hook=_unique)
     except OSError as error:
         raise ConfigError("table", str(path), f"can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("table", str(path), f"is no valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError("table", str(path), f"holds {type(document).__name__}", "a mapping of keys to values")
+    entries = document.get("entries")
+    for key in entries if isinstance(entries, dict) else ():
+        if not (key.isascii() and key.isdigit() and str(int(key)) == key):
+            raise ConfigError(
+                f"{path}: table.entries", key, "is no number of rows", "1, 2, … without signs or zeros before"
+            )
     try:
         table = TuningTable(**document)
     except ConfigError as error:

@@ -218,3 +218,23 @@ class TestMissing:
         (line,) = said
         assert f"passed over, its configs are of another revision of triton: {path}" in line
         assert "moe-dist tune --backend triton" in line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"revision": 3', '"revision": 3, "revision": 3', "stands twice"),
+        ('"revision": 3', '"revision": true', "revision"),
+        ('"width": 384', '"width": "384"', "width"),
+        ('"8": {', '"08": {', "is no number of rows"),
+        ('"8": {', '" 8": {', "is no number of rows"),
+        ('"err_oracle": 0.001', '"err_oracle": 5.0', "err_oracle"),
+    ],
+)
+def test_a_table_that_could_be_read_in_two_ways_is_refused(tmp_path, old, new, said):
+    path = a_table().write(tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=said):
+        read_table(path)
