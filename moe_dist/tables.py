@@ -23,6 +23,7 @@ from moe_dist.spec import MoESpec, Section
 LARGEST = 4 << 20  # bytes of a table: some hundred times the shipped ones
 MOST_ERROR = 0.05  # of a config that is used: beyond any backend's tolerance
 SHIPPED = Path(__file__).parent / "tables_shipped"
+Size = Annotated[int, Field(strict=True, ge=0)]
 Micros = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -31,17 +32,17 @@ class Shape:
     """What a table is for. `device` is the GPU's name as torch gives it, `quant` the spec's quant_label, `width` this
     rank's slice of the intermediate size, `experts` the number of those on this rank, `of_experts` of all."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # for the one in a file
+    __pydantic_config__ = ConfigDict(extra="forbid")  # for the one in a file
 
     backend: str
     device: str
     quant: str
     activation: str
-    hidden: int
-    width: int
-    experts: int
-    of_experts: int
-    top_k: int
+    hidden: Size
+    width: Size
+    experts: Size
+    of_experts: Size
+    top_k: Size
 
     @classmethod
     def of(cls, backend: str, device: str, spec: MoESpec, width: int, experts: int) -> Shape:

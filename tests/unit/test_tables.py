@@ -225,14 +225,14 @@ class TestMissing:
     [
         ('"revision": 3', '"revision": 3, "revision": 3', "stands twice"),
         ('"revision": 3', '"revision": true', "revision"),
-        ('"width": 384', '"width": "384"', "width"),
+        ('"width": 2048', '"width": "2048"', "width"),
         ('"8": {', '"08": {', "is no number of rows"),
         ('"8": {', '" 8": {', "is no number of rows"),
-        ('"err_oracle": 0.001', '"err_oracle": 5.0', "err_oracle"),
+        ('"err_oracle": 0.002', '"err_oracle": 5.0', "err_oracle"),
     ],
 )
 def test_a_table_that_could_be_read_in_two_ways_is_refused(tmp_path, old, new, said):
-    path = a_table().write(tmp_path)
+    path = table().write(tmp_path)
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
