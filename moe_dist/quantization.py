@@ -1,4 +1,5 @@
-"""FP8 E4M3 casts in plain torch, for CPU and GPU. A value is its FP8 code times its scale, scales are float32.
+"""FP8 E4M3 casts in plain torch, for CPU and GPU. A value is its FP8 code times its scale, scales are float32. What a
+scale can't hold saturates: with one static scale an infinite value, too, becomes the largest.
 
 | kind | weights | activations |
 |---|---|---|
