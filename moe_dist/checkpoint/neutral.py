@@ -30,10 +30,8 @@ def refuse_unread(
 
 def _of_layer(spec: MoESpec) -> dict[str, tuple[Any, ...]]:
     """Each key that is about one layer, with the values that change nothing."""
-    scaling, dense = (
-        ("routed_scaling_factor", "moe_router_topk_scaling_factor"),
-        ("mlp_bias", "moe_bias", "expert_bias"),
-    )
+    scaling = ("routed_scaling_factor", "moe_router_topk_scaling_factor")
+    biases = ("mlp_bias", "moe_bias", "expert_bias")
     keys: dict[str, tuple[Any, ...]] = {
         # the router
         "scoring_func": (spec.scoring,),

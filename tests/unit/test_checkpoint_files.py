@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -202,6 +203,7 @@ def test_gate_and_up_in_one_tensor_for_each_expert(model: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [f"{EXPERTS}.0.up_proj.bias", f"{EXPERTS}.4.up_proj.weight", f"{LAYER}.gate.e_score_correction_bias",
+     f"{EXPERTS}.03.gate_proj.weight", f"{EXPERTS}.\u0663.up_proj.weight",
      f"{LAYER}.shared_expert.up_proj.weight", f"{EXPERTS}.0.up_proj.input_scale", f"{LAYER}.up_proj.weight"],
 )  # fmt: skip
 def test_tensors_that_would_be_left_out_are_refused(model: Any, name: str) -> None:
@@ -235,6 +237,40 @@ def test_a_stray_file_beside_an_index(model: Any, originals: dict[str, Path]) ->
     names = dict.fromkeys(load_file(single / FILE), FILE)
     (single / INDEX).write_text(json.dumps({"weight_map": names}))
     check_layer(single, 1)
+
+
+def test_a_tensor_lies_where_it_is_read_from_and_nowhere_else(model: Any) -> None:
+    directory = model("sharded")
+    index = json.loads((directory / INDEX).read_text())["weight_map"]
+    name, other = f"{EXPERTS}.3.up_proj.weight", "model-00001-of-00002.safetensors"
+    held = load_file(directory / other)
+    assert index[name] != other
+
+    def refused(extra: Tensors, file: str = other) -> str:
+        save_file(extra if file != other else held | extra, directory / file)
+        text = refusal(directory, CheckpointError)
+        with pytest.raises(CheckpointError, match=re.escape(text[-40:])):
+            layer_spec(directory, 1)
+        check_layer(directory, 0)
+        (directory / file).unlink()
+        save_file(held, directory / other)
+        check_layer(directory, 1)
+        return text
+
+    assert f"tensor {name} lies in {other} and is read from {index[name]}" in refused({name: torch.ones(2)})
+    bias = f"{EXPERTS}.3.up_proj.bias"
+    assert f"tensor {bias} lies in {other} which no index names for it" in refused({bias: torch.ones(2)})
+    assert f"tensor {bias} lies in more.safetensors" in refused({bias: torch.ones(2)}, "more.safetensors")
+    save_file({"adapter.a": torch.ones(2)}, directory / "adapter.safetensors")
+    (directory / "broken.safetensors").write_bytes(b"no safetensors")
+    check_layer(directory, 1)
+
+
+def test_a_link_to_nothing_says_so(model: Any) -> None:
+    directory = model("fp8")
+    (directory / FILE).unlink()
+    (directory / FILE).symlink_to(directory / "gone")
+    assert refusal(directory, CheckpointError).endswith("is a link to a file that isn't there")
 
 
 def test_weights_in_files_that_are_not_read(model: Any) -> None:
