@@ -41,6 +41,12 @@ class Piece:
     expert: int | None = None
     first_row: int = 0
 
+    def whole(self) -> tuple[slice, ...]:
+        """The index of all columns of the expert's weights."""
+        down = self.projection == "down_proj"
+        width = self.tensor.shape[-1 if down else -2]
+        return self.part(0, width if down or self.expert is None else width // 2)
+
     def part(self, start: int, stop: int) -> tuple[slice, ...]:
         """The index of columns [start, stop) of the expert's width."""
         if self.scale:
@@ -84,7 +90,9 @@ class Layer:
         dtype, _ = self.checkpoint.header(name)
         path = self.checkpoint.path_of(name)
         if dtype not in FORMATS:
-            raise UnsupportedError(f"dtype {dtype} of tensor {name} in {path}", ["nothing here computes it"], FORMATS)
+            raise UnsupportedError(
+                f"dtype {dtype} of tensor {name} in {path}", ["nothing here computes it"], tuple(FORMATS)
+            )
         found = FORMATS[dtype]
         if found != said.quant_label and (said.quantized or found == "fp8_block" or config.dtype is not None):
             raise CheckpointError(path, f"tensor {name} has dtype {dtype}, but {self._reason(said)}")

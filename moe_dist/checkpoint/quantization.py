@@ -20,6 +20,7 @@ from moe_dist.errors import CheckpointError, UnsupportedError
 from moe_dist.spec import BLOCK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
 CONFIG_FILE = "config.json"
 SECTION = "quantization_config"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -102,9 +103,12 @@ class Quantization:
             raise UnsupportedError(self.where, self.reasons, self.supported)
 
     def converts(self, prefix: str, experts: int) -> bool:
-        """Whether the `experts` experts `prefix`.0 and so on are quantized; UnsupportedError if only some are."""
+        """Whether the `experts` experts `prefix`.0 and so on are quantized, or fused ones, which are listed as
+        `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are."""
         if self.exceptions == Exceptions() or self.exceptions.cover(prefix):
             return self.exceptions == Exceptions()
+        if all(self.exceptions.cover(f"{prefix}.{name}") for name in FUSED):
+            return False
         modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in PROJECTIONS]
         kept = {module for module in modules if self.exceptions.cover(module)}
         if kept and len(kept) < len(modules):

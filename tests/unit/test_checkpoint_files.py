@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FILE, INDEX, Tensors, edit, fused, whole
+from checkpoints import FILE, INDEX, Tensors, edit, fused, layer_in_bf16, section, whole
 from safetensors.torch import load_file, save_file
 
 from moe_dist.checkpoint import (
@@ -297,6 +297,63 @@ def test_zeros_are_named(model: Any) -> None:
         whole(directory)
     with pytest.raises(CheckpointError, match=rf"tensor {LAYER}\.gate\.weight is all zeros"):
         load_router(directory, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("fp8", "gate_proj.weight_scale_inv", 3e38),
+        ("bf16", "up_proj.weight", 3e38),
+        ("bf16", "down_proj.weight", -1e20),
+    ],
+)
+def test_weights_whose_results_overflow_are_named(model: Any, kind: str, name: str, value: float) -> None:
+    """Infinite on both sides of the check, they would count as other weights than the file's."""
+    full = f"{EXPERTS}.3.{name}"
+
+    def huge(tensors: Tensors) -> Tensors:
+        return tensors | {full: torch.full_like(tensors[full], value)}
+
+    directory = edit(model(kind), None, huge)
+    with pytest.raises(CheckpointError) as caught:
+        whole(directory)
+    assert f"tensor {full} holds " in str(caught.value)
+    assert "results overflow" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "fused"])
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+def test_a_slice_of_zeros_is_fine_where_the_expert_has_others(model: Any, kind: str, projection: str) -> None:
+    """A width padded with zeros, as some writers do; an expert of zeros was never written."""
+
+    def zeros(start: int) -> Callable[[Tensors], Tensors]:
+        def change(tensors: Tensors) -> Tensors:
+            tensor = tensors[f"{EXPERTS}.3.{projection}_proj.weight"]
+            (tensor if projection != "down" else tensor.T)[start:] = 0
+            return fused(tensors) if kind == "fused" else tensors
+
+        return change
+
+    original = model("bf16" if kind == "fused" else kind)
+    directory = edit(Path(shutil.copytree(original, original.parent / "padded")), None, zeros(128))
+    placement = Placement.build(layer_spec(directory, 1), ParallelSpec(tp=2))
+    held = load_shard(directory, 1, placement, 1)
+    assert_equal(held, shard(whole(directory), placement, 1))
+    edit(original, None, zeros(0))
+    with pytest.raises(CheckpointError, match="expert 3, is all zeros" if kind == "fused" else "is all zeros"):
+        load_shard(original, 1, placement, 1)
+
+
+def test_fused_experts_are_left_out_by_their_own_names(model: Any) -> None:
+    directory = model("fp8")
+    listed = section(directory, modules_to_not_convert=[f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"])
+    edit(directory, listed, lambda tensors: fused(layer_in_bf16(tensors)))
+    assert check_layer(directory, 1).spec.quant_label == "bf16"
+
+
+def test_formats_are_listed_in_words(model: Any) -> None:
+    directory = edit(model("bf16"), None, lambda tensors: {name: value.half() for name, value in tensors.items()})
+    assert "{" not in refusal(directory, UnsupportedError)
 
 
 def test_a_plan_looks_at_the_headers_of_router_and_experts(model: Any) -> None:
