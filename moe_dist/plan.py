@@ -116,9 +116,12 @@ class Plan:
         return DTYPES[self.combine_dtype]
 
     def weight_bytes(self, rank: int) -> int:
-        """Bytes of `rank`'s shard, scales included."""
+        """Bytes of `rank`'s shard and of its part of the shared expert, scales included."""
         width, experts = self.placement.width_of(rank), len(self.placement.experts_of(rank))
-        forms = ExpertWeights.forms(self.spec, experts, width).values()
+        forms = [*ExpertWeights.forms(self.spec, experts, width).values()]
+        if self.spec.shared_experts != "none":
+            width = shared_placement(self.spec, self.parallel).width_of(rank)
+            forms += ExpertWeights.forms(self.spec.shared_spec(), 1, width).values()
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
 
     def most_rows(self, max_tokens_per_rank: int) -> int:
@@ -136,10 +139,16 @@ class Plan:
         return self.most_rows(max_tokens_per_rank) * pair + tokens * row
 
     def wire_bytes(self, tokens: int) -> int:
-        """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), without a
-        change of layout around it."""
-        exchange = EXCHANGES.get(self.exchange)
-        return exchange.wire_bytes(self.spec, self.placement, tokens, self.payload, self.out_dtype.itemsize)
+        """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of
+        layout around it included."""
+        exchange, world, itemsize = EXCHANGES.get(self.exchange), self.placement.world, self.out_dtype.itemsize
+        share, change = -(-tokens // world), 0
+        if self.converts_layout and self.token_layout == "sharded":  # rows are gathered before, padded to equal shares
+            tokens, change = share * world, payload_row_bytes(self.spec, self.payload)
+        elif self.converts_layout:  # results are gathered after, padded likewise
+            change = self.spec.hidden * itemsize
+        sent = exchange.wire_bytes(self.spec, self.placement, tokens, self.payload, itemsize)
+        return sent + share * change * (world - 1)
 
     def parts(self) -> list[Part]:
         """One for each shape that ranks have; an empty shard is none."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import warnings
 from dataclasses import dataclass
+from decimal import Decimal
 from pickle import UnpicklingError
 
 import torch
@@ -32,7 +34,6 @@ _FORMS = {
     "hot": re.compile(r"[0-9]{1,6}"),
     "limited": re.compile(r"[0-9]{1,6}x[0-9]{1,6}"),
 }
-_labels: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -139,22 +140,42 @@ def _in_bounds(kind: str, argument: str) -> bool:
     return float(argument) <= STEEPEST if kind == "zipf" else int(argument) >= 1
 
 
-def skew_label(skew: str) -> str:
-    """The skew as results name it: a file by the hash of its content (the last one known, once the file has gone),
-    everything else as given."""
+def canonical_skew(skew: str) -> str:
+    """One spelling for what is one routing: zipf:1.20 and zipf:01.2 are zipf:1.2. Raises like `check_skew`."""
+    check_skew(skew)
     kind, _, argument = skew.partition(":")
-    if kind != "file":
-        return skew
+    if kind == "zipf":
+        exponent = format(Decimal(argument), "f")
+        return f"zipf:{exponent.rstrip('0').rstrip('.') or '0' if '.' in exponent else exponent}"
+    if kind in ("hot", "limited"):
+        return f"{kind}:" + "x".join(str(int(number)) for number in argument.split("x"))
+    return skew
+
+
+def trace_of(skew: str) -> str | None:
+    """The SHA-256 of a recorded routing's file, in hexadecimal; None for every other skew. Taken once for a case: ranks
+    compare it with what they read. Raises like `check_skew`."""
+    check_skew(skew)
+    kind, _, path = skew.partition(":")
+    return hashlib.sha256(_content(path)).hexdigest() if kind == "file" else None
+
+
+def _content(path: str) -> bytes:
     try:
-        with open(argument, "rb") as file:
-            _labels[skew] = "file:" + hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        with open(path, "rb") as file:
+            return file.read(LARGEST_TRACE + 1)
     except OSError as error:
-        if skew not in _labels:
-            raise ConfigError("workload.skew", skew, f"can't be read: {error.strerror}") from None
-    return _labels[skew]
+        raise ConfigError("workload.skew", f"file:{path}", f"can't be read: {error.strerror}", SKEWS) from None
 
 
-def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int, number: int = 0) -> Routing:
+def skew_label(skew: str, trace: str | None = None) -> str:
+    """The skew as results name it: a file by the hash of the content that was measured, everything else as given."""
+    return skew if trace is None else f"file:{trace[:12]}"
+
+
+def synthetic_routing(
+    spec: MoESpec, tokens: int, skew: str, seed: int, number: int = 0, trace: str | None = None
+) -> Routing:
     """Routing of `tokens` rows over the whole group, drawn on the CPU: the same whatever the number of ranks. One seed
     has as many of them as there are values of `number`.
 
@@ -164,9 +185,10 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int, number: 
     limited:GxN: the experts lie in G equal runs, and each token draws its K uniformly from N random ones of them: the
     device-limited routing of DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), where a token reaches few ranks.
     single: all rows on one random expert, the other K-1 places empty (id -1).
-    file:PATH: a torch file {"ids": int [rows, K], "weights": float [rows, K]}, repeated to `tokens` rows.
+    file:PATH: a torch file {"ids": int [rows, K], "weights": float [rows, K]}, repeated to `tokens` rows. ConfigError
+    if it is not the content whose hash is `trace`, and if these rows hold no expert or no weight but 0.
     """
-    check_skew(skew)
+    skew = canonical_skew(skew)
     kind, _, argument = skew.partition(":")
     check_skew_fits(skew, spec)
     stream = Stream("synthetic routing", skew, tokens, seed, number)
@@ -174,7 +196,7 @@ def synthetic_routing(spec: MoESpec, tokens: int, skew: str, seed: int, number: 
     if kind == "router":
         raise ConfigError("workload.skew", skew, "needs a checkpoint with a router", SKEWS)
     if kind == "file":
-        return _recorded(spec, tokens, argument)
+        return _recorded(spec, tokens, argument, trace)
     order = stream.permutation(E)
     if kind == "balanced":
         places = torch.arange(tokens * K, device="cpu").view(tokens, K) % E
@@ -229,12 +251,16 @@ def _draw_limited(E: int, K: int, tokens: int, argument: str, stream: Stream) ->
     return odds_TE.topk(K, dim=-1).indices
 
 
-def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
+def _recorded(spec: MoESpec, tokens: int, path: str, trace: str | None) -> Routing:
     """A trace: its tensors are checked before anything is made of them, because a few bytes of a file can claim any
-    shape."""
+    shape. The bytes that are hashed are those that are used."""
+    content = _content(path)
+    if trace is not None and (found := hashlib.sha256(content).hexdigest()) != trace:
+        rule = f"is another file than when the experiment began: its SHA-256 begins with {found[:12]}"
+        raise ConfigError("workload.skew", f"file:{path}", rule, f"the trace {trace[:12]}, unchanged, for every rank")
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
-            recorded = torch.load(path, weights_only=True, map_location="cpu")
+            recorded = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:
         said = type(error).__name__
         if not isinstance(error, UnpicklingError):  # whose text advises to load whatever is in the file
@@ -260,8 +286,15 @@ def _recorded(spec: MoESpec, tokens: int, path: str) -> Routing:
     weights = weights.masked_fill(ids < 0, 0.0)  # whatever stands beside no expert
     if not bool(weights.isfinite().all()):
         raise ConfigError("workload.skew", path, "holds weights that are NaN or infinite", "finite weights")
-    repeated = torch.arange(tokens, device="cpu") % len(ids)
-    return Routing(ids[repeated].to(torch.int32), weights[repeated])
+    rows = len(ids)
+    repeated = torch.arange(tokens, device="cpu") % rows
+    ids, weights = ids[repeated], weights[repeated]
+    if not bool((weights != 0).any()):  # nor does it where no place holds an expert
+        rule = f"sends its first {min(tokens, rows)} rows nowhere: every id is -1 or every weight 0"
+        raise ConfigError(
+            "workload.skew", path, rule, "a row with an expert and its weight, or there is nothing to measure"
+        )
+    return Routing(ids.to(torch.int32), weights)
 
 
 def _plain(value: object) -> bool:

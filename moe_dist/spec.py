@@ -222,7 +222,8 @@ class ParallelSpec(Section):
 
 
 class WorkloadSpec(Section):
-    """What enters the layer: `tokens` over the whole group, where they lie, and how the router spreads them."""
+    """What enters the layer: `tokens` over the whole group, where they lie, and how the router spreads them. `trace` is
+    the SHA-256 of a recorded routing's file: a case fills it in, and ranks refuse a file of another content."""
 
     section: ClassVar[str] = "workload"
 
@@ -230,6 +231,7 @@ class WorkloadSpec(Section):
     token_layout: TokenLayout = "sharded"
     skew: str = "uniform"
     seed: Seed = 0
+    trace: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
 def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_empty: bool) -> list[tuple[int, int]]:

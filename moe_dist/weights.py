@@ -17,6 +17,11 @@ from moe_dist.spec import BLOCK, MoESpec, QuantKind
 from moe_dist.streams import Stream
 from moe_dist.surroundings import settled, unaffected
 
+# gate, up and down are multiplied with each other: with three such weights and usual tokens the result is near the end
+# of float32 and bf16. Trained ones are smaller by ten orders of magnitude.
+LARGEST_WEIGHT = 1e10
+LARGEST_SCALE = LARGEST_WEIGHT / FP8_MAX
+
 
 @dataclass
 class ExpertWeights:
@@ -119,13 +124,16 @@ class ExpertWeights:
         self.gate_first = gate_first
 
     def check_finite(self, experts: Sequence[int] | None = None) -> None:
-        """Raise ConfigError if a weight or scale is NaN or infinite, a scale not positive, or a matrix of an expert all
-        zeros, which is how weights that were never written look. `experts`: their numbers in the layer, for the
-        message; slots without. One pass over all weights, expert by expert to need little memory."""
+        """Raise ConfigError if a weight or scale is NaN, infinite or so large that results overflow, a scale not
+        positive, or a matrix of an expert all zeros, which is how weights that were never written look. `experts`:
+        their numbers in the layer, for the message; slots without. One pass over all weights, expert by expert to need
+        little memory."""
         for name, tensor in self.tensors().items():
             if name[0] in "sa" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 rule = "scales must be finite and positive"
                 raise ConfigError(f"weights.{name}", "NaN, infinite or not positive", rule)
+            if name[0] == "s" and tensor.numel() and (largest := float(tensor.max())) > LARGEST_SCALE:
+                raise ConfigError(f"weights.{name}", largest, "results overflow", f"scales up to {LARGEST_SCALE:.3g}")
         for slot in range(self.num_experts):
             number = slot if experts is None else experts[slot]
             halves = self.w13_eFH[slot].chunk(2 if self.gated else 1)
@@ -160,6 +168,9 @@ def _check_matrix(field: str, expert: int, matrix: Tensor) -> None:
         finite = largest < float("inf")
     if not finite:
         raise ConfigError(field, "NaN or infinite", f"weights must be finite, those of expert {expert} are not")
+    if matrix.dtype.itemsize > 1 and largest > LARGEST_WEIGHT:
+        rule = f"results overflow with expert {expert}"
+        raise ConfigError(field, largest, rule, f"weights up to {LARGEST_WEIGHT:.3g}")
     if largest == 0:
         raise ConfigError(field, "all zeros", f"expert {expert} was not loaded")
 

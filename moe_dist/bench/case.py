@@ -14,7 +14,7 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.routing import check_skew, check_skew_fits, skew_label, synthetic_routing
+from moe_dist.routing import canonical_skew, check_skew_fits, synthetic_routing, trace_of
 from moe_dist.runtime.context import RaySpec
 from moe_dist.spec import (
     MOST_RANKS,
@@ -91,6 +91,14 @@ class Case(Section):
     check: Flag = True
     chosen_by: ChosenBy = "name"
 
+    @field_validator("workload")
+    @classmethod
+    def _traced(cls, work: WorkloadSpec) -> WorkloadSpec:
+        """Its trace is that of now: what ranks read later must be the same."""
+        trace = work.trace or trace_of(work.skew)
+        traced: WorkloadSpec = work if trace == work.trace else work.with_changes(trace=trace)
+        return traced
+
     @model_validator(mode="after")
     def _rules(self) -> Case:
         check_step(self.workload.tokens, self.model)
@@ -155,10 +163,13 @@ class Experiment(Section):
     @field_validator("skews")
     @classmethod
     def _skews(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        """A trace by its absolute path: ranks have a working directory of their own."""
+        """Each routing once, whatever it is called. A trace by its absolute path: ranks have a working directory of
+        their own."""
+        found: dict[str, str] = {}
         for value in values:
-            check_skew(value)
-        return tuple(f"file:{Path(value[5:]).absolute()}" if value.startswith("file:") else value for value in values)
+            skew = canonical_skew(f"file:{Path(value[5:]).absolute()}" if value[:5] == "file:" and value[5:] else value)
+            found.setdefault(trace_of(skew) or skew, skew)
+        return tuple(found.values())
 
     @model_validator(mode="after")
     def _rules(self) -> Experiment:
@@ -183,18 +194,20 @@ class Experiment(Section):
         for skew, model in product(self.skews, self.models):
             check_skew_fits(skew, model)
             if skew.startswith("file:"):  # read now: a wrong trace is refused before ranks start
-                skew_label(skew)
-                synthetic_routing(model, 1, skew, self.seed)
+                synthetic_routing(model, min(self.tokens), skew, self.seed)
         return self
 
     def cases(self, device: str, chosen_by: ChosenBy = "name") -> Iterator[Case]:
         """For ranks on `device`, backends named or chosen by default. A group of ranks, and then its weights, serve as
         many cases in a row as possible."""
         modes = self.modes or (("eager", "graph") if device == "cuda" else ("eager",))
+        traces = {skew: trace_of(skew) for skew in self.skews}
         for world, model in product(self.worlds, self.models):
-            yield from self._cases_of(world, model, modes, chosen_by)
+            yield from self._cases_of(world, model, modes, chosen_by, traces)
 
-    def _cases_of(self, world: int, model: MoESpec, modes: tuple[str, ...], chosen_by: ChosenBy) -> Iterator[Case]:
+    def _cases_of(
+        self, world: int, model: MoESpec, modes: tuple[str, ...], chosen_by: ChosenBy, traces: dict[str, str | None]
+    ) -> Iterator[Case]:
         found = [parse_placement(placement, world) for placement in self.placements]  # None: of another world's size
         for parallel in dict.fromkeys(found):  # on one rank, tp and ep are the same
             if parallel is None:
@@ -208,7 +221,9 @@ class Experiment(Section):
                     parallel=parallel,
                     exchange=exchange,
                     backend=backend,
-                    workload=WorkloadSpec(tokens=tokens, token_layout=layout, skew=skew, seed=self.seed),
+                    workload=WorkloadSpec(
+                        tokens=tokens, token_layout=layout, skew=skew, seed=self.seed, trace=traces[skew]
+                    ),
                     payload=self.payload,
                     combine_dtype=self.combine_dtype,
                     graph=mode == "graph",

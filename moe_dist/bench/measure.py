@@ -241,7 +241,7 @@ def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> In
     if work.skew == "router" and router is not None:
         routing = router(x_TH)
     else:
-        routing = synthetic_routing(spec, work.tokens, work.skew, work.seed).to(comm.device)
+        routing = synthetic_routing(spec, work.tokens, work.skew, work.seed, trace=work.trace).to(comm.device)
     sharded = work.token_layout == "sharded"
     bounds = split_bounds(work.tokens, comm.world) if sharded else [(0, work.tokens)] * comm.world
     return Inputs(x_TH, routing, bounds, comm.rank, sharded)

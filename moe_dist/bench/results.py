@@ -93,7 +93,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "token_layout": plan.token_layout,
         "global_tokens": work.tokens,
         "tokens_per_rank": -(-work.tokens // placement.world) if sharded else work.tokens,
-        "skew": skew_label(work.skew),
+        "skew": skew_label(work.skew, work.trace),
         "seed": work.seed,
         "iters": len(times),
         "graph": plan.graph,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, model_name, read_json, shown
+from moe_dist.checkpoint.neutral import refuse_unread
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
 from moe_dist.spec import MoESpec
@@ -123,11 +124,13 @@ def read_config(directory: Path | str) -> ModelConfig:
     family, keys = _family(raw, path), _Keys(raw, path)
     num_layers = keys.integer("num_hidden_layers", least=1, most=MOST["num_hidden_layers"])
     is_moe = family.layer_rule(keys)
-    moe_layers = tuple(layer for layer in range(num_layers) if is_moe(layer))
+    sparse = [is_moe(layer) for layer in range(num_layers)]
+    moe_layers = tuple(layer for layer in range(num_layers) if sparse[layer])
     if not moe_layers:
         raise CheckpointError(path, f"none of its {num_layers} layers has experts")
     quantizations = read_quantizations(raw, path) + read_other_files(directory)
-    spec = _spec(raw, path, model_name(directory))
+    spec = _spec(keys, model_name(directory))
+    refuse_unread(raw, keys.read, spec, sparse, path)
     config = ModelConfig(path, keys.get("model_type", str), spec, num_layers, moe_layers, _dtype(keys), quantizations)
     return replace(config, spec=config.typical())
 
@@ -139,7 +142,9 @@ def spec_from_config(raw: Mapping[str, Any], path: Path | str = CONFIG_FILE, nam
     A shared expert's width is in `shared_intermediate`; `shared_experts` stays "none" until the user asks for it.
     Raises like `read_config`.
     """
-    spec, quantizations = _spec(raw, path, name), read_quantizations(raw, path)
+    keys = _Keys(raw, path)
+    spec, quantizations = _spec(keys, name), read_quantizations(raw, path)
+    refuse_unread(raw, keys.read, spec, None, path)
     for found in quantizations:
         found.refuse()
     return _with_format(spec, "fp8_block", "bf16") if quantizations else spec
@@ -150,10 +155,9 @@ def _with_format(spec: MoESpec, quant: str, dtype: str) -> MoESpec:
     return changed
 
 
-def _spec(raw: Mapping[str, Any], path: Path | str, name: str) -> MoESpec:
+def _spec(keys: _Keys, name: str) -> MoESpec:
     """The layer without its quantization."""
-    family, keys = _family(raw, path), _Keys(raw, path)
-    fields = family.router(keys) | _activation(keys)
+    fields = _family(keys.raw, keys.path).router(keys) | _activation(keys)
     try:
         return MoESpec(
             name=name,
@@ -166,16 +170,19 @@ def _spec(raw: Mapping[str, Any], path: Path | str, name: str) -> MoESpec:
             **fields,
         )
     except ConfigError as error:
-        raise CheckpointError(path, f"describes no layer that can work: {error}") from error
+        raise CheckpointError(keys.path, f"describes no layer that can work: {error}") from error
 
 
 class _Keys:
-    """The keys of a config.json, each checked for presence and type. A null counts as absent."""
+    """The keys of a config.json, each checked for presence and type. A null counts as absent. `read`: those asked for
+    so far."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path | str) -> None:
         self.raw, self.path = raw, path
+        self.read: set[str] = set()
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        self.read.add(key)
         value = self.raw.get(key)
         if value is None:
             if default is None:
@@ -194,6 +201,7 @@ class _Keys:
         return value
 
     def number(self, key: str, most: float) -> float:
+        self.read.add(key)
         value = self.raw.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
             value = self.get(key, float)
@@ -203,6 +211,7 @@ class _Keys:
 
     def either(self, key: str, other: str) -> str:
         """Which of two names of one thing is there; CheckpointError if both are and contradict each other."""
+        self.read |= {key, other}
         values = [self.raw.get(name) for name in (key, other)]
         if None not in values and (values[0] != values[1] or type(values[0]) is not type(values[1])):
             both = f"key {key} = {shown(values[0])} contradicts {other} = {shown(values[1])}"

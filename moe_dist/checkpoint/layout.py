@@ -41,6 +41,12 @@ class Piece:
     expert: int | None = None
     first_row: int = 0
 
+    def whole(self) -> tuple[slice, ...]:
+        """The index of all columns of the expert's weights."""
+        down = self.projection == "down_proj"
+        width = self.tensor.shape[-1 if down else -2]
+        return self.part(0, width if down or self.expert is None else width // 2)
+
     def part(self, start: int, stop: int) -> tuple[slice, ...]:
         """The index of columns [start, stop) of the expert's width."""
         if self.scale:
@@ -84,7 +90,9 @@ class Layer:
         dtype, _ = self.checkpoint.header(name)
         path = self.checkpoint.path_of(name)
         if dtype not in FORMATS:
-            raise UnsupportedError(f"dtype {dtype} of tensor {name} in {path}", ["nothing here computes it"], FORMATS)
+            raise UnsupportedError(
+                f"dtype {dtype} of tensor {name} in {path}", ["nothing here computes it"], tuple(FORMATS)
+            )
         found = FORMATS[dtype]
         if found != said.quant_label and (said.quantized or found == "fp8_block" or config.dtype is not None):
             raise CheckpointError(path, f"tensor {name} has dtype {dtype}, but {self._reason(said)}")
@@ -99,9 +107,8 @@ class Layer:
         leave them out would give other numbers than the model's."""
         weight = r"(gate|up|down)_proj\.weight"
         scale = "(_scale_inv)?" if spec.quantized else ""
-        routed = (
-            rf"experts\.(gate_up|down)_proj{scale}" if self.fused else rf"experts\.(?P<expert>\d+)\.{weight}{scale}"
-        )
+        alone = rf"experts\.(?P<expert>0|[1-9][0-9]*)\.{weight}{scale}"
+        routed = rf"experts\.(gate_up|down)_proj{scale}" if self.fused else alone
         bias = "|gate.e_score_correction_bias" if spec.correction_bias else ""
         shared = rf"|shared_experts\.{weight}(_scale_inv)?" if spec.shared_intermediate else ""
         known = re.compile(rf"{routed}|gate\.weight{bias}{shared}")
@@ -116,6 +123,17 @@ class Layer:
             listed = ", ".join(map(plain, sorted(strange)[:3])) + (", ..." if len(strange) > 3 else "")
             problem = f"layer {self.number} has tensors that nothing here reads: {listed}"
             raise CheckpointError(self.checkpoint.directory, problem)
+
+    def refuse_strays(self) -> None:
+        """CheckpointError for tensors of the layer that lie where nothing reads them: which of two copies counts, or
+        whether one counts at all, libraries decide each their own way."""
+        strays = self.checkpoint.strays(f"{self._mlp}.")
+        if strays:
+            name, file = strays[0]
+            read = self.checkpoint.files.get(name)
+            rule = f"and is read from {plain(read)}" if read else "which no index names for it, and is not read"
+            more = f" (and {len(strays) - 1} more like it)" if len(strays) > 1 else ""
+            raise CheckpointError(self.checkpoint.directory, f"tensor {plain(name)} lies in {plain(file)} {rule}{more}")
 
     def _reason(self, said: MoESpec) -> str:
         """Why the layer was expected to have the format of `said`."""
@@ -193,6 +211,7 @@ def layer_spec(source: Source, layer: int) -> MoESpec:
         return found.checkpoint.config.layer_spec(layer)
     ends = [*found.expert(0), *found.expert(found.spec.num_experts - 1)]
     found.check([*found.router(), *(piece.tensor for piece in ends)])
+    found.refuse_strays()
     return found.spec
 
 
@@ -205,6 +224,7 @@ def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig
     if shared:
         pieces += found.shared_expert()
     found.check([*found.router(), *(piece.tensor for piece in pieces)])
+    found.refuse_strays()
     return with_fields(found.checkpoint.config, spec=found.spec)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8
 from moe_dist.spec import BLOCK, MoESpec
-from moe_dist.weights import ExpertWeights
+from moe_dist.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def load_router(source: Source, layer: int, device: torch.device | str = "cpu") 
     loaded = []
     for tensor in wanted:
         values = found.checkpoint.read(tensor.name)
-        _check_values(found.checkpoint, tensor.name, values, may_be_zero=tensor is not wanted[0])
+        _check_values(found.checkpoint, tensor.name, values, bias=tensor is not wanted[0])
         loaded.append(values.to(device))
     gate, *bias = loaded
     return RouterWeights(gate, bias[0].float() if bias else None)
@@ -133,6 +134,8 @@ def _fill(checkpoint: Checkpoint, piece: Piece, target: Tensor, start: int, stop
     """Read columns [start, stop) of the expert's width into `target`, and check them where they now lie."""
     values = checkpoint.read(piece.tensor.name, *piece.part(start, stop))
     target.copy_((values if piece.expert is None else values[0]).to(target.dtype))
+    if not piece.scale and not _any(target):  # padding may fill a rank's whole slice, but not the expert
+        target = checkpoint.read(piece.tensor.name, *piece.whole())
     _check_values(checkpoint, piece.tensor.name, target, piece.scale, piece.expert)
 
 
@@ -142,20 +145,29 @@ def _check_values(
     values: Tensor,
     scale: bool = False,
     expert: int | None = None,
-    may_be_zero: bool = False,
+    bias: bool = False,
 ) -> None:
-    """CheckpointError for NaN or infinity, for a scale that is not positive, and for weights that are all zero: what
-    of a file was never written reads as zeros."""
+    """CheckpointError for NaN or infinity, for a scale that is not positive, for weights so large that what they are
+    multiplied by overflows, and, but for a `bias`, for all zeros: what of a file was never written reads as zeros."""
+    limit = LARGEST_SCALE if scale else LARGEST_WEIGHT
     if values.dtype == FP8:
         # E4M3 has two NaN codes, 0x7F and 0xFF, and no infinity; float8 tensors have no max() of their own.
-        largest = int((values.view(torch.uint8) & 0x7F).max())
-        bad, zero = largest == 0x7F, largest == 0
+        largest = float((values.view(torch.uint8) & 0x7F).max())
+        bad, huge = largest == 0x7F, False
     else:
-        bad, zero = not bool(torch.isfinite(values).all()), not bool(values.any())
+        largest = float(values.abs().max())
+        bad, huge = not math.isfinite(largest), largest > limit and not bias
     what = f"tensor {name}" + ("" if expert is None else f", expert {expert},")
     if bad:
         raise CheckpointError(checkpoint.path_of(name), f"{what} holds NaN or infinity")
     if scale and bool((values <= 0).any()):
         raise CheckpointError(checkpoint.path_of(name), f"{what} holds a scale that is not positive")
-    if zero and not may_be_zero:
-        raise CheckpointError(checkpoint.path_of(name), f"{what} is all zeros where this rank reads it")
+    if huge:
+        problem = f"holds {largest:.3g}, and beyond {limit:.3g} the results overflow"
+        raise CheckpointError(checkpoint.path_of(name), f"{what} {problem}")
+    if largest == 0 and not bias:
+        raise CheckpointError(checkpoint.path_of(name), f"{what} is all zeros")
+
+
+def _any(values: Tensor) -> bool:
+    return bool(((values.view(torch.uint8) & 0x7F) if values.dtype == FP8 else values).any())

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, exists, read_json, shown
+from moe_dist.checkpoint.patterns import Pattern
 from moe_dist.errors import CheckpointError, UnsupportedError
 from moe_dist.spec import BLOCK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
 CONFIG_FILE = "config.json"
 SECTION = "quantization_config"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -43,7 +45,7 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "_load_in_4bit": (False,),
 }
 EXCEPTIONS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-_REPEAT, _NESTED, MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"[*+}][^()]*\)[*+{]"), 5
+MOST_PATTERNS = 1_000  # ModelOpt has one for each layer and module at most
 KV_CACHE = ("kv_cache_quant_algo", "kv_cache_scheme", "kv_cache_dtype")  # no business of the experts
 
 
@@ -54,32 +56,37 @@ class Exceptions:
     the start of the name, as compressed-tensors has it, or a name with `*`, as ModelOpt has it."""
 
     names: frozenset[str] = frozenset()
-    patterns: tuple[re.Pattern[str], ...] = ()
+    patterns: tuple[Pattern, ...] = ()
+    globs: tuple[re.Pattern[str], ...] = ()  # fnmatch writes them so that nothing is tried twice
 
     @classmethod
     def parse(cls, entries: Iterable[Any], where: str, path: Path | str) -> Exceptions:
-        names, patterns = set(), []
+        names: set[str] = set()
+        patterns: list[Pattern] = []
+        globs: list[re.Pattern[str]] = []
         for entry in entries:
             if not isinstance(entry, str) or not entry.strip("."):
                 raise CheckpointError(path, f"{where} holds {shown(entry)}, which is no name of a module")
             try:
                 if entry.startswith("re:"):
-                    if _NESTED.search(entry) or len(_REPEAT.findall(entry)) > MOST_REPEATS:
-                        rule = f"of a repetition, or more than {MOST_REPEATS} of them"
-                        raise re.error(f"a repetition {rule}, may take for ever")
-                    patterns.append(re.compile(entry.removeprefix("re:")))
+                    patterns.append(Pattern.parse(entry.removeprefix("re:")))
                 elif any(sign in entry for sign in "*?["):
-                    patterns.append(re.compile(fnmatch.translate(entry.strip("."))))
+                    globs.append(re.compile(fnmatch.translate(entry.strip("."))))
                 else:
                     names.add(entry.strip(".").removesuffix(".weight"))
             except (re.error, OverflowError, RecursionError) as error:
                 raise CheckpointError(path, f"{where} holds {shown(entry)}, no pattern: {error}") from None
-        return cls(frozenset(names), tuple(patterns))
+        if len(patterns) + len(globs) > MOST_PATTERNS:
+            problem = f"{where} holds {len(patterns) + len(globs):,} patterns, at most {MOST_PATTERNS:,} are read"
+            raise CheckpointError(path, problem)
+        return cls(frozenset(names), tuple(patterns), tuple(globs))
 
     def cover(self, module: str) -> bool:
         parts = module.split(".")
         runs = (".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1))
-        return any(run in self.names for run in runs) or any(pattern.match(module) for pattern in self.patterns)
+        if any(run in self.names for run in runs) or any(glob.match(module) for glob in self.globs):
+            return True
+        return any(pattern.matches(module) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,12 @@ class Quantization:
             raise UnsupportedError(self.where, self.reasons, self.supported)
 
     def converts(self, prefix: str, experts: int) -> bool:
-        """Whether the `experts` experts `prefix`.0 and so on are quantized; UnsupportedError if only some are."""
+        """Whether the `experts` experts `prefix`.0 and so on are quantized, or fused ones, which are listed as
+        `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are."""
         if self.exceptions == Exceptions() or self.exceptions.cover(prefix):
             return self.exceptions == Exceptions()
+        if all(self.exceptions.cover(f"{prefix}.{name}") for name in FUSED):
+            return False
         modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in PROJECTIONS]
         kept = {module for module in modules if self.exceptions.cover(module)}
         if kept and len(kept) < len(modules):

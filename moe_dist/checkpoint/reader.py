@@ -68,6 +68,19 @@ class Checkpoint:
             raise CheckpointError(path, f"{rule}, and libraries differ in which they read; take it away")
         return files
 
+    def strays(self, prefix: str) -> list[tuple[str, str]]:
+        """(tensor, file) of tensors whose names begin with `prefix` in files that `files` doesn't give for them: a
+        second copy, one that the index leaves out, a file of weights that it doesn't name. Looks at the headers of all
+        that lies there; files that can't be read are left to whoever needs a tensor of theirs."""
+        found = []
+        for file in sorted(set(self.files.values()) | set(self._beside(".safetensors"))):
+            try:
+                names = self._open(file).keys()
+            except CheckpointError:
+                continue
+            found += [(name, file) for name in names if name.startswith(prefix) and self.files.get(name) != file]
+        return found
+
     def require(self, names: Iterable[str]) -> None:
         """Raise unless every tensor is listed; names the first few that are not, says how many, and what is there."""
         missing = [name for name in names if name not in self.files]
@@ -124,19 +137,24 @@ class Checkpoint:
             try:
                 self._opened[file] = safe_open(inside(self.directory, file, INDEX_FILE), framework="pt", device="cpu")
             except FileNotFoundError:
-                raise CheckpointError(path, f"no such file, though {INDEX_FILE} names it") from None
+                link = "is a link to a file that isn't there"
+                problem = link if path.is_symlink() else f"no such file, though {INDEX_FILE} names it"
+                raise CheckpointError(path, problem) from None
             except DAMAGED as error:
                 raise CheckpointError(path, f"is truncated or no safetensors file: {_line(error)}") from None
         return self._opened[file]
 
     def _instead(self) -> str:
         """Other files of weights that lie there."""
-        try:
-            names = sorted(path.name for path in self.directory.iterdir())
-        except OSError:
-            return ""
-        found = [plain(name) for name in names if name.endswith(WEIGHT_FILES)]
+        found = [plain(name) for name in self._beside(*WEIGHT_FILES)]
         return "; there is " + ", ".join(found[:NEAREST]) + (", ..." if len(found) > NEAREST else "") if found else ""
+
+    def _beside(self, *endings: str) -> list[str]:
+        """Names in the folder that end so, ascending."""
+        try:
+            return sorted(path.name for path in self.directory.iterdir() if path.name.endswith(endings))
+        except OSError:
+            return []
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:

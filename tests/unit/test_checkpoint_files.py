@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FILE, INDEX, Tensors, edit, fused, whole
+from checkpoints import FILE, INDEX, Tensors, edit, fused, layer_in_bf16, section, whole
 from safetensors.torch import load_file, save_file
 
 from moe_dist.checkpoint import (
@@ -202,6 +203,7 @@ def test_gate_and_up_in_one_tensor_for_each_expert(model: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [f"{EXPERTS}.0.up_proj.bias", f"{EXPERTS}.4.up_proj.weight", f"{LAYER}.gate.e_score_correction_bias",
+     f"{EXPERTS}.03.gate_proj.weight", f"{EXPERTS}.\u0663.up_proj.weight",
      f"{LAYER}.shared_expert.up_proj.weight", f"{EXPERTS}.0.up_proj.input_scale", f"{LAYER}.up_proj.weight"],
 )  # fmt: skip
 def test_tensors_that_would_be_left_out_are_refused(model: Any, name: str) -> None:
@@ -237,6 +239,40 @@ def test_a_stray_file_beside_an_index(model: Any, originals: dict[str, Path]) ->
     check_layer(single, 1)
 
 
+def test_a_tensor_lies_where_it_is_read_from_and_nowhere_else(model: Any) -> None:
+    directory = model("sharded")
+    index = json.loads((directory / INDEX).read_text())["weight_map"]
+    name, other = f"{EXPERTS}.3.up_proj.weight", "model-00001-of-00002.safetensors"
+    held = load_file(directory / other)
+    assert index[name] != other
+
+    def refused(extra: Tensors, file: str = other) -> str:
+        save_file(extra if file != other else held | extra, directory / file)
+        text = refusal(directory, CheckpointError)
+        with pytest.raises(CheckpointError, match=re.escape(text[-40:])):
+            layer_spec(directory, 1)
+        check_layer(directory, 0)
+        (directory / file).unlink()
+        save_file(held, directory / other)
+        check_layer(directory, 1)
+        return text
+
+    assert f"tensor {name} lies in {other} and is read from {index[name]}" in refused({name: torch.ones(2)})
+    bias = f"{EXPERTS}.3.up_proj.bias"
+    assert f"tensor {bias} lies in {other} which no index names for it" in refused({bias: torch.ones(2)})
+    assert f"tensor {bias} lies in more.safetensors" in refused({bias: torch.ones(2)}, "more.safetensors")
+    save_file({"adapter.a": torch.ones(2)}, directory / "adapter.safetensors")
+    (directory / "broken.safetensors").write_bytes(b"no safetensors")
+    check_layer(directory, 1)
+
+
+def test_a_link_to_nothing_says_so(model: Any) -> None:
+    directory = model("fp8")
+    (directory / FILE).unlink()
+    (directory / FILE).symlink_to(directory / "gone")
+    assert refusal(directory, CheckpointError).endswith("is a link to a file that isn't there")
+
+
 def test_weights_in_files_that_are_not_read(model: Any) -> None:
     directory = model("sharded")
     (directory / INDEX).unlink()
@@ -261,6 +297,63 @@ def test_zeros_are_named(model: Any) -> None:
         whole(directory)
     with pytest.raises(CheckpointError, match=rf"tensor {LAYER}\.gate\.weight is all zeros"):
         load_router(directory, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("fp8", "gate_proj.weight_scale_inv", 3e38),
+        ("bf16", "up_proj.weight", 3e38),
+        ("bf16", "down_proj.weight", -1e20),
+    ],
+)
+def test_weights_whose_results_overflow_are_named(model: Any, kind: str, name: str, value: float) -> None:
+    """Infinite on both sides of the check, they would count as other weights than the file's."""
+    full = f"{EXPERTS}.3.{name}"
+
+    def huge(tensors: Tensors) -> Tensors:
+        return tensors | {full: torch.full_like(tensors[full], value)}
+
+    directory = edit(model(kind), None, huge)
+    with pytest.raises(CheckpointError) as caught:
+        whole(directory)
+    assert f"tensor {full} holds " in str(caught.value)
+    assert "results overflow" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "fused"])
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+def test_a_slice_of_zeros_is_fine_where_the_expert_has_others(model: Any, kind: str, projection: str) -> None:
+    """A width padded with zeros, as some writers do; an expert of zeros was never written."""
+
+    def zeros(start: int) -> Callable[[Tensors], Tensors]:
+        def change(tensors: Tensors) -> Tensors:
+            tensor = tensors[f"{EXPERTS}.3.{projection}_proj.weight"]
+            (tensor if projection != "down" else tensor.T)[start:] = 0
+            return fused(tensors) if kind == "fused" else tensors
+
+        return change
+
+    original = model("bf16" if kind == "fused" else kind)
+    directory = edit(Path(shutil.copytree(original, original.parent / "padded")), None, zeros(128))
+    placement = Placement.build(layer_spec(directory, 1), ParallelSpec(tp=2))
+    held = load_shard(directory, 1, placement, 1)
+    assert_equal(held, shard(whole(directory), placement, 1))
+    edit(original, None, zeros(0))
+    with pytest.raises(CheckpointError, match="expert 3, is all zeros" if kind == "fused" else "is all zeros"):
+        load_shard(original, 1, placement, 1)
+
+
+def test_fused_experts_are_left_out_by_their_own_names(model: Any) -> None:
+    directory = model("fp8")
+    listed = section(directory, modules_to_not_convert=[f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"])
+    edit(directory, listed, lambda tensors: fused(layer_in_bf16(tensors)))
+    assert check_layer(directory, 1).spec.quant_label == "bf16"
+
+
+def test_formats_are_listed_in_words(model: Any) -> None:
+    directory = edit(model("bf16"), None, lambda tensors: {name: value.half() for name, value in tensors.items()})
+    assert "{" not in refusal(directory, UnsupportedError)
 
 
 def test_a_plan_looks_at_the_headers_of_router_and_experts(model: Any) -> None:

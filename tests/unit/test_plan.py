@@ -6,7 +6,7 @@ import pytest
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.errors import UnsupportedError
-from moe_dist.plan import Machine, make_plan
+from moe_dist.plan import Machine, make_plan, shared_placement
 from moe_dist.rows import Support
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
 from moe_dist.weights import random_weights, shard
@@ -72,3 +72,34 @@ def test_every_ranks_slice_is_asked_about(monkeypatch, width, grid):
     monkeypatch.setattr(TorchBackend, "supports", answer)
     with pytest.raises(UnsupportedError, match=f"not {width}"):
         plan(**grid)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_block"])
+@pytest.mark.parametrize(("kind", "whole"), [("tp", False), ("replicated", True)])
+def test_a_shared_expert_weighs_too(kind, whole, quant):
+    shared = {"shared_intermediate": 384, "shared_experts": kind, "quant": quant}
+    made, without = plan(spec=shared, tp=2), plan(spec={"quant": quant}, tp=2)
+    of_shared = random_weights(made.spec.shared_spec(), seed=0)
+    for rank in range(2):
+        part = of_shared if whole else shard(of_shared, shared_placement(made.spec, made.parallel), rank)
+        assert made.weight_bytes(rank) - without.weight_bytes(rank) == part.nbytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("exchange", "layout", "expected"),
+    [  # of 10 tokens on 4 ranks, at most 3 each: a bf16 row of 64 with 2 ids and weights has 144 bytes, a result 128
+        ("all_reduce", "replicated", 2 * 10 * 128 * 3 // 4),
+        ("all_reduce", "sharded", 3 * 144 * 3 + 2 * 12 * 128 * 3 // 4),
+        ("ag_rs", "sharded", 3 * (144 + 128) * 3),
+        ("ag_rs", "replicated", 3 * (144 + 128) * 3 + 3 * 128 * 3),
+    ],
+)
+def test_a_change_of_layout_sends_too(exchange, layout, expected):
+    """As `test_bytes_sent_are_what_the_formulas_say` finds them to be sent."""
+    sizes = {"hidden": 64, "intermediate": 64, "num_experts": 8, "top_k": 2, "quant": "none"}
+    assert plan(exchange, layout, spec=sizes, ep=4).wire_bytes(10) == expected
+
+
+def test_what_all_to_all_sends_to_change_the_layout_is_on_top():
+    sharded, replicated = plan("all_to_all", "sharded", ep=4), plan("all_to_all", "replicated", ep=4)
+    assert replicated.wire_bytes(10) - sharded.wire_bytes(10) == 3 * 160 * 2 * 3

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError
-from moe_dist.routing import SKEWS, Routing, check_skew, route, skew_label, synthetic_routing
+from moe_dist.routing import SKEWS, Routing, check_skew, route, skew_label, synthetic_routing, trace_of
 from moe_dist.spec import MoESpec
 
 
@@ -248,13 +248,14 @@ def test_a_file_with_something_else_is_refused(recorded, content):
 
 def test_the_label_of_a_file_is_its_content(recorded, tmp_path):
     skew = recorded({"ids": torch.zeros(1, 2), "weights": torch.ones(1, 2)})
-    label = skew_label(skew)
+    label = skew_label(skew, trace_of(skew))
     shutil.copy(skew.removeprefix("file:"), tmp_path / "copy.pt")
-    assert skew_label(f"file:{tmp_path / 'copy.pt'}") == label
+    assert trace_of(f"file:{tmp_path / 'copy.pt'}") == trace_of(skew)
     assert label.startswith("file:")
     assert len(label) == 17
-    assert skew_label(recorded({"ids": torch.ones(1, 2), "weights": torch.ones(1, 2)})) != label
-    assert skew_label("zipf:1.2") == "zipf:1.2"
+    other = recorded({"ids": torch.ones(1, 2), "weights": torch.ones(1, 2)})
+    assert skew_label(other, trace_of(other)) != label
+    assert skew_label("zipf:1.2", trace_of("zipf:1.2")) == "zipf:1.2"
 
 
 def test_balanced_tokens_come_in_random_order():

@@ -184,6 +184,14 @@ def test_an_expert_of_zeros_is_named(quant: Any, name: str) -> None:
         negative.check_finite()
 
 
+@pytest.mark.parametrize(("quant", "name"), [("none", "w2_eHi"), ("fp8_block", "s13"), ("fp8_channel", "s2")])
+def test_what_overflows_is_named(quant: Any, name: str) -> None:
+    weights = random_weights(MoESpec(hidden=128, intermediate=128, num_experts=4, top_k=2, quant=quant), 0)
+    huge = weights.with_tensors(**{name: torch.full_like(getattr(weights, name), 3e38)})
+    with pytest.raises(ConfigError, match=rf"weights\.{name}.*results overflow"):
+        huge.check_finite()
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_nan_codes_are_found(code: int) -> None:
     weights = random_weights(MoESpec(hidden=128, intermediate=128, num_experts=4, top_k=2), 0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from moe_dist.bench.case import Experiment
+from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.measure import make_inputs
 from moe_dist.errors import ConfigError
+from moe_dist.plan import Machine
 from moe_dist.routing import LARGEST_TRACE, skew_label, synthetic_routing
-from moe_dist.spec import MoESpec
+from moe_dist.spec import MoESpec, WorkloadSpec
 
 E, K = 8, 2
+ALONE = SimpleNamespace(device=torch.device("cpu"), world=1, rank=0)
 SPEC = MoESpec(hidden=64, intermediate=64, num_experts=E, top_k=K)
 
 
@@ -107,11 +112,65 @@ def test_a_trace_that_does_not_fit_is_refused_with_the_experiment(saved):
         Experiment(models=(SPEC,), skews=(saved(good() | {"ids": torch.zeros(3, K)}),))
 
 
-def test_the_label_outlives_the_file(saved):
+def cases_of(skew: str, **changes) -> list[Case]:
+    keys = {"worlds": (1,), "placements": ("tp",), "exchanges": ("local",), "tokens": (4,)} | changes
+    return list(Experiment(models=(SPEC,), skews=(skew,), **keys).cases("cpu"))
+
+
+def test_a_case_keeps_the_trace_that_it_began_with(saved):
+    """A file that is written anew between a case and its ranks must not lend its name to the old numbers."""
     skew = saved(good())
-    label = skew_label(skew)
+    (case,) = cases_of(skew)
+    label = skew_label(skew, case.workload.trace)
+    again = synthetic_routing(SPEC, 4, skew, 0, trace=case.workload.trace)
+    saved({"ids": good()["ids"].flip(0), "weights": good()["weights"]})
+    with pytest.raises(ConfigError, match=f"another file than.*the trace {label.removeprefix('file:')}"):
+        synthetic_routing(SPEC, 4, skew, 0, trace=case.workload.trace)
     os.remove(skew.removeprefix("file:"))
-    assert skew_label(skew) == label
+    assert skew_label(skew, case.workload.trace) == label
+    assert again.ids_TK[0].tolist() == [0, 1]
+
+
+def test_a_rank_refuses_a_trace_that_has_changed(saved):
+    skew = saved(good())
+    (case,) = cases_of(skew)
+    plan = case.plan(Machine("cpu", 1, "cpu"))
+    make_inputs(case, plan, ALONE, None)
+    saved(good(rows=4))
+    with pytest.raises(ConfigError, match="another file"):
+        make_inputs(case, plan, ALONE, None)
+
+
+def test_a_case_made_by_hand_has_its_trace(saved):
+    (case,) = cases_of(saved(good()))
+    byhand = case.with_changes(workload=WorkloadSpec(tokens=4, skew=case.workload.skew))
+    assert byhand == case
+    assert cases_of("uniform")[0].workload.trace is None
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens"),
+    [
+        ({"ids": torch.full((3, K), -1), "weights": torch.ones(3, K)}, 4),
+        ({"ids": good()["ids"], "weights": torch.zeros(3, K)}, 4),
+        ({"ids": torch.tensor([[0, 1], [-1, -1]]), "weights": torch.tensor([[0.0, 0.0], [1.0, 1.0]])}, 4),
+        ({"ids": torch.tensor([[-1, -1], [0, 1]]), "weights": torch.ones(2, K)}, 1),
+    ],
+)
+def test_a_trace_that_leaves_nothing_to_measure_is_refused(saved, content, tokens):
+    with pytest.raises(ConfigError, match="nowhere"):
+        cases_of(saved(content), tokens=(tokens, 64))
+
+
+def test_one_routing_under_two_names_is_measured_once(saved, tmp_path):
+    first = saved(good())
+    shutil.copy(first.removeprefix("file:"), tmp_path / "copy.pt")
+    skews = (first, "zipf:1.2", f"file:{tmp_path / 'copy.pt'}", "zipf:1.20", "zipf:01.2", "hot:02", "hot:2", "zipf:10",
+             "zipf:10.", "zipf:.0", "zipf:0", "limited:02x1", "limited:2x1", "zipf:0.5", "zipf:.50")  # fmt: skip
+    found = Experiment(models=(SPEC,), skews=skews).skews
+    assert found == (first, "zipf:1.2", "hot:2", "zipf:10", "zipf:0", "limited:2x1", "zipf:0.5")
+    same = [synthetic_routing(SPEC, 9, skew, 3).ids_TK.tolist() for skew in ("zipf:1.2", "zipf:01.20")]
+    assert same[0] == same[1]
 
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
