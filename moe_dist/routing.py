@@ -291,9 +291,7 @@ def _recorded(spec: MoESpec, tokens: int, path: str, trace: str | None) -> Routi
     ids, weights = ids[repeated], weights[repeated]
     if not bool((weights != 0).any()):  # nor does it where no place holds an expert
         rule = f"sends its first {min(tokens, rows)} rows nowhere: every id is -1 or every weight 0"
-        raise ConfigError(
-            "workload.skew", path, rule, "a row with an expert and its weight, or there is nothing to measure"
-        )
+        raise ConfigError("workload.skew", path, rule, "at least one expert with a weight, else nothing is measured")
     return Routing(ids.to(torch.int32), weights)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from math import hypot
+from math import hypot, isfinite
 from typing import Any
 
 from rich.table import Table
@@ -85,7 +85,8 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
 
 def _verdict(row: Row) -> Text:
     if row["ok"] is False and row["err_whole"] is not None and not row["err_whole"] <= WHOLE_TOLERANCE:
-        return Text("NO, other weights than its source's", "bold red")
+        finite = isfinite(row["err_whole"])  # what isn't, on either side or on both, says nothing of the weights
+        return Text("NO, infinite or NaN" if not finite else "NO, other weights than its source's", "bold red")
     return {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row["ok"]]
 
 

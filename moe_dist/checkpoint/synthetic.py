@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, read_json
-from moe_dist.checkpoint.quantization import CONFIG_FILE
-from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from moe_dist.checkpoint.layout import check_layer
+from moe_dist.checkpoint.quantization import CONFIG_FILE, PROJECTIONS
+from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.spec import BLOCK, MoESpec
 from moe_dist.streams import Stream
@@ -84,7 +85,8 @@ def _checked_spec(parameters: dict[str, Any]) -> MoESpec:
 
 
 def _made_already(directory: Path, parameters: dict[str, Any]) -> bool:
-    """True if `directory` was made with these parameters, False if it is free; ConfigError if it holds other things."""
+    """True if `directory` was made with these parameters and is whole, False if it is free; ConfigError if it holds
+    other things, or not all that was made."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     rule = "is there already and is no synthetic checkpoint; name another directory"
@@ -95,10 +97,30 @@ def _made_already(directory: Path, parameters: dict[str, Any]) -> bool:
     if isinstance(found, dict):
         differing = sorted(key for key in parameters.keys() | found if parameters.get(key) != found.get(key))
         if not differing:
+            _require_whole(directory, parameters)
             return True
         changes = ", ".join(f"{key} is {found.get(key)}, not {parameters.get(key)}" for key in differing)
         rule = f"holds a synthetic checkpoint made otherwise ({changes}); name another directory or remove it"
     raise ConfigError("directory", str(directory), rule)
+
+
+def _require_whole(directory: Path, parameters: dict[str, Any]) -> None:
+    """ConfigError unless every tensor is there by the headers of its files, which are as long as these say."""
+    checkpoint = Checkpoint(directory)
+    shared = parameters["model_type"] == "deepseek_v3"
+    try:
+        for layer in checkpoint.config.moe_layers:
+            check_layer(checkpoint, layer, shared)
+        dense = [f"model.layers.0.mlp.{projection}.weight" for projection in PROJECTIONS] if shared else []
+        scales = [f"{name}_scale_inv" for name in dense] if parameters["quant"] == "fp8_block" else []
+        for name in [*dense, *scales]:
+            checkpoint.header(name)
+        shards = len(set(checkpoint.files.values()))
+        if shards != parameters["shards"]:
+            raise CheckpointError(directory, f"its tensors lie in {shards} files, not {parameters['shards']}")
+    except (CheckpointError, UnsupportedError, ConfigError) as error:
+        rule = f"holds a synthetic checkpoint that is not whole any more ({error}); name another directory or remove it"
+        raise ConfigError("directory", str(directory), rule) from error
 
 
 def _publish(partial: Path, directory: Path, parameters: dict[str, Any]) -> None:

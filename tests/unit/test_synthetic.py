@@ -1,0 +1,50 @@
+"""A made checkpoint that is there already: whole, or said not to be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.checkpoint import make_checkpoint
+from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from moe_dist.errors import ConfigError
+
+SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 128, "num_experts": 8, "top_k": 2}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path: Path) -> None:
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"weight_map": {}}))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("quant", ["fp8_block", "none"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_whole_one_is_left_and_one_with_something_missing_is_refused(tmp_path, family, quant, shards):
+    options = SIZES | {"model_type": family, "quant": quant, "shards": shards}
+    made = make_checkpoint(tmp_path / "made", **options)
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert make_checkpoint(made, **options) == made
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    damages = [(path.name, how) for path in made.glob("*.safetensors") for how in (Path.unlink, cut)]
+    if shards > 1:
+        damages += [(INDEX_FILE, Path.unlink), (INDEX_FILE, emptied)]
+    for name, damage in damages:
+        broken = Path(shutil.copytree(made, tmp_path / "broken"))
+        damage(broken / name)
+        with pytest.raises(ConfigError, match="not whole any more"):
+            make_checkpoint(broken, **options)
+        shutil.rmtree(broken)
+    for path in made.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    with pytest.raises(ConfigError, match=f"not whole any more .*{SINGLE_FILE}"):
+        make_checkpoint(made, **options)
