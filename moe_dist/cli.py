@@ -32,7 +32,7 @@ from moe_dist.plan import Machine
 from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
-from moe_dist.runtime.voice import leave_code, speaks
+from moe_dist.runtime.voice import launched, leave_code, speaks, together
 from moe_dist.tables import user_folder
 from moe_dist.terminal import Terminal, say, terminal, to_standard_output
 
@@ -42,6 +42,7 @@ MOST_SEEDS = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
     ending = Ending(speaks, leave_code)
+    together(False)
 
     def command() -> int:
         try:
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as stopped:  # argparse has said why
             return stopped.code if isinstance(stopped.code, int) else BAD_INPUT if stopped.code else OK
         args.ending, ending.as_json = ending, args.json
+        together(getattr(args, "runtime", None) == "torchrun")
         code: int = args.command(args)
         return code
 
@@ -207,6 +209,8 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if experiment.runtime == "ray" and "TORCHELASTIC_RUN_ID" in os.environ:
         rule = "torchrun has started this process as one of its ranks, and each would start Ray's ranks too"
         raise ConfigError("runtime", "ray", rule, "--runtime torchrun")
+    if experiment.runtime == "torchrun":
+        launched()
     for name in experiment.backends:
         BACKENDS.get(name)  # an unknown name is a mistake, not a case that can't run here
     for name in experiment.exchanges:

@@ -49,14 +49,11 @@ class TorchrunGroup:
     def __init__(
         self, world: int, device: str = "cpu", timeout_s: float = 60.0, silence_timeout_s: float = 30.0
     ) -> None:
-        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            raise ConfigError("runtime", "torchrun", "this process was not started by torchrun", ("ray",))
-        launched = int(os.environ["WORLD_SIZE"])
+        self.rank, launched, local_rank, local_world = voice.launched()
         if launched != world:
             raise ConfigError("world", world, f"torchrun started {launched} processes", (launched,))
         self.world = world
-        self.rank = int(os.environ["RANK"])
-        local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        voice.together(True)
         place = torch.device("cpu")
         if device == "cuda":
             place = torch.device("cuda", local_rank)
