@@ -13,7 +13,7 @@ from typing import Any
 from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import default_experiment
-from moe_dist.bench.output import Output, open_output, rows_in, said
+from moe_dist.bench.output import Output, open_descriptors, open_output, rows_in, said
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
@@ -41,6 +41,7 @@ MOST_SEEDS = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
+    descriptors = open_descriptors(inherited=arguments is None)  # before any of our own
     ending = Ending(speaks, leave_code)
     together(False)
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as stopped:  # argparse has said why
             return stopped.code if isinstance(stopped.code, int) else BAD_INPUT if stopped.code else OK
         args.ending, ending.as_json = ending, args.json
+        args.descriptors = descriptors
         together(getattr(args, "runtime", None) == "torchrun")
         code: int = args.command(args)
         return code
@@ -223,7 +225,7 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
-    output = open_output(Path(args.out), say) if args.out and speaks() else None
+    output = open_output(Path(args.out), say, args.descriptors) if args.out and speaks() else None
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending
