@@ -20,7 +20,7 @@ from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cas
 from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single
-from moe_dist.cli_options import parse
+from moe_dist.cli_options import check_flags, parse
 from moe_dist.cli_print import print_doctor, print_outcome, print_plan, print_rows, print_tuned
 from moe_dist.config import override, read_yaml
 from moe_dist.doctor import examine
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.ending, ending.as_json = ending, args.json
         args.descriptors = descriptors
         together(getattr(args, "runtime", None) == "torchrun")
+        check_flags(args)
         code: int = args.command(args)
         return code
 
@@ -107,8 +108,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    if args.file and "=" in args.file and not os.path.isfile(args.file):  # no file, the first override stands there
-        args.file, args.overrides = None, [args.file, *args.overrides]
     machine = Machine.detect(args.device or "auto")
     config = override(read_yaml(args.file) if args.file else {}, args.overrides)
     config = with_source(config, args.checkpoint, args.layer)

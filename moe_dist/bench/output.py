@@ -167,7 +167,7 @@ def open_output(path: Path, say: Say, given: Container[int] | None = None) -> Ou
 
 
 def open_descriptors(inherited: bool) -> frozenset[int]:
-    """Of this process, now. `inherited`: only what its parent gave it; what Python has opened since is not passed on."""
+    """Of this process, now. `inherited`: only what its parent gave it; what Python opens is never passed on."""
     found = set()
     for descriptor in range(OLDEST_DESCRIPTORS):
         with contextlib.suppress(OSError):
