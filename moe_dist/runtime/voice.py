@@ -11,6 +11,7 @@ from moe_dist.errors import ConfigError
 CODE_FILE = (
     "MOE_DIST_EXIT_CODE_FILE"  # set by launch/torchrun.sh: torchrun itself ends with 1 whatever a rank ended with
 )
+TORCHRUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MOST_RANKS, LAST_PORT = 1 << 20, (1 << 16) - 1
 
 _mute: set[int] = set()  # ranks that were found dead or stopped
@@ -30,21 +31,21 @@ def launched() -> Launched:
     """Raises ConfigError where the environment is not torchrun's, or half of it is missing or wrong."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         raise ConfigError("runtime", "torchrun", "this process was not started by torchrun", ("ray",))
+    if missing := [name for name in TORCHRUNS if name not in os.environ]:
+        rule = "missing from the environment that torchrun gives every rank"
+        raise ConfigError(", ".join(missing), None, rule, f"all of {', '.join(TORCHRUNS)}, or runtime ray")
     world = _number("WORLD_SIZE", 1, MOST_RANKS)
     rank = _number("RANK", 0, world - 1)
     local_world = _number("LOCAL_WORLD_SIZE", 1, world)
     local_rank = _number("LOCAL_RANK", 0, local_world - 1)
-    if not os.environ.get("MASTER_ADDR"):
-        rule = "torchrun gives every rank the address of the first one's store"
-        raise ConfigError("MASTER_ADDR", os.environ.get("MASTER_ADDR"), rule, "a host's name or address")
+    if not os.environ["MASTER_ADDR"]:
+        raise ConfigError("MASTER_ADDR", "", "is where the ranks' store is", "a host's name or address")
     _number("MASTER_PORT", 0, LAST_PORT)
     return Launched(rank, world, local_rank, local_world)
 
 
 def _number(name: str, least: int, most: int) -> int:
-    given, legal = os.environ.get(name), f"{least} to {most}"
-    if given is None:
-        raise ConfigError(name, None, "is missing from the environment that torchrun gives every rank", legal)
+    given, legal = os.environ[name], f"{least} to {most}"
     if not (given.isascii() and given.isdigit() and len(given) < 10 and least <= int(given) <= most):
         raise ConfigError(name, given, "is no such number as torchrun gives every rank", legal)
     return int(given)

@@ -67,15 +67,16 @@ def test_of_torchrun_s_ranks_one_speaks(word, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("RANK", None, "RANK = None: is missing"),
+        ("RANK", None, "RANK = None: missing"),
         ("RANK", "", "RANK = '': is no such number"),
         ("RANK", "abc", "RANK = 'abc': is no such number"),
         ("RANK", "2", "(legal: 0 to 1)"),
         ("WORLD_SIZE", "x", "WORLD_SIZE = 'x': is no such number"),
-        ("WORLD_SIZE", None, "WORLD_SIZE = None: is missing"),
-        ("LOCAL_RANK", None, "LOCAL_RANK = None: is missing"),
+        ("WORLD_SIZE", None, "WORLD_SIZE = None: missing"),
+        ("LOCAL_RANK", None, "LOCAL_RANK = None: missing"),
         ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE = '0'"),
-        ("MASTER_ADDR", None, "MASTER_ADDR = None"),
+        ("MASTER_ADDR", None, "MASTER_ADDR = None: missing"),
+        ("MASTER_ADDR", "", "MASTER_ADDR = ''"),
         ("MASTER_PORT", "99999", "MASTER_PORT = '99999'"),
     ],
 )
