@@ -95,7 +95,7 @@ stop() {
     while kill -0 "$pid" 2>/dev/null; do
         [ $((waited += 1)) -le "$STOP_TIMEOUT_S" ] || {
             echo "launch/head.sh: killing process $pid" >&2
-            kill -KILL "$pid" # its services die with it
+            kill -KILL "$pid" # its services end when they miss it; some agents only minutes later
             break
         }
         sleep 1

@@ -13,14 +13,14 @@ from typing import Any
 from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import default_experiment
-from moe_dist.bench.output import Output, open_output, rows_in, said
+from moe_dist.bench.output import Output, open_descriptors, open_output, rows_in, said
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
 from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single
-from moe_dist.cli_options import parse
+from moe_dist.cli_options import check_flags, parse
 from moe_dist.cli_print import print_doctor, print_outcome, print_plan, print_rows, print_tuned
 from moe_dist.config import override, read_yaml
 from moe_dist.doctor import examine
@@ -32,7 +32,7 @@ from moe_dist.plan import Machine
 from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
-from moe_dist.runtime.voice import leave_code, speaks
+from moe_dist.runtime.voice import launched, leave_code, speaks, together
 from moe_dist.tables import user_folder
 from moe_dist.terminal import Terminal, say, terminal, to_standard_output
 
@@ -41,7 +41,9 @@ MOST_SEEDS = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
+    descriptors = open_descriptors(inherited=arguments is None)  # before any of our own
     ending = Ending(speaks, leave_code)
+    together(False)
 
     def command() -> int:
         try:
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as stopped:  # argparse has said why
             return stopped.code if isinstance(stopped.code, int) else BAD_INPUT if stopped.code else OK
         args.ending, ending.as_json = ending, args.json
+        args.descriptors = descriptors
+        together(getattr(args, "runtime", None) == "torchrun")
+        check_flags(args)
         code: int = args.command(args)
         return code
 
@@ -103,8 +108,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    if args.file and "=" in args.file and not os.path.isfile(args.file):  # no file, the first override stands there
-        args.file, args.overrides = None, [args.file, *args.overrides]
     machine = Machine.detect(args.device or "auto")
     config = override(read_yaml(args.file) if args.file else {}, args.overrides)
     config = with_source(config, args.checkpoint, args.layer)
@@ -207,6 +210,8 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if experiment.runtime == "ray" and "TORCHELASTIC_RUN_ID" in os.environ:
         rule = "torchrun has started this process as one of its ranks, and each would start Ray's ranks too"
         raise ConfigError("runtime", "ray", rule, "--runtime torchrun")
+    if experiment.runtime == "torchrun":
+        launched()
     for name in experiment.backends:
         BACKENDS.get(name)  # an unknown name is a mistake, not a case that can't run here
     for name in experiment.exchanges:
@@ -219,7 +224,7 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
-    output = open_output(Path(args.out), say) if args.out and speaks() else None
+    output = open_output(Path(args.out), say, args.descriptors) if args.out and speaks() else None
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending

@@ -12,7 +12,7 @@ from moe_dist.bench.source import check_models, with_source
 from moe_dist.config import override, resolve_models
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine
-from moe_dist.runtime.voice import speaks
+from moe_dist.runtime.voice import speaks, together
 from moe_dist.spec import MOST_TOKENS
 from moe_dist.terminal import say
 
@@ -54,6 +54,7 @@ def one_placement(args: argparse.Namespace) -> dict[str, Any]:
 
 def asked_for(config: dict[str, Any], args: argparse.Namespace, sweep: bool) -> Asked:
     config = _with_flags(config, args)
+    together(config.get("runtime") == "torchrun")
     experiment = Experiment(**config)
     source = experiment.source
     if source.checkpoint is not None and source.layer is not None:

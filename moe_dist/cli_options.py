@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from moe_dist.backends import BACKENDS
-from moe_dist.config import model_names
+from moe_dist.config import model_names, override
+from moe_dist.errors import ConfigError
 from moe_dist.exit_codes import MEANINGS
 from moe_dist.printable import one_line
 from moe_dist.spec import TOKEN_LAYOUTS
@@ -17,6 +19,10 @@ from moe_dist.spec import TOKEN_LAYOUTS
 Command = Callable[[argparse.Namespace], int]
 
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+LIST_KEYS = {  # flags, and the experiment's keys that they set
+    "model": "models", "world": "worlds", "exchange": "exchanges", "backend": "backends", "tokens": "tokens",
+    "token_layout": "token_layouts", "skew": "skews",
+}  # fmt: skip
 SKEWS_HELP = """how the router spreads tokens: balanced, uniform, zipf:S, hot:N, limited:GxN, single, router (the
 checkpoint's own), or file:PATH, a trace saved by torch.save({"ids": ids, "weights": weights}, PATH): whole-number ids
 [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape"""
@@ -25,6 +31,21 @@ checkpoint's own), or file:PATH, a trace saved by torch.save({"ids": ids, "weigh
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))
+
+
+class _Value(argparse.Action):
+    """Stores one value, and notes in `given` which flag it came by."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        _note(self, namespace)
+
+
+def _note(action: argparse.Action, namespace: argparse.Namespace) -> None:
+    name = action.option_strings[0] if action.option_strings else action.dest
+    namespace.given = {**namespace.given, action.dest: name}
 
 
 class _Several(argparse.Action):
@@ -43,6 +64,7 @@ class _Several(argparse.Action):
             raise argparse.ArgumentError(self, "expected at least one value")
         try:
             setattr(namespace, self.dest, [self._convert(value) for value in own])
+            _note(self, namespace)
         except ValueError:
             raise argparse.ArgumentError(self, f"invalid {self._convert.__name__} values: {' '.join(own)}") from None
 
@@ -54,10 +76,37 @@ def parse(given: Sequence[str] | None, commands: Mapping[str, Command]) -> argpa
     strange = [item for item in rest if item.startswith("-") or "=" not in item or "overrides" not in args]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    first = getattr(args, "file", None)
+    if first and "=" in first and not os.path.isfile(first):  # no file: the first override stands there
+        args.file, args.overrides = None, [first, *args.overrides]
     if rest or args.swallowed:
         found = {*args.overrides, *rest, *args.swallowed}  # in the order in which they were given: the last one wins
         args.overrides = [item for item in (sys.argv[1:] if given is None else given) if item in found]
     return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ConfigError for an empty value, and for a flag that says otherwise than a `key=value`."""
+    for dest, flag in args.given.items():
+        value = getattr(args, dest)
+        if dest != "overrides" and "" in (value if isinstance(value, list) else [value]):
+            raise ConfigError(flag, value, "is empty", "a value, or no such flag")
+    keys = override({}, getattr(args, "overrides", ()))
+    for dest, flag in args.given.items():
+        for key, meant in _meant(args, dest).items():
+            if key in keys and (said := keys[key]) != meant:
+                value = " ".join(map(str, value)) if isinstance(value := getattr(args, dest), list) else value
+                raise ConfigError(key, said, f"contradicts {flag} {value}", "one of the two")
+
+
+def _meant(args: argparse.Namespace, dest: str) -> dict[str, Any]:
+    """The experiment's keys that a flag sets, with what it sets them to. `source` looks after its own."""
+    value = getattr(args, dest)
+    if dest in ("tp", "ep"):
+        return {"placements": [f"tp{args.tp}xep{args.ep}"], "worlds": [args.tp * args.ep]}
+    if dest in LIST_KEYS:
+        return {LIST_KEYS[dest]: value if isinstance(value, list) else [value]}
+    return {dest: value} if dest in ("device", "runtime", "payload", "iters") else {}
 
 
 def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -72,7 +121,8 @@ def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=functions[name], swallowed=[])
+        sub.set_defaults(command=functions[name], swallowed=[], given={})
+        sub.register("action", None, _Value)
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return sub
 

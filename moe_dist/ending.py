@@ -25,9 +25,9 @@ LAST_WORDS_S = 10.0
 class Ending:
     """What must be known to end well, whatever happens. `kept` says what was measured so far and where it is; `results`
     is what was measured, where no file keeps it. Under torchrun every rank runs the command, and only the one that
-    `speaks` says anything and leaves its exit code (`leave_code`)."""
+    `speaks` says anything and leaves its exit code (`leave_code`, which returns what went wrong)."""
 
-    def __init__(self, speaks: Callable[[], bool], leave_code: Callable[[int], int]) -> None:
+    def __init__(self, speaks: Callable[[], bool], leave_code: Callable[[int], str]) -> None:
         self.speaks, self.leave_code, self.as_json = speaks, leave_code, False
         self.kept = ""
         self.results: dict[str, Any] | None = None
@@ -37,7 +37,9 @@ class Ending:
         """Run it and return its exit code. `last`: nothing else runs in this process afterwards."""
         take_any_text()
         with self.signals:
-            code = self.leave_code(self._guarded(command))
+            code = self._guarded(command)
+            if problem := self.leave_code(code):
+                say(problem, "red")
             if last:
                 self._leave(code)
         return code

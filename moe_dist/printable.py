@@ -16,5 +16,10 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def encodable(text: str) -> str:
+    """`text` with lone surrogates as escapes: nothing else keeps text from UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from moe_dist.exit_codes import INTERRUPTED, TERMINATED
+from moe_dist.interrupted import Interrupted
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 PATIENCE_S = 15.0  # for ranks to be freed and results to be written after a signal
@@ -18,7 +19,7 @@ AGAIN_S = 1.0  # a second signal after so long means now; torchrun passes one on
 
 
 class Signals:
-    """A context manager. The first signal raises KeyboardInterrupt in the main thread, whichever it was: that is the
+    """A context manager. The first signal raises a KeyboardInterrupt in the main thread, whichever it was: that is the
     one exception that comes through a wait inside of Ray. `signum` says which.
 
     A thread hears of the signal too, through the wakeup descriptor: the C handler writes to it, whatever the main
@@ -76,7 +77,7 @@ class Signals:
         """Raise again where the exception got lost: in a callback from C++, or in a destructor."""
         if self.signum is not None:
             self._raised = True
-            raise KeyboardInterrupt
+            raise Interrupted
 
     def end_at_once_from_now_on(self, code: int) -> None:
         """While the interpreter shuts down: the command has its exit code already."""
@@ -88,7 +89,7 @@ class Signals:
         self.signum = self.signum or number
         if not self._raised:  # once: what is under way then ends the command, and is not to be disturbed
             self._raised = True
-            raise KeyboardInterrupt
+            raise Interrupted
 
     def _watch(self, read: int) -> None:
         first = None

@@ -13,7 +13,7 @@ import select
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from moe_dist.files import read_small_text
 Say = Callable[[str], None]
 Document = dict[str, Any]
 
-DESCRIPTOR = re.compile(r"/dev/(stdin|stdout|stderr)|/(?:dev/fd|proc/(?:self|thread-self|\d+)/fd)/(\d{1,9})")
+DESCRIPTOR = re.compile(
+    r"/dev/(stdin|stdout|stderr)|/(?:dev/fd|proc/(?:self|thread-self|(\d+))(?:/task/\d+)?/fd)/(\d{1,9})"
+)
+OLDEST_DESCRIPTORS = 1 << 12  # so many are looked at; a shell's own start at 10 or below 256
 STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 READER_S = 5.0  # that a FIFO's reader may come later than we do
 STALL_S = 30.0  # that a reader may take nothing
@@ -141,12 +144,14 @@ def said(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def open_output(path: Path, say: Say) -> Output:
+def open_output(path: Path, say: Say, given: Container[int] | None = None) -> Output:
     """Before anything is measured: results that can't be kept are minutes lost. Makes missing folders, and says what
-    will be overwritten. Raises ConfigError."""
+    will be overwritten. `given`: the descriptors that may be written to, where not all may. Raises ConfigError."""
     try:
         descriptor = _descriptor_of(path)
         if descriptor is not None:
+            if given is not None and descriptor not in given:
+                raise OSError(errno.EBADF, "no such descriptor was given to this process")
             return Through(path, say, os.dup(descriptor))
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -159,6 +164,16 @@ def open_output(path: Path, say: Say) -> Output:
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         problem = said(error) if isinstance(error, OSError) else str(error)
         raise ConfigError("out", str(path), f"can't be written: {problem}", REFUSED) from None
+
+
+def open_descriptors(inherited: bool) -> frozenset[int]:
+    """Of this process, now. `inherited`: only what its parent gave it; what Python opens is never passed on."""
+    found = set()
+    for descriptor in range(OLDEST_DESCRIPTORS):
+        with contextlib.suppress(OSError):
+            if os.get_inheritable(descriptor) or not inherited:
+                found.add(descriptor)
+    return frozenset(found)
 
 
 def _regular(path: Path, found: os.stat_result | None, say: Say) -> Output:
@@ -190,10 +205,16 @@ def _descriptor_of(path: Path) -> int | None:
     seen = Path(os.path.abspath(path))
     for _ in range(40):
         if match := DESCRIPTOR.fullmatch(str(seen)):
-            return STANDARD[match[1]] if match[1] else int(match[2])
+            if match[2] and int(match[2]) != os.getpid():
+                raise OSError(errno.EPERM, f"it is a descriptor of another process, {match[2]}")
+            return STANDARD[match[1]] if match[1] else int(match[3])
         if not seen.is_symlink():
             return None
-        seen = Path(os.path.normpath(seen.parent / os.readlink(seen)))
+        parent = Path(os.path.realpath(seen.parent))  # which may be a link to /dev/fd
+        if DESCRIPTOR.fullmatch(str(parent / seen.name)):
+            seen = parent / seen.name
+            continue
+        seen = Path(os.path.normpath(parent / os.readlink(seen)))
     return None
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
-from moe_dist.runtime.blame import as_failure
+from moe_dist.runtime.blame import as_failure, packed
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Pulse
 from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
@@ -64,8 +65,9 @@ class RankActor:
         comm = Comm.join(self.rank, self.world, store, self.device, timeout_s)
         self.context = RankContext(comm, "ray", pulse=self._pulse)
 
-    def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> Any:
-        """Call `function(context, *arguments)`. What it raises leaves here as a MoeDistError that knows this rank."""
+    def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> bytes:
+        """`function(context, *arguments)`, packed here: where Ray can't, it does not know what the rank was doing.
+        Whatever the function raises leaves here as a MoeDistError that knows this rank."""
         if self.context is None:
             raise RankFailure(self.rank, "run", -1, "this rank has not joined a group")
         self._enter_thread()
@@ -73,11 +75,13 @@ class RankActor:
         self.context.progress(getattr(function, "__name__", "run"))
         try:
             with torch.inference_mode():
-                return function(self.context, *arguments)
-        except (Exception, SystemExit) as error:
-            failure = as_failure(error, self.context)
+                outcome = function(self.context, *arguments)
+            return packed(outcome, self.context, ray.cloudpickle.dumps)
+        except BaseException as error:  # Ray has meanings of its own for KeyboardInterrupt and the like
+            failure = as_failure(error, self.context, ray.cloudpickle.dumps)
+        with suppress(OSError, ValueError):
             print(failure.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]  # into this rank's log
-            raise failure from error
+        raise failure  # not from the error, which would travel too
 
     def beat(self) -> tuple[str, float, int]:
         """(what this rank is doing, for how many seconds, how many collectives so far); answers while `run` works."""

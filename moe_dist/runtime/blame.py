@@ -2,32 +2,96 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moe_dist.errors import MoeDistError, RankFailure
+from moe_dist.printable import encodable
 from moe_dist.runtime.context import RankContext
 from moe_dist.runtime.pulse import Sight
+
+Dumps = Callable[[object], bytes]
 
 STOPPED = "its process is stopped (SIGSTOP, or a debugger)"
 SILENT_S = 5.0  # a rank that gave no sign of life for so long is suspected before one that is merely behind
 
 
-def as_failure(error: BaseException, context: RankContext) -> MoeDistError:
+def as_failure(error: BaseException, context: RankContext, dumps: Dumps = pickle.dumps) -> MoeDistError:
     """What a rank's function raised, as it travels: with the rank, what it was doing and its number at that moment.
 
-    Errors of moe_dist keep their type. `trace` keeps the rank's own traceback, which exceptions lose on their way.
+    Errors of moe_dist keep their type, where `dumps` can carry them. `trace` keeps the rank's own traceback, which
+    exceptions lose on their way. Every text in it can be encoded: a lone surrogate would break what carries it.
     """
-    if isinstance(error, MoeDistError):
-        failure: MoeDistError = error
-    else:
-        first = next(iter(str(error).strip().splitlines()), "")
-        cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        failure = RankFailure(context.rank, context.status, context.comm.sequence, cause)
-        failure.own = True  # type: ignore[attr-defined]
-    failure.trace = "".join(traceback.format_exception(error))  # type: ignore[attr-defined]
+    failure = _own(error) if isinstance(error, MoeDistError) else None
+    if failure is None or not _travels(failure, dumps):
+        failure = own_failure(context, said_by(error))
+    failure.trace = _trace(error)  # type: ignore[attr-defined]
     return failure
+
+
+def own_failure(context: RankContext, cause: str) -> RankFailure:
+    """A failure that is this rank's own fault, and no echo of another's."""
+    failure = RankFailure(context.rank, encodable(context.status), context.comm.sequence, encodable(cause))
+    failure.own = True  # type: ignore[attr-defined]
+    return failure
+
+
+def packed(outcome: object, context: RankContext, dumps: Dumps = pickle.dumps) -> bytes:
+    """A rank's result as it travels. Raises RankFailure where it can't."""
+    try:
+        return dumps(outcome)
+    except BaseException as error:
+        cause = f"its result, of type {type(outcome).__name__}, can't be pickled: {said_by(error)}"
+        raise own_failure(context, cause) from error
+
+
+def unpacked(results: Sequence[bytes], doing: str) -> list[Any]:
+    """What `packed` made, in rank order. Raises RankFailure for the rank whose result can't be read."""
+    outcomes = []
+    for rank, result in enumerate(results):
+        try:
+            outcomes.append(pickle.loads(result))
+        except Exception as error:
+            failure = RankFailure(rank, doing, -1, f"its result can't be unpickled: {said_by(error)}")
+            failure.own = True  # type: ignore[attr-defined]
+            raise failure from error
+    return outcomes
+
+
+def said_by(error: BaseException) -> str:
+    """The type and the first line of the message of any exception, also of one whose __str__ fails."""
+    name = type(error).__name__
+    try:
+        lines = str(error).strip().splitlines()
+    except BaseException as second:  # whatever it is: what counts is the first
+        return f"{name} (its message can't be shown: __str__ raised {type(second).__name__})"
+    return encodable(f"{name}: {lines[0]}" if lines else name)
+
+
+def _own(error: MoeDistError) -> MoeDistError:
+    error.args = tuple(encodable(arg) if isinstance(arg, str) else arg for arg in error.args)
+    for name, value in error.__dict__.items():
+        if isinstance(value, str):
+            error.__dict__[name] = encodable(value)
+    return error
+
+
+def _travels(error: MoeDistError, dumps: Dumps) -> bool:
+    try:
+        encodable(str(error))
+        return isinstance(pickle.loads(dumps(error)), MoeDistError)
+    except BaseException:
+        return False
+
+
+def _trace(error: BaseException) -> str:
+    try:
+        return encodable("".join(traceback.format_exception(error)))
+    except BaseException:  # attributes of it that a traceback shows may fail as __str__ does
+        return "".join(traceback.format_tb(error.__traceback__)) + said_by(error) + "\n"
 
 
 def is_echo(error: Exception) -> bool:

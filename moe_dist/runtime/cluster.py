@@ -161,6 +161,10 @@ def _short_folder() -> str:
     """Where Ray's logs and sockets go: its own choice, unless that is too long for sockets or not ASCII."""
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     base = os.environ.get(name) or "/tmp"
+    if not os.path.isabs(base):
+        raise ConfigError(
+            name, base, "Ray's files would go below whatever folder this is started in", "an absolute path"
+        )
     folder = os.path.join(base, "ray")
     try:
         if folder.isascii() and len(folder) <= LONGEST_FOLDER:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
+from moe_dist.printable import encodable
 from moe_dist.runtime.pulse import Pulse
 from moe_dist.spec import Name, Seconds, Section
 
@@ -47,8 +48,8 @@ class RankContext:
         return self.comm.device
 
     def progress(self, status: str) -> None:
-        self.status, self.status_since = status, time.monotonic()
-        self.pulse.status(status)
+        self.status, self.status_since = encodable(status), time.monotonic()
+        self.pulse.status(self.status)
 
 
 class RaySpec(Section):

@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.runtime.actor import RankActor
-from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, silence
-from moe_dist.runtime.cluster import Watch, connect, first_line
+from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
+from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.pulse import Peer, Sight
@@ -149,7 +149,7 @@ class RayGroup:
         try:
             futures = [actor.run.remote(function, arguments) for actor in self._actors]
             self._watch(futures, timeout_s, shown)
-            return self._get(futures, "run", timeout_s)
+            return unpacked(self._get(futures, "run", timeout_s), self._beats[0][0])
         except BaseException as error:
             self._settle(error)
             raise
@@ -224,7 +224,11 @@ class RayGroup:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, MoeDistError):
             return cause
-        failure = RankFailure(rank, self._beats[rank][0], self._beats[rank][2], first_line(cause))
+        (doing, _, sequence), peer = self._beats[rank], self._peers[rank]
+        if peer is not None:
+            sight = peer.sight()
+            doing, sequence = sight.doing, sight.sequence
+        failure = RankFailure(rank, doing, sequence, said_by(cause))
         failure.own = True  # type: ignore[attr-defined]
         return failure
 

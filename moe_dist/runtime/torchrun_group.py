@@ -30,8 +30,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
+from moe_dist.interrupted import is_signal
 from moe_dist.runtime import voice
-from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, silence
+from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Peer, Sight
 from moe_dist.runtime.rendezvous import LOOPBACK, bind_gloo, break_sockets, open_sockets
@@ -49,14 +50,11 @@ class TorchrunGroup:
     def __init__(
         self, world: int, device: str = "cpu", timeout_s: float = 60.0, silence_timeout_s: float = 30.0
     ) -> None:
-        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            raise ConfigError("runtime", "torchrun", "this process was not started by torchrun", ("ray",))
-        launched = int(os.environ["WORLD_SIZE"])
+        self.rank, launched, local_rank, local_world = voice.launched()
         if launched != world:
             raise ConfigError("world", world, f"torchrun started {launched} processes", (launched,))
         self.world = world
-        self.rank = int(os.environ["RANK"])
-        local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        voice.together(True)
         place = torch.device("cpu")
         if device == "cuda":
             place = torch.device("cuda", local_rank)
@@ -76,7 +74,7 @@ class TorchrunGroup:
         try:
             store: Store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
         except Exception as error:
-            raise RankFailure(0, "starting", 0, f"its store does not answer: {str(error).splitlines()[0]}") from error
+            raise RankFailure(0, "starting", 0, f"its store does not answer: {said_by(error)}") from error
         return store
 
     def _join(self, shared: Store, device: torch.device, timeout_s: float) -> Comm:
@@ -99,20 +97,21 @@ class TorchrunGroup:
                 with torch.inference_mode():
                     outcome = function(self.context, *arguments)
                 return self._gather(outcome)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                if is_signal(error):
+                    raise
                 raise self._watcher.settled(as_failure(error, self.context)) from error
 
     def _gather(self, outcome: Any) -> list[Any]:
-        sequence = self.context.comm.sequence
+        sequence, result = self.context.comm.sequence, packed(outcome, self.context)
         self.context.pulse.note(RETURNED, sequence)
         results: list[Any] = [None] * self.world
         try:
-            dist.all_gather_object(results, outcome, group=self._results)
+            dist.all_gather_object(results, result, group=self._results)
         except Exception as error:
-            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise RankFailure(self.rank, RETURNED, sequence, said) from error
+            raise RankFailure(self.rank, RETURNED, sequence, said_by(error)) from error
         self.context.pulse.note("", sequence)
-        return results
+        return unpacked(results, self.context.status)
 
     def describe(self) -> Sequence[str]:
         return [f"rank {rank}: {self.context.device.type}" for rank in range(self.world)]

@@ -4,12 +4,60 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
+
+from moe_dist.errors import ConfigError
 
 CODE_FILE = (
     "MOE_DIST_EXIT_CODE_FILE"  # set by launch/torchrun.sh: torchrun itself ends with 1 whatever a rank ended with
 )
+TORCHRUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MOST_RANKS, LAST_PORT = 1 << 20, (1 << 16) - 1
 
 _mute: set[int] = set()  # ranks that were found dead or stopped
+_together = False  # whether this process works as one of torchrun's ranks
+
+
+class Launched(NamedTuple):
+    """What torchrun told this process in its environment."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def launched() -> Launched:
+    """Raises ConfigError where the environment is not torchrun's, or half of it is missing or wrong."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError("runtime", "torchrun", "this process was not started by torchrun", ("ray",))
+    if missing := [name for name in TORCHRUNS if name not in os.environ]:
+        rule = "missing from the environment that torchrun gives every rank"
+        raise ConfigError(", ".join(missing), None, rule, f"all of {', '.join(TORCHRUNS)}, or runtime ray")
+    world = _number("WORLD_SIZE", 1, MOST_RANKS)
+    rank = _number("RANK", 0, world - 1)
+    local_world = _number("LOCAL_WORLD_SIZE", 1, world)
+    local_rank = _number("LOCAL_RANK", 0, local_world - 1)
+    if not os.environ["MASTER_ADDR"]:
+        raise ConfigError("MASTER_ADDR", "", "is where the ranks' store is", "a host's name or address")
+    _number("MASTER_PORT", 0, LAST_PORT)
+    return Launched(rank, world, local_rank, local_world)
+
+
+def _number(name: str, least: int, most: int) -> int:
+    given, legal = os.environ[name], f"{least} to {most}"
+    if not (given.isascii() and given.isdigit() and len(given) < 10 and least <= int(given) <= most):
+        raise ConfigError(name, given, "is no such number as torchrun gives every rank", legal)
+    return int(given)
+
+
+def together(ranks_of_torchrun: bool) -> None:
+    """Whether this process and torchrun's others run one command between them, which one of them speaks for. A
+    scheduler sets RANK too, and what a rank of some other program starts has its parent's whole environment."""
+    global _together
+    _together = ranks_of_torchrun
+    if not ranks_of_torchrun:
+        _mute.clear()
 
 
 def mute(ranks: Iterable[int]) -> None:
@@ -17,14 +65,26 @@ def mute(ranks: Iterable[int]) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process prints: rank 0, or the lowest rank that still can."""
-    return all(rank in _mute for rank in range(int(os.environ.get("RANK", "0"))))
+    """Whether this process prints: each alone does; of torchrun's ranks, rank 0 or the lowest one that still can."""
+    if not _together:
+        return True
+    try:
+        rank = launched().rank
+    except ConfigError:  # which is what it has to say
+        return True
+    return all(lower in _mute for lower in range(rank))
 
 
-def leave_code(code: int) -> int:
-    """`code`, left for launch/torchrun.sh by the rank that speaks."""
+def leave_code(code: int) -> str:
+    """Leave `code` for launch/torchrun.sh, if this is the rank that speaks. Never raises: what went wrong, or ""."""
     path = os.environ.get(CODE_FILE)
     if path and speaks():
-        with open(path, "w") as file:
-            file.write(str(code))
-    return code
+        try:
+            # A FIFO that nobody reads would be waited for.
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            with open(descriptor, "w") as file:
+                file.write(str(code))
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
+            return f"the exit code {code} can't be written to {CODE_FILE} = {path}: {problem}"
+    return ""

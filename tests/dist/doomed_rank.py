@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ HOW, DOOMED = sys.argv[1], int(sys.argv[2])
 began = 0.0
 
 
-def work(context: RankContext, *_: Any) -> None:
+def work(context: RankContext, *_: Any) -> Any:
     """Twenty collectives, then one rank fails while the other waits for it in the next."""
     global began
     for _ in range(20):
@@ -27,8 +28,14 @@ def work(context: RankContext, *_: Any) -> None:
     if context.rank == DOOMED:
         if HOW == "raise":
             raise ValueError("on purpose")
+        if HOW == "interrupt":
+            raise KeyboardInterrupt
+        if HOW == "surrogate":
+            raise ValueError("a\ud800b")
+        if HOW == "result":
+            return threading.Lock()
         if HOW == "return":
-            return
+            return None
         if HOW == "sleep":
             time.sleep(60)
         else:

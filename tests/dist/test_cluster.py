@@ -184,6 +184,18 @@ def test_a_folder_that_can_not_be_written_to(monkeypatch: pytest.MonkeyPatch) ->
         cluster._short_folder()
 
 
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_below_whatever_the_working_directory_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, "relative")
+    with pytest.raises(ConfigError, match=f"{name} = 'relative'.*legal: an absolute path"):
+        cluster._short_folder()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_token_that_others_can_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,6 +139,22 @@ def doomed(context: RankContext, how: str) -> None:
     context.comm.barrier()
 
 
+class Speechless(BaseException):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def odd(context: RankContext, how: str) -> Any:
+    for _ in range(20):
+        context.comm.barrier()
+    context.progress("work of an odd rank\ud800")
+    if context.rank == 0:
+        context.comm.barrier()
+    if how == "result":
+        return threading.Lock()
+    raise {"interrupt": KeyboardInterrupt(), "speechless": Speechless()}[how]
+
+
 def loiter(context: RankContext) -> None:
     context.progress("counting sheep")
     context.comm.barrier()
@@ -224,6 +241,21 @@ def test_a_failure_is_told_as_it_was(how: str, cause: str, capfd: pytest.Capture
             ranks.run(whoami, 0.0, timeout_s=LONG_S, shown=silent)
     said = capfd.readouterr()  # one error, raised, and no other
     assert "Traceback" not in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [
+        ("interrupt", "KeyboardInterrupt"),
+        ("speechless", "Speechless (its message can't be shown: __str__ raised RuntimeError)"),
+        ("result", "its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"),
+    ],
+)
+def test_what_no_message_can_carry_is_told_as_well(how: str, cause: str) -> None:
+    with group(2) as ranks:
+        error = failure(ranks, odd, how)
+    assert isinstance(error, RankFailure)
+    assert (error.rank, error.op, error.seq, error.cause) == (1, r"work of an odd rank\ud800", 20, cause)
 
 
 def test_a_call_that_takes_too_long_names_who_is_behind() -> None:

@@ -54,6 +54,9 @@ WAITS = r"; rank \d waits in barrier \(sequence number 21\)"
     ("how", "doomed", "cause"),
     [
         ("raise", 1, r"ValueError: on purpose"),
+        ("interrupt", 1, r"KeyboardInterrupt"),
+        ("surrogate", 1, r"ValueError: a\\ud800b"),
+        ("result", 0, r"its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"),
         ("return", 1, r"returned after 20 collectives" + WAITS),
         ("SIGSTOP", 0, r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
         ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from moe_dist.bench.container import container_memory
-from moe_dist.errors import RankFailure
-from moe_dist.runtime.blame import blamed, left_early, overdue, silence
+from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, silence, unpacked
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.pulse import Peer, Pulse, Sight, describe_end
 
@@ -170,3 +173,56 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     (first / "memory.usage_in_bytes").write_text("450\n")
     (first / "memory.stat").write_text("total_inactive_file 0\n")
     assert container_memory(tmp_path, membership) == [50]
+
+
+CONTEXT: Any = SimpleNamespace(rank=1, status="at work", comm=SimpleNamespace(sequence=20))
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+class Locked(ConfigError):
+    def __init__(self) -> None:
+        super().__init__("field", 7, "rule")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (GeneratorExit("early"), "GeneratorExit: early"),
+        (Mute(), "Mute (its message can't be shown: __str__ raised KeyboardInterrupt)"),
+        (ValueError("a\ud800b"), r"ValueError: a\ud800b"),
+        (Locked(), "Locked: field = 7: rule"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_a_rank_raises_travels_as_its_own_failure(error: BaseException, cause: str) -> None:
+    found: Any = pickle.loads(pickle.dumps(as_failure(error, CONTEXT)))
+    assert (found.rank, found.op, found.seq, found.cause) == (1, "at work", 20, cause)
+    assert not is_echo(found)
+    (str(found) + found.trace).encode()
+
+
+def test_an_error_of_moe_dist_keeps_its_type_and_can_be_encoded() -> None:
+    found: Any = as_failure(ConfigError("a\ud800", 7, "rule"), CONTEXT)
+    assert (type(found), str(found), found.field) == (ConfigError, r"a\ud800 = 7: rule", r"a\ud800")
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return (int, ("no number",))
+
+
+def test_a_result_that_can_not_travel_is_its_rank_s_failure() -> None:
+    with pytest.raises(
+        RankFailure, match="its result, of type lock, can't be pickled: TypeError: cannot pickle"
+    ) as one:
+        packed(threading.Lock(), CONTEXT)
+    assert (one.value.rank, one.value.op, one.value.seq) == (1, "at work", 20)
+    results = [packed("fine", CONTEXT), packed(Unreadable(), CONTEXT)]
+    with pytest.raises(RankFailure, match=r"rank 1 failed in work .*: its result can't be unpickled: ValueError"):
+        unpacked(results, "work")

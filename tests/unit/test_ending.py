@@ -135,7 +135,7 @@ def test_every_code_is_in_the_list():
 def program(code: str, **options) -> subprocess.Popen:
     """A command with this body as a program of its own."""
     head = "import sys, os, signal, time\nfrom moe_dist.ending import Ending\ndef command():\n"
-    tail = "\nending = Ending(lambda: True, lambda code: code)\nsys.exit(ending.code_of(command, last=True))"
+    tail = '\nending = Ending(lambda: True, lambda code: "")\nsys.exit(ending.code_of(command, last=True))'
     source = head + textwrap.indent(textwrap.dedent(code), "    ") + tail
     return subprocess.Popen(
         [sys.executable, "-c", source], **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options

@@ -18,6 +18,7 @@ FLOORS = (
         "errors",
         "exit_codes",
         "printable",
+        "interrupted",
         "notices",
         "building",
         "files",

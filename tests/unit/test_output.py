@@ -241,6 +241,31 @@ class TestThrough:
                     written(name)
                 assert caught.value.field == "out"
 
+    @pytest.mark.parametrize("folder", ["/proc/{}/fd", "/proc/{}/task/{}/fd"])
+    def test_a_descriptor_of_another_process_is_refused(self, written, folder):
+        """Its number means something else here, or nothing."""
+        with pytest.raises(ConfigError, match="a descriptor of another process, "):
+            written(folder.format(os.getppid(), os.getppid()) + "/1")
+
+    def test_only_a_descriptor_that_was_given_is_taken(self, tmp_path, said):
+        (tmp_path / "link").symlink_to("/proc/self/fd")
+        with open(tmp_path / "log", "w") as log:
+            inherited, everything = module.open_descriptors(True), module.open_descriptors(False)
+            assert {0, 1, 2} <= inherited
+            assert log.fileno() in everything - inherited  # opened here: no parent gave it
+            for folder in ("/dev/fd", "/proc/self/fd", f"/proc/{os.getpid()}/fd", tmp_path / "link"):
+                path = Path(f"{folder}/{log.fileno()}")
+                with pytest.raises(ConfigError, match="no such descriptor was given to this process"):
+                    open_output(path, said.append, inherited)
+                assert isinstance(open_output(path, said.append, everything), module.Through)
+
+    def test_the_command_takes_no_descriptor_of_its_own(self, tmp_path):
+        code = "import sys; from moe_dist import cli; cli.group_starter = None; sys.exit(cli.main())"
+        command = [sys.executable, "-c", code, "run", "--device", "cpu", "--out", "/dev/fd/4"]  # signals use a pipe
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert "can't be written: no such descriptor was given" in done.stderr
+
     def test_a_disk_is_refused(self):
         """As root, what writes through would write over it."""
         with pytest.raises(OSError, match="it is a disk"):

@@ -11,7 +11,7 @@ from moe_dist import cli
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["plan", "--ep", "2", "worlds=[4]"], "plan is for one configuration"),
+        (["plan", "worlds=[1,2]", "placements=[tp]"], "plan is for one configuration"),
         (["plan", "tokens=[1,2]"], "plan is for one configuration"),
         (["compare", "backends=[torch,nope]"], "no backend has this name"),
         (["compare", "exchanges=[nope]"], "no exchange has this name"),
@@ -24,6 +24,55 @@ def test_refused_before_anything_starts(arguments, said, capsys, monkeypatch):
     monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
     assert cli.main(arguments) == cli.BAD_INPUT
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "key"),
+    [
+        ("plan", "--model", "tiny", "models=[DeepSeek-V3]"),
+        ("run", "--device", "cpu", "device=cuda"),
+        ("compare", "--runtime", "ray", "runtime=torchrun"),
+        ("run", "--tp", "2", "worlds=[4]"),
+        ("run", "--ep", "2", "placements=[tp]"),
+        ("run", "--exchange", "ag_rs", "exchanges=[local]"),
+        ("run", "--backend", "torch", "backends=[triton]"),
+        ("run", "--tokens", "64", "tokens=[8]"),  # 64 is what it would be without the flag, too
+        ("run", "--token-layout", "sharded", "token_layouts=[replicated]"),
+        ("run", "--skew", "uniform", "skews=[single]"),
+        ("run", "--payload", "auto", "payload=bf16"),
+        ("run", "--iters", "100", "iters=3"),
+        ("check", "--world", "2", "worlds=[1]"),
+        ("check", "--tokens", "5", "tokens=[6]"),
+    ],
+)
+def test_a_flag_and_a_key_that_contradict_each_other(command, flag, value, key, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    for arguments in ([flag, value, key], [key, f"{flag}={value}"]):
+        assert cli.main([command, *arguments]) == cli.BAD_INPUT
+        said = capsys.readouterr().err
+        assert said.startswith(f"moe-dist: {key.split('=')[0]} = ")
+        assert f"contradicts {flag} {value} (legal: one of the two)" in said
+
+
+def test_a_flag_and_a_key_that_say_the_same(capsys):
+    assert cli.main(["plan", "--tokens", "8", "tokens=[8]", "--ep", "2", "worlds=[2]", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--out", ""], ["run", "--model="], ["plan", "--exchange", ""], ["plan", "--backend", ""],
+        ["check", "--backend", "torch", ""], ["compare", ""], ["tune", "--out", ""], ["run", "--checkpoint", ""],
+        ["demo-checkpoint", ""], ["tune", "--rows", ""],
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_refused(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    assert cli.main(arguments) == cli.BAD_INPUT
+    flag = next((word.strip("=") for word in arguments if word.startswith("--")), "")
+    name = flag or {"compare": "file", "demo-checkpoint": "directory"}[arguments[0]]
+    assert f"{name} = " in (said := capsys.readouterr().err)
+    assert "is empty" in said
 
 
 def test_ray_is_not_started_by_each_of_torchrun_s_ranks(monkeypatch, capsys):

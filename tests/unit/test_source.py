@@ -78,7 +78,7 @@ def test_labels_hold_no_path_of_the_machine(tmp_path: Path) -> None:
     [
         (["--layer", "5"], ["source.layer = 5", "source.checkpoint"]),
         (["--model", "tiny", "--layer", "5"], ["source.layer = 5"]),
-        (["--checkpoint", ""], ["source.checkpoint = ''"]),
+        (["--checkpoint", ""], ["--checkpoint = ''"]),
         (["source.layer=3"], ["source.layer = 3"]),
         (["source.checkpoint=/does/not/exist"], ["source.layer = None"]),
         (["source.checkpoint=/does/not/exist", "source.layer=0"], ["/does/not/exist/config.json", "no such file"]),
