@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import MoeDistError, RankFailure
 from moe_dist.exit_codes import BROKEN_PIPE, CLUSTER_LOST, NOT_WRITTEN, TOO_SMALL, UNEXPECTED, code_of
 from moe_dist.signals import Signals
 from moe_dist.terminal import reader_is_gone, say, silence, take_any_text
@@ -76,7 +76,9 @@ class Ending:
             raise error
         if isinstance(error, SystemExit):  # of a handler that Ray has set; the thread that hears of signals is as quick
             time.sleep(0.1)
-        if self.signals.signum is not None or isinstance(error, KeyboardInterrupt):  # whatever followed from it
+        # torchrun sends SIGTERM to all ranks when one has died: then it is the death that is to be told.
+        died = isinstance(error, RankFailure) and getattr(error, "own", False)
+        if (self.signals.signum is not None and not died) or isinstance(error, KeyboardInterrupt):
             self._interrupted()
             return self.signals.code
         if isinstance(error, MoeDistError):

@@ -138,7 +138,7 @@ class _Watcher:
                     self._peers.append(Peer(rank, pid, fd))
         self._deadline, self._timeout_s = float("inf"), float("inf")
         self._noted: MoeDistError | None = None
-        self._suspected = self._over = False
+        self._suspected = self._over = self._settling = self._ending = False
         self._stop = threading.Event()
         self._before = self._take_sigterm()
         threading.Thread(target=self._look_again, name="moe-dist-rank-watch", daemon=True).start()
@@ -155,7 +155,7 @@ class _Watcher:
 
     def settled(self, own: MoeDistError) -> MoeDistError:
         """What is to be raised here for `own`: another rank's failure, if that is what broke this rank's collective."""
-        failure, self._over = own, True
+        failure, self._over, self._settling = own, True, True
         if is_echo(own):
             self._store.set(f"echo{self._context.rank}", pickle.dumps(own).hex())
             failure = self._learned() or blamed(self._echoes(), self._sights())
@@ -165,6 +165,9 @@ class _Watcher:
             self._store.set(f"failure{self._context.rank}", pickle.dumps(failure).hex())
         self._context.pulse.note(FAILED, self._context.comm.sequence)
         self._mute()
+        self._settling = False
+        if self._ending and not voice.speaks():
+            signal.raise_signal(signal.SIGTERM)  # as torchrun wished while it was not known who speaks
         return failure
 
     def _learned(self) -> MoeDistError | None:
@@ -263,6 +266,9 @@ class _Watcher:
         before = signal.getsignal(signal.SIGTERM)
 
         def ended(number: int, frame: FrameType | None) -> None:
+            if self._settling:  # who speaks is not settled yet
+                self._ending = True
+                return
             if self._over and voice.speaks():
                 return  # this process is about to say what happened, and ends by itself
             if not self._over and (death := self._died()) is not None:
