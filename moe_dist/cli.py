@@ -235,7 +235,8 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
         try:
             return start(world)
         finally:
-            ending.signals.install()  # ray.init has set a handler of its own
+            if experiment.runtime == "ray":  # ray.init has set a handler of its own; torchrun's ranks need theirs
+                ending.signals.install()
 
     with Reporter(sum(turns(case) for case, _ in planned), quiet=not speaks()) as reporter:
 

@@ -45,17 +45,18 @@ class Ending:
         return code
 
     def _guarded(self, command: Callable[[], int]) -> int:
+        told: int | None = None
         try:
             try:
                 code = command()
             except BaseException as error:
-                code = self._told(error)
+                code = told = self._told(error)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
             code = BROKEN_PIPE
-        except KeyboardInterrupt:
-            code = self.signals.code
+        except KeyboardInterrupt:  # one that comes after the end was told changes nothing about it
+            code = self.signals.code if told is None else told
         except OSError as error:  # of standard output
             say(f"standard output can't be written: {error.strerror or error}", "red")
             code = NOT_WRITTEN
