@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+import reprlib
 import stat
 from pathlib import Path
+from typing import Any
 
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -53,3 +55,14 @@ def _require_regular(found: os.stat_result, name: str) -> None:
         return
     kind = next((kind for test, kind in KINDS if test(found.st_mode)), "something else")
     raise OSError(errno.EINVAL, f"is {kind}, not a regular file", name)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`: ValueError for a key that stands twice. JSON would keep the last value, in
+    silence."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {reprlib.repr(name)} stands there twice")
+        found[name] = value
+    return found

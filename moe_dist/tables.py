@@ -16,7 +16,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from moe_dist.errors import ConfigError
-from moe_dist.files import read_small_text
+from moe_dist.files import read_small_text, unique_keys
 from moe_dist.notices import notice
 from moe_dist.spec import MoESpec, Section
 
@@ -119,19 +119,10 @@ def _line(name: str, value: Any) -> str:
     return f"{json.dumps(name)}: {json.dumps(value, sort_keys=True, allow_nan=False)}"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that stands twice JSON would keep the last value, in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
-
-
 def read_table(path: Path) -> TuningTable:
     """Raises ConfigError that names file and field for one that is broken."""
     try:
-        document = json.loads(read_small_text(path, LARGEST), object_pairs_hook=_unique)
+        document = json.loads(read_small_text(path, LARGEST), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError("table", str(path), f"can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

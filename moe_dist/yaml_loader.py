@@ -16,7 +16,6 @@ LONGEST_TEXT = 256 << 10  # characters: PyYAML reads about so much in two second
 DEEPEST = 24  # levels of nesting
 MOST_NODES = 100_000  # with each alias counted as what it stands for
 BITS = 64  # of an integer
-MOST_DIGITS = 20  # that so many bits have
 
 TAG = "tag:yaml.org,2002:"
 PLAIN_TAGS = {TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}

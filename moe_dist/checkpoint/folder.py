@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_dist.errors import CheckpointError, ConfigError
-from moe_dist.files import read_small_text, require_regular
+from moe_dist.files import read_small_text, require_regular, unique_keys
 
 CONFIG_LIMIT = 4 << 20  # bytes; real ones have kilobytes, with a long list of modules some 100 of them
 INDEX_LIMIT = 32 << 20  # bytes; Kimi-K2's 140,000 tensors take 14 MiB
@@ -90,23 +90,13 @@ def read_json(directory: Path, name: str, limit: int) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(path, _said(error)) from None
     try:
-        found = json.loads(text, object_pairs_hook=_unique)
+        found = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise CheckpointError(path, "can't be read as JSON: nested too deeply") from None
     except ValueError as error:  # bad JSON, a key twice, a number of thousands of digits
         raise CheckpointError(path, f"can't be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(path, f"holds a JSON {type(found).__name__} where an object belongs")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON's parser would take the last of two values in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {shown(twice)} stands there twice")
     return found
 
 

@@ -28,6 +28,7 @@ from ray._private import ray_constants
 from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray brings its own
 
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
+from moe_dist.exit_codes import CLUSTER_LOST
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe
 from moe_dist.runtime.rendezvous import LOOPBACK
@@ -40,7 +41,6 @@ LONGEST_FOLDER = 40  # bytes: what Ray appends for its sockets is up to 65, and 
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
 PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 2.0, 2
 AGAIN_S = 2.0
-LOST_EXIT_CODE = 5
 
 _users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
 
@@ -306,7 +306,7 @@ def _leave() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
-    os._exit(LOST_EXIT_CODE)
+    os._exit(CLUSTER_LOST)
 
 
 def _raylet_address(node: object) -> str | None:

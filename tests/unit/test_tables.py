@@ -223,7 +223,7 @@ class TestMissing:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"revision": 3', '"revision": 3, "revision": 3', "stands twice"),
+        ('"revision": 3', '"revision": 3, "revision": 3', "stands there twice"),
         ('"revision": 3', '"revision": true', "revision"),
         ('"width": 2048', '"width": "2048"', "width"),
         ('"8": {', '"08": {', "is no number of rows"),
