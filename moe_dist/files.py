@@ -58,8 +58,8 @@ def _require_regular(found: os.stat_result, name: str) -> None:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`: ValueError for a key that stands twice. JSON would keep the last value, in
-    silence."""
+    """For the `object_pairs_hook` of json.loads: ValueError for a key that stands twice, of which JSON would keep the
+    last value in silence."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
