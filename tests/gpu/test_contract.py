@@ -26,9 +26,12 @@ SEED = int.from_bytes(os.urandom(2), "little")
 PLACEMENTS = ("tp", "ep", "tp2xep2")
 
 
-def experiments(world: int, shared: bool = False) -> list[Experiment]:
-    """Real shapes; few tokens and more, even and skewed routing, both token layouts. `shared`: ranks share GPUs, where
-    nothing can be captured and everything takes longer."""
+PARTS = ("large", "small", "replicated", "formats")
+
+
+def experiments(world: int, shared: bool = False) -> dict[str, Experiment]:
+    """By part: real shapes; few tokens and more, even and skewed routing, both token layouts. `shared`: ranks share
+    GPUs, where nothing can be captured and everything takes longer."""
     large_tokens, tokens = ((37,), (130,)) if shared else ((37, 1024), (1, 130))
     exchanges = ("local",) if world == 1 else ("all_reduce", "ag_rs", "all_to_all")
     common = {
@@ -46,12 +49,13 @@ def experiments(world: int, shared: bool = False) -> list[Experiment]:
     kinds = [small.with_changes(quant=kind, name=f"Qwen3-30B-A3B {kind}") for kind in
              ("none", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")]  # fmt: skip
     relu2 = find_model("Nemotron-H")
-    return [
+    wanted = (
         Experiment(models=large, tokens=large_tokens, skews=("zipf:1.2",), **common),
         Experiment(models=[small], tokens=tokens, skews=("uniform", "single"), **common),
         Experiment(models=[small], tokens=(130,), skews=("hot:3",), token_layouts=("replicated",), **common),
         Experiment(models=[*kinds, relu2], tokens=tokens, skews=("zipf:1.2",), **common),
-    ]
+    )
+    return dict(zip(PARTS, wanted, strict=True))
 
 
 def measure_all(context, cases: list[Case]):
@@ -66,11 +70,12 @@ def measure_with_exact_splits(context, cases: list[Case]):
     return measure_all(context, cases)
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_against_the_oracle(world):
+def test_against_the_oracle(world, part):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
-    check(world, experiments(world))
+    check(world, [experiments(world)[part]], f"_{part}")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -79,7 +84,7 @@ def test_exact_splits(world):
         pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
     wanted = [
         experiment.with_changes(exchanges=("all_to_all",), modes=("eager",), placements=("ep", "tp2xep2"))
-        for experiment in experiments(world)[1::2]
+        for experiment in (experiments(world)["small"], experiments(world)["formats"])
     ]
     rows = check(world, wanted, "_exact", measure_with_exact_splits)
     assert {row["splits"] for row in rows} == {"exact"}
@@ -91,7 +96,7 @@ def test_ranks_that_share_gpus(world):
     do is not in it."""
     if torch.cuda.device_count() >= world:
         pytest.skip(f"{torch.cuda.device_count()} GPUs are here: nobody has to share")
-    check(world, experiments(world, shared=True), "_shared")
+    check(world, list(experiments(world, shared=True).values()), "_shared")
 
 
 def check(
