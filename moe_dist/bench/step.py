@@ -20,7 +20,6 @@ from moe_dist.runtime.context import RankContext
 from moe_dist.weights import ExpertWeights
 
 STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
-SAMPLED = 512  # rows of an output that are kept to be compared with
 SMALL = 32 << 20  # bytes of a shard: on a CPU a step of a larger one is made anew, as backends keep copies of weights
 SPARE = 0.25  # of a GPU's memory: with less left, steps are made anew
 
@@ -66,6 +65,15 @@ class Step:
             totals.append(self.layer.stages.totals_us())
         return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
 
+    def on(self, x: Tensor, routing: Routing) -> Tensor:
+        """The step on these inputs, of as many tokens as its own; a graph keeps them for its next replays. What a
+        graph does not compute anew is NaN."""
+        if self.graph is None:
+            y_TH: Tensor = self.layer(x, routing, max_tokens_per_rank=self.bucket)
+            return y_TH
+        self.graph.replay().fill_(float("nan"))
+        return self.graph(x, routing)
+
     def config_sources(self) -> tuple[str, ...]:
         """See Backend.config_sources; the shared expert's too."""
         backends = (self.layer.backend, self.layer.shared)
@@ -90,14 +98,9 @@ def make_step(
     return Step(layer, shard, x, routing, bucket, lambda: graph.replay()[: len(x)], graph)
 
 
-def sampled(y_TH: Tensor) -> Tensor:
-    """A copy of some rows."""
-    return y_TH[:: max(1, len(y_TH) // SAMPLED)].clone()
-
-
 @dataclass
 class Kept:
-    """What one batch's cases leave for their next turns. `first`: some rows of a case's first output; `found`: what
+    """What one batch's cases leave for their next turns. `first`: a sketch of a case's first output; `found`: what
     was measured so far."""
 
     batch: int | None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.bench.case import Case
+from moe_dist.bench.gathered import summed
 from moe_dist.bench.results import WHOLE_TOLERANCE
 from moe_dist.checkpoint.whole import WholeExperts
 from moe_dist.routing import Routing
@@ -88,7 +89,7 @@ def _outputs(context: RankContext, case: Case, x_TH: Tensor, routing: Routing, t
         y.index_add_(0, row, weights[row, place, None] * _through(x[row], make(expert), case))
     if case.model.shared_experts != "none" and comm.rank == 0:
         y += _through(x, make(None), case)
-    return comm.all_reduce(y)
+    return summed(comm, y)
 
 
 def _through(x: Tensor, matrices: tuple[Tensor, Tensor], case: Case) -> Tensor:

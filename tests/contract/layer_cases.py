@@ -16,10 +16,11 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.exchange import EXCHANGES
-from moe_dist.layer import MoELayer, Router
+from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Plan, make_plan
 from moe_dist.reference import Numerics, ScaledBy, oracle_layer
+from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.weights import ExpertWeights, random_expert, shard, slice_width, stack

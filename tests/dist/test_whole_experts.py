@@ -103,9 +103,9 @@ def another_seed() -> tuple[object, str, Any]:
     def drawn(spec: MoESpec, number: int, seed: int, *arguments: Any, **options: Any) -> weights.ExpertWeights:
         return expert(spec, number, seed + (number == SPEC.num_experts), *arguments, **options)
 
-    import moe_dist.bench.measure
+    import moe_dist.bench.loading
 
-    return moe_dist.bench.measure, "random_expert", drawn
+    return moe_dist.bench.loading, "random_expert", drawn
 
 
 Fault = Callable[[], tuple[object, str, Any]]

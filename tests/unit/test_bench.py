@@ -51,7 +51,7 @@ def case(**changes) -> Case:
 def rank_result(**changes) -> RankResult:
     defaults = {
         "rounds_us": [[100.0], [300.0], [200.0]], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40,
-        "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.1,
+        "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.05,
         "max_memory": None,
         "payload": "fp8", "combine_dtype": "bf16", "splits": None,
     }  # fmt: skip
@@ -180,6 +180,30 @@ class TestMakeRow:
         made = row_of(case(), *[rank_result(err_repeat=repeat, **errors)] * 2)
         assert made["ok"] is expected
         assert made["err_repeat"] == repeat
+
+    @pytest.mark.parametrize(("again", "expected"), [(None, True), (0.2, True), (0.21, False), (math.inf, False)])
+    def test_an_output_that_does_not_follow_its_inputs_is_wrong(self, again, expected):
+        made = row_of(case(), *[rank_result(err_again=again)] * 2)
+        assert (made["ok"], made["err_again"]) == (expected, again)
+
+    @pytest.mark.parametrize(
+        ("rounds", "most"), [({}, 0.1), ({"reciprocal": True}, 0.15), ({"bf16_maximum": True}, 0.15)]
+    )
+    def test_the_tolerance_of_a_token_follows_that_of_all(self, rounds, most, monkeypatch):
+        monkeypatch.setattr(TorchBackend, "numerics_of", classmethod(lambda cls, spec: Numerics(**rounds)))
+        for error, ok in ((most, True), (1.01 * most, False)):
+            assert row_of(case(), *[rank_result(err_token=error)] * 2)["ok"] is ok
+
+    def test_without_rounding_a_token_is_exact(self):
+        chosen = case(model=SPEC.with_changes(quant="none", dtype="fp32"), combine_dtype="fp32")
+        for error, ok in ((9e-4, True), (2e-3, False)):
+            errors = {"err_oracle": 0.0, "err_exact": 0.0, "err_token": error, "combine_dtype": "fp32"}
+            assert row_of(chosen, *[rank_result(**errors)] * 2)["ok"] is ok
+
+    def test_a_backend_of_other_bits_may_repeat_itself_as_well_as_it_computes(self, monkeypatch):
+        monkeypatch.setattr(TorchBackend, "deterministic", False)
+        for repeat, ok in ((0.2, True), (0.21, False)):
+            assert row_of(case(), *[rank_result(err_repeat=repeat)] * 2)["ok"] is ok
 
     def test_configs_are_named_by_what_ran(self):
         assert row_of(case(), rank_result(), rank_result())["config"] is None

@@ -7,10 +7,11 @@ import torch
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer, Router
+from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, make_plan
 from moe_dist.reference import relative_error
+from moe_dist.router import Router
 from moe_dist.routing import Routing, route
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
 from moe_dist.streams import Stream

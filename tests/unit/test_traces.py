@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from profiles import examples
 
 from moe_dist.bench.case import Case, Experiment
-from moe_dist.bench.measure import make_inputs
+from moe_dist.bench.inputs import make_inputs
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine
 from moe_dist.routing import LARGEST_TRACE, skew_label, synthetic_routing

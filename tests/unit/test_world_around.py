@@ -12,8 +12,9 @@ from torch import nn
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer, Router
+from moe_dist.layer import MoELayer
 from moe_dist.plan import Machine, make_plan
+from moe_dist.router import Router
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
 from moe_dist.streams import Stream

@@ -1,0 +1,36 @@
+"""A step on changed inputs: what gives its first output for ever, or a graph whose replay computes nothing, repeats
+itself without fault."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_dist.bench.sketch import sketch, sketch_error
+from moe_dist.bench.step import Step
+from moe_dist.routing import Routing
+
+CHANGED = 1e-2  # of a token: what an input of twice the size must change its output by at the least
+
+
+def again_errors(step: Step, first: Tensor) -> tuple[float, float]:
+    """What the worst token's output on changed inputs differs by from what `first`, the sketch of the step's first
+    output, lets expect; and the output on the step's own inputs after that from the first. The same on every rank;
+    collective.
+
+    Tokens and their routing come in reversed order, and so must the outputs. A single token has twice its weights, in
+    which the output is linear, or, beside a shared expert, twice its size, and only must change. Another order may
+    choose other copies of experts, and with them other dynamic scales, so that bits may differ.
+    """
+    comm, x_TH, routing = step.layer.comm, step.x, step.routing
+    if len(x_TH) != 1:
+        ids_TK, weights_TK = routing.ids_TK.flip(0), routing.weights_TK.flip(0)
+        found, wanted = sketch(step.on(x_TH.flip(0), Routing(ids_TK, weights_TK))), first.flip(0)
+    elif step.layer.shared is None:
+        found, wanted = sketch(step.on(x_TH, Routing(routing.ids_TK, 2 * routing.weights_TK))), 2 * first
+    else:
+        found = sketch(step.on(2 * x_TH, routing))
+        changed = (found - first).norm() > CHANGED * first.norm()
+        wanted = found if bool(changed | (first[0, 0] == 0)) else torch.full_like(first, float("inf"))
+    err_again = sketch_error(comm, found, wanted)
+    return err_again, sketch_error(comm, sketch(step.on(x_TH, routing)), first)

@@ -1,0 +1,50 @@
+"""What enters the layer of a case: the tokens of the whole group and where they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_dist.bench.case import Case
+from moe_dist.comm import Comm
+from moe_dist.plan import Plan
+from moe_dist.router import Router
+from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.spec import split_bounds
+from moe_dist.streams import Stream
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokens of the whole group, `bounds[r]` being rank r's run of them (all of them where tokens are replicated)."""
+
+    x_TH: Tensor
+    routing: Routing
+    bounds: list[tuple[int, int]]
+    rank: int
+    sharded: bool
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Every run of tokens once."""
+        return self.bounds if self.sharded else self.bounds[:1]
+
+    def mine(self) -> tuple[Tensor, Routing]:
+        if not self.sharded:
+            return self.x_TH, self.routing
+        start, stop = self.bounds[self.rank]
+        return self.x_TH[start:stop].contiguous(), self.routing.rows(start, stop)
+
+
+def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
+    """Dense Gaussian tokens drawn from the seed, the same on every rank; routing by the case's skew."""
+    work, spec = case.workload, plan.spec
+    x_TH = Stream("tokens", work.seed, device=comm.device).normal(work.tokens, spec.hidden).to(spec.torch_dtype)
+    if work.skew == "router" and router is not None:
+        routing = router(x_TH)
+    else:
+        routing = synthetic_routing(spec, work.tokens, work.skew, work.seed, trace=work.trace).to(comm.device)
+    sharded = work.token_layout == "sharded"
+    bounds = split_bounds(work.tokens, comm.world) if sharded else [(0, work.tokens)] * comm.world
+    return Inputs(x_TH, routing, bounds, comm.rank, sharded)

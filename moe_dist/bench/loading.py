@@ -1,0 +1,70 @@
+"""The weights of a case: this rank's shards and, of a checkpoint, its router."""
+
+from __future__ import annotations
+
+import gc
+
+from moe_dist.bench.case import Case
+from moe_dist.bench.rounds import Turn
+from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
+from moe_dist.plan import Plan, shared_placement
+from moe_dist.router import Router
+from moe_dist.runtime.context import RankContext
+from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_width
+
+Weights = tuple[ExpertWeights, ExpertWeights | None, Router | None]
+
+
+def weights_of(context: RankContext, case: Case, plan: Plan, turn: Turn) -> Weights:
+    """This rank's shard, made once for all cases of one placement in a batch; others' are dropped first."""
+    key = f"{case.model!r} {case.source!r} {case.parallel!r}"
+    known: dict[str, Weights] = context.memo.setdefault("weights", {})
+    if turn.batch is None or context.memo.get("weights_of") != turn.batch:
+        others = set(known) - {key}
+        for other in others:
+            del known[other]
+        context.memo["weights_of"] = turn.batch
+        if others:  # a tenth of a second, which a case of many in a row would feel
+            gc.collect()
+    if key not in known:
+        context.memo.setdefault("compared", {}).pop(key, None)  # with whole experts: that was another loading
+        known[key] = _load(context, case, plan)
+    return known[key]
+
+
+def _load(context: RankContext, case: Case, plan: Plan) -> Weights:
+    comm, source, placement = context.comm, case.source, plan.placement
+    total, done = len(placement.experts_of(comm.rank)), 0
+
+    def seen() -> None:
+        nonlocal done
+        done += 1
+        context.progress(f"{case.model.name} {case.parallel.label}: expert {done} of {total}")
+
+    slice_of_shared = _shared_slice(plan, comm.rank)
+    shared = router = None
+    if source.checkpoint is None or source.layer is None:
+        shard = shard_from(
+            lambda expert: random_expert(case.model, expert, source.seed, comm.device), placement, comm.rank, seen
+        )
+        if slice_of_shared is not None:
+            whole = random_expert(case.model.shared_spec(), case.model.num_experts, source.seed, comm.device)
+            shared = slice_width(whole, *slice_of_shared)
+    else:
+        shard = load_shard(source.checkpoint, source.layer, placement, comm.rank, comm.device, seen)
+        stored = load_router(source.checkpoint, source.layer, comm.device)
+        router = Router(plan, stored.gate_EH, stored.bias_E)
+        if slice_of_shared is not None:
+            shared = load_shared_shard(source.checkpoint, source.layer, *slice_of_shared, comm.device)
+    if source.checkpoint is None:  # a checkpoint's tensors were checked as they were read, by name
+        shard.check_finite(placement.experts_of(comm.rank))
+        if shared is not None:
+            shared.check_finite()
+    return shard, shared, router
+
+
+def _shared_slice(plan: Plan, rank: int) -> tuple[int, int] | None:
+    """Which columns of the shared expert `rank` holds."""
+    if plan.spec.shared_experts == "none":
+        return None
+    return shared_placement(plan.spec, plan.parallel).slice_of(rank)
