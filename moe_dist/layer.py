@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -169,16 +170,24 @@ class MoELayer(nn.Module):
         """A state dict holds no expert: they come from a checkpoint, slice by slice. It says which they were."""
         return {"experts": [None if part is None else part.fingerprint() for part in self._weights]}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError where the state dict belongs to a layer of other experts."""
-        own = self.get_extra_state()
-        if state != own:
+    def set_extra_state(self, state: Any) -> None:
+        """Raises ConfigError where the state dict is that of a layer of other experts. It may have gone through JSON."""
+        if _as_json(state) != _as_json(self.get_extra_state()):
             rule = "the state dict is that of a layer with other experts, which it does not hold"
-            raise ConfigError("state_dict.experts", state.get("experts"), rule, "weights from checkpoint.load_shard")
+            given = state.get("experts") if isinstance(state, dict) else state
+            raise ConfigError("state_dict.experts", given, rule, "weights from checkpoint.load_shard")
 
     def extra_repr(self) -> str:
         plan = self.plan
         return f"{plan.parallel.label}, exchange={plan.exchange}, backend={plan.backend}, payload={plan.payload}"
+
+
+def _as_json(state: Any) -> str | None:
+    """None for what is no plain data."""
+    try:
+        return json.dumps(state, sort_keys=True)
+    except (TypeError, ValueError):
+        return None
 
 
 def _plain_rows(x_TH: Tensor) -> Tensor:

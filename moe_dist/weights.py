@@ -21,6 +21,11 @@ from moe_dist.surroundings import settled, unaffected
 # of float32 and bf16. Trained ones are smaller by ten orders of magnitude.
 LARGEST_WEIGHT = 1e10
 LARGEST_SCALE = LARGEST_WEIGHT / FP8_MAX
+PIECE = 32 << 20  # bytes
+MIXERS = (
+    -0x61C8864680B583EB,
+    0x2545F4914F6CDD1D,
+)  # odd, with bits all over: those of Weyl's and of xorshift* generators
 
 
 @dataclass
@@ -89,13 +94,13 @@ class ExpertWeights:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Each tensor's shape and the sum of its bytes as words of eight, modulo 2^64: tells other weights apart."""
+        """Each tensor's shape and a sum of its bytes in which every eight of them count by what they are and where they
+        stand, in the canonical order [gate; up] whatever `gate_first` says: tells other weights, and the same ones in
+        another order, apart. Plain data, the same on every device. A few passes over the weights."""
         found = {}
         for name, tensor in self.tensors().items():
-            codes = tensor.contiguous().flatten().view(torch.uint8)
-            whole = codes.numel() // 8 * 8
-            parts = codes[:whole].view(torch.int64).sum(), codes[whole:].sum()
-            found[name] = [tuple(tensor.shape), *map(int, parts)]
+            turned = self.gated and not self.gate_first and name in ("w13_eFH", "s13")
+            found[name] = [list(tensor.shape), _position_sum(tensor, turned)]
         return found
 
     def with_tensors(self, **tensors: Any) -> ExpertWeights:
@@ -157,6 +162,29 @@ class ExpertWeights:
         if self.kind == "fp8_channel":
             return w13 * s13[:, None], w2 * s2[:, None]
         return w13 * s13.repeat_interleave(i)[:F, None], w2 * s2
+
+
+def _position_sum(tensor: Tensor, turned: bool) -> int:
+    """See ExpertWeights.fingerprint. `turned`: each expert's halves count as if they stood the other way round. It goes
+    piece by piece, because it needs several times a piece's memory."""
+    total = 0
+    if not tensor.numel():
+        return total
+    experts = tensor.reshape(1, 1) if tensor.ndim == 0 else tensor
+    step = max(1, PIECE // experts[0].nbytes)
+    for first in range(0, len(experts), step):
+        piece = experts[first : first + step]
+        count = len(piece)
+        if turned:
+            piece = torch.cat((piece.view(torch.uint8) if piece.itemsize == 1 else piece).chunk(2, 1)[::-1], 1)
+        codes = piece.contiguous().view(count, -1).view(torch.uint8)
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+        words = codes.contiguous().view(torch.int64).flatten()
+        start = first * (len(words) // count)
+        places = torch.arange(start, start + len(words), dtype=torch.int64, device=words.device)
+        mixed = (words ^ (places * MIXERS[0])) * MIXERS[1]
+        total += int((mixed ^ (mixed >> 32)).sum())
+    return total % (1 << 64)
 
 
 def _check_matrix(field: str, expert: int, matrix: Tensor) -> None:

@@ -67,10 +67,11 @@ def errors_of(
         return kept[key]
 
     exact_TH, oracle_TH = expected(None), expected(layer.backend.numerics)
+    weights = plan.placement, shard, shared
     return Errors(
         err_oracle=group_error(layer.comm, y_TH, oracle_TH[start:stop]),
         err_exact=group_error(layer.comm, y_TH, exact_TH[start:stop]),
-        err_whole=whole_error(context, case, inputs.x_TH, inputs.routing, groups_TK, exact_TH),
+        err_whole=whole_error(context, case, *weights, inputs.x_TH, inputs.routing, groups_TK, exact_TH),
         err_token=worst_token(layer.comm, y_TH, oracle_TH[start:stop]),
     )
 

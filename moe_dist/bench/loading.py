@@ -27,7 +27,6 @@ def weights_of(context: RankContext, case: Case, plan: Plan, turn: Turn) -> Weig
         if others:  # a tenth of a second, which a case of many in a row would feel
             gc.collect()
     if key not in known:
-        context.memo.setdefault("compared", {}).pop(key, None)  # with whole experts: that was another loading
         known[key] = _load(context, case, plan)
     return known[key]
 

@@ -16,11 +16,13 @@ from dist.pool import Pool
 from moe_dist import weights
 from moe_dist.bench.case import Case, SourceSpec
 from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.rounds import Turn
 from moe_dist.bench.results import WHOLE_TOLERANCE, make_row
 from moe_dist.bench.whole_experts import compared_tokens
 from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.plan import Machine
+from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
 
@@ -216,9 +218,76 @@ def test_every_copy_of_every_expert_is_compared_once() -> None:
     groups_TK[17, 2] = 5  # another copy of expert 0
     ids_TK[801, 0], ids_TK[900], ids_TK[901] = 3, -1, 7
     groups_TK[900], groups_TK[901] = -1, -1  # no expert, and one that nobody serves
+    routing = Routing(ids_TK, torch.full((1000, 4), 0.25))
     chosen = case(SPEC, ep=2).with_changes(workload=WorkloadSpec(tokens=1000, seed=3))
-    tokens = compared_tokens(chosen, ids_TK, groups_TK, set())
+    tokens, alone = compared_tokens(chosen, routing, groups_TK, set())
     assert {17, 801, 901} <= set(tokens.tolist())
     assert 7 <= len(tokens) <= 8
-    assert torch.equal(tokens, compared_tokens(chosen, ids_TK, groups_TK, set()))
-    assert len(compared_tokens(chosen, ids_TK, groups_TK, {(0, 0), (0, 5), (3, 0), (7, -1)})) == 4
+    assert alone == {}
+    assert torch.equal(tokens, compared_tokens(chosen, routing, groups_TK, set())[0])
+    assert len(compared_tokens(chosen, routing, groups_TK, {(0, 0), (0, 5), (3, 0), (7, -1)})[0]) == 4
+
+
+def test_a_weight_that_is_a_trifle_does_not_count() -> None:
+    ids_TK = torch.zeros(1000, 4, dtype=torch.int32)
+    weights_TK = torch.full((1000, 4), 0.25)
+    ids_TK[801, 0], weights_TK[801, 0] = 3, 0.01  # seen here only, and hardly
+    ids_TK[:, 1], weights_TK[:, 1] = 5, 0.0  # used everywhere for nothing
+    ids_TK[700, 2], weights_TK[700, 2] = 6, 0.06  # a quarter of an even share of 0.56 is 0.035
+    groups_TK = torch.zeros_like(ids_TK).long()
+    chosen = case(SPEC, ep=2).with_changes(workload=WorkloadSpec(tokens=1000, seed=3))
+    tokens, alone = compared_tokens(chosen, Routing(ids_TK, weights_TK), groups_TK, set())
+    assert 700 in tokens.tolist()
+    assert set(alone) == {(3, 0), (5, 0)}
+    assert alone[3, 0] == 801
+
+
+def zero_weights(comm: Comm, chosen: Case, spoilt: int | None) -> Any:
+    """Expert 3 is in use with the weight 0 only; `spoilt`: its rank has another one in its place."""
+    context = RankContext(comm, "torchrun")
+    make = weights.random_expert
+
+    def drawn(spec: MoESpec, number: int, *arguments: Any, **options: Any) -> weights.ExpertWeights:
+        return make(spec, 5 if number == spoilt else number, *arguments, **options)
+
+    import moe_dist.bench.inputs
+    import moe_dist.bench.loading
+
+    def routed(*arguments: Any, **options: Any) -> Routing:
+        found = synthetic_routing(*arguments, **options)
+        found.weights_TK[found.ids_TK == 3] = 0
+        return found
+
+    moe_dist.bench.loading.random_expert, moe_dist.bench.inputs.synthetic_routing = drawn, routed
+    try:
+        return measure(context, chosen)
+    finally:
+        moe_dist.bench.loading.random_expert, moe_dist.bench.inputs.synthetic_routing = make, synthetic_routing
+
+
+@pytest.mark.parametrize("spoilt", [None, 3])
+def test_an_expert_that_is_used_with_weight_0_only_is_compared_alone(pool: Pool, spoilt: int | None) -> None:
+    chosen = case(SPEC, ep=2).with_changes(workload=WorkloadSpec(tokens=64, seed=3))
+    row = make_row(chosen, chosen.plan(MACHINE), merge(pool.run(2, zero_weights, chosen, spoilt)), "torchrun")
+    assert row["ok"] is (spoilt is None)
+    assert row["err_oracle"] < 1e-2
+
+
+def changed_between(comm: Comm, first: Case, second: Case) -> Any:
+    """Rank 0 gets another expert in place of one that was compared."""
+    context = RankContext(comm, "torchrun")
+    measure(context, first, Turn(0, 1, 0))
+    ((shard, _, _),) = context.memo["weights"].values()
+    if comm.rank == 0:
+        codes = shard.w2_eHi.view(torch.uint8)
+        codes[1] = codes[2].clone()
+    return measure(context, second, Turn(0, 1, 0))
+
+
+def test_experts_that_changed_since_are_compared_again(pool: Pool) -> None:
+    spec = SPEC.with_changes(num_experts=64)
+    for seed in range(3):
+        one, two = (case(spec, ep=2).with_changes(workload=WorkloadSpec(tokens=256, seed=s)) for s in (100, seed))
+        row = make_row(two, two.plan(MACHINE), merge(pool.run(2, changed_between, one, two)), "torchrun")
+        assert row["err_oracle"] < 1e-2
+        assert row["ok"] is False

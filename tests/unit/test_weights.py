@@ -1,11 +1,13 @@
 """Canonical weights: quantizing, slicing and stacking lose nothing that they should keep."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from moe_dist import weights
 from moe_dist.errors import ConfigError
 from moe_dist.placement import Placement
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
@@ -285,3 +287,45 @@ def test_activations_are_their_formulas(activation):
     low = activate(rows.bfloat16(), activation)
     assert low.dtype == torch.bfloat16
     assert low[0].tolist() == pytest.approx(expected, rel=0.05, abs=0.01)
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize("quant", QUANT_KINDS)
+    @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+    def test_tells_another_order_apart(self, quant, activation):
+        spec = MoESpec(hidden=256, intermediate=256, num_experts=4, top_k=2, quant=quant, activation=activation)
+        whole = random_weights(spec, 0)
+        own = whole.fingerprint()
+        assert own == random_weights(spec, 0).fingerprint()
+        assert json.loads(json.dumps(own)) == own
+        others = [random_weights(spec, 1)]
+        for name, tensor in whole.tensors().items():
+            for dim in range(tensor.ndim):
+                if tensor.shape[dim] > 1:
+                    codes = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+                    changed = codes.roll(1, dim).view(tensor.dtype)
+                    others.append(whole.with_tensors(**{name: changed}))
+        signs = whole.w2_eHi.clone()
+        bits = signs.view(torch.uint8)
+        bits[0, 0, 7] ^= 0x80  # the highest bit of two words
+        bits[0, 0, 15] ^= 0x80
+        others.append(whole.with_tensors(w2_eHi=signs))
+        for other in others:
+            assert other.fingerprint() != own
+
+    @pytest.mark.parametrize("quant", QUANT_KINDS)
+    def test_is_the_same_whatever_comes_first(self, quant, monkeypatch):
+        spec = MoESpec(hidden=128, intermediate=144, num_experts=3, top_k=2, quant=quant)
+        whole = random_weights(spec, 0)
+        own = whole.fingerprint()
+        whole.turn(gate_first=False)
+        assert whole.fingerprint() == own
+        monkeypatch.setattr(weights, "PIECE", 1)
+        assert whole.fingerprint() == own
+        whole.gate_first = True  # not what it holds
+        assert whole.fingerprint() != own
+
+    def test_nothing_has_one_too(self):
+        spec = MoESpec(hidden=128, intermediate=128, num_experts=3, top_k=2)
+        nothing = empty_like(random_weights(spec, 0))
+        assert nothing.fingerprint() == nothing.fingerprint()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -191,6 +192,12 @@ def test_a_state_dict_says_which_experts_it_belongs_to():
     stranger = MoELayer(layer.plan, other, layer.comm, router=layer.router, shared=layer._weights[1])
     with pytest.raises(ConfigError, match=r"state_dict\.experts"):
         stranger.load_state_dict(state)
+    extra = next(name for name in state if name.endswith("_extra_state"))
+    same.load_state_dict(state | {extra: json.loads(json.dumps(state[extra]))})
+    same.load_state_dict(state | {extra: {"experts": tuple(state[extra]["experts"])}})
+    for broken in (None, [], [1, 2], torch.ones(3), {"experts": None}, {"experts": torch.ones(3)}, {}):
+        with pytest.raises(ConfigError, match=r"state_dict\.experts"):
+            same.load_state_dict(state | {extra: broken})
     halved = {name: value.half() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
     same.load_state_dict(halved, assign=True)
     assert same.router.gate_EH.dtype == torch.float32
