@@ -146,28 +146,36 @@ class Comm:
         """From now on the calling thread is the one that uses this process group."""
         self._user.take_over()
 
-    def meet(self, tokens: int, bucket: int | None, alike: bool) -> int:
-        """The ranks tell each other, on the CPU, which step they begin, with how many tokens, in which bucket; the
-        largest number of tokens comes back. Raises RankFailure where they begin different steps, as after an input that
-        one of them has refused, ConfigError where their buckets differ, or, with `alike`, their tokens."""
+    def meet(self, tokens: int, bucket: int | None, alike: bool, same: Callable[[], dict[str, int]] = dict) -> int:
+        """The ranks tell each other, on the CPU, which step they begin, with how many tokens, in which bucket, and the
+        numbers by name that `same` gives; the largest number of tokens comes back. Raises RankFailure where they begin
+        different steps, as after an input that one of them has refused, ConfigError where one of these numbers differs,
+        their buckets, or, with `alike`, their tokens."""
         if self.world == 1:
             return tokens
-        mine = torch.tensor([[self._steps, -1 if bucket is None else bucket, tokens]], dtype=torch.int64, device="cpu")
-        everyone = mine.new_empty(self.world, 3)
+        numbers = same()
+        told = [self._steps, -1 if bucket is None else bucket, tokens, *numbers.values()]
+        mine = torch.tensor([told], dtype=torch.int64, device="cpu")
+        everyone = mine.new_empty(self.world, len(told))
 
         def tell() -> None:
             self._wait(_all_gather(everyone, mine, group=self._cpu_group, async_op=True))
 
         self._run("meet", tell)
-        steps, buckets, counts = everyone.T.tolist()
+        steps, buckets, counts, *others = everyone.T.tolist()
         if len(set(steps)) > 1:
             behind = steps.index(min(steps))
             cause = f"it begins step {min(steps)} where others begin step {max(steps)}: they left one out"
             raise RankFailure(behind, "meet", self.sequence, f"{cause}; form a new process group to go on")
+        told_by = dict(zip(numbers, others, strict=True))
+        for field in (name for name in told_by if name.startswith("plan.")):  # what differs else may follow from it
+            _check_same(field, told_by[field])
         for field, values, matters in (("max_tokens_per_rank", buckets, True), ("tokens", counts, alike)):
             if matters and len(set(values)) > 1:
-                told = ", ".join("none" if value < 0 else str(value) for value in values)
-                raise ConfigError(field, values[self.rank], f"must be one on all ranks, not {told}")
+                told_all = ", ".join("none" if value < 0 else str(value) for value in values)
+                raise ConfigError(field, values[self.rank], f"must be one on all ranks, not {told_all}")
+        for field, values in told_by.items():
+            _check_same(field, values)
         return int(max(counts))
 
     def begin_step(self) -> None:
@@ -335,6 +343,16 @@ class Comm:
                 self.noted("", self.sequence)
         self.check_thread()  # one that came meanwhile may have taken part
         return result
+
+
+def _check_same(field: str, values: list[int]) -> None:
+    """Raise ConfigError that says which ranks have what in common."""
+    ranks: dict[int, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    if len(ranks) > 1:
+        told = "; ".join(f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))}" for group in ranks.values())
+        raise ConfigError(field, f"{len(ranks)} different ones", f"must be the same on all ranks, alike are: {told}")
 
 
 class _User:

@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.agreement import Agreement
 from moe_dist.backends import BACKENDS, Backend
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
@@ -63,6 +65,7 @@ class MoELayer(nn.Module):
         self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.stages, self.router = plan, comm, stages, router
         self._weights = shard, shared
+        self._agreement = Agreement(plan)
         self._uncompiled: Callable[..., Tensor] | None = None
         self._assemble()
 
@@ -106,7 +109,10 @@ class MoELayer(nn.Module):
         # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
         looks = (needed and bucket is None) or self.debug or self.comm.device.type == "cpu"
         if looks and not self._capturing():
-            agreed = self.comm.meet(routing.tokens, bucket, alike=self.plan.token_layout == "replicated")
+            values = self.debug or self.comm.device.type == "cpu"
+            alike = self.plan.token_layout == "replicated"
+            same = partial(self._agreement.of, x_TH, routing, values)
+            agreed = self.comm.meet(routing.tokens, bucket, alike, same)
         bucket = (agreed if bucket is None else bucket) if needed else None
         rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
         y_RH = self.backend.forward(rows)
@@ -171,7 +177,7 @@ class MoELayer(nn.Module):
         return {"experts": [None if part is None else part.fingerprint() for part in self._weights]}
 
     def set_extra_state(self, state: Any) -> None:
-        """Raises ConfigError where the state dict is that of a layer of other experts. It may have gone through JSON."""
+        """Raises ConfigError where the state dict is another layer's. What went through JSON is the same."""
         if _as_json(state) != _as_json(self.get_extra_state()):
             rule = "the state dict is that of a layer with other experts, which it does not hold"
             given = state.get("experts") if isinstance(state, dict) else state

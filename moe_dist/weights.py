@@ -21,6 +21,7 @@ from moe_dist.surroundings import settled, unaffected
 # of float32 and bf16. Trained ones are smaller by ten orders of magnitude.
 LARGEST_WEIGHT = 1e10
 LARGEST_SCALE = LARGEST_WEIGHT / FP8_MAX
+CALIBRATED = 1 << 14  # values that a static scale follows from, at the least
 PIECE = 32 << 20  # bytes
 MIXERS = (
     -0x61C8864680B583EB,
@@ -100,7 +101,7 @@ class ExpertWeights:
         found = {}
         for name, tensor in self.tensors().items():
             turned = self.gated and not self.gate_first and name in ("w13_eFH", "s13")
-            found[name] = [list(tensor.shape), _position_sum(tensor, turned)]
+            found[name] = [list(tensor.shape), position_sum(tensor, turned)]
         return found
 
     def with_tensors(self, **tensors: Any) -> ExpertWeights:
@@ -164,9 +165,10 @@ class ExpertWeights:
         return w13 * s13.repeat_interleave(i)[:F, None], w2 * s2
 
 
-def _position_sum(tensor: Tensor, turned: bool) -> int:
-    """See ExpertWeights.fingerprint. `turned`: each expert's halves count as if they stood the other way round. It goes
-    piece by piece, because it needs several times a piece's memory."""
+def position_sum(tensor: Tensor, turned: bool = False) -> int:
+    """A sum of the bytes of a tensor [e, ...] in which every eight of them count by what they are and where they stand.
+    `turned`: each expert's halves count as if they stood the other way round. It goes piece by piece, because it needs
+    several times a piece's memory, and the host waits for a GPU."""
     total = 0
     if not tensor.numel():
         return total
@@ -310,8 +312,9 @@ def random_expert(
     shared expert of a layer goes by the number behind the last routed one.
 
     `up` is made `up_scale` times the size of `gate`, so that swapped halves can't go unseen. Numbers drawn on a GPU
-    differ from those drawn on a CPU. Static scales are calibrated on 64 Gaussian rows, with a margin
-    of 2.5: outliers must not saturate, and a floating-point format loses next to nothing by it.
+    differ from those drawn on a CPU. Static scales are calibrated on 64 Gaussian rows, or more where an expert is
+    narrow and rows hold few values, with a margin of 2.5: outliers must not saturate, and a floating-point format loses
+    next to nothing by it.
     """
     H, I = spec.hidden, spec.intermediate
     stream = Stream("expert weights", seed, layer, expert, device=device)
@@ -321,7 +324,7 @@ def random_expert(
     weights = quantize_weights(w13, stream.normal(1, H, I) / I**0.5, spec)
     if spec.quant != "fp8_tensor_static":
         return weights
-    rows = Stream("calibration rows", seed, layer, expert, device=device).normal(64, H)
+    rows = Stream("calibration rows", seed, layer, expert, device=device).normal(max(64, CALIBRATED // I), H)
     with settled(rows.device):
         amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
     a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)

@@ -11,6 +11,7 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.gathered import summed, told
 from moe_dist.bench.inputs import Inputs
 from moe_dist.bench.whole_experts import whole_error
+from moe_dist.bench.whole_router import router_error
 from moe_dist.comm import Comm
 from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
@@ -27,7 +28,8 @@ TINY = 1 / 16  # of the mean: what a smaller token is off by is measured against
 @dataclass(frozen=True)
 class Errors:
     """The group's, the same on every rank; None: not checked. Relative L2 against the oracle and against the exact
-    layer, what the exact layer differs from whole experts by, and the worst token's against the oracle."""
+    layer, what the exact layer differs from whole experts by or the router from the checkpoint's, and the worst token's
+    against the oracle."""
 
     err_oracle: float | None = None
     err_exact: float | None = None
@@ -68,10 +70,11 @@ def errors_of(
 
     exact_TH, oracle_TH = expected(None), expected(layer.backend.numerics)
     weights = plan.placement, shard, shared
+    err_whole = whole_error(context, case, *weights, inputs.x_TH, inputs.routing, groups_TK, exact_TH)
     return Errors(
         err_oracle=group_error(layer.comm, y_TH, oracle_TH[start:stop]),
         err_exact=group_error(layer.comm, y_TH, exact_TH[start:stop]),
-        err_whole=whole_error(context, case, *weights, inputs.x_TH, inputs.routing, groups_TK, exact_TH),
+        err_whole=max(err_whole, router_error(layer.comm, case, inputs.x_TH, inputs.routing)),
         err_token=worst_token(layer.comm, y_TH, oracle_TH[start:stop]),
     )
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_dist.bench.case import Case
+from moe_dist.bench.gathered import told
 from moe_dist.comm import Comm
+from moe_dist.errors import RankFailure
 from moe_dist.plan import Plan
 from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import split_bounds
 from moe_dist.streams import Stream
+from moe_dist.weights import position_sum
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,18 @@ class Inputs:
 
 
 def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
-    """Dense Gaussian tokens drawn from the seed, the same on every rank; routing by the case's skew."""
+    """Dense Gaussian tokens drawn from the seed, the same on every rank; routing by the case's skew. Collective. Raises
+    RankFailure where a rank has others: the oracle would take one thing, and the layer another."""
     work, spec = case.workload, plan.spec
     x_TH = Stream("tokens", work.seed, device=comm.device).normal(work.tokens, spec.hidden).to(spec.torch_dtype)
     if work.skew == "router" and router is not None:
         routing = router(x_TH)
     else:
         routing = synthetic_routing(spec, work.tokens, work.skew, work.seed, trace=work.trace).to(comm.device)
+    for name, tensor in (("tokens", x_TH), ("ids", routing.ids_TK)):
+        found = told(comm, position_sum(tensor) >> 16).flatten().tolist()  # float64 holds 53 bits
+        if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
+            raise RankFailure(rank, "inputs", comm.sequence, f"it has other {name} than rank 0")
     sharded = work.token_layout == "sharded"
     bounds = split_bounds(work.tokens, comm.world) if sharded else [(0, work.tokens)] * comm.world
     return Inputs(x_TH, routing, bounds, comm.rank, sharded)

@@ -176,7 +176,7 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
     return Sample(
         rows=token_rows,
         expected_RH=expected_RH,
-        tolerance=numerics.tolerance * margin(int((slots_RK >= 0).sum())),
+        tolerance=numerics.tolerance * margin(spec, int((slots_RK >= 0).sum())),
         floor_us=_floor(part, [slots for _, slots in drawn]),
     )
 

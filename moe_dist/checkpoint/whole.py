@@ -1,5 +1,5 @@
-"""Whole experts for the check, tensor by tensor under their names. It shares neither slicing nor dequantization with
-`load.py` and `layout.py`, so that what they get wrong shows."""
+"""Whole experts and the router for the check, tensor by tensor under their names. It shares neither slicing nor
+dequantization with `load.py` and `layout.py`, so that what they get wrong shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_dist.checkpoint.reader import Checkpoint
 
 
 class WholeExperts:
-    """The experts of one layer that `check_layer` has accepted."""
+    """The experts and the router of one layer that `check_layer` has accepted."""
 
     def __init__(self, directory: Path | str, layer: int) -> None:
         self._checkpoint = Checkpoint(directory)
@@ -32,6 +32,12 @@ class WholeExperts:
     def shared(self) -> tuple[Tensor, Tensor, Tensor]:
         """The shared expert, likewise."""
         return self._named(f"{self._mlp}.shared_experts")
+
+    def router(self) -> tuple[Tensor, Tensor | None]:
+        """The router's weight [E, H] and, where there is one, its correction bias [E], in float32, on the CPU."""
+        bias = f"{self._mlp}.gate.e_score_correction_bias"
+        gate = self._tensor(f"{self._mlp}.gate.weight", None)
+        return gate, self._tensor(bias, None) if bias in self._checkpoint.files else None
 
     def _named(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (self._matrix(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))

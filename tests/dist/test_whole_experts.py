@@ -4,6 +4,7 @@ though the oracle takes its weights from the same shards."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moe_dist.bench.results import WHOLE_TOLERANCE, make_row
 from moe_dist.bench.whole_experts import compared_tokens
 from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
+from moe_dist.errors import RankFailure
 from moe_dist.plan import Machine
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
@@ -291,3 +293,44 @@ def test_experts_that_changed_since_are_compared_again(pool: Pool) -> None:
         row = make_row(two, two.plan(MACHINE), merge(pool.run(2, changed_between, one, two)), "torchrun")
         assert row["err_oracle"] < 1e-2
         assert row["ok"] is False
+
+
+def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
+    import moe_dist.bench.loading as loading
+
+    right = loading.load_router
+
+    def wrong(source: Any, layer: int, device: Any) -> Any:
+        found = right(source, layer, device)
+        if how == "another layer's":
+            return right(source, layer + 1, device)
+        if how == "one row" or (how == "of one rank" and comm.rank == 1):
+            found.gate_EH[3] = found.gate_EH[4]
+        if how == "bias" and found.bias_E is not None:
+            return replace(found, bias_E=found.bias_E.flip(0))
+        return found
+
+    loading.load_router = wrong
+    try:
+        return measure(RankContext(comm, "torchrun"), chosen)
+    finally:
+        loading.load_router = right
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("how", ["right", "another layer's", "one row", "bias"])
+def test_a_checkpoint_s_router_is_compared(pool: Pool, tmp_path: Path, model_type: str, how: str) -> None:
+    directory = checkpoint(tmp_path / "model", model_type=model_type, layers=3)
+    workload = WorkloadSpec(tokens=64, seed=3, skew="router")
+    chosen = of(directory, ep=2).with_changes(workload=workload)
+    row = make_row(chosen, chosen.plan(MACHINE), merge(pool.run(2, routed_wrong, chosen, how)), "torchrun")
+    right = how == "right" or (how == "bias" and model_type == "qwen3_moe")  # which has none
+    assert row["ok"] is right
+    assert (row["err_whole"] < 1e-5) is right
+
+
+def test_ranks_that_route_each_in_its_own_way_are_named(pool: Pool, tmp_path: Path) -> None:
+    workload = WorkloadSpec(tokens=64, seed=3, skew="router")
+    chosen = of(checkpoint(tmp_path / "model", layers=3), ep=2).with_changes(workload=workload)
+    with pytest.raises(RankFailure, match=r"rank 1 failed in inputs .*: it has other ids than rank 0"):
+        pool.run(2, routed_wrong, chosen, "of one rank")

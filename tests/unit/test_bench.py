@@ -16,14 +16,27 @@ from moe_dist.bench import results
 from moe_dist.bench.case import Case, Experiment, parse_placement
 from moe_dist.bench.measure import RankResult, merge
 from moe_dist.bench.output import open_output
-from moe_dist.bench.results import EXACT_TOLERANCE, Outcome, commit, make_row, provenance, quantile, results_document
+from moe_dist.bench.results import (
+    EXACT_TOLERANCE,
+    Outcome,
+    commit,
+    make_row,
+    margin,
+    provenance,
+    quantile,
+    results_document,
+)
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
 from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.placement import Placement
 from moe_dist.plan import Machine
-from moe_dist.reference import Numerics
+from moe_dist.reference import Numerics, oracle_layer, relative_error
+from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.stages import Stages, totals_us
+from moe_dist.streams import Stream
+from moe_dist.weights import random_weights
 
 CPU = Machine("cpu", 1, "a test's CPU")
 H200 = Machine("cuda", 4, "NVIDIA H200", (9, 0), 141 << 30)
@@ -280,17 +293,36 @@ class TestMakeRow:
         for error, ok in ((allowed, True), (1.01 * allowed, False)):
             assert row_of(chosen, *[rank_result(err_exact=error)] * 2)["ok"] is ok
 
-    @pytest.mark.parametrize(("pairs", "factor"), [(15, 1.5), (16, 1.0)])
-    def test_few_pairs_scatter_about_their_mean(self, pairs, factor):
-        """Of one rank: with EP a row's pairs are all ranks' together."""
-        for oracle, exact, ok in ((1e-2, 5e-2, True), (1.01e-2, 0.0, False), (0.0, 5.05e-2, False)):
-            ranks = (
-                rank_result(rows=pairs - 7, err_oracle=factor * oracle, err_exact=factor * exact),
-                rank_result(rows=7),
+    @pytest.mark.parametrize(
+        ("pairs", "hidden", "factor"),
+        [(2, 16, 6.9), (1, 16, 6.9), (3, 16, 4.31), (8, 256, 1.21), (16, 256, 1.11), (60, 256, 1.0), (4, 4096, 1.27)],
+    )
+    def test_few_numbers_scatter_about_their_mean(self, pairs, hidden, factor):
+        """N is tokens (of two pairs each) times the narrower of hidden and intermediate (384)."""
+        found = margin(SPEC.with_changes(hidden=hidden, intermediate=384), pairs)
+        assert found == pytest.approx(factor, rel=0.01)
+
+    @pytest.mark.parametrize("quant", ["fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic"])
+    def test_no_right_layer_is_refused_for_its_size(self, quant):
+        """Sizes at which the cost of quantizing scatters most; see `margin`."""
+        for seed in range(60):
+            size, tokens, top_k = (16, 32, 128, 256)[seed % 4], (1, 2, 5)[seed % 3], 1 + seed % 8
+            spec = MoESpec(hidden=size, intermediate=size, num_experts=8, top_k=top_k, quant=quant)
+            whole, x = random_weights(spec, seed), Stream("tokens", seed).normal(tokens, size).bfloat16()
+            routing, placement = synthetic_routing(spec, tokens, "uniform", seed), Placement.build(spec, ParallelSpec())
+            owners = routing.ids_TK.long() * 0
+            expected, exact = (
+                oracle_layer(x, routing, [whole], spec, placement, [(0, tokens)], owners, numerics)
+                for numerics in (Numerics(), None)
             )
-            made = row_of(case(), *ranks)
-            assert made["pairs"] == pairs
-            assert made["ok"] is ok
+            assert relative_error(expected, exact) < margin(spec, tokens * top_k) * EXACT_TOLERANCE[quant]
+
+    def test_a_row_s_pairs_are_all_ranks_together(self):
+        factor = margin(SPEC, 12)
+        for oracle, exact, ok in ((1e-2, 5e-2, True), (1.01e-2, 0.0, False), (0.0, 5.05e-2, False)):
+            few = rank_result(rows=5, err_oracle=factor * oracle, err_exact=factor * exact)
+            made = row_of(case(), few, rank_result(rows=7))
+            assert (made["pairs"], made["ok"]) == (12, ok)
 
     def test_a_backend_that_declares_where_it_rounds_is_judged_by_that(self, monkeypatch):
         ranks = [rank_result(err_oracle=2e-2)] * 2
@@ -300,7 +332,7 @@ class TestMakeRow:
         assert row_of(case(), *ranks)["ok"] is True
 
     def test_slices_of_one_pair_are_one_pair(self):
-        made = row_of(case(parallel={"tp": 2}), *[rank_result(rows=10, err_oracle=1.4e-2)] * 2)
+        made = row_of(case(parallel={"tp": 2}), *[rank_result(rows=10, err_oracle=0.999e-2 * margin(SPEC, 10))] * 2)
         assert (made["pairs"], made["ok"]) == (10, True)
 
     def test_weights_that_are_not_the_sources_fail_a_row_and_it_says_so(self):

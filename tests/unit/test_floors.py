@@ -32,7 +32,7 @@ FLOORS = (
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
     ("comm", "kernels"),
     ("exchange", "backends"),
-    ("plan", "inputs", "router", "layer", "graph"),
+    ("plan", "inputs", "router", "agreement", "layer", "graph"),
     ("runtime",),
     ("bench",),
     (

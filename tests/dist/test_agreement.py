@@ -1,0 +1,114 @@
+"""Ranks that don't agree on what they run hear of it before they compute each other's wrong numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dist.pool import Pool
+
+from moe_dist.comm import Comm
+from moe_dist.errors import ConfigError
+from moe_dist.layer import MoELayer
+from moe_dist.plan import Machine, make_plan
+from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.streams import Stream
+from moe_dist.weights import random_expert, random_weights, shard
+
+SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
+EP = {"grid": {"ep": 2}, "exchange": "ag_rs"}
+ALIKE = EP | {"token_layout": "replicated"}
+
+
+def layer_of(comm: Comm, grid: Any, spec: MoESpec = SPEC, **options: Any) -> MoELayer:
+    plan = make_plan(spec, ParallelSpec(**grid), backend="torch", machine=Machine.detect("cpu"), **options)
+    shared = None
+    if spec.shared_experts != "none":
+        shared = random_expert(spec.shared_spec(), spec.num_experts, 0)
+    return MoELayer(plan, shard(random_weights(spec, 0), plan.placement, comm.rank), comm, shared=shared)
+
+
+def inputs(seed: int, tokens: int = 6) -> tuple[torch.Tensor, Routing]:
+    return Stream("tokens", seed).normal(tokens, 256).bfloat16(), synthetic_routing(SPEC, tokens, "uniform", seed)
+
+
+def refused(comm: Comm, options: list[dict[str, Any]]) -> tuple[str, str] | None:
+    layer = layer_of(comm, **options[comm.rank])
+    try:
+        layer(*inputs(0))
+    except ConfigError as error:
+        return error.field, error.rule
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({}, None),
+        ({"spec": SPEC.with_changes(name="another name")}, None),
+        ({"grid": {"tp": 2}}, "plan.placement"),
+        ({"grid": {"ep": 2, "replicas": {0: [1]}}}, "plan.placement"),
+        ({"exchange": "all_to_all"}, "plan.exchange"),
+        ({"payload": "unquantized"}, "plan.payload"),
+        ({"combine_dtype": "fp32"}, "plan.combine_dtype"),
+        ({"token_layout": "replicated"}, "plan.token_layout"),
+        ({"spec": SPEC.with_changes(activation="geglu")}, "plan.spec"),
+    ],
+)
+def test_plans_that_differ(pool: Pool, change: dict[str, Any], field: str | None) -> None:
+    for said in pool.run(2, refused, [EP, EP | change]):
+        if field is None:
+            assert said is None
+        else:
+            assert said == (field, "must be the same on all ranks, alike are: rank 0; rank 1")
+
+
+def test_who_is_alike_is_told(pool: Pool) -> None:
+    three = [{"grid": {"ep": 3}, "exchange": "ag_rs"}] * 3
+    three[1] = three[1] | {"combine_dtype": "fp32"}
+    assert {rule for _, rule in pool.run(3, refused, three)} == {
+        "must be the same on all ranks, alike are: ranks 0, 2; rank 1"
+    }
+
+
+def replicated(comm: Comm, exchange: str, what: str, shared: bool) -> str | None:
+    spec = SPEC.with_changes(shared_experts="replicated", shared_intermediate=128) if shared else SPEC
+    layer = layer_of(comm, **ALIKE | {"spec": spec, "exchange": exchange})
+    x, routing = inputs(0)
+    ids, weights = routing.ids_TK.clone(), routing.weights_TK.clone()
+    ids[4], ids[5, 1] = -1, -1
+    weights[4] = weights[5, 1] = 0.5 + comm.rank  # beside no expert
+    if not shared:
+        x[4] = comm.rank  # no expert takes it
+    if comm.rank == 1:
+        if what == "x":
+            x[1, 3] += 1
+        elif what == "row":
+            x[4, 0] += 1
+        elif what == "ids":
+            ids[2, 0] = (ids[2, 0] + 1) % 8
+        elif what == "weights":
+            weights[2, 0] *= 2
+        elif what == "order":
+            x, ids, weights = x.flip(0), ids.flip(0), weights.flip(0)
+    try:
+        layer(x, Routing(ids, weights))
+    except ConfigError as error:
+        return error.field
+    return None
+
+
+@pytest.mark.parametrize("exchange", ["all_reduce", "ag_rs"])
+@pytest.mark.parametrize(
+    ("what", "field"),
+    [("", None), ("x", "x"), ("ids", "routing"), ("weights", "routing"), ("order", "routing"), ("row", None)],
+)
+def test_replicated_tokens_that_differ(pool: Pool, exchange: str, what: str, field: str | None) -> None:
+    assert pool.run(2, replicated, exchange, what, False) == [field] * 2
+
+
+def test_a_shared_expert_takes_every_row(pool: Pool) -> None:
+    assert pool.run(2, replicated, "all_reduce", "", True) == [None] * 2
+    assert pool.run(2, replicated, "all_reduce", "row", True) == ["x"] * 2
