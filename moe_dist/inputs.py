@@ -11,6 +11,8 @@ import os
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from moe_dist.errors import ConfigError
 from moe_dist.routing import Routing
@@ -18,10 +20,15 @@ from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
 
 DEBUG = "MOE_DIST_DEBUG"
+ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
 def debug_asked_for() -> bool:
-    return os.environ.get(DEBUG, "") not in ("", "0")
+    """Raises ConfigError for a value that says neither yes nor no."""
+    value = os.environ.get(DEBUG, "")
+    if value.lower() in ON or value.lower() in OFF:
+        return value.lower() in ON
+    raise ConfigError(DEBUG, value, "switches the debug mode on or off", (*ON, *OFF[1:]))
 
 
 def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
@@ -34,10 +41,27 @@ def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
 
 
 def check_gradient(name: str, tensor: Tensor) -> None:
-    """Raise ConfigError where a gradient is expected to come back."""
-    if torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad:
-        rule = "the layer is forward only, no gradient would come back through it"
+    """Raise ConfigError where a gradient, or a tangent of forward mode, is expected to come back."""
+    if not isinstance(tensor, Tensor):
+        return
+    rule = "the layer is forward only, no gradient would come back through it"
+    if torch.is_grad_enabled() and tensor.requires_grad:
         raise ConfigError(f"{name}.requires_grad", True, rule, "tensor.detach(), or a call under torch.no_grad()")
+    if is_functorch_wrapped_tensor(tensor):
+        raise ConfigError(name, "inside a transform of torch.func", rule, "a call outside of grad, jvp, vmap, …")
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ConfigError(name, "a dual tensor", rule, "tensor.detach()")
+
+
+def check_bucket(bucket: int | None, tokens: int) -> None:
+    """Raise ConfigError for a max_tokens_per_rank that is no integer, or less than this rank's tokens."""
+    if bucket is None:
+        return
+    if type(bucket) is not int:
+        raise ConfigError("max_tokens_per_rank", bucket, "must be an integer", f"an integer, {tokens} or more")
+    if bucket < tokens:
+        rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
+        raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {tokens} or more")
 
 
 def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.device) -> None:
@@ -56,9 +80,9 @@ def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.de
         _check_kind(name, tensor, dtype, device)
 
 
-def check_values(routing: Routing, spec: MoESpec) -> None:
+def check_values(routing: Routing, spec: MoESpec, x_TH: Tensor | None = None) -> None:
     """Raise ConfigError for an id that is neither -1 nor an expert's, and for a weight that is NaN or infinite where
-    its id is an expert's. The host waits for a GPU."""
+    its id is an expert's, or for the token of `x_TH` that a router made it of. The host waits for a GPU."""
     ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
     wrong = (ids_TK < -1) | (ids_TK >= spec.num_experts)
     bad = routing.legal(spec.num_experts) & ~weights_TK.isfinite()
@@ -69,6 +93,10 @@ def check_values(routing: Routing, spec: MoESpec) -> None:
     ):
         if count:
             token, place = places.nonzero()[0].tolist()
+            if x_TH is not None and not bool(x_TH[token].isfinite().all()):
+                raise ConfigError(
+                    "x", "NaN or infinite", f"of token {token}, which no router can route", "finite values"
+                )
             rule = f"of token {token}, place {place}, the first of {count} such"
             raise ConfigError(name, values[token, place].item(), rule, legal)
 

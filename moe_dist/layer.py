@@ -19,6 +19,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.layout import AnyExchange, with_layout
 from moe_dist.inputs import (
+    check_bucket,
     check_gradient,
     check_routing,
     check_shard,
@@ -43,7 +44,8 @@ class MoELayer(nn.Module):
     `shard` is what `plan.placement` gives this rank (weights.shard, checkpoint.load_shard). `shared` is the shared
     expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective, it is not
     differentiated, and torch.compile leaves it as it is. With `debug` (default: whether MOE_DIST_DEBUG is set) the
-    values of the routing are checked on a GPU too, where the host waits for that.
+    values of the routing are checked on a GPU too, where the host waits for that. Values of the weights are the
+    caller's to check, with ExpertWeights.check_finite: that is a pass over all of them.
 
     The layer stays on its communicator's device and in its plan's dtypes: `to`, `half` and the like change nothing, and
     raise ConfigError for another device.
@@ -139,16 +141,15 @@ class MoELayer(nn.Module):
         """What came in, checked, contiguous, and with the own router's routing where none was given."""
         spec, device = self.plan.spec, self.comm.device
         check_tokens(x_TH, spec, device)
+        own = routing is None
         if routing is None:
             if self.router is None:
                 raise ConfigError("routing", None, "this layer has no router of its own")
             routing = self.router(x_TH)
         check_routing(routing, len(x_TH), spec, device)
-        if bucket is not None and (type(bucket) is not int or bucket < len(x_TH)):
-            rule = f"this rank has {len(x_TH)} tokens and all ranks step at one agreed size"
-            raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {len(x_TH)} or more")
+        check_bucket(bucket, len(x_TH))
         if device.type == "cpu" or (self.debug and not self._capturing()):
-            check_values(routing, spec)
+            check_values(routing, spec, x_TH if own else None)
         return _plain_rows(x_TH.detach()), routing
 
     def _capturing(self) -> bool:
@@ -171,6 +172,10 @@ class MoELayer(nn.Module):
             copied.__dict__[name] = None if name in made_anew else deepcopy(value, memo)
         copied._assemble()
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what torch.compile made of it, which can't be pickled and is made anew."""
+        return {**self.__dict__, "_uncompiled": None}
 
     def get_extra_state(self) -> dict[str, Any]:
         """A state dict holds no expert: they come from a checkpoint, slice by slice. It says which they were."""

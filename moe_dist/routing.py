@@ -18,8 +18,6 @@ from moe_dist.files import require_regular
 from moe_dist.spec import MOST_TOKENS, MoESpec
 from moe_dist.streams import Stream
 
-MASKED = -1e4  # stands for -inf where two scores are added; scores are at most 1, and biases a few
-
 SKEWS = (
     "balanced, uniform, zipf:S (S from 0 to 100), hot:N (N experts), limited:GxN (N of G groups), single, router,"
     " file:PATH"
@@ -68,14 +66,18 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
 
     An expert whose logit or bias is -inf is no choice. Places that no other expert can fill get id -1 and weight 0.
     A score that is NaN is chosen and makes its weight NaN, so that the output shows it. Raises ConfigError for logits
-    or a bias of the wrong shape and, on a CPU, for a bias that is NaN or +inf; `Router` looks at it on every device.
+    or a bias that are no dense tensors of floats, of the wrong shape, or on two devices and, on a CPU, for a bias that
+    is NaN or +inf; `Router` looks at it on every device.
     """
+    check_floats("logits", logits_TE)
     if logits_TE.ndim != 2 or logits_TE.shape[1] != spec.num_experts:
         raise ConfigError("logits", tuple(logits_TE.shape), "one column per expert", f"[tokens, {spec.num_experts}]")
     if spec.correction_bias != (bias_E is not None):
         raise ConfigError("bias", "given" if bias_E is not None else None, f"correction_bias is {spec.correction_bias}")
     if bias_E is not None:
-        check_bias(bias_E, spec, values=bias_E.device.type == "cpu")
+        check_bias(bias_E, spec, values=logits_TE.device.type == "cpu")
+        if bias_E.device != logits_TE.device:
+            raise ConfigError("router.bias.device", bias_E.device, "not the device of the logits", logits_TE.device)
     logits = logits_TE.float()
     scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
     choice = scores if bias_E is None else scores + bias_E.float()
@@ -91,26 +93,52 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
 
 
 def check_bias(bias_E: Tensor, spec: MoESpec, values: bool, masks: bool = True) -> None:
-    """Raise ConfigError for a correction bias of the wrong shape and, if `values`, for one that is NaN, +inf or,
-    unless it `masks`, -inf. Looking at values makes the host wait for a GPU."""
+    """Raise ConfigError for a correction bias that is no dense tensor of floats [E] and, if `values`, for one that is
+    NaN, +inf or, unless it `masks`, -inf in float32. Looking at values makes the host wait for a GPU."""
+    check_floats("router.bias", bias_E)
     if tuple(bias_E.shape) != (spec.num_experts,):
         raise ConfigError("router.bias", tuple(bias_E.shape), "one value per expert", f"[{spec.num_experts}]")
     if not values:
         return
-    bad = ~bias_E.isfinite() & ~((bias_E == float("-inf")) & masks)
+    bad = ~bias_E.float().isfinite() & ~((bias_E == float("-inf")) & masks)
     if bool(bad.any()):
         expert = int(bad.nonzero()[0, 0])
         rule = f"is the bias of expert {expert}, which every token or none would go to"
         raise ConfigError("router.bias", float(bias_E[expert]), rule, "finite values")
 
 
+def check_floats(field: str, tensor: Tensor, device: torch.device | None = None) -> None:
+    """Raise ConfigError unless it is a dense tensor of floats of two bytes or more, on a device where values lie, which
+    is `device` if given."""
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(field, type(tensor).__name__, "is no tensor", "a torch.Tensor")
+    if tensor.dtype not in WEIGHT_DTYPES:
+        legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+        raise ConfigError(f"{field}.dtype", tensor.dtype, "wrong dtype", legal)
+    if tensor.layout != torch.strided:
+        raise ConfigError(f"{field}.layout", tensor.layout, "must be a dense tensor", torch.strided)
+    if tensor.is_meta or (device is not None and tensor.device != device):
+        rule = "holds no values" if tensor.is_meta else "not the router's device"
+        raise ConfigError(f"{field}.device", tensor.device, rule, device or ("cpu", "cuda"))
+
+
 def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
     grouped = choice_TE.view(len(choice_TE), num_groups, -1)
+    best_two = grouped.topk(2, dim=-1).values
     # Of two groups with a single legal expert the better one is meant, not either: -inf would make them equal.
-    group_scores = grouped.topk(2, dim=-1).values.clamp_min(MASKED).sum(-1)
+    group_scores = best_two.where(best_two != float("-inf"), _below_all(choice_TE)[:, None, None]).sum(-1)
     kept = group_scores.topk(top_groups, dim=-1).indices
     mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)
     return grouped.masked_fill(~mask[..., None], float("-inf")).flatten(-2)
+
+
+def _below_all(choice_TE: Tensor) -> Tensor:
+    """For each token a number [T] that stands for -inf: with it and any score a sum is less than that of any two."""
+    finite = choice_TE.isfinite()
+    lowest = choice_TE.where(finite, float("inf")).amin(-1)
+    highest = choice_TE.where(finite, float("-inf")).amax(-1)
+    below = lowest - 2 * (highest - lowest) - 1e-3 * lowest.abs() - 1
+    return below.where(finite.any(-1), 0.0).clamp_min(torch.finfo(below.dtype).min)
 
 
 def check_skew(skew: str) -> None:

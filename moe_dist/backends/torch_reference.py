@@ -26,6 +26,7 @@ class TorchBackend(Backend):
         self._weights: ExpertWeights | None = None
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep = False
+        self._versions: list[int] = []
 
     @classmethod
     def payloads(cls, spec: MoESpec) -> frozenset[str]:
@@ -38,11 +39,15 @@ class TorchBackend(Backend):
     def prepare(self, weights: ExpertWeights) -> None:
         self._weights = weights
         self._cache.clear()
+        self._versions = _versions(weights)
         self._keep = 4 * (weights.w13_eFH.numel() + weights.w2_eHi.numel()) <= CACHE_BYTES
 
     def forward(self, rows: TokenRows) -> Tensor:
         if self._weights is None:
             raise RuntimeError("prepare() comes before forward()")
+        if (versions := _versions(self._weights)) != self._versions:
+            self._cache.clear()
+            self._versions = versions
         x_RH = self._inputs(rows, self._weights)
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
         groups = self._by_expert(rows) if self._weights.width else []
@@ -101,3 +106,9 @@ class TorchBackend(Backend):
         if self._keep:
             self._cache[slot] = dense
         return dense
+
+
+def _versions(weights: ExpertWeights) -> list[int]:
+    """How often each tensor was changed in place. Those that were made in inference mode don't count that, and must not
+    be changed."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in weights.tensors().values()]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
@@ -303,3 +306,71 @@ def test_rows_without_an_expert_do_not_decide_how_others_are_rounded():
     for value in (1e4, float("inf"), float("nan")):
         x[[2, 5]] = value
         assert torch.equal(layer_of(spec)(x, routing), calm)
+
+
+def test_forward_mode_is_refused_by_name():
+    x, routing = inputs()
+    router = Router(plan_of(), Stream("gate of a test").normal(8, 128))
+    layer = layer_of(router=router)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ConfigError, match=r"x = 'a dual tensor'"):
+            layer(dual)
+        with torch.no_grad(), pytest.raises(ConfigError, match=r"x = 'a dual tensor'"):
+            layer(dual, routing)
+        weights = forward_ad.make_dual(routing.weights_TK, torch.ones_like(routing.weights_TK))
+        with pytest.raises(ConfigError, match=r"routing\.weights = 'a dual tensor'"):
+            layer(x, Routing(routing.ids_TK, weights))
+        assert torch.equal(layer(dual.detach()), layer(x))
+    with pytest.raises(ConfigError, match=r"x = 'inside a transform of torch\.func'"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    with pytest.raises(ConfigError, match=r"x = 'inside a transform of torch\.func'"):
+        torch.func.vmap(layer)(x[None])
+
+
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "ON"])
+def test_the_debug_mode_is_switched_on(value, monkeypatch):
+    monkeypatch.setenv("MOE_DIST_DEBUG", value)
+    assert layer_of().debug is True
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "No", "OFF"])
+def test_the_debug_mode_is_switched_off(value, monkeypatch):
+    monkeypatch.setenv("MOE_DIST_DEBUG", value)
+    assert layer_of().debug is False
+
+
+def test_a_debug_mode_that_is_neither_is_refused(monkeypatch):
+    monkeypatch.setenv("MOE_DIST_DEBUG", "2")
+    with pytest.raises(ConfigError, match=r"MOE_DIST_DEBUG = '2'.*1, true, yes, on, 0, false, no, off"):
+        layer_of()
+    assert layer_of(debug=False).debug is False
+
+
+@pytest.mark.parametrize("bucket", [True, 5.0, "9"])
+def test_a_bucket_is_an_integer(bucket):
+    with pytest.raises(ConfigError, match=r"max_tokens_per_rank = .*: must be an integer"):
+        layer_of()(*inputs(), max_tokens_per_rank=bucket)
+
+
+def test_weights_that_were_changed_in_place_are_those_that_run():
+    whole = random_weights(SPEC, 0)
+    layer = MoELayer(plan_of(), whole, Comm.single())
+    x, routing = inputs()
+    before = layer(x, routing)
+    whole.s2.mul_(2)
+    assert torch.allclose(layer(x, routing).float(), 2 * before.float())
+    whole.w2_eHi.view(torch.uint8).zero_()
+    assert not layer(x, routing).any()
+
+
+def test_a_layer_that_ran_beside_a_compiler_can_be_pickled():
+    import torch._dynamo
+
+    layer = layer_of()
+    x, routing = inputs()
+    y = layer(x, routing)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x, routing), y)

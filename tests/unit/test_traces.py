@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +17,14 @@ from profiles import examples
 
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.inputs import make_inputs
+from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine
 from moe_dist.routing import LARGEST_TRACE, skew_label, synthetic_routing
 from moe_dist.spec import MoESpec, WorkloadSpec
 
 E, K = 8, 2
-ALONE = SimpleNamespace(device=torch.device("cpu"), world=1, rank=0)
+ALONE = Comm.single()
 SPEC = MoESpec(hidden=64, intermediate=64, num_experts=E, top_k=K)
 
 
