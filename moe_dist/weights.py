@@ -184,8 +184,8 @@ def position_sum(tensor: Tensor, turned: bool = False) -> int:
         words = codes.contiguous().view(torch.int64).flatten()
         start = first * (len(words) // count)
         places = torch.arange(start, start + len(words), dtype=torch.int64, device=words.device)
-        mixed = (words ^ (places * MIXERS[0])) * MIXERS[1]
-        total += int((mixed ^ (mixed >> 32)).sum())
+        mixed = places.mul_(MIXERS[0]).bitwise_xor_(words).mul_(MIXERS[1])
+        total += int((mixed >> 32).bitwise_xor_(mixed).sum())
     return total % (1 << 64)
 
 

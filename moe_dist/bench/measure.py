@@ -80,10 +80,10 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
     step = _step(context, case, turn, inputs)
     kept.keep(key, step)
     y_TH = step.call()
-    kept.first[key] = sketch(y_TH)
     max_memory = None
     if before is not None:
         max_memory = torch.cuda.max_memory_allocated() - before + shard.nbytes() + (shared.nbytes() if shared else 0)
+    kept.first[key] = sketch(y_TH)
     groups_TK = _serving_groups(step.layer, plan, inputs)
     errors = Errors()
     if case.check:
