@@ -54,6 +54,11 @@ class TestSketch:
         error = sketch_error(Comm.single(), sketch(y + 0.01 * change), sketch(y))
         assert 0.01 < error < 0.03
 
+    def test_a_row_may_be_huge(self):
+        y = 1e30 * torch.randn(50, 64)
+        assert sketch_error(Comm.single(), sketch(y), sketch(y)) == 0.0
+        assert 0.005 < sketch_error(Comm.single(), sketch(1.01 * y), sketch(y)) < 0.02
+
     def test_a_row_of_zeros_stays_one(self):
         y = torch.randn(4, 64)
         y[2] = 0
