@@ -13,9 +13,11 @@ from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.base import payload_row_bytes
+from moe_dist.exchange.layout import change_of
 from moe_dist.placement import Placement
-from moe_dist.rows import Support
+from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, ParallelSpec, TokenLayout
+from moe_dist.step import Support
 from moe_dist.tables import Shape, table_source
 from moe_dist.weights import ExpertWeights
 
@@ -93,7 +95,7 @@ class Plan:
 
     @property
     def converts_layout(self) -> bool:
-        return self.placement.world > 1 and EXCHANGES.get(self.exchange).token_layout != self.token_layout
+        return change_of(self.token_layout, EXCHANGES.get(self.exchange), self.placement.world) is not None
 
     @property
     def capturable(self) -> Support:
@@ -124,6 +126,17 @@ class Plan:
             forms += ExpertWeights.forms(self.spec.shared_spec(), 1, width).values()
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
 
+    def problem(self, rank: int) -> Problem:
+        """What the backend of `rank` computes for the routed experts."""
+        return self._problem(self.spec, self.placement.width_of(rank), len(self.placement.experts_of(rank)))
+
+    def shared_problem(self, rank: int) -> Problem:
+        """What it computes for the shared expert."""
+        return self._problem(self.spec.shared_spec(), shared_placement(self.spec, self.parallel).width_of(rank), 1)
+
+    def _problem(self, spec: MoESpec, width: int, experts: int) -> Problem:
+        return Problem(spec, width, experts, self.machine.device, self.machine.capability, self.payload)
+
     def most_rows(self, max_tokens_per_rank: int) -> int:
         """Worst case of (token, expert) pairs on one rank: world × T × min(K, e), tile padding not counted."""
         tokens = max_tokens_per_rank * (self.placement.world if self.token_layout == "sharded" else 1)
@@ -141,14 +154,14 @@ class Plan:
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of
         layout around it included."""
-        exchange, world, itemsize = EXCHANGES.get(self.exchange), self.placement.world, self.out_dtype.itemsize
-        share, change = -(-tokens // world), 0
-        if self.converts_layout and self.token_layout == "sharded":  # rows are gathered before, padded to equal shares
-            tokens, change = share * world, payload_row_bytes(self.spec, self.payload)
-        elif self.converts_layout:  # results are gathered after, padded likewise
-            change = self.spec.hidden * itemsize
-        sent = exchange.wire_bytes(self.spec, self.placement, tokens, self.payload, itemsize)
-        return sent + share * change * (world - 1)
+        exchange, world = EXCHANGES.get(self.exchange), self.placement.world
+        given = self.payload, self.out_dtype.itemsize
+        change = change_of(self.token_layout, exchange, world)
+        if change is None:
+            return exchange.wire_bytes(self.spec, self.placement, tokens, *given)
+        padded = cdiv(tokens, world) * world if self.token_layout == "sharded" else tokens
+        inner = exchange.wire_bytes(self.spec, self.placement, padded, *given)
+        return inner + change.wire_bytes(self.spec, self.placement, tokens, *given)
 
     def parts(self) -> list[Part]:
         """One for each shape that ranks have; an empty shard is none."""
@@ -159,10 +172,9 @@ class Plan:
         found: dict[Shape, Part] = {}
         for spec, placement in layers:
             for rank in range(placement.world):
-                width, experts = placement.width_of(rank), len(placement.experts_of(rank))
-                problem = Problem(spec, width, experts, self.machine.device, self.machine.capability, self.payload)
-                shape = Shape.of(self.backend, device, spec, width, experts)
-                if width and experts:
+                problem = self._problem(spec, placement.width_of(rank), len(placement.experts_of(rank)))
+                shape = Shape.of(self.backend, device, spec, problem.width, problem.num_local)
+                if problem.width and problem.num_local:
                     found.setdefault(shape, Part(placement, rank, problem, shape))
         return list(found.values())
 
@@ -256,7 +268,7 @@ def _travelling(
     spec: MoESpec,
     placement: Placement,
     token_layout: str,
-    exchange: type[Exchange],
+    exchange: type[Exchange[Any, Any]],
     backend: type[Backend],
     payload: str,
 ) -> str:
@@ -343,7 +355,7 @@ def _backend_support(
     return Support(True)
 
 
-def _check_shared(spec: MoESpec, exchange: type[Exchange], parallel: ParallelSpec) -> None:
+def _check_shared(spec: MoESpec, exchange: type[Exchange[Any, Any]], parallel: ParallelSpec) -> None:
     """A shared expert sliced over all ranks needs every token on every rank."""
     if spec.shared_experts == "tp" and not exchange.every_token:
         rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"

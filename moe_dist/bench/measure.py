@@ -24,7 +24,6 @@ from moe_dist.reference import Numerics, ScaledBy, oracle_partial
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import ParallelSpec, split_bounds
-from moe_dist.stages import Stages
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_width
 
@@ -123,7 +122,7 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
-        splits=step.layer.exchange.splits(step.bucket),
+        splits=step.layer.exchange.splits(step.bucket, captured=step.graph is not None),
         config=step.config_sources(),
     )
     return step
@@ -162,7 +161,7 @@ def _inputs(context: RankContext, case: Case, turn: Turn) -> Inputs:
 
 def _step(context: RankContext, case: Case, turn: Turn, inputs: Inputs) -> Step:
     plan, (shard, shared, _) = _planned(context, case, turn)
-    layer = MoELayer(plan, shard, context.comm, shared=shared, stages=Stages(device=context.device))
+    layer = MoELayer(plan, shard, context.comm, shared=shared)
     bucket = max(stop - start for start, stop in inputs.bounds)
     return make_step(context, case, layer, shard, *inputs.mine(), bucket)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.exchange import EXCHANGES
+from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.layer import MoELayer, Router
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Plan, make_plan
@@ -47,7 +48,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Case:
     """`bucket` is the caller's max_tokens_per_rank. `swap` gives the layer weights whose gate and up are exchanged,
-    `up_scale` is the factor between them."""
+    `up_scale` is the factor between them. `exact`: all_to_all pads nothing."""
 
     name: str
     plan: Plan
@@ -56,6 +57,7 @@ class Case:
     swap: bool = False
     up_scale: float = 0.25
     routed_by_layer: bool = False
+    exact: bool = False
 
 
 class Outcome(NamedTuple):
@@ -95,6 +97,9 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
         router = Router(plan, gate)
         routing = router(x)
     layer = MoELayer(plan, own, comm, router=router, shared=_shared_part(case, comm.rank))
+    inner = getattr(layer.exchange, "inner", layer.exchange)
+    if case.exact and isinstance(inner, AllToAll):
+        inner.padding_up_to = -1
     start, stop = (0, len(x)) if plan.token_layout == "replicated" else case.inputs.bounds[comm.rank]
     given = None if router else routing.rows(start, stop)
     wide = x.new_zeros(len(x), spec.hidden + 4)  # columns of it are not contiguous

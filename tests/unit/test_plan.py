@@ -7,8 +7,8 @@ import pytest
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.errors import UnsupportedError
 from moe_dist.plan import Machine, make_plan, shared_placement
-from moe_dist.rows import Support
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.step.rows import Support
 from moe_dist.weights import random_weights, shard
 
 CPU = Machine("cpu", 1, "a test's CPU")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
-from moe_dist.kernels.triton.step import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Step, blocks
+from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Pipeline, blocks
+from moe_dist.step import Step
 from moe_dist.weights import ExpertWeights
 
 SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
@@ -46,9 +47,9 @@ class Matrices:
         self.sms = torch.cuda.get_device_properties(w13.device).multi_processor_count
 
 
-class CutlassStep(Step):
-    def __init__(self, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
-        super().__init__(slots_RK, matrices.experts, TABLE_TILE, config.pdl)
+class CutlassPipeline(Pipeline):
+    def __init__(self, step: Step, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
+        super().__init__(step, slots_RK, matrices.experts, TABLE_TILE, config.pdl)
         self.matrices, self.config = matrices, config
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
@@ -64,10 +65,11 @@ class CutlassStep(Step):
             out=self.h.data_ptr(), out_scales=self.hs.data_ptr(),
             x_scale_row=blocks(experts.hidden) if self.kind == BLOCK_SCALES else 1,
             x_scale_k=int(self.kind == BLOCK_SCALES),
-            k=experts.hidden, width=experts.width, activation=ACTIVATIONS[activation],
+            k=experts.hidden, width=experts.width, first=0, end=experts.width,
+            activation=ACTIVATIONS[activation],
         )  # fmt: skip
 
-    def gemm2(self) -> None:
+    def gemm2(self, start: int, stop: int) -> None:
         experts = self.experts
         self._gemm(
             DOWN,
@@ -76,7 +78,7 @@ class CutlassStep(Step):
             x=self.h.data_ptr(), x_scales=self.hs.data_ptr(), w_scales=_address(experts.s2),
             x_static=_address(experts.a2), out=self.out.data_ptr(),
             x_scale_row=1, x_scale_k=0 if self.kind == ROW_SCALES else self.pairs,
-            k=experts.width, width=experts.hidden,
+            k=experts.width, width=experts.hidden, first=start, end=stop,
         )  # fmt: skip
 
     def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
