@@ -26,6 +26,7 @@ class Problem:
     device: str  # cpu or cuda
     capability: tuple[int, int] | None  # of the CUDA device, else None
     payload: str  # what token rows arrive as: none (unquantized, nothing travelled), bf16, fp32 or fp8
+    device_name: str = ""  # as tables have it
 
 
 class Backend(ABC):
@@ -73,6 +74,14 @@ class Backend(ABC):
     def build(cls) -> None:
         """Compile what must be compiled before first use, showing progress. Most backends have nothing to build."""
         return
+
+    @classmethod
+    def scratch_bytes(cls, problem: Problem, rows: int) -> int:
+        """The most that a forward of so many rows takes from the workspace or, as this estimate for backends that
+        allocate by themselves, from elsewhere: both GEMMs' outputs and GEMM2's inputs, in bf16."""
+        spec, width = problem.spec, problem.width
+        pairs = rows * min(spec.top_k, problem.num_local)
+        return 2 * pairs * (spec.w13_rows(width) + width + spec.hidden)
 
     @classmethod
     def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:

@@ -11,10 +11,11 @@ import torch
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.errors import ConfigError
+from moe_dist.quantization import Activations, quantize_rows
 from moe_dist.reference import Numerics
 from moe_dist.spec import MoESpec
-from moe_dist.step import Sink, Step, Support, TokenRows
-from moe_dist.tables import Shape, device_name, tuned_config
+from moe_dist.step import Sink, Step, Support, TokenRows, Whole, Workspace
+from moe_dist.tables import Shape, find_table, tuned_config
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
@@ -52,6 +53,40 @@ class OwnPipelines(Backend):
     def prepare(self, weights: ExpertWeights) -> None:
         self._weights = weights
         self._empty = weights.num_experts == 0 or weights.width == 0
+
+    @classmethod
+    def scratch_bytes(cls, problem: Problem, rows: int) -> int:
+        """By a forward in which nothing is launched."""
+        from moe_dist.kernels.triton.launch import idle
+
+        nowhere = torch.device("meta")
+        forms = ExpertWeights.forms(problem.spec, problem.num_local, problem.width)
+        made: dict[str, Any] = {
+            name: torch.empty(shape, dtype=dtype, device=nowhere) for name, (shape, dtype) in forms.items()
+        }
+        backend, step = cls(problem), Step(Workspace(nowhere))
+        backend.prepare(ExpertWeights(problem.spec.quant, problem.spec.gated, **made))
+        x, slots_RK, weights_RK = (
+            torch.empty(rows, columns, dtype=dtype, device=nowhere)
+            for columns, dtype in (
+                (problem.spec.hidden, problem.spec.torch_dtype),
+                (problem.spec.top_k, torch.int32),
+                (problem.spec.top_k, torch.float32),
+            )
+        )
+        backend.use_config(cls.known_config(problem, rows))
+        given: Activations = x
+        if problem.payload == "fp8":
+            given = quantize_rows(x, problem.spec.quant, made.get("a13"))
+        with idle():
+            sink = Whole(step, (rows, problem.spec.hidden), torch.float32, nowhere, lasting=True)
+            backend.forward(step, TokenRows(given, slots_RK, weights_RK), sink)
+        return step.workspace.high_water
+
+    @classmethod
+    def known_config(cls, problem: Problem, rows: int) -> dict[str, Any] | None:
+        """What it would run with."""
+        return None
 
     @abstractmethod
     def pipeline(self, step: Step, rows: TokenRows) -> Pipeline:
@@ -119,9 +154,15 @@ class OwnKernels(OwnPipelines, Generic[C]):
         config = self._forced or self._chosen.get(len(rows)) or self._choose(len(rows))
         return self.pipeline_with(step, rows, config)
 
+    @classmethod
+    def known_config(cls, problem: Problem, rows: int) -> dict[str, Any]:
+        shape = Shape.of(cls.name, problem.device_name, problem.spec, problem.width, problem.num_local)
+        table = find_table(shape, cls.table_revision)
+        return cls.default_config(problem, rows) if table is None else table.entries[table.nearest(rows)].config
+
     def _choose(self, count: int) -> C:
         problem = self.problem
-        shape = Shape.of(self.name, device_name(self._weights.device), self.spec, problem.width, problem.num_local)
+        shape = Shape.of(self.name, problem.device_name, self.spec, problem.width, problem.num_local)
         found = tuned_config(shape, self.table_revision, count)
         if found is None:
             config, source = self.config_of(self.default_config(problem, count), self.spec), "default"

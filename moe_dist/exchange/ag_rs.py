@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, gather_tokens, payload_row_bytes
+from moe_dist.exchange.base import Exchange, gather_forms, gather_tokens, payload_row_bytes
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Step, TokenRows, Whole
+from moe_dist.step import Form, Step, TokenRows, Whole
 
 
 class AllGatherReduceScatter(Exchange[int, Whole]):
@@ -29,6 +29,15 @@ class AllGatherReduceScatter(Exchange[int, Whole]):
         shard = -(-tokens // placement.world)
         row = payload_row_bytes(spec, payload) + spec.hidden * combine_itemsize
         return shard * row * (placement.world - 1)
+
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        rows = placement.world * bucket
+        return [
+            *gather_forms(spec, placement, payload, bucket),
+            ((rows, spec.top_k), torch.int32),  # slots
+            ((rows, spec.hidden), dtype),
+        ]
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, int]:
         bucket = self.check_bucket(routing.tokens, step.bucket)

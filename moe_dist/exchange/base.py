@@ -12,11 +12,11 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows
 from moe_dist.placement import Placement
-from moe_dist.quantization import Activations, QuantizedRows, scale_columns
+from moe_dist.quantization import FP8, Activations, QuantizedRows, scale_columns
 from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Sink, Step, Support, TokenRows
+from moe_dist.step import Form, Sink, Step, Support, TokenRows
 
 H = TypeVar("H")  # what combine must know of its dispatch
 S = TypeVar("S", bound=Sink)  # what it takes partial sums with
@@ -58,6 +58,17 @@ class Exchange(ABC, Generic[H, S]):
     @abstractmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """Most bytes one rank sends in a step of `tokens` global tokens, evenly sharded; for plans."""
+
+    @classmethod
+    @abstractmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        """The most that a rank takes from the workspace in a step at this bucket; for plans. `dtype`: of partial
+        sums."""
+
+    @classmethod
+    def rows_entering(cls, placement: Placement, bucket: int) -> int:
+        """The most rows that a rank's backend is given in such a step."""
+        return bucket * (placement.world if cls.token_layout == "sharded" else 1)
 
     @abstractmethod
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, H]:
@@ -126,6 +137,14 @@ def gather_tokens(step: Step, comm: Comm, x: Activations, routing: Routing, buck
     return activations_of(x, gathered[:-2]), Routing(gathered[-2], gathered[-1])
 
 
+def gather_forms(spec: MoESpec, placement: Placement, payload: str, bucket: int) -> list[Form]:
+    """The most that quantizing and `gather_tokens` take: own rows, the same padded, everybody's."""
+    own = row_forms(spec, payload, bucket)
+    everyone = placement.world * bucket
+    padded = [*own, *pair_forms(spec, bucket)]
+    return [*own, *padded, *row_forms(spec, payload, everyone), *pair_forms(spec, everyone)]
+
+
 def room_for(step: Step, parts: list[Tensor], rows: int) -> list[Tensor]:
     """Scratch for `rows` rows like those of each part."""
     return [step.workspace.take((rows, *part.shape[1:]), part.dtype) for part in parts]
@@ -162,3 +181,18 @@ def payload_row_bytes(spec: MoESpec, payload: str) -> int:
     else:
         values = spec.hidden * spec.torch_dtype.itemsize
     return values + 8 * spec.top_k
+
+
+def row_forms(spec: MoESpec, payload: str, rows: int) -> list[Form]:
+    """Of so many rows as they travel, without their slots and weights."""
+    if payload != "fp8":
+        return [((rows, spec.hidden), spec.torch_dtype)]
+    forms: list[Form] = [((rows, spec.hidden), FP8)]
+    if columns := scale_columns(spec.quant, spec.hidden):
+        forms.append(((rows, columns), torch.float32))
+    return forms
+
+
+def pair_forms(spec: MoESpec, rows: int) -> list[Form]:
+    """Of their ids or slots, and of their weights."""
+    return [((rows, spec.top_k), torch.int32), ((rows, spec.top_k), torch.float32)]

@@ -17,6 +17,7 @@ from moe_dist.exchange.base import (
     H,
     S,
     activations_of,
+    gather_forms,
     gather_tokens,
     pad_rows,
     parts_of,
@@ -29,7 +30,7 @@ from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
 from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, split_bounds
-from moe_dist.step import Step, TokenRows
+from moe_dist.step import Form, Step, TokenRows
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class ShardedToReplicated(Exchange[Shard[H], S]):
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """Of the change alone: rows are gathered before, padded to equal shares."""
         return cdiv(tokens, placement.world) * payload_row_bytes(spec, payload) * (placement.world - 1)
+
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        """Of the change alone."""
+        return gather_forms(spec, placement, payload, bucket)
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Shard[H]]:
         bucket = self.check_bucket(routing.tokens, step.bucket)
@@ -105,6 +111,12 @@ class ReplicatedToSharded(Exchange[Share[H], S]):
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """Of the change alone: results are gathered after, padded to equal shares."""
         return cdiv(tokens, placement.world) * spec.hidden * combine_itemsize * (placement.world - 1)
+
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        """Of the change alone."""
+        most = cdiv(bucket, placement.world)
+        return [((most, spec.hidden), dtype), ((placement.world * most, spec.hidden), dtype)]
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Share[H]]:
         bounds = split_bounds(routing.tokens, self.comm.world)

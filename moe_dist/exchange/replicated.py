@@ -11,7 +11,7 @@ from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Step, Support, TokenRows, Whole
+from moe_dist.step import Form, Step, Support, TokenRows, Whole
 
 
 class AllReduce(Exchange[None, Whole]):
@@ -25,6 +25,10 @@ class AllReduce(Exchange[None, Whole]):
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         return 2 * tokens * spec.hidden * combine_itemsize * (placement.world - 1) // placement.world
+
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        return [((bucket, spec.top_k), torch.int32)]  # slots
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, None]:
         with step.stages("dispatch"):

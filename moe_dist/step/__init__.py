@@ -4,12 +4,13 @@ from moe_dist.step.rows import Support, TokenRows
 from moe_dist.step.sink import Added, Sink, Whole
 from moe_dist.step.stages import NO_STAGES, STAGES, Stages
 from moe_dist.step.step import Step
-from moe_dist.step.workspace import Take, Workspace, fresh, workspace_of
+from moe_dist.step.workspace import Form, Take, Workspace, bytes_of, fresh, workspace_of
 
 __all__ = [
     "NO_STAGES",
     "STAGES",
     "Added",
+    "Form",
     "Sink",
     "Stages",
     "Step",
@@ -18,6 +19,7 @@ __all__ = [
     "TokenRows",
     "Whole",
     "Workspace",
+    "bytes_of",
     "fresh",
     "workspace_of",
 ]

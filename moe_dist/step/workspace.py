@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.sizes import cdiv
 
+Form = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and dtype
 Take = Callable[[tuple[int, ...], torch.dtype], Tensor]  # a new tensor of this shape and dtype, which holds anything
 
 ALIGNMENT = 256  # bytes: what kernels load at once, and the allocator's own
@@ -141,3 +142,8 @@ def workspace_of(device: torch.device) -> Workspace:
 def fresh(device: torch.device) -> Take:
     """Tensors of their own, for work outside of any step."""
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
+
+
+def bytes_of(forms: Iterable[Form]) -> int:
+    """Of a workspace that such tensors are taken from."""
+    return sum(cdiv(math.prod(shape) * dtype.itemsize, ALIGNMENT) * ALIGNMENT for shape, dtype in forms)

@@ -23,6 +23,7 @@ from moe_dist.plan import Machine, Plan, make_plan
 from moe_dist.reference import Numerics, ScaledBy, oracle_layer
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step import workspace_of
 from moe_dist.weights import ExpertWeights, random_expert, shard, slice_width, stack
 
 CPU = Machine.detect("cpu")
@@ -104,7 +105,12 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
     given = None if router else routing.rows(start, stop)
     wide = x.new_zeros(len(x), spec.hidden + 4)  # columns of it are not contiguous
     wide[:, 1:-3] = x
+    workspace = workspace_of(comm.device)
+    workspace.high_water = 0
     y = layer(wide[start:stop, 1:-3], given, max_tokens_per_rank=case.bucket)
+    most = plan.scratch_bytes(case.bucket or max(b - a for a, b in [*case.inputs.bounds, (start, stop)]))
+    if workspace.high_water > most:
+        raise AssertionError(f"{case.name}: took {workspace.high_water} bytes of scratch, the plan says {most} at most")
     if y.shape != (stop - start, spec.hidden) or y.dtype != spec.torch_dtype:
         raise AssertionError(f"{case.name}: the output is {y.dtype} {tuple(y.shape)}")
     return y, layer, x, routing

@@ -189,7 +189,6 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What the kernels are called with, on a GPU's name and tables of this test's own."""
     monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(own, "device_name", lambda device: "NVIDIA H200")
     find_table.cache_clear()
     tables.say_missing_once.cache_clear()
     made = []
@@ -210,7 +209,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def prepared(spec: MoESpec = SPEC, change=lambda weights: weights) -> TritonFused:
     weights = change(random_weights(spec, seed=1))
-    backend = TritonFused(Problem(spec, weights.width, weights.num_experts, "cuda", HOPPER, "bf16"))
+    backend = TritonFused(Problem(spec, weights.width, weights.num_experts, "cuda", HOPPER, "bf16", "NVIDIA H200"))
     backend.prepare(weights)
     return backend
 

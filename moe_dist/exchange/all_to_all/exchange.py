@@ -19,13 +19,13 @@ from moe_dist.exchange.all_to_all.lists import (
     unpack_pairs,
     unpack_rows,
 )
-from moe_dist.exchange.base import Exchange, activations_of, parts_of, room_for
+from moe_dist.exchange.base import Exchange, activations_of, pair_forms, parts_of, room_for, row_forms
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.sizes import cdiv, row_bytes
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Step, TokenRows, Whole
+from moe_dist.step import Form, Step, TokenRows, Whole
 
 PACKED_UP_TO = 256  # tokens a rank: packing spares collectives and costs a copy of all rows
 
@@ -71,6 +71,18 @@ class AllToAll(Exchange[Sent, Whole]):
         reached = others if even else min(others, spec.top_k * placement.tp)
         rows = shard * splitting.there_and_back_bytes(spec, payload, combine_itemsize) * reached
         return rows + (shard + 1) * 8 * spec.top_k * others
+
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        world, others = placement.world, placement.world - 1
+        sent, received = row_forms(spec, payload, others * bucket), row_forms(spec, payload, world * bucket)
+        places = [((bucket, world), torch.int32), ((world, bucket), torch.int32)]
+        own = row_forms(spec, payload, bucket)  # quantized
+        pairs = [*pair_forms(spec, others * bucket), *pair_forms(spec, world * bucket)]
+        lists: list[Form] = [((world, bucket + 1, 2 * spec.top_k), torch.int32), ((world,), torch.int32)]  # exact ones
+        packed = received if bucket <= PACKED_UP_TO else []  # as they come, and taken apart
+        sums: list[Form] = [((world * bucket, spec.hidden), dtype), ((others * bucket, spec.hidden), dtype)]
+        return [*own, *places, *pairs, *lists, *sent, *received, *packed, *sums]
 
     def splits(self, bucket: int, captured: bool) -> str:
         """Either "even" or "exact"; see above."""

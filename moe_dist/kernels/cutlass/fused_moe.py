@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
+from moe_dist.kernels.triton.launch import is_idle
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Pipeline, blocks
 from moe_dist.step import Step
 from moe_dist.weights import ExpertWeights
@@ -36,11 +37,16 @@ class Config:
 class Matrices:
     """One shard's weights as the kernels read them; the tensors must stay where they are."""
 
-    def __init__(self, library: Library, experts: ExpertWeights) -> None:
+    def __init__(self, library: Library | None, experts: ExpertWeights) -> None:
+        """`library`: None where nothing is launched (launch.idle)."""
         self.library, self.experts = library, experts
         for name, tensor in experts.tensors().items():
             if not tensor.is_contiguous():
                 raise ConfigError(f"weights.{name}", tuple(tensor.stride()), "the kernels read contiguous tensors")
+        self.w13 = self.w2 = WeightsMap()
+        self.sms = 0
+        if library is None:
+            return
         w13, w2 = experts.w13_eFH, experts.w2_eHi
         self.w13 = library.weights_map(w13.data_ptr(), w13.shape[0] * w13.shape[1], w13.shape[2])
         self.w2 = library.weights_map(w2.data_ptr(), w2.shape[0] * w2.shape[1], w2.shape[2])
@@ -82,6 +88,9 @@ class CutlassPipeline(Pipeline):
         )  # fmt: skip
 
     def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
+        library = self.matrices.library
+        if library is None or is_idle():
+            return
         args = Args(
             starts=self.starts.data_ptr(), stops=self.stops.data_ptr(), order=self.order.data_ptr(),
             taken=self.taken.data_ptr() + 4 * (gemm == DOWN),
@@ -90,7 +99,7 @@ class CutlassPipeline(Pipeline):
         )  # fmt: skip
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
         device = self.slots_RK.device.index
-        self.matrices.library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
+        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.fused_moe import activated
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import is_idle, launch
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline, blocks
 from moe_dist.kernels.triton.quantize import quantized
 from moe_dist.quantization import FP8, FP8_MAX, TINY
@@ -141,6 +141,8 @@ class PaddedPipeline(Pipeline):
         self._gemm(self.h, self.hs.view(self.rows, -1), self.experts.w2_eHi, self.experts.s2, self.out[0])
 
     def _gemm(self, codes: Tensor, scales: Tensor, weights: Tensor, of_weights: Tensor | None, out: Tensor) -> None:
+        if is_idle():
+            return
         if not self.one_each:
             self.contiguous((codes, scales), (weights, of_weights), out, self.expert_R)
             return
