@@ -77,6 +77,7 @@ class StepGraph:
     def __call__(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """See MoELayer.forward."""
         self._layer.comm.check_thread()
+        self._workspace.enter()  # the last replay may still read its inputs, on another stream
         with torch.no_grad():
             self._fill(x_TH, routing)
         return self.replay()[: len(x_TH)]
