@@ -34,6 +34,7 @@ from moe_dist.plan import Machine, Part, Plan, make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import BLOCK, ParallelSpec
+from moe_dist.step import Step, Workspace
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert, shard_from
 
@@ -61,7 +62,7 @@ def main() -> None:
                 if shard is None:
                     make = lambda expert, spec=spec: random_expert(spec, expert, 0, "cuda")  # noqa: E731
                     shard = shard_from(make, part.placement, part.rank)
-                backend = BACKENDS.get(name)(spec, plan.out_dtype)
+                backend = BACKENDS.get(name)(part.problem)
                 shard.turn(gate_first=True)
                 backend.prepare(shard)
                 for count in ROWS:
@@ -93,9 +94,9 @@ def measured(
         sample = known[key]
         backend.use_config(None)
         if seed == 0:
-            error = relative_error(backend.forward(sample.rows[0]), sample.expected_RH)
+            error = relative_error(backend.forward_alone(sample.rows[0], sample.dtype), sample.expected_RH)
             ok = error <= sample.tolerance
-            stages = kernels_us(lambda sample=sample: backend.forward(sample.rows[0]))
+            stages = kernels_us(lambda sample=sample: backend.forward_alone(sample.rows[0], sample.dtype))
         rest()
         times.append(forward_us(backend, sample, ITERS))
         floors.append(sample.floor_us or float("nan"))
@@ -120,15 +121,16 @@ def measured(
 
 def own_gemms_us(plan: Plan, backend: Any, sample: Sample) -> float:
     """Both GEMMs of one of our backends, on rows that were sorted and quantized before."""
-    steps = [backend.step(rows) for rows in sample.rows]
-    prepared = [step.prepare(rows.x) for step, rows in zip(steps, sample.rows, strict=True)]
+    device = sample.expected_RH.device  # a workspace each: all are prepared before the first is computed
+    pipelines = [backend.pipeline(Step(Workspace(device)), rows) for rows in sample.rows]
+    prepared = [pipeline.prepare(rows.x) for pipeline, rows in zip(pipelines, sample.rows, strict=True)]
 
     def all_gemms() -> None:
-        for step, (values, scales) in zip(steps, prepared, strict=True):
-            step.gemm1(values, scales, plan.spec.activation)
-            step.gemm2()
+        for pipeline, (values, scales) in zip(pipelines, prepared, strict=True):
+            pipeline.gemm1(values, scales, plan.spec.activation)
+            pipeline.gemm2(0, plan.spec.hidden)
 
-    return rested_us(all_gemms, len(steps))
+    return rested_us(all_gemms, len(pipelines))
 
 
 def rested_us(calls: Callable[[], None], count: int) -> float:

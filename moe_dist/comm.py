@@ -182,12 +182,16 @@ class Comm:
         """Count a step of a layer, whatever becomes of it."""
         self._steps += 1
 
-    def all_gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order."""
+    def all_gather(self, parts: Sequence[Tensor], *, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order: new tensors, or the contiguous
+        ones of that shape and the part's dtype in `into`."""
         if self.world == 1:
             return list(parts)
         wires = self._wires(parts)
-        outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
+        if into is not None and len(wires) == len(parts):
+            outs, into = [_wire(target) for target in into], None
+        else:
+            outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
 
         def gather() -> None:
             with self._together(len(outs), named=True):
@@ -196,7 +200,7 @@ class Comm:
 
         self._run("all_gather", gather)
         self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
-        return self._unwired(outs, parts)
+        return copied(self._unwired(outs, parts), into)
 
     def _wires(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that cross for these. On gloo, where each collective costs milliseconds, one of packed bytes."""

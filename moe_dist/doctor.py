@@ -61,7 +61,7 @@ def _backend(cls: type[Backend], device: str) -> tuple[bool, str]:
     return ok, reason
 
 
-def _exchange(cls: type[Exchange]) -> tuple[bool, str]:
+def _exchange(cls: type[Exchange[Any, Any]]) -> tuple[bool, str]:
     if cls is not EXCHANGES.get("local") and not dist.is_available():
         return False, "this torch was built without torch.distributed"
     return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")

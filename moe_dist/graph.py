@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
-from moe_dist.stages import Marks, totals_us
+from moe_dist.step import NO_STAGES, Stages, Workspace, workspace_of
+from moe_dist.step.stages import Marks, totals_us
 
 WARM_STEPS = 3  # compile what compiles at first use, and let NCCL connect, before the capture
 
@@ -38,36 +40,26 @@ class StepGraph:
             self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
             self._weights = torch.zeros(bucket, spec.top_k, dtype=torch.float32, device=device)
         self._fill(x_TH, routing)
-        self._graph, self._y = self._captured(self._step, lambda: layer.warm_up(self._x, self._routing(), bucket))
+        warm_up = partial(layer.warm_up, self._x, self._routing(), bucket, captured=True)
+        self._workspace = workspace_of(device)
+        self._graph, self._y = capture(self._step, warm_up)
+        self._arena = self._workspace.arena  # the graph writes there, though later steps may have a larger one
 
     def _routing(self) -> Routing:
         return Routing(self._ids, self._weights)
 
-    def _step(self) -> Tensor:
-        y_TH: Tensor = self._layer(self._x, self._routing(), max_tokens_per_rank=self.bucket)
+    def _step(self, stages: Stages = NO_STAGES) -> Tensor:
+        y_TH: Tensor = self._layer(
+            self._x, self._routing(), max_tokens_per_rank=self.bucket, captured=True, stages=stages
+        )
         return y_TH
-
-    def _captured(
-        self, step: Callable[[], Tensor], warm_up: Callable[[], object]
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        exchange = self._layer.exchange
-        before, exchange.static = exchange.static, True
-        try:
-            return capture(step, warm_up)
-        finally:
-            exchange.static = before
 
     def with_stages(self) -> StagedGraph:
         """One more graph of this step on the inputs of the last call, with the clock of the layer's stages in it: that
         costs time, so the graph in use has none. Collective."""
-        stages = self._layer.stages
-
-        def step() -> Tensor:
-            with stages.switched_on():
-                return self._step()
-
-        graph, _ = self._captured(step, warm_up=lambda: None)
-        return StagedGraph(graph, stages.take())
+        stages = Stages(True, self._layer.comm.device)
+        graph, _ = capture(lambda: self._step(stages), warm_up=self._step)
+        return StagedGraph(graph, stages.take(), self._workspace, self._workspace.arena)
 
     def _fill(self, x_TH: Tensor, routing: Routing) -> None:
         x_TH, routing = self._layer.checked(x_TH, routing, None)
@@ -85,12 +77,14 @@ class StepGraph:
     def __call__(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """See MoELayer.forward."""
         self._layer.comm.check_thread()
+        self._workspace.enter()  # the last replay may still read its inputs, on another stream
         with torch.no_grad():
             self._fill(x_TH, routing)
         return self.replay()[: len(x_TH)]
 
     def replay(self) -> Tensor:
         """The step again on the inputs of the last call, with the padding's rows."""
+        self._workspace.enter()
         self._graph.replay()
         return self._y
 
@@ -101,8 +95,11 @@ class StagedGraph:
 
     graph: torch.cuda.CUDAGraph
     marks: Marks
+    workspace: Workspace
+    arena: Tensor
 
     def replay(self) -> None:
+        self.workspace.enter()
         self.graph.replay()
 
     def totals_us(self) -> dict[str, float]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.agreement import Agreement
-from moe_dist.backends import BACKENDS, Backend
+from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.exchange import EXCHANGES
-from moe_dist.exchange.layout import AnyExchange, with_layout
+from moe_dist.exchange import EXCHANGES, Exchange
+from moe_dist.exchange.layout import with_layout
 from moe_dist.inputs import (
     check_bucket,
     check_gradient,
@@ -30,8 +30,7 @@ from moe_dist.inputs import (
 from moe_dist.plan import Plan, shared_placement
 from moe_dist.router import Router
 from moe_dist.routing import Routing
-from moe_dist.rows import TokenRows
-from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.step import NO_STAGES, Added, Stages, Step, TokenRows, Whole, workspace_of
 from moe_dist.surroundings import settled
 from moe_dist.weights import ExpertWeights
 
@@ -59,27 +58,32 @@ class MoELayer(nn.Module):
         *,
         router: Router | None = None,
         shared: ExpertWeights | None = None,
-        stages: Stages = NO_STAGES,
         debug: bool | None = None,
     ) -> None:
         super().__init__()
         _check_fit(plan, shard, shared, router, comm)
         self.debug = debug_asked_for() if debug is None else debug
-        self.plan, self.comm, self.stages, self.router = plan, comm, stages, router
+        self.plan, self.comm, self.router = plan, comm, router
         self._weights = shard, shared
         self._agreement = Agreement(plan)
         self._uncompiled: Callable[..., Tensor] | None = None
         self._assemble()
 
     def _assemble(self) -> None:
-        plan, (shard, shared), stages = self.plan, self._weights, self.stages
-        exchange = EXCHANGES.get(plan.exchange)(self.comm, plan.placement, plan.spec, plan.payload, shard.a13, stages)
-        self.exchange: AnyExchange = with_layout(exchange, plan.token_layout)
-        self.backend = _prepared(plan, shard, stages)
-        self.shared = None if shared is None else _prepared(plan, shared, stages, shared_expert=True)
+        plan, (shard, shared), rank = self.plan, self._weights, self.comm.rank
+        exchange = EXCHANGES.get(plan.exchange)(self.comm, plan.placement, plan.spec, plan.payload, shard.a13)
+        self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
+        self.backend = _prepared(plan.backend, plan.problem(rank), shard)
+        self.shared = None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared)
 
     def forward(
-        self, x_TH: Tensor, routing: Routing | None = None, *, max_tokens_per_rank: int | None = None
+        self,
+        x_TH: Tensor,
+        routing: Routing | None = None,
+        *,
+        max_tokens_per_rank: int | None = None,
+        captured: bool = False,
+        stages: Stages = NO_STAGES,
     ) -> Tensor:
         """[T, H] in the spec's dtype to [T, H]. T may be zero where tokens are sharded, and differ between ranks.
 
@@ -87,16 +91,20 @@ class MoELayer(nn.Module):
         the same on all; a rank with more tokens raises, and the others wait for it until the collective's timeout.
         Without it they agree on one, which costs a small collective on the CPU. Raises ConfigError for tensors of
         another shape, dtype or device, and as inputs.check_values does on a CPU or with `debug`.
+
+        `captured`: run as in a CUDA graph, with static shapes; set by graphs. `stages`: a clock for the parts.
         """
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is None:
-            return self._checked_forward(x_TH, routing, max_tokens_per_rank)
+            return self._checked_forward(x_TH, routing, max_tokens_per_rank, captured, stages)
         if self._uncompiled is None:  # only somebody who compiles has imported it; this layer is no part of that
             self._uncompiled = dynamo.disable(self._checked_forward)
-        y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank)
+        y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank, captured, stages)
         return y_TH
 
-    def _checked_forward(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> Tensor:
+    def _checked_forward(
+        self, x_TH: Tensor, routing: Routing | None, bucket: int | None, captured: bool, stages: Stages
+    ) -> Tensor:
         self.comm.check_thread()
         self.comm.begin_step()
         check_gradient("x", x_TH)
@@ -104,9 +112,10 @@ class MoELayer(nn.Module):
             check_gradient("routing.weights", routing.weights_TK)
         with torch.no_grad(), settled(self.comm.device):
             x_TH, routing = self.checked(x_TH, routing, bucket)
-            return self._forward(x_TH, routing, bucket)
+            return self._run(self._step(x_TH, routing, bucket, captured, stages), x_TH, routing)
 
-    def _forward(self, x_TH: Tensor, routing: Routing, bucket: int | None) -> Tensor:
+    def _step(self, x_TH: Tensor, routing: Routing, bucket: int | None, captured: bool, stages: Stages) -> Step:
+        """What the parts are told; the ranks agree on it where they must."""
         agreed, needed = bucket, self.exchange.needs_bucket
         # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
         looks = (needed and bucket is None) or self.debug or self.comm.device.type == "cpu"
@@ -116,26 +125,40 @@ class MoELayer(nn.Module):
             same = partial(self._agreement.of, x_TH, routing, values)
             agreed = self.comm.meet(routing.tokens, bucket, alike, same)
         bucket = (agreed if bucket is None else bucket) if needed else None
-        rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
-        y_RH = self.backend.forward(rows)
-        if self.shared is not None and self.plan.spec.shared_experts == "tp":
-            y_RH = y_RH + self.shared.forward(_every_row(rows))
-        y_TH = self.exchange.combine(y_RH, handle)
-        if self.shared is not None and self.plan.spec.shared_experts == "replicated":
-            y_TH = y_TH + self.shared.forward(_every_row(TokenRows(x_TH, routing.ids_TK, routing.weights_TK)))
+        workspace = workspace_of(self.comm.device)
+        workspace.begin()
+        return Step(workspace, bucket, captured, stages)
+
+    def _run(self, step: Step, x_TH: Tensor, routing: Routing) -> Tensor:
+        out_dtype, shared = self.plan.out_dtype, self.plan.spec.shared_experts
+        rows, handle = self.exchange.dispatch(step, x_TH, routing)
+        sink = self.exchange.sink(step, rows, out_dtype)
+        self.backend.forward(step, rows, sink if shared != "tp" else Added(sink, self._of_shared(step, rows)))
+        y_TH: Tensor = self.exchange.combine(step, sink, handle)
+        if shared == "replicated":
+            y_TH = y_TH + self._of_shared(step, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
         return y_TH.to(self.plan.spec.torch_dtype)
 
-    def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int) -> None:
+    def _of_shared(self, step: Step, rows: TokenRows) -> Tensor:
+        """The shared expert's part of these rows' sums, or all of it."""
+        sink = Whole(step, (len(rows), self.plan.spec.hidden), self.plan.out_dtype, self.comm.device)
+        if self.shared is not None:
+            self.shared.forward(step, _every_row(rows), sink)
+        return sink.y
+
+    def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int, captured: bool = False) -> None:
         """Let the backend choose and compile what it needs for this bucket, then run a step: collective, not to be
-        timed or captured."""
+        timed or captured. `captured`: for steps that will be."""
         self.comm.check_thread()
         with torch.no_grad(), settled(self.comm.device):
             x_TH, routing = self.checked(x_TH, routing, max_tokens_per_rank)
-            bucket = max_tokens_per_rank if self.exchange.needs_bucket else None
-            rows, handle = self.exchange.dispatch(x_TH, routing, bucket)
-            self.backend.tune(rows)
-            self.exchange.combine(self.backend.forward(rows), handle)
-            self._forward(x_TH, routing, max_tokens_per_rank)
+            step = self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES)
+            rows, handle = self.exchange.dispatch(step, x_TH, routing)
+            self.backend.tune(step, rows)
+            sink = self.exchange.sink(step, rows, self.plan.out_dtype)
+            self.backend.forward(step, rows, sink)
+            self.exchange.combine(step, sink, handle)
+            self._run(self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES), x_TH, routing)
 
     def checked(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> tuple[Tensor, Routing]:
         """What came in, checked, contiguous, and with the own router's routing where none was given."""
@@ -248,9 +271,8 @@ def _check_fit(
             raise ConfigError(f"router.{field}", own, "the router was made for another model", wanted)
 
 
-def _prepared(plan: Plan, weights: ExpertWeights, stages: Stages, shared_expert: bool = False) -> Backend:
-    spec = plan.spec.shared_spec() if shared_expert else plan.spec
-    backend = BACKENDS.get(plan.backend)(spec, plan.out_dtype, stages)
+def _prepared(name: str, problem: Problem, weights: ExpertWeights) -> Backend:
+    backend = BACKENDS.get(name)(problem)
     backend.prepare(weights)
     return backend
 

@@ -12,10 +12,11 @@ import torch
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
-from moe_dist.exchange.base import payload_row_bytes
+from moe_dist.exchange.layout import change_of
 from moe_dist.placement import Placement
-from moe_dist.rows import Support
+from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, ParallelSpec, TokenLayout
+from moe_dist.step import Form, Support, bytes_of
 from moe_dist.tables import Shape, table_source
 from moe_dist.weights import ExpertWeights
 
@@ -33,6 +34,11 @@ class Machine:
     name: str
     capability: tuple[int, int] | None = None
     memory: int | None = None
+
+    @property
+    def device_name(self) -> str:
+        """As tuning tables name the device."""
+        return self.name if self.device == "cuda" else self.device
 
     @classmethod
     def detect(cls, device: str = "auto") -> Machine:
@@ -93,7 +99,7 @@ class Plan:
 
     @property
     def converts_layout(self) -> bool:
-        return self.placement.world > 1 and EXCHANGES.get(self.exchange).token_layout != self.token_layout
+        return change_of(self.token_layout, EXCHANGES.get(self.exchange), self.placement.world) is not None
 
     @property
     def capturable(self) -> Support:
@@ -124,6 +130,18 @@ class Plan:
             forms += ExpertWeights.forms(self.spec.shared_spec(), 1, width).values()
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
 
+    def problem(self, rank: int) -> Problem:
+        """What the backend of `rank` computes for the routed experts."""
+        return self._problem(self.spec, self.placement.width_of(rank), len(self.placement.experts_of(rank)))
+
+    def shared_problem(self, rank: int) -> Problem:
+        """What it computes for the shared expert."""
+        return self._problem(self.spec.shared_spec(), shared_placement(self.spec, self.parallel).width_of(rank), 1)
+
+    def _problem(self, spec: MoESpec, width: int, experts: int) -> Problem:
+        machine = self.machine
+        return Problem(spec, width, experts, machine.device, machine.capability, self.payload, machine.device_name)
+
     def most_rows(self, max_tokens_per_rank: int) -> int:
         """Worst case of (token, expert) pairs on one rank: world × T × min(K, e), tile padding not counted."""
         tokens = max_tokens_per_rank * (self.placement.world if self.token_layout == "sharded" else 1)
@@ -131,38 +149,48 @@ class Plan:
         return tokens * min(self.spec.top_k, most_local)
 
     def scratch_bytes(self, max_tokens_per_rank: int) -> int:
-        """An estimate of one rank's worst-case scratch: gathered rows, GEMM1 and GEMM2 outputs and the partial sums."""
-        tokens = max_tokens_per_rank * (self.placement.world if self.token_layout == "sharded" else 1)
-        width = max(self.placement.width_of(rank) for rank in range(self.placement.world))
-        pair = 2 * (self.spec.w13_rows(width) + width + self.spec.hidden)
-        row = payload_row_bytes(self.spec, self.payload) + self.spec.hidden * self.out_dtype.itemsize
-        return self.most_rows(max_tokens_per_rank) * pair + tokens * row
+        """The most that a rank takes from its workspace in a step, and for backends that allocate by themselves an
+        estimate of that: what crosses, both GEMMs' inputs and outputs, and the partial sums."""
+        exchange, backend, bucket = EXCHANGES.get(self.exchange), BACKENDS.get(self.backend), max_tokens_per_rank
+        given = self.spec, self.placement, self.payload, self.out_dtype
+        forms: list[Form] = []
+        change = change_of(self.token_layout, exchange, self.placement.world)
+        if change is not None:
+            forms += change.scratch(*given, bucket)
+            world = self.placement.world
+            bucket = bucket * world if exchange.token_layout == "replicated" else cdiv(bucket, world)
+        forms += exchange.scratch(*given, bucket)
+        rows = exchange.rows_entering(self.placement, bucket)
+        ranks = range(self.placement.world)
+        backends = max(backend.scratch_bytes(problem, rows) for problem in {self.problem(rank) for rank in ranks})
+        if self.spec.shared_experts != "none":
+            forms.append(((rows, self.spec.hidden), self.out_dtype))
+            backends += max(backend.scratch_bytes(problem, rows) for problem in map(self.shared_problem, ranks))
+        return bytes_of(forms) + backends
 
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of
         layout around it included."""
-        exchange, world, itemsize = EXCHANGES.get(self.exchange), self.placement.world, self.out_dtype.itemsize
-        share, change = -(-tokens // world), 0
-        if self.converts_layout and self.token_layout == "sharded":  # rows are gathered before, padded to equal shares
-            tokens, change = share * world, payload_row_bytes(self.spec, self.payload)
-        elif self.converts_layout:  # results are gathered after, padded likewise
-            change = self.spec.hidden * itemsize
-        sent = exchange.wire_bytes(self.spec, self.placement, tokens, self.payload, itemsize)
-        return sent + share * change * (world - 1)
+        exchange, world = EXCHANGES.get(self.exchange), self.placement.world
+        given = self.payload, self.out_dtype.itemsize
+        change = change_of(self.token_layout, exchange, world)
+        if change is None:
+            return exchange.wire_bytes(self.spec, self.placement, tokens, *given)
+        padded = cdiv(tokens, world) * world if self.token_layout == "sharded" else tokens
+        inner = exchange.wire_bytes(self.spec, self.placement, padded, *given)
+        return inner + change.wire_bytes(self.spec, self.placement, tokens, *given)
 
     def parts(self) -> list[Part]:
         """One for each shape that ranks have; an empty shard is none."""
         layers = [(self.spec, self.placement)]
         if self.spec.shared_experts != "none":
             layers.append((self.spec.shared_spec(), shared_placement(self.spec, self.parallel)))
-        device = self.machine.name if self.machine.device == "cuda" else self.machine.device  # tables.device_name
         found: dict[Shape, Part] = {}
         for spec, placement in layers:
             for rank in range(placement.world):
-                width, experts = placement.width_of(rank), len(placement.experts_of(rank))
-                problem = Problem(spec, width, experts, self.machine.device, self.machine.capability, self.payload)
-                shape = Shape.of(self.backend, device, spec, width, experts)
-                if width and experts:
+                problem = self._problem(spec, placement.width_of(rank), len(placement.experts_of(rank)))
+                shape = Shape.of(self.backend, self.machine.device_name, spec, problem.width, problem.num_local)
+                if problem.width and problem.num_local:
                     found.setdefault(shape, Part(placement, rank, problem, shape))
         return list(found.values())
 
@@ -256,7 +284,7 @@ def _travelling(
     spec: MoESpec,
     placement: Placement,
     token_layout: str,
-    exchange: type[Exchange],
+    exchange: type[Exchange[Any, Any]],
     backend: type[Backend],
     payload: str,
 ) -> str:
@@ -343,7 +371,7 @@ def _backend_support(
     return Support(True)
 
 
-def _check_shared(spec: MoESpec, exchange: type[Exchange], parallel: ParallelSpec) -> None:
+def _check_shared(spec: MoESpec, exchange: type[Exchange[Any, Any]], parallel: ParallelSpec) -> None:
     """A shared expert sliced over all ranks needs every token on every rank."""
     if spec.shared_experts == "tp" and not exchange.every_token:
         rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"

@@ -12,7 +12,6 @@ from math import log2
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-import torch
 from pydantic import ConfigDict, Field
 
 from moe_dist.errors import ConfigError
@@ -54,11 +53,6 @@ class Shape:
         sizes = f"H{self.hidden}-I{self.width}-E{self.experts}of{self.of_experts}-K{self.top_k}"
         parts = (self.backend, self.device, self.quant, self.activation, sizes)
         return "--".join(re.sub(r"[^\w.-]+", "_", part) for part in parts) + ".json"
-
-
-def device_name(device: torch.device) -> str:
-    """As `Shape.device` has it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.reference import Numerics
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
-from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.step import NO_STAGES, Sink, Stages, Step, Support, TokenRows, Whole, workspace_of
 from moe_dist.weights import ExpertWeights
 
 
@@ -27,6 +26,7 @@ class Problem:
     device: str  # cpu or cuda
     capability: tuple[int, int] | None  # of the CUDA device, else None
     payload: str  # what token rows arrive as: none (unquantized, nothing travelled), bf16, fp32 or fp8
+    device_name: str = ""  # as tables have it
 
 
 class Backend(ABC):
@@ -42,8 +42,9 @@ class Backend(ABC):
     table_revision: ClassVar[int] = 0
     sums: ClassVar[frozenset[str]] = frozenset({"bf16", "fp32"})
 
-    def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
-        self.spec, self.out_dtype, self.stages = spec, out_dtype, stages
+    def __init__(self, problem: Problem) -> None:
+        """For the problem that `supports` was asked about."""
+        self.problem, self.spec = problem, problem.spec
 
     @property
     def numerics(self) -> Numerics:
@@ -73,6 +74,14 @@ class Backend(ABC):
     def build(cls) -> None:
         """Compile what must be compiled before first use, showing progress. Most backends have nothing to build."""
         return
+
+    @classmethod
+    def scratch_bytes(cls, problem: Problem, rows: int) -> int:
+        """The most that a forward of so many rows takes from the workspace or, as this estimate for backends that
+        allocate by themselves, from elsewhere: both GEMMs' outputs and GEMM2's inputs, in bf16."""
+        spec, width = problem.spec, problem.width
+        pairs = rows * min(spec.top_k, problem.num_local)
+        return 2 * pairs * (spec.w13_rows(width) + width + spec.hidden)
 
     @classmethod
     def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:
@@ -105,11 +114,20 @@ class Backend(ABC):
     def prepare(self, weights: ExpertWeights) -> None:
         """Take the shard over, in the canonical form; called once, before any forward."""
 
-    def tune(self, rows: TokenRows) -> None:
+    def tune(self, step: Step, rows: TokenRows) -> None:
         """Choose kernels for this number of rows, outside any timed or captured work. Most backends have no choice."""
         return
 
     @abstractmethod
-    def forward(self, rows: TokenRows) -> Tensor:
-        """The weighted sum over the local experts of each row, [R, H] in `out_dtype`, summed in float32; zero for a
+    def forward(self, step: Step, rows: TokenRows, sink: Sink) -> None:
+        """The weighted sum over the local experts of each row, summed in float32, to `sink` in its dtype; zero for a
         row without a local slot. R may be zero."""
+
+    def forward_alone(self, rows: TokenRows, dtype: torch.dtype, stages: Stages = NO_STAGES) -> Tensor:
+        """`forward` as a step of its own, outside of any layer: [R, H] in `dtype`."""
+        device = rows.slots_RK.device
+        step = Step(workspace_of(device), stages=stages)
+        step.workspace.begin()
+        sink = Whole(step, (len(rows), self.spec.hidden), dtype, device, lasting=True)
+        self.forward(step, rows, sink)
+        return sink.y

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import OwnKernels, config_from, on_hopper
 from moe_dist.kernels.cutlass.library import build_state, ensure_built
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
+from moe_dist.step import Step, Support, TokenRows
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
-    from moe_dist.kernels.cutlass.fused_moe import Config, CutlassStep
+    from moe_dist.kernels.cutlass.fused_moe import Config, CutlassPipeline
 
 MOST_EXPERTS = 512  # on one rank: their tiles are found in shared memory
 
@@ -59,11 +59,11 @@ class CutlassFused(OwnKernels["Config"]):
         from moe_dist.kernels.cutlass.library import load
 
         super().prepare(weights)
-        library = load()
+        library = None if weights.device.type == "meta" else load()
         if not self._empty:
             self._matrices = Matrices(library, weights)
 
-    def step_with(self, rows: TokenRows, config: Config) -> CutlassStep:
-        from moe_dist.kernels.cutlass.fused_moe import CutlassStep
+    def pipeline_with(self, step: Step, rows: TokenRows, config: Config) -> CutlassPipeline:
+        from moe_dist.kernels.cutlass.fused_moe import CutlassPipeline
 
-        return CutlassStep(rows.slots_RK.contiguous(), self._matrices, config)
+        return CutlassPipeline(step, rows.slots_RK.contiguous(), self._matrices, config)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends.base import Problem
-from moe_dist.backends.own import HOPPER, OwnSteps, on_hopper
+from moe_dist.backends.own import HOPPER, OwnPipelines, on_hopper
 from moe_dist.reference import Numerics
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.step import Step, Support, TokenRows
 
 if TYPE_CHECKING:
-    from moe_dist.kernels.triton.padded import PaddedStep
+    from moe_dist.kernels.triton.padded import PaddedPipeline
 
 PACKAGE = "sgl-deep-gemm"
 
@@ -41,7 +41,7 @@ def installed() -> Support:
         return Support(True, "deep_gemm")
 
 
-class DeepGemm(OwnSteps):
+class DeepGemm(OwnPipelines):
     """fp8_block. Its kernels are compiled for each shape at the first call (seconds)."""
 
     @classmethod
@@ -64,10 +64,10 @@ class DeepGemm(OwnSteps):
             return Support(False, f"needs hidden ({spec.hidden}) and slices ({width}) in whole blocks of {BLOCK}")
         return installed()
 
-    def step(self, rows: TokenRows) -> PaddedStep:
-        from moe_dist.kernels.triton.padded import PaddedStep
+    def pipeline(self, step: Step, rows: TokenRows) -> PaddedPipeline:
+        from moe_dist.kernels.triton.padded import PaddedPipeline
 
-        return PaddedStep(rows.slots_RK.contiguous(), self._weights, contiguous_gemm, masked_gemm)
+        return PaddedPipeline(step, rows.slots_RK.contiguous(), self._weights, contiguous_gemm, masked_gemm)
 
 
 def contiguous_gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], out: Tensor, experts: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ResourceError
-from moe_dist.rows import Support
+from moe_dist.step.rows import Support
 
 MODULE = "fused_moe_90"
 BUILD_COMMAND = "moe-dist build flashinfer_cutlass"

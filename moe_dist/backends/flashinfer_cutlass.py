@@ -20,9 +20,9 @@ from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows
 from moe_dist.quantization import QuantizedRows
 from moe_dist.reference import Numerics
-from moe_dist.rows import Support, TokenRows
 from moe_dist.sizes import power_of_2
 from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.step import Sink, Step, Support, TokenRows
 from moe_dist.weights import ExpertWeights
 
 ACTIVATIONS = {"swiglu": "Swiglu", "relu2": "Relu2"}
@@ -123,23 +123,25 @@ class FlashInferCutlass(Backend):
             weights.a13,
         ]
 
-    def forward(self, rows: TokenRows) -> Tensor:
+    def forward(self, step: Step, rows: TokenRows, sink: Sink) -> None:
         if self._weights.gate_first and self.spec.gated:
             raise RuntimeError("another backend has turned these weights; prepare this one again")
-        count = rows.slots_RK.shape[0]
-        y_RH = self._output(rows)
-        if count == 0 or self._empty:  # the library refuses zero rows; the collectives around still run
-            return y_RH.zero_().to(self.out_dtype)
-        with self.stages("quantize"):
-            x = self._inputs(rows)
-        with self.stages("gemm1"), self._tactics(count):  # the whole fused operation, its parts can't be told apart
+        if len(rows) == 0 or self._empty:  # the library refuses zero rows; the collectives around still run
+            sink.put_zeros()
+            return
+        H = self.spec.hidden
+        y_RH = sink.target(0, H)
+        with step.stages("quantize"):
+            x = self._inputs(step, rows)
+        # The whole fused operation: its parts can't be told apart.
+        with step.stages("gemm1"), self._tactics(len(rows)):
             self._fused(x, rows, y_RH)
-        return y_RH.to(self.out_dtype)
+        sink.put(0, H, y_RH)
 
-    def tune(self, rows: TokenRows) -> None:
+    def tune(self, step: Step, rows: TokenRows) -> None:
         """FlashInfer profiles its tactics for this many rows, rounded up to a power of two. Without that it takes a
         default that was up to six times slower on an H200. Under fp8_block it has none to choose from."""
-        count = rows.slots_RK.shape[0]
+        count = len(rows)
         if self.spec.quant == "fp8_block" or self._empty or count == 0 or power_of_2(count) in self._tuned:
             return
         from flashinfer import autotune
@@ -151,7 +153,8 @@ class FlashInferCutlass(Backend):
         quiet, tuning = io.StringIO(), autotune(True, tuning_buckets=(power_of_2(count),), round_up=True)
         try:
             with contextlib.redirect_stderr(quiet), tuning:
-                self._fused(self._inputs(rows), rows, self._output(rows))
+                y_RH = step.workspace.take((count, self.spec.hidden), torch.bfloat16)
+                self._fused(self._inputs(step, rows), rows, y_RH)
         finally:
             logger.setLevel(level)
 
@@ -175,13 +178,9 @@ class FlashInferCutlass(Backend):
             **self._fixed,
         )
 
-    def _output(self, rows: TokenRows) -> Tensor:
-        shape = rows.slots_RK.shape[0], self.spec.hidden
-        return torch.empty(shape, dtype=torch.bfloat16, device=rows.slots_RK.device)
-
-    def _inputs(self, rows: TokenRows) -> Tensor:
+    def _inputs(self, step: Step, rows: TokenRows) -> Tensor:
         if isinstance(rows.x, QuantizedRows):
             return rows.x.values_RH
         if self.spec.quant == "fp8_tensor_static":
-            return quantize_rows(rows.x, self.spec.quant, self._weights.a13).values_RH
+            return quantize_rows(rows.x, self.spec.quant, self._weights.a13, take=step.workspace.take).values_RH
         return rows.x.contiguous()

@@ -1,4 +1,4 @@
-"""What backends share whose forward is a `kernels.triton.step.Step`, and how those with configs choose one."""
+"""What backends share whose forward is a `kernels.triton.pipeline.Pipeline`, and how those with configs choose one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_type_hints
 
 import torch
-from torch import Tensor
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.errors import ConfigError
-from moe_dist.quantization import QuantizedRows
+from moe_dist.quantization import Activations, quantize_rows
 from moe_dist.reference import Numerics
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
-from moe_dist.tables import Shape, device_name, tuned_config
+from moe_dist.step import Sink, Step, Support, TokenRows, Whole, Workspace
+from moe_dist.tables import Shape, find_table, tuned_config
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
-    from moe_dist.kernels.triton.step import Step
+    from moe_dist.kernels.triton.pipeline import Pipeline
 
 C = TypeVar("C")
 
@@ -41,7 +40,7 @@ def on_hopper(device: str) -> Support:
     return Support(True)
 
 
-class OwnSteps(Backend):
+class OwnPipelines(Backend):
     """[gate; up] or [up; gate] weights, as they come; bf16 rows or rows quantized already."""
 
     capturable = True
@@ -55,19 +54,52 @@ class OwnSteps(Backend):
         self._weights = weights
         self._empty = weights.num_experts == 0 or weights.width == 0
 
+    @classmethod
+    def scratch_bytes(cls, problem: Problem, rows: int) -> int:
+        """By a forward in which nothing is launched."""
+        from moe_dist.kernels.triton.launch import idle
+
+        nowhere = torch.device("meta")
+        forms = ExpertWeights.forms(problem.spec, problem.num_local, problem.width)
+        made: dict[str, Any] = {
+            name: torch.empty(shape, dtype=dtype, device=nowhere) for name, (shape, dtype) in forms.items()
+        }
+        backend, step = cls(problem), Step(Workspace(nowhere))
+        backend.prepare(ExpertWeights(problem.spec.quant, problem.spec.gated, **made))
+        x, slots_RK, weights_RK = (
+            torch.empty(rows, columns, dtype=dtype, device=nowhere)
+            for columns, dtype in (
+                (problem.spec.hidden, problem.spec.torch_dtype),
+                (problem.spec.top_k, torch.int32),
+                (problem.spec.top_k, torch.float32),
+            )
+        )
+        backend.use_config(cls.known_config(problem, rows))
+        given: Activations = x
+        if problem.payload == "fp8":
+            given = quantize_rows(x, problem.spec.quant, made.get("a13"))
+        with idle():
+            sink = Whole(step, (rows, problem.spec.hidden), torch.float32, nowhere, lasting=True)
+            backend.forward(step, TokenRows(given, slots_RK, weights_RK), sink)
+        return step.workspace.high_water
+
+    @classmethod
+    def known_config(cls, problem: Problem, rows: int) -> dict[str, Any] | None:
+        """What it would run with."""
+        return None
+
     @abstractmethod
-    def step(self, rows: TokenRows) -> Step:
+    def pipeline(self, step: Step, rows: TokenRows) -> Pipeline:
         """The launches for at least one row through at least one expert."""
 
-    def forward(self, rows: TokenRows) -> Tensor:
-        count = rows.slots_RK.shape[0]
-        if count == 0 or self._empty:
-            shape = count, self.spec.hidden
-            return torch.zeros(shape, dtype=self.out_dtype, device=rows.slots_RK.device)
-        return self.step(rows).run(rows.x, rows.weights_RK, self.spec.activation, self.out_dtype, self.stages)
+    def forward(self, step: Step, rows: TokenRows, sink: Sink) -> None:
+        if len(rows) == 0 or self._empty:
+            sink.put_zeros()
+        else:
+            self.pipeline(step, rows).run(rows.x, rows.weights_RK, self.spec.activation, sink)
 
 
-class OwnKernels(OwnSteps, Generic[C]):
+class OwnKernels(OwnPipelines, Generic[C]):
     """With configs. `name` is the backend's, as its tables have it."""
 
     name: ClassVar[str]
@@ -100,8 +132,8 @@ class OwnKernels(OwnSteps, Generic[C]):
         """A config from its JSON values; raises ConfigError for one that can't run."""
 
     @abstractmethod
-    def step_with(self, rows: TokenRows, config: C) -> Step:
-        """`step` with this config."""
+    def pipeline_with(self, step: Step, rows: TokenRows, config: C) -> Pipeline:
+        """`pipeline` with this config."""
 
     def prepare(self, weights: ExpertWeights) -> None:
         super().prepare(weights)
@@ -117,17 +149,22 @@ class OwnKernels(OwnSteps, Generic[C]):
     def config_sources(self) -> tuple[str, ...]:
         return tuple(self._sources)
 
-    def step(self, rows: TokenRows) -> Step:
+    def pipeline(self, step: Step, rows: TokenRows) -> Pipeline:
         """With the config in use, else the table's, else the default."""
-        return self.step_with(rows, self._forced or self._chosen.get(rows.slots_RK.shape[0]) or self._choose(rows))
+        config = self._forced or self._chosen.get(len(rows)) or self._choose(len(rows))
+        return self.pipeline_with(step, rows, config)
 
-    def _choose(self, rows: TokenRows) -> C:
-        weights, count = self._weights, rows.slots_RK.shape[0]
-        shape = Shape.of(self.name, device_name(weights.device), self.spec, weights.width, weights.num_experts)
+    @classmethod
+    def known_config(cls, problem: Problem, rows: int) -> dict[str, Any]:
+        shape = Shape.of(cls.name, problem.device_name, problem.spec, problem.width, problem.num_local)
+        table = find_table(shape, cls.table_revision)
+        return cls.default_config(problem, rows) if table is None else table.entries[table.nearest(rows)].config
+
+    def _choose(self, count: int) -> C:
+        problem = self.problem
+        shape = Shape.of(self.name, problem.device_name, self.spec, problem.width, problem.num_local)
         found = tuned_config(shape, self.table_revision, count)
         if found is None:
-            payload = "fp8" if isinstance(rows.x, QuantizedRows) else "bf16"
-            problem = Problem(self.spec, weights.width, weights.num_experts, "cuda", HOPPER, payload)
             config, source = self.config_of(self.default_config(problem, count), self.spec), "default"
         else:
             config, source = self._from_table(shape, found.config), found.source

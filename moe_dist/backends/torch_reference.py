@@ -7,9 +7,9 @@ from torch import Tensor
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.quantization import QuantizedRows, dequantize_rows, quantize_rows
-from moe_dist.rows import Support, TokenRows, used_rows
 from moe_dist.spec import MoESpec
-from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.step import Sink, Stages, Step, Support, TokenRows
+from moe_dist.step.rows import used_rows
 from moe_dist.weights import ExpertWeights, activate
 
 CACHE_BYTES = 2 << 30  # dequantized weights are kept up to this size and made anew in every step beyond it
@@ -21,8 +21,8 @@ class TorchBackend(Backend):
     capturable = False  # group sizes are read back to the host
     deterministic = True
 
-    def __init__(self, spec: MoESpec, out_dtype: torch.dtype, stages: Stages = NO_STAGES) -> None:
-        super().__init__(spec, out_dtype, stages)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
         self._weights: ExpertWeights | None = None
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep = False
@@ -42,28 +42,30 @@ class TorchBackend(Backend):
         self._versions = _versions(weights)
         self._keep = 4 * (weights.w13_eFH.numel() + weights.w2_eHi.numel()) <= CACHE_BYTES
 
-    def forward(self, rows: TokenRows) -> Tensor:
+    def forward(self, step: Step, rows: TokenRows, sink: Sink) -> None:
         if self._weights is None:
             raise RuntimeError("prepare() comes before forward()")
         if (versions := _versions(self._weights)) != self._versions:
             self._cache.clear()
             self._versions = versions
-        x_RH = self._inputs(rows, self._weights)
+        stages = step.stages
+        x_RH = self._inputs(stages, rows, self._weights)
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
         groups = self._by_expert(rows) if self._weights.width else []
-        hidden = [(slot, row, weight, self._hidden(x_RH[row], slot)) for slot, row, weight in groups]
+        hidden = [(slot, row, weight, self._hidden(stages, x_RH[row], slot)) for slot, row, weight in groups]
         if hidden and self.spec.quantized:
-            inputs = self._requantize([h for *_, h in hidden], [slot for slot, *_ in hidden], self._weights)
+            inputs = self._requantize(stages, [h for *_, h in hidden], [slot for slot, *_ in hidden], self._weights)
         else:
             inputs = [h for *_, h in hidden]
-        with self.stages("gemm2"):
+        with stages("gemm2"):
             for (slot, row, weight, _), h in zip(hidden, inputs, strict=True):
                 y_RH.index_add_(0, row, h @ self._dense(slot)[1].T * weight[:, None])
-        return y_RH.to(self.out_dtype)
+        for start, stop in sink.columns():
+            sink.put(start, stop, sink.target(start, stop).copy_(y_RH[:, start:stop]))
 
-    def _inputs(self, rows: TokenRows, weights: ExpertWeights) -> Tensor:
+    def _inputs(self, stages: Stages, rows: TokenRows, weights: ExpertWeights) -> Tensor:
         """GEMM1's input as float32 values: what FP8 holds, or the rows as they are."""
-        with self.stages("quantize"):
+        with stages("quantize"):
             if isinstance(rows.x, QuantizedRows):
                 return dequantize_rows(rows.x, weights.a13)
             if not self.spec.quantized:
@@ -80,15 +82,17 @@ class TorchBackend(Backend):
         pieces = torch.split(order, counts)[1:]  # the first piece are the pairs that are not here
         return [(slot, piece // top_k, weights[piece]) for slot, piece in enumerate(pieces) if len(piece)]
 
-    def _hidden(self, x: Tensor, slot: int) -> Tensor:
-        with self.stages("gemm1"):
+    def _hidden(self, stages: Stages, x: Tensor, slot: int) -> Tensor:
+        with stages("gemm1"):
             gate_up = x @ self._dense(slot)[0].T
-        with self.stages("activation"):
+        with stages("activation"):
             return activate(gate_up, self.spec.activation)
 
-    def _requantize(self, hidden: list[Tensor], slots: list[int], weights: ExpertWeights) -> list[Tensor]:
+    def _requantize(
+        self, stages: Stages, hidden: list[Tensor], slots: list[int], weights: ExpertWeights
+    ) -> list[Tensor]:
         """GEMM2's inputs through FP8. All experts' rows together are the tensor of a dynamic per-tensor scale."""
-        with self.stages("quantize"):
+        with stages("quantize"):
             sizes = [len(h) for h in hidden]
             static = None
             if weights.a2 is not None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import OwnKernels, config_from, on_hopper
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec
+from moe_dist.step import Step, Support, TokenRows
 from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
-    from moe_dist.kernels.triton.fused_moe import Config, TritonStep
+    from moe_dist.kernels.triton.fused_moe import Config, TritonPipeline
 
 SCARCE_COLUMNS = 264 * 128  # of GEMM2's output, over all experts in use: fewer tiles than two for each multiprocessor
 
@@ -82,7 +82,7 @@ class TritonFused(OwnKernels["Config"]):
         super().prepare(weights)
         self._tiles: dict[tuple[int, int, int], Any] = {}
 
-    def step_with(self, rows: TokenRows, config: Config) -> TritonStep:
-        from moe_dist.kernels.triton.fused_moe import TritonStep
+    def pipeline_with(self, step: Step, rows: TokenRows, config: Config) -> TritonPipeline:
+        from moe_dist.kernels.triton.fused_moe import TritonPipeline
 
-        return TritonStep(rows.slots_RK.contiguous(), self._weights, config, self._tiles)
+        return TritonPipeline(step, rows.slots_RK.contiguous(), self._weights, config, self._tiles)

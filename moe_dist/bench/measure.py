@@ -22,7 +22,6 @@ from moe_dist.layer import MoELayer
 from moe_dist.notices import collecting
 from moe_dist.plan import Machine, Plan
 from moe_dist.runtime.context import RankContext
-from moe_dist.stages import Stages
 
 ALONE = Turn()
 
@@ -100,7 +99,7 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
-        splits=step.layer.exchange.splits(step.bucket),
+        splits=step.layer.exchange.splits(step.bucket, captured=step.graph is not None),
         config=step.config_sources(),
     )
     return step
@@ -151,7 +150,7 @@ def _inputs(context: RankContext, case: Case, turn: Turn) -> Inputs:
 
 def _step(context: RankContext, case: Case, turn: Turn, inputs: Inputs) -> Step:
     plan, (shard, shared, _) = _planned(context, case, turn)
-    layer = MoELayer(plan, shard, context.comm, shared=shared, stages=Stages(device=context.device))
+    layer = MoELayer(plan, shard, context.comm, shared=shared)
     bucket = max(stop - start for start, stop in inputs.bounds)
     return make_step(context, case, layer, shard, *inputs.mine(), bucket)
 

@@ -17,6 +17,7 @@ from moe_dist.checkpoint import check_layer
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
 from moe_dist.runtime.context import Group
+from moe_dist.sizes import cdiv
 
 Shown = Callable[[str], None]
 
@@ -39,15 +40,19 @@ def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case
 
 
 def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
-    """What is certain to be there must fit before any of it is made: weights, and the tokens, which every rank draws
-    whole; on a CPU the whole group's in one memory."""
+    """What will be there must fit before any of it is made: weights, a step's scratch, and the tokens, which every rank
+    draws whole; on a CPU the whole group's in one memory."""
     held = []
     for case, plan in planned:
-        tokens = case.workload.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k)
-        ranks = [plan.weight_bytes(rank) + tokens for rank in range(plan.placement.world)]
-        held.append((max(ranks) if machine.device == "cuda" else sum(ranks), tokens))
-    largest, tokens = max(held)
-    check_fits(largest, machine, "weights and tokens" if tokens > largest // 10 else "weights")
+        work, world = case.workload, plan.placement.world
+        tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k)
+        beside = tokens + plan.scratch_bytes(
+            cdiv(work.tokens, world) if work.token_layout == "sharded" else work.tokens
+        )
+        ranks = [plan.weight_bytes(rank) + beside for rank in range(world)]
+        held.append((max(ranks) if machine.device == "cuda" else sum(ranks), beside))
+    largest, beside = max(held)
+    check_fits(largest, machine, "weights, tokens and scratch" if beside > largest // 10 else "weights")
 
 
 def check_fits(size: int, machine: Machine, of: str = "weights") -> None:

@@ -17,6 +17,7 @@ from moe_dist.graph import StepGraph
 from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
 from moe_dist.runtime.context import RankContext
+from moe_dist.step import NO_STAGES, Stages
 from moe_dist.weights import ExpertWeights
 
 STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
@@ -60,9 +61,9 @@ class Step:
                 totals.append(graph.totals_us())
                 continue
             self.layer.comm.barrier()
-            with self.layer.stages.switched_on():
-                self._eagerly()
-            totals.append(self.layer.stages.totals_us())
+            stages = Stages(True, self.layer.comm.device)
+            self._eagerly(stages)
+            totals.append(stages.totals_us())
         return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
 
     def on(self, x: Tensor, routing: Routing) -> Tensor:
@@ -79,8 +80,10 @@ class Step:
         backends = (self.layer.backend, self.layer.shared)
         return tuple(dict.fromkeys(source for each in backends if each for source in each.config_sources()))
 
-    def _eagerly(self) -> None:
-        self.layer(self.x, self.routing, max_tokens_per_rank=self.bucket)
+    def _eagerly(self, stages: Stages = NO_STAGES) -> None:
+        """As the graph has it, where there is one: the bytes of a captured step are those of the same splits."""
+        captured = self.graph is not None
+        self.layer(self.x, self.routing, max_tokens_per_rank=self.bucket, captured=captured, stages=stages)
 
 
 def make_step(
@@ -93,8 +96,6 @@ def make_step(
         return Step(layer, shard, x, routing, bucket, lambda: layer(x, routing, max_tokens_per_rank=bucket), None)
     context.progress(f"{case.label}: capturing")
     graph = StepGraph(layer, bucket, x, routing)
-    # The bytes of a captured step are those of the same splits, sent eagerly.
-    layer.exchange.static = True
     return Step(layer, shard, x, routing, bucket, lambda: graph.replay()[: len(x)], graph)
 
 

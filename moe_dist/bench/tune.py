@@ -27,7 +27,7 @@ from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Part, Plan
 from moe_dist.reference import ScaledBy, oracle_partial, relative_error
 from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.rows import TokenRows
+from moe_dist.step import Step, TokenRows, workspace_of
 from moe_dist.streams import Stream
 from moe_dist.tables import Entry, TuningTable
 from moe_dist.weights import ExpertWeights, random_expert, shard_from
@@ -51,6 +51,7 @@ class Sample:
     expected_RH: Tensor
     tolerance: float
     floor_us: float | None
+    dtype: torch.dtype  # of the partial sums
 
 
 @dataclass
@@ -121,7 +122,7 @@ def tune_shape(
     """The best config of `plan.backend` for each of `buckets` rows entering the part's rank, out of random weights and
     uniform routing over all of the layer's experts."""
     shard = _random_shard(part, weights_seed, torch.device(plan.machine.device), shown)
-    backend = BACKENDS.get(plan.backend)(part.problem.spec, plan.out_dtype)
+    backend = BACKENDS.get(plan.backend)(part.problem)
     backend.prepare(shard)
     tuned = Tuned(part)
     for rows in buckets:
@@ -172,12 +173,13 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
         expected_RH = oracle_partial(x_RH, first, shard, spec, placement, rank, whole, groups_RK, numerics, scaled_by)
     else:
         backend.use_config(backend.default_config(part.problem, rows))
-        expected_RH = backend.forward(token_rows[0]).float()
+        expected_RH = backend.forward_alone(token_rows[0], plan.out_dtype).float()
     return Sample(
         rows=token_rows,
         expected_RH=expected_RH,
         tolerance=numerics.tolerance * margin(spec, int((slots_RK >= 0).sum())),
         floor_us=_floor(part, [slots for _, slots in drawn]),
+        dtype=plan.out_dtype,
     )
 
 
@@ -293,7 +295,7 @@ def config_text(config: Config) -> str:
 
 
 def _distance(backend: Backend, sample: Sample) -> float:
-    return relative_error(backend.forward(sample.rows[0]), sample.expected_RH)
+    return relative_error(backend.forward_alone(sample.rows[0], sample.dtype), sample.expected_RH)
 
 
 def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
@@ -302,10 +304,10 @@ def forward_us(backend: Backend, sample: Sample, iters: int) -> float:
 
     def forwards() -> None:
         for rows in sample.rows:
-            backend.forward(rows)
+            backend.forward_alone(rows, sample.dtype)
 
     def warm_up() -> None:
-        backend.tune(sample.rows[0])
+        backend.tune(Step(workspace_of(sample.expected_RH.device)), sample.rows[0])
         forwards()
 
     return calls_us(forwards, warm_up, len(sample.rows), sample.expected_RH.device, iters, backend.capturable)

@@ -1,9 +1,11 @@
 """How tokens reach the ranks that hold their experts, and how the partial outputs come back."""
 
-from moe_dist.exchange.base import Exchange, Handle
+from typing import Any
+
+from moe_dist.exchange.base import Exchange
 from moe_dist.registry import Registry
 
-EXCHANGES: Registry[Exchange] = Registry(
+EXCHANGES: Registry[Exchange[Any, Any]] = Registry(
     "exchange",
     {
         "local": "moe_dist.exchange.replicated:Local",
@@ -14,4 +16,4 @@ EXCHANGES: Registry[Exchange] = Registry(
     Exchange,
 )
 
-__all__ = ["EXCHANGES", "Exchange", "Handle"]
+__all__ = ["EXCHANGES", "Exchange"]

@@ -3,23 +3,23 @@ more bytes than an all-to-all."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, Handle, gather_tokens, payload_row_bytes
+from moe_dist.exchange.base import Exchange, gather_forms, gather_tokens, payload_row_bytes
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
-from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
+from moe_dist.step import Form, Step, TokenRows, Whole
 
 
-class AllGatherReduceScatter(Exchange):
-    """Every rank sees every row, padded to the bucket, and picks the slots it holds."""
+class AllGatherReduceScatter(Exchange[int, Whole]):
+    """Every rank sees every row, padded to the bucket, and picks the slots it holds. The handle is the number of this
+    rank's tokens."""
 
-    token_layout: ClassVar[TokenLayout] = "sharded"
+    token_layout: TokenLayout = "sharded"
     capturable = True
     needs_bucket = True
     every_token = True
@@ -30,14 +30,27 @@ class AllGatherReduceScatter(Exchange):
         row = payload_row_bytes(spec, payload) + spec.hidden * combine_itemsize
         return shard * row * (placement.world - 1)
 
-    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
-        bucket = self.check_bucket(routing.tokens, bucket)
-        x = self.to_payload(x, routing)
-        with self.stages("dispatch"):
-            x_all, all_routing = gather_tokens(self.comm, x, routing, bucket)
-            slots_RK = slots_on(self.placement, self.comm.rank, all_routing.ids_TK, sharded=bucket)
-            return TokenRows(x_all, slots_RK, all_routing.weights_TK), Handle(routing.tokens)
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        rows = placement.world * bucket
+        return [
+            *gather_forms(spec, placement, payload, bucket),
+            ((rows, spec.top_k), torch.int32),  # slots
+            ((rows, spec.hidden), dtype),
+        ]
 
-    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
-        with self.stages("combine"):
-            return self.comm.reduce_scatter(y_RH)[: handle.tokens]
+    def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, int]:
+        bucket = self.check_bucket(routing.tokens, step.bucket)
+        x = self.to_payload(step, x, routing)
+        with step.stages("dispatch"):
+            x_all, all_routing = gather_tokens(step, self.comm, x, routing, bucket)
+            slots_RK = slots_on(self.placement, self.comm.rank, all_routing.ids_TK, bucket, step.workspace.take)
+            return TokenRows(x_all, slots_RK, all_routing.weights_TK), routing.tokens
+
+    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
+        alone = self.comm.world == 1  # then the sums are the result
+        return Whole(step, (len(rows), self.spec.hidden), dtype, self.comm.device, lasting=alone)
+
+    def combine(self, step: Step, sink: Whole, handle: int) -> Tensor:
+        with step.stages("combine"):
+            return self.comm.reduce_scatter(sink.y)[:handle]

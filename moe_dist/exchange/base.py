@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,34 +12,31 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows
 from moe_dist.placement import Placement
-from moe_dist.quantization import Activations, QuantizedRows, scale_columns
+from moe_dist.quantization import FP8, Activations, QuantizedRows, scale_columns
 from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.step import Form, Sink, Step, Support, TokenRows
+
+H = TypeVar("H")  # what combine must know of its dispatch
+S = TypeVar("S", bound=Sink)  # what it takes partial sums with
 
 
-@dataclass(frozen=True)
-class Handle:
-    """What combine needs of its dispatch: the number of this rank's tokens, and the exchange's own notes."""
-
-    tokens: int
-    notes: Any = None
-
-
-class Exchange(ABC):
+class Exchange(ABC, Generic[H, S]):
     """One rank's exchange. `dispatch` and `combine` are collective: every rank calls both, with zero tokens too.
 
     `payload` is the dtype that token rows travel in: "fp8" quantizes them at their source, "bf16" or "fp32" sends them
     as they are, "none" where tokens are on every rank already and nothing is sent. `static_scale` is the activations'
     scale for fp8_tensor_static.
+
+    `token_layout`: of the tokens that it takes and gives back. `capturable`: in a CUDA graph. `every_token`: it brings
+    every token to every rank. `needs_bucket`: all ranks must pad to one agreed number of tokens.
     """
 
-    token_layout: ClassVar[TokenLayout]
-    capturable: ClassVar[bool]  # can be captured in a CUDA graph (with `static` set)
-    every_token: ClassVar[bool]  # brings every token to every rank
-    needs_bucket: ClassVar[bool]  # all ranks must pad to one agreed number of tokens
+    token_layout: TokenLayout
+    capturable: bool
+    every_token: bool
+    needs_bucket: bool
 
     def __init__(
         self,
@@ -49,11 +45,9 @@ class Exchange(ABC):
         spec: MoESpec,
         payload: str,
         static_scale: Tensor | None = None,
-        stages: Stages = NO_STAGES,
     ) -> None:
         self.comm, self.placement, self.spec = comm, placement, spec
-        self.payload, self.static_scale, self.stages = payload, static_scale, stages
-        self.static = False  # set while a CUDA graph is captured: static shapes, no host sync
+        self.payload, self.static_scale = payload, static_scale
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement) -> Support:
@@ -65,20 +59,36 @@ class Exchange(ABC):
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         """Most bytes one rank sends in a step of `tokens` global tokens, evenly sharded; for plans."""
 
+    @classmethod
     @abstractmethod
-    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
-        """This rank's tokens [T, H] to the rows [R, H] that it must compute.
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        """The most that a rank takes from the workspace in a step at this bucket; for plans. `dtype`: of partial
+        sums."""
 
-        `bucket`: the most tokens of any rank, agreed by all. To an exchange of replicated tokens it says that they were
-        gathered from shards of that size, in rank order; None says that they were replicated all along.
+    @classmethod
+    def rows_entering(cls, placement: Placement, bucket: int) -> int:
+        """The most rows that a rank's backend is given in such a step."""
+        return bucket * (placement.world if cls.token_layout == "sharded" else 1)
+
+    @abstractmethod
+    def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, H]:
+        """This rank's tokens [T, H] to the rows [R, H] that it must compute, and what `combine` must know.
+
+        `step.bucket`: the most tokens of any rank, agreed by all. To an exchange of replicated tokens it says that they
+        were gathered from shards of that size, in rank order; None says that they were replicated all along.
         """
 
     @abstractmethod
-    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
-        """Partial sums of the computed rows to this rank's finished tokens [T, H], in the dtype of `y_RH`."""
+    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> S:
+        """What takes the partial sums of these rows, which the backend gives in `dtype`."""
 
-    def splits(self, bucket: int) -> str | None:
-        """How a step at this bucket cuts what it sends, where there is a choice."""
+    @abstractmethod
+    def combine(self, step: Step, sink: S, handle: H) -> Tensor:
+        """Partial sums of the computed rows to this rank's finished tokens [T, H], in the sink's dtype. The result is
+        no scratch: it stays when the step has ended."""
+
+    def splits(self, bucket: int, captured: bool) -> str | None:
+        """How such a step cuts what it sends, where there is a choice."""
         return None
 
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
@@ -100,15 +110,15 @@ class Exchange(ABC):
             return "computed"
         return "all" if self.spec.shared_experts == "tp" else "routed"
 
-    def to_payload(self, x: Activations, routing: Routing) -> Activations:
+    def to_payload(self, step: Step, x: Activations, routing: Routing) -> Activations:
         """Quantize at the source if the payload is FP8 and that has not been done."""
         if self.payload != "fp8" or isinstance(x, QuantizedRows):
             return x
-        with self.stages("quantize"):
+        with step.stages("quantize"):
             used_T = None
             if self.spec.quant == "fp8_tensor_dynamic" and self.scaled_by == "routed":
                 used_T = routing.legal(self.spec.num_experts).any(1)
-            return quantize_rows(x, self.spec.quant, self.static_scale, used_T)
+            return quantize_rows(x, self.spec.quant, self.static_scale, used_T, step.workspace.take)
 
     def check_bucket(self, tokens: int, bucket: int | None) -> int:
         """The bucket to pad to. Raises ConfigError where tokens would not fit: none is ever dropped."""
@@ -118,18 +128,32 @@ class Exchange(ABC):
         return bucket
 
 
-def gather_tokens(comm: Comm, x: Activations, routing: Routing, bucket: int) -> tuple[Activations, Routing]:
+def gather_tokens(step: Step, comm: Comm, x: Activations, routing: Routing, bucket: int) -> tuple[Activations, Routing]:
     """Pad to `bucket` rows with id -1 and weight 0, and collect everybody's: [world·bucket, ...] in rank order."""
     parts = [*parts_of(x), routing.ids_TK, routing.weights_TK]
     fills = [0.0] * (len(parts) - 2) + [-1, 0]
-    gathered = comm.all_gather([pad_rows(part, bucket, fill) for part, fill in zip(parts, fills, strict=True)])
+    padded = [pad_rows(step, part, bucket, fill) for part, fill in zip(parts, fills, strict=True)]
+    gathered = comm.all_gather(padded, into=room_for(step, padded, comm.world * bucket))
     return activations_of(x, gathered[:-2]), Routing(gathered[-2], gathered[-1])
 
 
-def pad_rows(rows: Tensor, size: int, fill: float) -> Tensor:
+def gather_forms(spec: MoESpec, placement: Placement, payload: str, bucket: int) -> list[Form]:
+    """The most that quantizing and `gather_tokens` take: own rows, the same padded, everybody's."""
+    own = row_forms(spec, payload, bucket)
+    everyone = placement.world * bucket
+    padded = [*own, *pair_forms(spec, bucket)]
+    return [*own, *padded, *row_forms(spec, payload, everyone), *pair_forms(spec, everyone)]
+
+
+def room_for(step: Step, parts: list[Tensor], rows: int) -> list[Tensor]:
+    """Scratch for `rows` rows like those of each part."""
+    return [step.workspace.take((rows, *part.shape[1:]), part.dtype) for part in parts]
+
+
+def pad_rows(step: Step, rows: Tensor, size: int, fill: float) -> Tensor:
     if rows.shape[0] == size:
         return rows
-    padded = rows.new_empty(size, *rows.shape[1:])
+    (padded,) = room_for(step, [rows], size)
     padded[: rows.shape[0]] = rows
     # FP8 has no fill on every device; its zero is the zero byte.
     (padded.view(torch.uint8) if rows.dtype.itemsize == 1 else padded)[rows.shape[0] :].fill_(fill)
@@ -157,3 +181,18 @@ def payload_row_bytes(spec: MoESpec, payload: str) -> int:
     else:
         values = spec.hidden * spec.torch_dtype.itemsize
     return values + 8 * spec.top_k
+
+
+def row_forms(spec: MoESpec, payload: str, rows: int) -> list[Form]:
+    """Of so many rows as they travel, without their slots and weights."""
+    if payload != "fp8":
+        return [((rows, spec.hidden), spec.torch_dtype)]
+    forms: list[Form] = [((rows, spec.hidden), FP8)]
+    if columns := scale_columns(spec.quant, spec.hidden):
+        forms.append(((rows, columns), torch.float32))
+    return forms
+
+
+def pair_forms(spec: MoESpec, rows: int) -> list[Form]:
+    """Of their ids or slots, and of their weights."""
+    return [((rows, spec.top_k), torch.int32), ((rows, spec.top_k), torch.float32)]

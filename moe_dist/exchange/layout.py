@@ -6,89 +6,148 @@ other layout pays for the change on both ends, and only rows measured with the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any, Generic
+
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, Handle, activations_of, gather_tokens, pad_rows, parts_of
+from moe_dist.exchange.base import (
+    Exchange,
+    H,
+    S,
+    activations_of,
+    gather_forms,
+    gather_tokens,
+    pad_rows,
+    parts_of,
+    payload_row_bytes,
+    room_for,
+)
+from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
+from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
-from moe_dist.rows import TokenRows
-from moe_dist.spec import split_bounds
+from moe_dist.sizes import cdiv
+from moe_dist.spec import MoESpec, split_bounds
+from moe_dist.step import Form, Step, TokenRows
 
 
-class _Converted:
-    """What both directions share."""
+@dataclass(frozen=True)
+class Shard(Generic[H]):
+    """This rank's run of the tokens that `inner` was given: where it begins, how many they are."""
 
-    def __init__(self, inner: Exchange) -> None:
-        self.inner = inner
-        self.comm, self.stages = inner.comm, inner.stages
-        self.scaled_by = inner.scaled_by
-
-    @property
-    def static(self) -> bool:
-        return self.inner.static
-
-    @static.setter
-    def static(self, value: bool) -> None:
-        self.inner.static = value
+    inner: H
+    start: int
+    tokens: int
 
 
-class ShardedToReplicated(_Converted):
+class ShardedToReplicated(Exchange[Shard[H], S]):
     """Tokens come sharded, `inner` wants them on every rank: gather them before, keep the own ones after."""
 
+    token_layout = "sharded"
     needs_bucket = True
 
-    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
-        bucket = self.inner.check_bucket(routing.tokens, bucket)
-        x = self.inner.to_payload(x, routing)
-        with self.stages("convert"):
-            x, everyone = gather_tokens(self.comm, x, routing, bucket)
-        rows, handle = self.inner.dispatch(x, everyone, bucket)
-        return rows, Handle(routing.tokens, (handle, bucket))
+    def __init__(self, inner: Exchange[H, S]) -> None:
+        super().__init__(inner.comm, inner.placement, inner.spec, inner.payload, inner.static_scale)
+        self.inner, self.capturable, self.every_token = inner, inner.capturable, inner.every_token
 
-    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
-        inner_handle, bucket = handle.notes
-        y = self.inner.combine(y_RH, inner_handle)
-        start = self.comm.rank * bucket
-        return y[start : start + handle.tokens]
+    @classmethod
+    def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
+        """Of the change alone: rows are gathered before, padded to equal shares."""
+        return cdiv(tokens, placement.world) * payload_row_bytes(spec, payload) * (placement.world - 1)
 
-    def splits(self, bucket: int) -> str | None:
-        return self.inner.splits(bucket)
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        """Of the change alone."""
+        return gather_forms(spec, placement, payload, bucket)
 
-    def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-        """As for every exchange of sharded tokens."""
-        return Exchange.identify(self.inner, bounds)
+    def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Shard[H]]:
+        bucket = self.check_bucket(routing.tokens, step.bucket)
+        x = self.inner.to_payload(step, x, routing)
+        with step.stages("convert"):
+            x, everyone = gather_tokens(step, self.comm, x, routing, bucket)
+        rows, handle = self.inner.dispatch(step, x, everyone)
+        return rows, Shard(handle, self.comm.rank * bucket, routing.tokens)
+
+    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> S:
+        return self.inner.sink(step, rows, dtype)
+
+    def combine(self, step: Step, sink: S, handle: Shard[H]) -> Tensor:
+        y = self.inner.combine(step, sink, handle.inner)
+        return y[handle.start : handle.start + handle.tokens]
+
+    def splits(self, bucket: int, captured: bool) -> str | None:
+        return self.inner.splits(bucket, captured)
+
+    @property
+    def scaled_by(self) -> ScaledBy:
+        return self.inner.scaled_by
 
     def quantized_together(self, bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return self.inner.quantized_together(bounds)
 
 
-class ReplicatedToSharded(_Converted):
+@dataclass(frozen=True)
+class Share(Generic[H]):
+    """Every rank's share of the tokens, and the largest one's size."""
+
+    inner: H
+    bounds: list[tuple[int, int]]
+    most: int
+
+
+class ReplicatedToSharded(Exchange[Share[H], S]):
     """Every rank has all tokens, `inner` wants them sharded: keep an even share before, gather the results after."""
 
+    token_layout = "replicated"
     needs_bucket = False
 
-    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
+    def __init__(self, inner: Exchange[H, S]) -> None:
+        super().__init__(inner.comm, inner.placement, inner.spec, inner.payload, inner.static_scale)
+        self.inner, self.capturable, self.every_token = inner, inner.capturable, inner.every_token
+
+    @classmethod
+    def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
+        """Of the change alone: results are gathered after, padded to equal shares."""
+        return cdiv(tokens, placement.world) * spec.hidden * combine_itemsize * (placement.world - 1)
+
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        """Of the change alone."""
+        most = cdiv(bucket, placement.world)
+        return [((most, spec.hidden), dtype), ((placement.world * most, spec.hidden), dtype)]
+
+    def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Share[H]]:
         bounds = split_bounds(routing.tokens, self.comm.world)
         start, stop = bounds[self.comm.rank]
-        share = bounds[0][1]  # the first rank's share is the largest
-        with self.stages("convert"):
+        most = bounds[0][1]  # the first rank's share is the largest
+        with step.stages("convert"):
             x = activations_of(x, [part[start:stop] for part in parts_of(x)])
-        rows, handle = self.inner.dispatch(x, routing.rows(start, stop), share)
-        return rows, Handle(routing.tokens, (handle, share, bounds))
+        rows, handle = self.inner.dispatch(replace(step, bucket=most), x, routing.rows(start, stop))
+        return rows, Share(handle, bounds, most)
 
-    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
-        inner_handle, share, bounds = handle.notes
-        y = self.inner.combine(y_RH, inner_handle)
-        with self.stages("convert"):
-            (gathered,) = self.comm.all_gather([pad_rows(y, share, 0)])
-            if handle.tokens % self.comm.world == 0:
-                return gathered
-            pieces = [gathered[rank * share :][: stop - start] for rank, (start, stop) in enumerate(bounds)]
+    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> S:
+        return self.inner.sink(step, rows, dtype)
+
+    def combine(self, step: Step, sink: S, handle: Share[H]) -> Tensor:
+        bounds, most = handle.bounds, handle.most
+        y = self.inner.combine(replace(step, bucket=most), sink, handle.inner)
+        tokens, world = bounds[-1][1], self.comm.world
+        with step.stages("convert"):
+            padded = pad_rows(step, y, most, 0)
+            if tokens % world == 0:
+                return self.comm.all_gather([padded])[0]
+            (gathered,) = self.comm.all_gather([padded], into=room_for(step, [padded], world * most))
+            pieces = [gathered[rank * most :][: stop - start] for rank, (start, stop) in enumerate(bounds)]
             return torch.cat(pieces)
 
-    def splits(self, bucket: int) -> str | None:
-        return self.inner.splits(-(-bucket // self.comm.world))
+    def splits(self, bucket: int, captured: bool) -> str | None:
+        return self.inner.splits(cdiv(bucket, self.comm.world), captured)
+
+    @property
+    def scaled_by(self) -> ScaledBy:
+        return self.inner.scaled_by
 
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         return self.inner.identify(split_bounds(bounds[-1][1], self.comm.world))
@@ -97,11 +156,15 @@ class ReplicatedToSharded(_Converted):
         return self.inner.quantized_together(split_bounds(bounds[-1][1], self.comm.world))
 
 
-AnyExchange = Exchange | ShardedToReplicated | ReplicatedToSharded
+def change_of(token_layout: str, exchange: type[Exchange[Any, Any]], world: int) -> type[Exchange[Any, Any]] | None:
+    """The change around `exchange` for tokens that lie in `token_layout`, if there must be one."""
+    if token_layout == exchange.token_layout or world == 1:
+        return None
+    return ShardedToReplicated if token_layout == "sharded" else ReplicatedToSharded
 
 
-def with_layout(exchange: Exchange, token_layout: str) -> AnyExchange:
+def with_layout(exchange: Exchange[Any, Any], token_layout: str) -> Exchange[Any, Any]:
     """`exchange` for callers whose tokens lie in `token_layout`."""
     if token_layout == exchange.token_layout or exchange.comm.world == 1:
         return exchange
-    return ShardedToReplicated(exchange) if token_layout == "sharded" else ReplicatedToSharded(exchange)
+    return (ShardedToReplicated if token_layout == "sharded" else ReplicatedToSharded)(exchange)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, Handle
+from moe_dist.exchange.base import Exchange
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
-from moe_dist.rows import Support, TokenRows
 from moe_dist.spec import MoESpec, TokenLayout
+from moe_dist.step import Form, Step, Support, TokenRows, Whole
 
 
-class AllReduce(Exchange):
+class AllReduce(Exchange[None, Whole]):
     """Every rank computes its part of every token; one all-reduce adds the parts."""
 
-    token_layout: ClassVar[TokenLayout] = "replicated"
+    token_layout: TokenLayout = "replicated"
     capturable = True
     needs_bucket = False
     every_token = True
@@ -28,14 +26,22 @@ class AllReduce(Exchange):
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
         return 2 * tokens * spec.hidden * combine_itemsize * (placement.world - 1) // placement.world
 
-    def dispatch(self, x: Activations, routing: Routing, bucket: int | None = None) -> tuple[TokenRows, Handle]:
-        with self.stages("dispatch"):
-            slots_TK = slots_on(self.placement, self.comm.rank, routing.ids_TK, sharded=bucket)
-            return TokenRows(x, slots_TK, routing.weights_TK), Handle(routing.tokens)
+    @classmethod
+    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+        return [((bucket, spec.top_k), torch.int32)]  # slots
 
-    def combine(self, y_RH: Tensor, handle: Handle) -> Tensor:
-        with self.stages("combine"):
-            return self.comm.all_reduce(y_RH)
+    def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, None]:
+        with step.stages("dispatch"):
+            slots_TK = slots_on(self.placement, self.comm.rank, routing.ids_TK, step.bucket, step.workspace.take)
+            return TokenRows(x, slots_TK, routing.weights_TK), None
+
+    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
+        """The sums are added up where they lie, and are the result."""
+        return Whole(step, (len(rows), self.spec.hidden), dtype, self.comm.device, lasting=True)
+
+    def combine(self, step: Step, sink: Whole, handle: None) -> Tensor:
+        with step.stages("combine"):
+            return self.comm.all_reduce(sink.y)
 
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         return torch.arange(bounds[-1][1], device="cpu"), None

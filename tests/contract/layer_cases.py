@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.exchange import EXCHANGES
+from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Plan, make_plan
@@ -23,6 +24,7 @@ from moe_dist.reference import Numerics, ScaledBy, oracle_layer
 from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step import workspace_of
 from moe_dist.weights import ExpertWeights, random_expert, shard, slice_width, stack
 
 CPU = Machine.detect("cpu")
@@ -48,7 +50,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Case:
     """`bucket` is the caller's max_tokens_per_rank. `swap` gives the layer weights whose gate and up are exchanged,
-    `up_scale` is the factor between them."""
+    `up_scale` is the factor between them. `exact`: all_to_all pads nothing."""
 
     name: str
     plan: Plan
@@ -57,6 +59,7 @@ class Case:
     swap: bool = False
     up_scale: float = 0.25
     routed_by_layer: bool = False
+    exact: bool = False
 
 
 class Outcome(NamedTuple):
@@ -96,11 +99,19 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
         router = Router(plan, gate)
         routing = router(x)
     layer = MoELayer(plan, own, comm, router=router, shared=_shared_part(case, comm.rank))
+    inner = getattr(layer.exchange, "inner", layer.exchange)
+    if case.exact and isinstance(inner, AllToAll):
+        inner.padding_up_to = -1
     start, stop = (0, len(x)) if plan.token_layout == "replicated" else case.inputs.bounds[comm.rank]
     given = None if router else routing.rows(start, stop)
     wide = x.new_zeros(len(x), spec.hidden + 4)  # columns of it are not contiguous
     wide[:, 1:-3] = x
+    workspace = workspace_of(comm.device)
+    workspace.high_water = 0
     y = layer(wide[start:stop, 1:-3], given, max_tokens_per_rank=case.bucket)
+    most = plan.scratch_bytes(case.bucket or max(b - a for a, b in [*case.inputs.bounds, (start, stop)]))
+    if workspace.high_water > most:
+        raise AssertionError(f"{case.name}: took {workspace.high_water} bytes of scratch, the plan says {most} at most")
     if y.shape != (stop - start, spec.hidden) or y.dtype != spec.torch_dtype:
         raise AssertionError(f"{case.name}: the output is {y.dtype} {tuple(y.shape)}")
     return y, layer, x, routing

@@ -8,14 +8,13 @@ from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.comm import Comm
 from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.exchange.base import Handle
 from moe_dist.exchange.replicated import AllReduce
 from moe_dist.layer import MoELayer
 from moe_dist.plan import Machine, make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
-from moe_dist.rows import Support
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step.rows import Support
 from moe_dist.weights import random_weights, shard
 
 SPEC = MoESpec(hidden=256, intermediate=256, num_experts=6, top_k=2)
@@ -34,10 +33,10 @@ class SwigluOnly(TorchBackend):
 class GatherSum(AllReduce):
     """An exchange that adds partial sums in float32, in rank order, instead of an all-reduce in their own dtype."""
 
-    def combine(self, y_RH, handle: Handle):
-        with self.stages("combine"):
-            (parts,) = self.comm.all_gather([y_RH.float()])
-            return parts.view(self.comm.world, *y_RH.shape).sum(0).to(y_RH.dtype)
+    def combine(self, step, sink, handle):
+        with step.stages("combine"):
+            (parts,) = self.comm.all_gather([sink.y.float()])
+            return parts.view(self.comm.world, *sink.shape).sum(0).to(sink.dtype)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from layer_cases import (
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.exchange.all_to_all import EVEN_UP_TO, PACKED_UP_TO
+from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO
 from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
 from moe_dist.plan import make_plan
@@ -141,9 +141,10 @@ def test_layer(pool: Pool, parallel: ParallelSpec, exchange: str, backend: str) 
             assert (plan.payload, plan.exchange, plan.backend) == (travels, exchange, backend)
             assert plan.out_dtype == (torch.float32 if (combine or dtype) == "fp32" else torch.bfloat16)
             name = f"{spec.quant_label} {activation} {layout} payload={payload} combine={combine}"
-            # A bucket beyond what all_to_all splits evenly takes its other way, and pads the other exchanges.
-            bucket = EVEN_UP_TO + 1 if layout == "sharded" and combine == "fp32" else None
-            cases.append(Case(f"{name} bucket={bucket}", plan, inputs, bucket))
+            # all_to_all takes each of its ways, the other exchanges pad.
+            bucket = 40 if layout == "sharded" and combine == "fp32" else None
+            exact = exchange == "all_to_all" and combine == "fp32"
+            cases.append(Case(f"{name} bucket={bucket} exact={exact}", plan, inputs, bucket, exact=exact))
     check(pool, cases)
 
 
@@ -200,7 +201,7 @@ EDGES: dict[str, tuple[ParallelSpec, dict[str, Any], dict[str, Any]]] = {
     "partial blocks everywhere": (
         ParallelSpec(tp=2, ep=2), {"hidden": 200, "intermediate": 272}, {"counts": (4, 1, 0, 6)},
     ),
-    "more tokens than all_to_all splits evenly": (ParallelSpec(tp=2, ep=2), {}, {"counts": (70, 3, 0, EVEN_UP_TO + 1)}),
+    "more tokens than all_to_all packs": (ParallelSpec(tp=2, ep=2), {}, {"counts": (70, 3, 0, PACKED_UP_TO + 1)}),
     "more ranks than tokens": (ParallelSpec(ep=8), {}, {"counts": (0, 1, 0, 0, 1, 0, 0, 1), "holes": 0.0}),
 }  # fmt: skip
 
@@ -241,12 +242,19 @@ def test_swapped_halves_are_seen(pool: Pool, parallel: ParallelSpec) -> None:
     assert not unseen, f"MOE_DIST_TEST_SEED={SEED}: {unseen}"
 
 
-@pytest.mark.parametrize("bucket", [11, PACKED_UP_TO, PACKED_UP_TO + 1, EVEN_UP_TO + 1])
+@pytest.mark.parametrize("bucket", [11, PACKED_UP_TO, PACKED_UP_TO + 1])
 def test_bucket_given_by_the_caller(pool: Pool, bucket: int) -> None:
     """Every bucket gives what the oracle says, with replicas too: padding does not move a token to another copy."""
     parallel, inputs = ParallelSpec(tp=2, ep=2, replicas={1: (1,), 8: (0,)}), Inputs((4, 1, 0, 6), SEED)
     cases = [c for quant, dtype in FORMATS for c in everywhere(spec_of(quant, dtype), parallel, inputs, bucket=bucket)]
     check(pool, cases)
+
+
+def test_exact_splits(pool: Pool) -> None:
+    """all_to_all without padding, with replicas and a rank without tokens."""
+    parallel, inputs = ParallelSpec(tp=2, ep=2, replicas={1: (1,), 8: (0,)}), Inputs((4, 1, 0, 6), SEED)
+    cases = [c for quant, dtype in FORMATS for c in everywhere(spec_of(quant, dtype), parallel, inputs, exact=True)]
+    check(pool, [case for case in cases if case.plan.exchange == "all_to_all"])
 
 
 def test_layer_with_its_own_router(pool: Pool) -> None:

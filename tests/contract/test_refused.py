@@ -12,8 +12,8 @@ import torch
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.rows import Support
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "a test's CPU")
 H200 = Machine("cuda", 8, "NVIDIA H200", (9, 0), 141 << 30)

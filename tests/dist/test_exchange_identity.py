@@ -21,12 +21,12 @@ from torch import Tensor
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.exchange.all_to_all import EVEN_UP_TO, PACKED_UP_TO
-from moe_dist.exchange.layout import AnyExchange, with_layout
+from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO, AllToAll
+from moe_dist.exchange.layout import with_layout
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, QuantizedRows, dequantize_rows, quantize_rows
 from moe_dist.routing import Routing
-from moe_dist.rows import TokenRows
+from moe_dist.step import Step, TokenRows, workspace_of
 from moe_dist.spec import MoESpec, ParallelSpec, split_bounds
 
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
@@ -116,7 +116,7 @@ def pairs(slots_RK: Tensor, weights_RK: Tensor) -> list[tuple[int, float]]:
     return sorted(zip(slots_RK[here].tolist(), weights_RK[here].tolist(), strict=True))
 
 
-def identified(problem: Draw, moved: AnyExchange, rank: int, layout: str) -> list[tuple[int, float]]:
+def identified(problem: Draw, moved: Exchange[Any, Any], rank: int, layout: str) -> list[tuple[int, float]]:
     """The pairs that rank `rank` computes by what the exchange tells the oracle."""
     bounds = [(0, sum(problem.counts))]
     if layout == "sharded":
@@ -128,24 +128,40 @@ def identified(problem: Draw, moved: AnyExchange, rank: int, layout: str) -> lis
 
 def made(
     comm: Comm, problem: Draw, exchange: str, layout: str, payload: str, static: Tensor | None = None
-) -> AnyExchange:
+) -> Exchange[Any, Any]:
     return with_layout(EXCHANGES.get(exchange)(comm, problem.placement, problem.spec, payload, static), layout)
 
 
 def through(
-    comm: Comm, problem: Draw, exchange: str, layout: str, payload: str, bucket: int | None, static: Tensor | None
+    comm: Comm,
+    problem: Draw,
+    exchange: str,
+    layout: str,
+    payload: str,
+    bucket: int | None,
+    static: Tensor | None,
+    exact: bool = False,
 ) -> tuple[Tensor, TokenRows, int]:
-    """This rank's result, the rows it was sent and the bytes it sent."""
+    """This rank's result, the rows it was sent and the bytes it sent. `exact`: all_to_all pads nothing."""
     moved = made(comm, problem, exchange, layout, payload, static)
+    inner = getattr(moved, "inner", moved)
+    if exact and isinstance(inner, AllToAll):
+        inner.padding_up_to = -1
     start, stop = problem.bounds(comm.rank, layout)
     if bucket is None and moved.needs_bucket:
         bucket = max(problem.counts)
     before = comm.bytes_sent
-    rows, handle = moved.dispatch(
-        problem.x[start:stop].clone(), problem.routing.rows(start, stop), bucket if moved.needs_bucket else None
-    )
-    y = moved.combine(identity(rows, static, problem.placement, comm.rank), handle)
+    step = Step(workspace_of(comm.device), bucket if moved.needs_bucket else None)
+    step.workspace.begin()
+    rows, handle = moved.dispatch(step, problem.x[start:stop].clone(), problem.routing.rows(start, stop))
+    sums = identity(rows, static, problem.placement, comm.rank)
+    sink = moved.sink(step, rows, sums.dtype)
+    sink.put(0, sums.shape[1], sink.target(0, sums.shape[1]).copy_(sums))
+    y = moved.combine(step, sink, handle)
     return y, rows, comm.bytes_sent - before
+
+
+BUCKET = 1025  # tokens a rank
 
 
 def nothing_wrong(by_rank: list[list[str]]) -> None:
@@ -162,9 +178,10 @@ def check_identity(comm: Comm, exchange: str, layout: str, seeds: list[int]) -> 
         computed = identified(problem, made(comm, problem, exchange, layout, "fp32"), comm.rank, layout)
         needed = max(problem.counts)  # what None stands for
         # all_to_all packs its rows, pads its splits to even ones, and beyond that agrees on exact ones.
-        for bucket in (None, needed + 3, needed + PACKED_UP_TO, needed + EVEN_UP_TO):
-            y, rows, _ = through(comm, problem, exchange, layout, "fp32", bucket, None)
-            label = f"seed {seed} bucket {bucket} rank {comm.rank} {problem.placement.homes} {problem.counts}"
+        tried = [(bucket, False) for bucket in (None, needed + 3, needed + PACKED_UP_TO)]
+        for bucket, exact in [*tried, (None, exchange == "all_to_all"), (needed + 3, exchange == "all_to_all")]:
+            y, rows, _ = through(comm, problem, exchange, layout, "fp32", bucket, None, exact)
+            label = f"seed {seed} bucket {bucket} exact {exact} rank {comm.rank} {problem.placement.homes} {problem.counts}"
             if rows.slots_RK.dtype != torch.int32 or rows.weights_RK.dtype != torch.float32:
                 wrong.append(f"{label}: slots are {rows.slots_RK.dtype}, weights {rows.weights_RK.dtype}")
             if y.shape != expected.shape or not torch.equal(y, expected):
@@ -194,7 +211,7 @@ def check_all_to_all(comm: Comm, seeds: list[int]) -> list[str]:
         tokens = sum(problem.counts)
         tags = torch.arange(1.0, tokens + 1)[:, None].expand(tokens, problem.spec.hidden)
         problem = Draw(problem.spec, problem.placement, problem.counts, tags, problem.routing)
-        _, rows, sent = through(comm, problem, "all_to_all", "sharded", "fp32", EVEN_UP_TO + 1, None)
+        _, rows, sent = through(comm, problem, "all_to_all", "sharded", "fp32", BUCKET, None, exact=True)
         label = f"seed {seed} rank {comm.rank}"
 
         source_of = [rank for rank, count in enumerate(problem.counts) for _ in range(count)]
@@ -217,7 +234,7 @@ def check_all_to_all(comm: Comm, seeds: list[int]) -> list[str]:
         row_bytes, pair_bytes = 4 * problem.spec.hidden, 8 * problem.spec.top_k
         away = sum(len(wanted[t].keys() - {comm.rank}) for t in range(tokens) if source_of[t] == comm.rank)
         back = sum(source_of[token] != comm.rank for token in expected)
-        listed = (comm.world - 1) * (EVEN_UP_TO + 2) * pair_bytes  # padded, and a place for the number
+        listed = (comm.world - 1) * (BUCKET + 1) * pair_bytes  # padded, and a place for the number
         if sent != (away + back) * row_bytes + listed:
             wrong.append(f"{label}: {sent} bytes for {away} rows out and {back} back")
     return wrong
@@ -314,7 +331,7 @@ def overflow(comm: Comm, exchange: str, layout: str) -> list[str]:
     raised = []
     for bucket in (4, 5, None):
         try:
-            moved.dispatch(x[start:stop], routing.rows(start, stop), bucket)
+            moved.dispatch(Step(workspace_of(comm.device), bucket), x[start:stop], routing.rows(start, stop))
             raised.append("")
         except ConfigError as error:
             raised.append(str(error))

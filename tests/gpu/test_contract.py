@@ -17,7 +17,7 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.bench.runner import plan_cases
 from moe_dist.config import find_model
-from moe_dist.exchange import all_to_all
+from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.plan import Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
@@ -65,8 +65,7 @@ def measure_all(context, cases: list[Case]):
 
 def measure_with_exact_splits(context, cases: list[Case]):
     """The same where all_to_all has no padding, which costs a host that waits: it takes that only where it pays."""
-    all_to_all.EVEN_UP_TO = all_to_all.PACKED_UP_TO = 0
-    all_to_all.PADDING_UP_TO = -1
+    AllToAll.padding_up_to = -1
     return measure_all(context, cases)
 
 

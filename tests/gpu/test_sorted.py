@@ -18,11 +18,12 @@ HIDDEN, TILE = 384, 64
 def test_sorted_pairs(experts, top_k, absent):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    from moe_dist.kernels.triton.step import Step
+    from moe_dist.kernels.triton.pipeline import Pipeline
     from moe_dist.quantization import FP8
+    from moe_dist.step import Step, Workspace
     from moe_dist.weights import ExpertWeights
 
-    class Sorting(Step):
+    class Sorting(Pipeline):
         def gemm1(self, *_):
             raise NotImplementedError
 
@@ -35,7 +36,7 @@ def test_sorted_pairs(experts, top_k, absent):
         slots = torch.randint(0, experts, (rows, top_k), dtype=torch.int32, device="cuda")
         slots[torch.rand(slots.shape, device="cuda") < absent] = -1
         x = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
-        step = Sorting(slots, weights, TILE, pdl=True)
+        step = Sorting(Step(Workspace(torch.device("cuda"))), slots, weights, TILE, pdl=True)
         step.taken.fill_(9)
         values, scales = step.prepare(x)
 

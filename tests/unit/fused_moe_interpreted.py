@@ -12,23 +12,25 @@ import torch
 import triton
 import triton.language as tl
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
+from sinks import InRanges
 from torch import Tensor
 
 from moe_dist.backends.base import Backend
+from moe_dist.backends.base import Problem as OfRank
 from moe_dist.backends.deep_gemm_grouped import DeepGemm
 from moe_dist.backends.triton_fused import TritonFused
-from moe_dist.kernels.triton import step as module
+from moe_dist.kernels.triton import pipeline as module
 from moe_dist.kernels.triton.align import _count, _place, _prepare
-from moe_dist.kernels.triton.fused_moe import Config, fused_moe
-from moe_dist.kernels.triton.padded import TILE, PaddedStep
+from moe_dist.kernels.triton.fused_moe import Config, TritonPipeline, fused_moe
+from moe_dist.kernels.triton.padded import TILE, PaddedPipeline
+from moe_dist.kernels.triton.pipeline import _requantize, _row_maxima, _weighted_sum
 from moe_dist.kernels.triton.quantize import divided
-from moe_dist.kernels.triton.step import _requantize, _row_maxima, _weighted_sum
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, quantize_rows, scale_of
 from moe_dist.reference import oracle_partial, relative_error
 from moe_dist.routing import Routing
-from moe_dist.rows import TokenRows
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step import Step, TokenRows, Workspace
 from moe_dist.weights import ExpertWeights, random_expert, shard, stack
 
 FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
@@ -261,13 +263,15 @@ def test_the_backend_computes_the_same_again_and_again(quant):
     first, second = problem(hidden=144, quant=quant), problem(hidden=144, quant=quant)
     second.experts = second.experts.with_tensors(w13_eFH=first.experts.w13_eFH.flip(0))
     config = config_of(first.spec, tma=True)
-    backend = TritonFused(first.spec, torch.float32)
+    width, experts = first.experts.width, first.experts.num_experts
+    backend = TritonFused(OfRank(first.spec, width, experts, "cuda", (9, 0), "bf16"))
     for case in (first, second):
         backend.prepare(case.experts)
         backend.use_config(vars(config))
         y = case.check(config)
         for _ in range(2):
-            assert torch.equal(backend.forward(TokenRows(case.x, case.routing.ids_TK, case.routing.weights_TK)), y)
+            rows = TokenRows(case.x, case.routing.ids_TK, case.routing.weights_TK)
+            assert torch.equal(backend.forward_alone(rows, torch.float32), y)
 
 
 class Stop(Exception):
@@ -450,8 +454,8 @@ def test_weighted_sum(dtype, split_k):
     weights, out = torch.randn(4, 4), torch.randn(split_k, 16, 1100).bfloat16()
     out[:, slots.flatten() < 0] = torch.nan
     y = torch.empty(4, 1100, dtype=dtype)
-    sizes = {"H": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
-    _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, PLACED=False, **sizes)
+    sizes = {"H": 1100, "COLUMNS": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
+    _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, 0, PLACED=False, **sizes)
     pairs = sum(part.float() for part in out).view(4, 4, 1100)
     expected = torch.zeros(4, 1100)
     for place in range(4):
@@ -461,8 +465,27 @@ def test_weighted_sum(dtype, split_k):
     moved = torch.empty_like(out)
     moved[:, places] = out
     y.fill_(torch.nan)
-    _weighted_sum[(4, 2, 1)](moved, slots, weights, places, y, PLACED=True, **sizes)
+    _weighted_sum[(4, 2, 1)](moved, slots, weights, places, y, 0, PLACED=True, **sizes)
     assert torch.equal(y, expected.to(dtype))
+    part = torch.full((4, 76), torch.nan, dtype=dtype)
+    _weighted_sum[(4, 1, 1)](moved, slots, weights, places, part, 1024, PLACED=True, **sizes | {"COLUMNS": 76})
+    assert torch.equal(part, expected[:, 1024:].to(dtype))
+
+
+@pytest.mark.parametrize("quant", ["fp8_block", "fp8_channel", "fp8_tensor_static", "none"])
+@pytest.mark.parametrize("changes", [{}, {"twice": True, "span": 2}, {"span": 3}, {"split_k": 2}, {"bn2": 64}])
+def test_ranges_of_columns_give_the_same_bits(quant, changes):
+    """Whatever the ranges are, GEMM2 and the weighted sum give what they give for all columns at once."""
+    case = problem(rows=21, hidden=640, width=256, quant=quant)
+    config = config_of(case.spec, **changes)
+    whole = case.run(config)
+    for widths in ([128], [256, 128], [384, 256]):
+        sink = InRanges(tuple(whole.shape), whole.dtype, whole.device, widths)
+        step = Step(Workspace(whole.device))
+        made = TritonPipeline(step, case.routing.ids_TK, case.experts, config, {})
+        made.run(case.x, case.routing.weights_TK, case.spec.activation, sink)
+        assert torch.equal(sink.y, whole), widths
+        assert sink.put_so_far == sink.columns()
 
 
 class TestPadded:
@@ -505,10 +528,13 @@ class TestPadded:
 
     def run(self, case: Problem, quantized: bool = False) -> Tensor:
         x = quantize_rows(case.x, "fp8_block") if quantized else case.x
-        step = PaddedStep(case.routing.ids_TK, case.experts, self.contiguous, self.masked)
-        assert step.one_each == (case.routing.ids_TK.numel() <= TILE)
-        step.expert_R.zero_()  # as another step may leave it
-        return step.run(x, case.routing.weights_TK, case.spec.activation, torch.float32)
+        step = Step(Workspace(x.device if isinstance(x, Tensor) else x.values_RH.device))
+        made = PaddedPipeline(step, case.routing.ids_TK, case.experts, self.contiguous, self.masked)
+        assert made.one_each == (case.routing.ids_TK.numel() <= TILE)
+        made.expert_R.zero_()  # as another step may leave it
+        sink = InRanges((len(case.x), case.spec.hidden), torch.float32, case.x.device, [128])
+        made.run(x, case.routing.weights_TK, case.spec.activation, sink)
+        return sink.y
 
     @pytest.mark.parametrize(
         ("rows", "activation", "quantized"),

@@ -7,10 +7,13 @@ import torch
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
 from moe_dist import kernels
+from moe_dist.exchange.all_to_all import lists as lists_of
 from moe_dist.placement import Placement
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step import fresh
 
+TAKE = fresh(torch.device("cpu"))
 FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
 
 
@@ -22,7 +25,8 @@ def test_quantize_rows_gives_the_codes_of_torch(kind):
     for rows, width in ((5, 320), (1, 128), (3, 100)):
         x = (torch.randn(rows, width) * 3).bfloat16()
         x[0] = 0  # zero rows stay zero
-        found, expected = (quantize(x, kind, torch.tensor(0.02)) for quantize in (quantize_rows, expected_rows))
+        found = quantize_rows(x, kind, torch.tensor(0.02), None, TAKE)
+        expected = expected_rows(x, kind, torch.tensor(0.02))
         assert torch.equal(found.values_RH.view(torch.uint8), expected.values_RH.view(torch.uint8))
         if expected.scales_RS is None:
             assert found.scales_RS is None
@@ -32,26 +36,26 @@ def test_quantize_rows_gives_the_codes_of_torch(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
 def test_take_sends(dtype):
-    from moe_dist.kernels.triton.rows import take_sends
+    from moe_dist.exchange.all_to_all.row_kernels import take_sends
 
     lists = [[3, 0], [], [0, 1, 2, 6]]
     token = torch.tensor([one + [-1] * (4 - len(one)) for one in lists], dtype=torch.int32)
     counts = torch.tensor([len(one) for one in lists], dtype=torch.int32)
     for shape in ((7, 320), (7, 3), (7,)):
         rows = torch.randn(shape).to(dtype)
-        for rank, take in itertools.product(range(3), (take_sends, kernels.take_sends)):
+        for rank, taken in itertools.product(range(3), (take_sends, lists_of.take_sends)):
             others = lists[:rank] + lists[rank + 1 :]
             listed = [token for one in others for token in one]
             places = [4 * place + k for place, one in enumerate(others) for k in range(len(one))]
             for given, at in ((counts, range(len(listed))), (None, places)):  # rows of padding may hold anything
-                send, receive = take(rows, token, given, rank)
+                send, receive = taken(rows, token, given, rank, TAKE)
                 assert (len(send), len(receive)) == (8, 12)
                 assert torch.equal(send[list(at)].float(), rows.float()[listed])
                 assert torch.equal(receive[: len(lists[rank])].float(), rows.float()[lists[rank]])
 
 
 def test_sum_rows():
-    from moe_dist.kernels.triton.rows import sum_rows
+    from moe_dist.exchange.all_to_all.row_kernels import sum_rows
 
     order = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 1, 0]], dtype=torch.int32)
     counts = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -61,12 +65,12 @@ def test_sum_rows():
         expected = torch.zeros(3, 200)
         for token, w in (order >= 0).nonzero().tolist():
             expected[token] += computed[w][order[token, w]]
-        for add in (sum_rows, kernels.sum_rows):
+        for add in (sum_rows, lists_of.sum_rows):
             assert torch.allclose(add(back, computed[rank], order, given, 5, rank), expected, atol=1e-6)
 
 
 def test_slots_on():
-    from moe_dist.kernels.triton.sendlist import slots_on
+    from moe_dist.kernels.triton.slots import slots_on
 
     spec = MoESpec(hidden=128, intermediate=512, num_experts=7, top_k=3)
     placement = Placement.build(spec, ParallelSpec(tp=2, ep=3))
@@ -74,13 +78,13 @@ def test_slots_on():
         ids = torch.randint(-1, 7, (tokens, 3), dtype=torch.int32)
         ids[0] = torch.tensor([-2, 7, 1 << 30])  # no experts: they count as -1
         for rank in (0, 3, 5):
-            found = slots_on(placement, rank, ids)
+            found = slots_on(placement, rank, ids, TAKE)
             assert found.dtype == torch.int32
             assert torch.equal(found, placement.slots_on(rank, ids))
 
 
 def test_send_lists():
-    from moe_dist.kernels.triton.sendlist import even_lists, send_lists, unpack_pairs
+    from moe_dist.exchange.all_to_all.list_kernels import even_lists, send_lists, unpack_pairs
 
     for tp, ep, replicas, tokens, bucket in (
         (1, 4, {}, 37, 40), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 3, {2: [1, 2]}, 600, 640), (4, 1, {}, 3, 9),
@@ -92,8 +96,8 @@ def test_send_lists():
             ids[torch.rand(tokens, 3) < 0.05] = strange
         routing = Routing(ids, torch.rand(tokens, 3).masked_fill((ids < 0) | (ids >= 7), float("nan")))
         for rank in {0, 1, placement.world - 1}:
-            expected = kernels.send_lists(placement, routing, rank, bucket)
-            found = send_lists(placement, routing, rank, bucket)
+            expected = lists_of.send_lists(placement, routing, rank, bucket, TAKE)
+            found = send_lists(placement, routing, rank, bucket, TAKE)
             for name, one, other in zip(expected._fields, found, expected, strict=True):
                 if name == "pairs_WPM":  # of the last place only the number counts
                     assert torch.equal(one[:, -1, 0], other[:, -1, 0])
@@ -101,17 +105,17 @@ def test_send_lists():
                 assert torch.equal(one, other), (name, tp, ep)
             lists = [pairs[: int(count)] for pairs, count in zip(expected.pairs_WPM, expected.counts_W, strict=True)]
             own_first = torch.cat([lists[rank], *lists[:rank], *lists[rank + 1 :]])
-            for unpack in (unpack_pairs, kernels.unpack_pairs):
-                slots, weights = unpack(found[2], len(own_first), rank)
+            for unpack in (unpack_pairs, lists_of.unpack_pairs):
+                slots, weights = unpack(found[2], len(own_first), rank, TAKE)
                 assert torch.equal(slots, own_first[:, :3])
                 assert torch.equal(weights, own_first[:, 3:].contiguous().view(torch.float32))
             padded = expected.pairs_WPM[:, :-1]
             sent = torch.cat([padded[:rank], padded[rank + 1 :]]).flatten(0, 1)
-            order, tokens_out, *found = even_lists(placement, routing, rank, bucket)
-            even = kernels.even_lists(placement, routing, rank, bucket)
+            order, tokens_out, *found = even_lists(placement, routing, rank, bucket, TAKE)
+            even = lists_of.even_lists(placement, routing, rank, bucket, TAKE)
             assert torch.equal(order, even.order_TW)
             assert torch.equal(tokens_out, even.token_WB)
-            listed = kernels.Traffic(*found[:2]), kernels.Traffic(*found[2:])
+            listed = lists_of.Traffic(*found[:2]), lists_of.Traffic(*found[2:])
             for slots, weights in (listed, (even.slots, even.weights)):
                 assert len(slots.receive) == len(weights.receive) == placement.world * bucket
                 for expected_rows, place in ((sent, "send"), (padded[rank], "receive")):
@@ -123,8 +127,8 @@ def test_send_lists():
 @pytest.mark.parametrize("kind", ["bf16", "fp8_block"])
 def test_packed_sends(kind):
     """Rows packed and unpacked are those that the lists name; padding has slot -1 and weight 0."""
+    from moe_dist.exchange.all_to_all.list_kernels import packed_sends, unpack_rows
     from moe_dist.exchange.base import parts_of
-    from moe_dist.kernels.triton.sendlist import packed_sends, unpack_rows
 
     for tp, ep, replicas, tokens, bucket in ((1, 4, {}, 13, 16), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 2, {}, 0, 2)):
         spec = MoESpec(hidden=384, intermediate=512, num_experts=7, top_k=3)
@@ -135,15 +139,16 @@ def test_packed_sends(kind):
         x = torch.randn(tokens, 384).bfloat16()
         parts = parts_of(x if kind == "bf16" else kernels.quantize_rows(x, kind))
         for rank in {0, placement.world - 1}:
-            expected, expected_order = kernels.packed_sends(placement, routing, parts, rank, bucket)
-            *wires, order = packed_sends(placement, routing, parts, rank, bucket)
-            found = kernels.Traffic(*wires)
+            expected, expected_order = lists_of.packed_sends(placement, routing, parts, rank, bucket, TAKE)
+            *wires, order = packed_sends(placement, routing, parts, rank, bucket, TAKE)
+            found = lists_of.Traffic(*wires)
             assert torch.equal(order, expected_order)
             assert (len(found.send), len(found.receive)) == (len(expected.send), len(expected.receive))
             for wire, wanted in ((found.send, expected.send), (found.receive[:bucket], expected.receive[:bucket])):
                 assert torch.equal(wire[:, -6:], wanted[:, -6:])
                 used = (wire[:, -6:-3] >= 0).any(1)  # rows of padding may hold anything
                 assert torch.equal(wire[used], wanted[used])
-                for piece, one in zip(unpack_rows(wire, parts, 3), kernels.unpack_rows(wanted, parts, 3), strict=True):
+                unpacked = unpack_rows(wire, parts, 3, TAKE), lists_of.unpack_rows(wanted, parts, 3, TAKE)
+                for piece, one in zip(*unpacked, strict=True):
                     assert (piece.dtype, piece.shape) == (one.dtype, one.shape)
                     assert torch.equal(piece.view(torch.uint8)[used], one.view(torch.uint8)[used])

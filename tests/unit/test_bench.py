@@ -34,7 +34,7 @@ from moe_dist.plan import Machine
 from moe_dist.reference import Numerics, oracle_layer, relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.stages import Stages, totals_us
+from moe_dist.step.stages import Stages, totals_us
 from moe_dist.streams import Stream
 from moe_dist.weights import random_weights
 
@@ -123,7 +123,7 @@ class TestStages:
     def clock(self, monkeypatch):
         """Every look at it is a millisecond later."""
         ticks = count(1)
-        monkeypatch.setattr("moe_dist.stages.time.perf_counter", lambda: next(ticks) / 1e3)
+        monkeypatch.setattr("moe_dist.step.stages.time.perf_counter", lambda: next(ticks) / 1e3)
 
     def test_an_inner_stage_is_not_counted_twice(self, clock):
         stages = Stages(on=True)

@@ -244,7 +244,7 @@ class TestBuild:
 
 
 def test_arguments_lie_as_in_c():
-    """Eleven pointers, two 64-bit strides, eight integers, in the order of grouped_gemm.cuh, whose size is checked when
+    """Eleven pointers, two 64-bit strides, ten integers, in the order of grouped_gemm.cuh, whose size is checked when
     it is compiled."""
     text = (library.SOURCES / "grouped_gemm.cuh").read_text()
     body = text[text.index("struct Args {") : text.index("};", text.index("struct Args {"))]
@@ -252,7 +252,7 @@ def test_arguments_lie_as_in_c():
     declared = [name.strip(" *") for line in body.split("{")[1].split(";") for name in line.split(",")]
     names = [name.split()[-1].strip("*") for name in declared if name.strip()]
     assert names == [name for name, *_ in Args._fields_]
-    assert ctypes.sizeof(Args) == 11 * 8 + 2 * 8 + 8 * 4
+    assert ctypes.sizeof(Args) == 11 * 8 + 2 * 8 + 10 * 4
 
 
 @pytest.mark.parametrize(
@@ -291,14 +291,14 @@ def test_a_weights_map_lies_at_a_multiple_of_64():
 
 def test_the_forward_needs_no_library_for_an_empty_shard_s_rows(monkeypatch):
     """Zero rows come out as zero rows, whatever is built."""
-    backend = CutlassFused(problem().spec, torch.bfloat16)
+    backend = CutlassFused(problem())
     monkeypatch.setattr(library, "load", lambda: None)
-    from moe_dist.rows import TokenRows
+    from moe_dist.step.rows import TokenRows
     from moe_dist.weights import empty_like, random_weights
 
     backend.prepare(empty_like(random_weights(problem().spec, 0)))
     rows = TokenRows(torch.zeros(3, 256).bfloat16(), torch.full((3, 2), -1, dtype=torch.int32), torch.zeros(3, 2))
-    assert torch.equal(backend.forward(rows), torch.zeros(3, 256).bfloat16())
+    assert torch.equal(backend.forward_alone(rows, torch.bfloat16), torch.zeros(3, 256).bfloat16())
 
 
 def test_weights_that_are_not_contiguous_are_refused_by_name():

@@ -11,7 +11,7 @@ from unit.asked import problem
 
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
 from moe_dist.backends.deep_gemm_grouped import DeepGemm, installed
-from moe_dist.rows import Support
+from moe_dist.step.rows import Support
 
 
 @pytest.fixture

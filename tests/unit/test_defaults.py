@@ -11,7 +11,7 @@ from moe_dist.bench.defaults import default_backend, default_modes
 from moe_dist.cli_options import parse
 from moe_dist.config import find_model
 from moe_dist.plan import Machine
-from moe_dist.rows import Support
+from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "CPU")
 HOPPER = Machine("cuda", 4, "NVIDIA H200", (9, 0), 140 << 30)

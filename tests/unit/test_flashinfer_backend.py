@@ -9,15 +9,15 @@ import torch
 from unit.asked import HOPPER, problem
 
 from moe_dist import cli
-from moe_dist.backends import BACKENDS, deep_gemm_grouped, flashinfer_build
+from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_build
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.errors import UnsupportedError
 from moe_dist.plan import Machine, make_plan
 from moe_dist.quantization import FP8_MAX, cast
 from moe_dist.reference import relative_error
-from moe_dist.rows import Support
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step.rows import Support
 from moe_dist.weights import activate, random_weights
 
 
@@ -76,7 +76,7 @@ def test_folded_scales_compute_the_same(activation):
     )
     weights = random_weights(spec, seed=5)
     dense = [weights.dequantized(slot) for slot in range(3)]
-    backend = FlashInferCutlass(spec, torch.bfloat16)
+    backend = FlashInferCutlass(Problem(spec, 256, 3, "cuda", (9, 0), "none"))
     weights.turn(gate_first=False)
     scale1, quant2, scale2, scale_in = backend._quant_scales(weights)
     x = torch.randn(40, 128)

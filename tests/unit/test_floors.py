@@ -29,7 +29,7 @@ FLOORS = (
         "registry",
         "tables",
     ),
-    ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "rows", "stages"),
+    ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "step"),
     ("comm", "kernels"),
     ("exchange", "backends"),
     ("plan", "inputs", "router", "agreement", "layer", "graph"),
@@ -56,7 +56,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # A library, and the only place that may import it.
 HOMES = {
     "ray": ("runtime/",),
-    "triton": ("kernels/triton/",),
+    "triton": ("kernels/triton/", "exchange/all_to_all/list_kernels", "exchange/all_to_all/row_kernels"),
     "flashinfer": ("backends/flashinfer",),
     "deep_gemm": ("backends/deep_gemm",),
     "transformers": ("integrations/",),

@@ -12,28 +12,25 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
-from moe_dist.rows import Support
 from moe_dist.spec import MoESpec
-from moe_dist.stages import Stages
+from moe_dist.step import NO_STAGES, Support, workspace_of
 
 SPEC = MoESpec(hidden=128, intermediate=128, num_experts=4, top_k=2)
 
 
 class Layer:
-    """Writes down each call: its inputs, and whether splits were static and the stages' clock on."""
+    """Writes down each call: its inputs, whether it runs as captured and whether the stages' clock is on."""
 
     def __init__(self, capturable: Support = Support(True)) -> None:  # noqa: B008
         self.plan = SimpleNamespace(capturable=capturable, spec=SPEC)
         self.comm, self.router, self.debug = Comm.single(), None, False
-        self.exchange = SimpleNamespace(static=False)
-        self.stages = Stages()
         self.calls: list[SimpleNamespace] = []
 
-    def __call__(self, x, routing, max_tokens_per_rank):
+    def __call__(self, x, routing, max_tokens_per_rank, captured=False, stages=NO_STAGES):
         seen = {"x": x.clone(), "ids": routing.ids_TK.clone(), "weights": routing.weights_TK.clone()}
-        how = {"static": self.exchange.static, "staged": self.stages.on, "bucket": max_tokens_per_rank}
+        how = {"captured": captured, "staged": stages.on, "bucket": max_tokens_per_rank}
         self.calls.append(SimpleNamespace(**seen, **how))
-        with self.stages("gemm1"):
+        with stages("gemm1"):
             return x * 2
 
     warm_up = __call__
@@ -82,15 +79,20 @@ def test_what_cannot_be_captured_is_refused_with_the_reason():
         graph.StepGraph(Layer(Support(False, "for a reason")), 4, *tokens(4))
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_splits_are_static_in_the_capture_and_afterwards_what_they_were(before):
+def test_every_step_of_a_graph_runs_as_captured():
+    """Warming up too: what is compiled at first use is what will be captured."""
     layer = Layer()
-    layer.exchange.static = before
-    step = graph.StepGraph(layer, 4, *tokens(2))
-    assert {call.static for call in layer.calls} == {True}
-    step.with_stages()
-    assert {call.static for call in layer.calls} == {True}
-    assert layer.exchange.static is before
+    graph.StepGraph(layer, 4, *tokens(2)).with_stages()
+    assert {call.captured for call in layer.calls} == {True}
+
+
+def test_a_graph_keeps_the_arena_it_was_captured_with():
+    step = graph.StepGraph(Layer(), 4, *tokens(2))
+    workspace = workspace_of(torch.device("cpu"))
+    kept = workspace.arena
+    workspace.reserve(workspace.nbytes + 1)
+    assert workspace.arena is not kept
+    assert step._arena is kept
 
 
 def test_the_stages_clock_is_in_the_second_graph_only():
@@ -99,8 +101,6 @@ def test_the_stages_clock_is_in_the_second_graph_only():
     assert {call.staged for call in layer.calls} == {False}
     count = len(layer.calls)
     staged = step.with_stages()
-    assert [call.staged for call in layer.calls[count:]] == [True]
+    assert [call.staged for call in layer.calls[count:]] == [False, True]  # once to warm up
     assert staged.totals_us()["gemm1"] > 0
     assert staged.totals_us() == staged.totals_us()
-    assert layer.stages.take() == []
-    assert not layer.stages.on

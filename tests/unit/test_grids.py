@@ -11,13 +11,15 @@ import torch
 from moe_dist.backends import Problem
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.errors import UnsupportedError
+from moe_dist.exchange.all_to_all import list_kernels, row_kernels
 from moe_dist.kernels.triton import launch as launching
-from moe_dist.kernels.triton import padded, quantize, rows, sendlist, step
+from moe_dist.kernels.triton import padded, pipeline, quantize, slots
 from moe_dist.kernels.triton.fused_moe import Config, fused_moe
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, QuantizedRows, scale_columns
 from moe_dist.routing import Routing
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.step import Step, Whole, Workspace, fresh
 from moe_dist.weights import ExpertWeights
 
 LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, "Technical specifications per compute capability"
@@ -38,7 +40,7 @@ def grids(monkeypatch):
     def record(kernel: Any, grid: tuple[int, int, int], *_: Any, **__: Any) -> None:
         found.append((kernel.fn.__name__, grid))
 
-    for module in (padded, quantize, rows, sendlist, step):
+    for module in (padded, quantize, row_kernels, list_kernels, slots, pipeline):
         monkeypatch.setattr(module, "launch", record)
     return found
 
@@ -47,18 +49,19 @@ def exchange(tokens: int, bucket: int, placement: Placement, top_k: int, hidden:
     """All that all_to_all and ag_rs launch around the collectives, on this rank."""
     world = placement.world
     routing = Routing(shaped(tokens, top_k), shaped(tokens, top_k, dtype=torch.float32))
-    order, token, pairs, counts = sendlist.send_lists(placement, routing, 1, bucket)
-    sendlist.even_lists(placement, routing, 1, bucket)
-    sendlist.unpack_pairs(pairs, world * bucket, 1)
-    sendlist.slots_on(placement, 1, shaped(world * bucket, top_k))
+    take = fresh(META)
+    order, token, pairs, counts = list_kernels.send_lists(placement, routing, 1, bucket, take)
+    list_kernels.even_lists(placement, routing, 1, bucket, take)
+    list_kernels.unpack_pairs(pairs, world * bucket, 1, take)
+    slots.slots_on(placement, 1, shaped(world * bucket, top_k), take)
     for one in (shaped(tokens, hidden, dtype=FP8), shaped(tokens, hidden // 128, dtype=torch.float32)):
-        rows.take_sends(one, token, counts, 1)
-        rows.take_sends(one, token, None, 1)
+        row_kernels.take_sends(one, token, counts, 1, take)
+        row_kernels.take_sends(one, token, None, 1, take)
     back, own = (shaped(count * bucket, hidden, dtype=torch.bfloat16) for count in (world - 1, 1))
-    rows.sum_rows(back, own, order, counts, bucket, 1)
+    row_kernels.sum_rows(back, own, order, counts, bucket, 1)
     parts = [shaped(tokens, hidden, dtype=FP8), shaped(tokens, hidden // 128, dtype=torch.float32)]
-    send, _, _ = sendlist.packed_sends(placement, routing, parts, 1, bucket)
-    sendlist.unpack_rows(send, parts, top_k)
+    send, _, _ = list_kernels.packed_sends(placement, routing, parts, 1, bucket, take)
+    list_kernels.unpack_rows(send, parts, top_k, take)
 
 
 def check(found: list[tuple[str, tuple[int, int, int]]]) -> None:
@@ -115,15 +118,18 @@ def test_the_fused_moe_with_every_config(grids, quant, tokens):
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_padded_rows(grids, tokens):
-    made = padded.PaddedStep(shaped(tokens, 8), weights_of("fp8_block"), lambda *_: None, lambda *_: None)
-    made.run(shaped(tokens, 7168, dtype=torch.bfloat16), shaped(tokens, 8, dtype=torch.float32), "swiglu", FP8)
+    step = Step(Workspace(META))
+    made = padded.PaddedPipeline(step, shaped(tokens, 8), weights_of("fp8_block"), lambda *_: None, lambda *_: None)
+    sink = Whole(step, (tokens, 7168), torch.bfloat16, META)
+    made.run(shaped(tokens, 7168, dtype=torch.bfloat16), shaped(tokens, 8, dtype=torch.float32), "swiglu", sink)
     assert {"_pad_rows", "_activate_rows"} <= {name for name, _ in grids}
     check(grids)
 
 
 def test_more_pairs_than_their_numbers_reach_are_refused():
+    made, step = object.__new__(padded.PaddedPipeline), Step(Workspace(META))
     with pytest.raises(UnsupportedError, match=r"2147483648 \(token, expert\) pairs.*1073741824"):
-        step.Step.__init__(object.__new__(padded.PaddedStep), shaped(1 << 28, 8), weights_of("none"), 128, False)
+        pipeline.Pipeline.__init__(made, step, shaped(1 << 28, 8), weights_of("none"), 128, False)
 
 
 def _kernel() -> None:

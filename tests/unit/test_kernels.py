@@ -32,12 +32,13 @@ def test_row_kernels_in_the_interpreter():
 
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
-    in_the_interpreter("fused_moe_interpreted.py", passed=134, timeout_s=390)
+    in_the_interpreter("fused_moe_interpreted.py", passed=154, timeout_s=390)
 
 
 def kernels():
     """Every kernel with the types of its arguments and values for its constants."""
-    from moe_dist.kernels.triton import padded, quantize, rows, sendlist
+    from moe_dist.exchange.all_to_all import list_kernels, row_kernels
+    from moe_dist.kernels.triton import padded, quantize, slots
 
     fp8 = {"H": "i32", "FP8_MAX": 448.0}
     yield quantize._quantize_groups, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "groups": "i32", "TINY": 1e-12,
@@ -45,15 +46,17 @@ def kernels():
     yield quantize._quantize_whole_rows, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "TINY": 1e-12, "WIDTH": 8192,
                                           **fp8}  # fmt: skip
     yield quantize._cast, {"x": "*bf16", "q": "*fp8e4nv", "scale": "*fp32", "BLOCK": 2048, **fp8}
-    yield rows._take_sends, {**dict.fromkeys(("source", "token", "counts", "send", "receive"), "*i32"), "width": "i32",
-                             "rank": "i32", "WORDS": True, "COMPACT": True, "TARGETS": 4, "BLOCK": 2048}  # fmt: skip
-    yield rows._sum_rows, {"back": "*bf16", "own": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16",
+    yield row_kernels._take_sends, {
+        **dict.fromkeys(("source", "token", "counts", "send", "receive"), "*i32"), "width": "i32", "rank": "i32",
+        "WORDS": True, "COMPACT": True, "TARGETS": 4, "BLOCK": 2048,
+    }  # fmt: skip
+    yield row_kernels._sum_rows, {"back": "*bf16", "own": "*bf16", "order": "*i32", "counts": "*i32", "y": "*bf16",
                            "hidden": "i32", "bucket": "i32", "rank": "i32", "COUNTED": True, "WORLD": 4,
                            "BLOCK": 1024}  # fmt: skip
-    yield sendlist._slots_on, {**dict.fromkeys(("ids", "slot_table", "slots"), "*i32"),
+    yield slots._slots_on, {**dict.fromkeys(("ids", "slot_table", "slots"), "*i32"),
                                **dict.fromkeys(("PAIRS", "own_group", "EXPERTS"), "i32"), "BLOCK": 512}  # fmt: skip
     for counted in (True, False):
-        yield sendlist._send_lists, {
+        yield list_kernels._send_lists, {
             **dict.fromkeys(("ids", "slot_table", "orders", "tokens_out", "slots_out", "slots_own", "counts"), "*i32"),
             **dict.fromkeys(("weights_out", "weights_own"), "*i32" if counted else "*fp32"),
             "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
@@ -61,19 +64,21 @@ def kernels():
             "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "COUNTED": counted, "PARTS": True, "LOOK": 1024,
             "BLOCK": 256,
         }  # fmt: skip
-    yield sendlist._packed_sends, {
+    yield list_kernels._packed_sends, {
         **dict.fromkeys(("send", "receive", "ids", "slot_table", "orders"), "*i32"),
         "values": "*fp8e4nv", "scales": "*fp32", "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
         **dict.fromkeys(("T", "rank", "own_group", "EXPERTS", "COPIES"), "i32"),
         **dict.fromkeys(("VALUE_WORDS", "SCALE_WORDS", "ROW_WORDS"), "i32"),
         "K": 8, "TP": 2, "REPLICATED": True, "PLACES": 8, "TOKENS": 64, "SCALES": 64, "BLOCK": 2048,
     }  # fmt: skip
-    yield sendlist._unpack_rows, {
+    yield list_kernels._unpack_rows, {
         "wire": "*i32", "long": "*fp8e4nv", "short": "*fp32", "slots": "*i32", "weights": "*fp32",
         **dict.fromkeys(("ROW_WORDS", "LONG", "A", "K"), "i32"), "SHORT": 64, "BLOCK": 2048,
     }  # fmt: skip
-    yield sendlist._unpack_pairs, {"pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "rank": "i32",
-                                   "K": 8, "PLACES": 8, "SOURCES": 4, "BLOCK": 128}  # fmt: skip
+    yield list_kernels._unpack_pairs, {
+        "pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "rank": "i32", "K": 8, "PLACES": 8,
+        "SOURCES": 4, "BLOCK": 128,
+    }  # fmt: skip
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
@@ -107,7 +112,7 @@ def launched(quant: str, rows: int, quantized: bool = False, **changes):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from moe_dist.kernels.triton import precompile, quantize, step
+    from moe_dist.kernels.triton import pipeline, precompile, quantize
 
     calls = []
 
@@ -118,7 +123,7 @@ def launched(quant: str, rows: int, quantized: bool = False, **changes):
     problem = Problem(spec, 2048, 256, "cuda", (9, 0), "fp8" if quantized else "bf16")
     config = TritonFused.default_config(problem, rows) | changes
     with pytest.MonkeyPatch.context() as patch:
-        for module in (step, quantize):
+        for module in (pipeline, quantize):
             patch.setattr(module, "launch", record)
         precompile._compile(spec, 2048, 256, rows, quantized, config)
     found = {}

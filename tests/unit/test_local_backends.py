@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import tune
@@ -23,11 +24,11 @@ class Off(TorchBackend):
 
     by = 0.0
 
-    def forward(self, rows):
-        return super().forward(rows) * (1 + self.by)
+    def forward(self, step, rows, sink):
+        super().forward(step, rows, Scaled(sink, 1 + self.by))
 
-    def step(self, rows):
-        return SimpleNamespace(prepare=lambda x: (x, None), gemm1=lambda *_: None, gemm2=lambda: None)
+    def pipeline(self, step, rows):
+        return SimpleNamespace(prepare=lambda x: (x, None), gemm1=lambda *_: None, gemm2=lambda *_: None)
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def measured(benchmark, by: float, rows: int = 64):
         machine=Machine("cpu", 1, "a test's CPU"),
     )  # fmt: skip
     weights = shard(random_weights(SPEC, seed=1), plan.placement, 0)
-    backend = Off(SPEC, plan.out_dtype)
+    backend = Off(plan.problem(0))
     backend.by = by
     backend.prepare(weights)
     return benchmark.measured(plan, plan.parts()[0], weights, backend, rows, {})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from moe_dist.backends import BACKENDS, Problem
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.errors import UnsupportedError
+from moe_dist.exchange import EXCHANGES
 from moe_dist.plan import Machine, make_plan, shared_placement
-from moe_dist.rows import Support
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.step import Support, bytes_of
 from moe_dist.weights import random_weights, shard
 
 CPU = Machine("cpu", 1, "a test's CPU")
@@ -44,10 +46,25 @@ def test_most_rows(layout, grid, expected):
     assert plan(layout=layout, **grid).most_rows(5) == expected
 
 
-def test_scratch_of_the_worst_case():
-    """Of 2 ranks' 5 tokens each: GEMM1's 640, GEMM2's 320 and 160 columns of 40 pairs in bf16; of 10 rows the FP8 codes
-    with two scales, four ids and weights, and the sums in bf16."""
-    assert plan(ep=2).scratch_bytes(5) == 40 * 2 * (640 + 320 + 160) + 10 * (160 + 2 * 4 + 4 * 8 + 160 * 2)
+def test_scratch_of_a_backend_that_allocates_by_itself():
+    """Of 2 ranks' 5 tokens each: GEMM1's 640, GEMM2's 320 and 160 columns of 40 pairs in bf16, beside what crosses."""
+    made = plan(ep=2)
+    crossing = bytes_of(EXCHANGES.get("ag_rs").scratch(made.spec, made.placement, made.payload, made.out_dtype, 5))
+    assert made.scratch_bytes(5) == 40 * 2 * (640 + 320 + 160) + crossing
+    assert crossing > 10 * (160 + 2 * 4 + 4 * 8 + 160 * 2)  # codes, scales, ids and weights, and sums of ten rows
+
+
+@pytest.mark.parametrize("name", ["triton", "cutlass"])
+@pytest.mark.parametrize("payload", ["bf16", "fp8"])
+def test_scratch_of_our_own_backends_is_what_a_forward_takes(name, payload):
+    """Without a GPU: nothing is launched. Of 1,000 rows' pairs GEMM1's output in FP8 with scales and GEMM2's in bf16,
+    and less than a tenth as much for the lists."""
+    spec = MoESpec(hidden=1024, intermediate=512, num_experts=16, top_k=4)
+    problem = Problem(spec, 512, 8, "cuda", (9, 0), payload, "a test's GPU")
+    found = BACKENDS.get(name).scratch_bytes(problem, 1000)
+    least = 4000 * (512 + 4 * 4 + 2 * 1024) + (0 if payload == "fp8" else 1000 * (1024 + 4 * 8))
+    assert least < found < 1.1 * least
+    assert BACKENDS.get(name).scratch_bytes(problem, 2000) > 1.9 * found
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from moe_dist.kernels.triton import fused_moe, precompile
 from moe_dist.kernels.triton.fused_moe import Config
 from moe_dist.notices import MoeDistWarning, collecting
 from moe_dist.quantization import quantize_rows
-from moe_dist.rows import TokenRows
 from moe_dist.spec import QUANT_KINDS, MoESpec
-from moe_dist.stages import Stages
+from moe_dist.step.rows import TokenRows
+from moe_dist.step.stages import Stages
 from moe_dist.tables import Entry, Shape, TuningTable, find_table, read_table, user_folder
 from moe_dist.weights import empty_like, random_weights, slice_width
 
@@ -189,29 +189,33 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What the kernels are called with, on a GPU's name and tables of this test's own."""
     monkeypatch.setenv("MOE_DIST_CACHE", str(tmp_path))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(own, "device_name", lambda device: "NVIDIA H200")
     find_table.cache_clear()
     tables.say_missing_once.cache_clear()
     made = []
 
     class Recorded:
-        def __init__(self, slots, experts, config, tiles):
-            self.shape, self.config = (len(slots), experts.hidden), config
+        def __init__(self, step, slots, experts, config, tiles):
+            self.step, self.config = step, config
 
-        def run(self, x, weights, activation, out_dtype, stages):
-            made.append((self.config, x, activation, out_dtype, stages))
-            return torch.ones(self.shape, dtype=out_dtype)
+        def run(self, x, weights, activation, sink):
+            made.append((self.config, x, activation, sink.dtype, self.step.stages))
+            sink.put(0, sink.shape[1], sink.target(0, sink.shape[1]).fill_(1))
 
-    monkeypatch.setattr(fused_moe, "TritonStep", Recorded)
+    monkeypatch.setattr(fused_moe, "TritonPipeline", Recorded)
     yield made
     find_table.cache_clear()
     tables.say_missing_once.cache_clear()
 
 
-def prepared(spec: MoESpec = SPEC, change=lambda weights: weights, **options) -> TritonFused:
-    backend = TritonFused(spec, torch.bfloat16, **options)
-    backend.prepare(change(random_weights(spec, seed=1)))
+def prepared(spec: MoESpec = SPEC, change=lambda weights: weights) -> TritonFused:
+    weights = change(random_weights(spec, seed=1))
+    backend = TritonFused(Problem(spec, weights.width, weights.num_experts, "cuda", HOPPER, "bf16", "NVIDIA H200"))
+    backend.prepare(weights)
     return backend
+
+
+def forward(backend: TritonFused, rows: TokenRows, **how) -> torch.Tensor:
+    return backend.forward_alone(rows, torch.bfloat16, **how)
 
 
 def rows_of(count: int) -> TokenRows:
@@ -237,8 +241,8 @@ class TestForward:
         assert backend.config_sources() == ()
         with collecting() as said:
             for count in (3, 3, 600):
-                backend.forward(rows_of(count))
-            prepared().forward(rows_of(3))
+                forward(backend, rows_of(count))
+            forward(prepared(), rows_of(3))
         (line,) = said
         assert SHAPE.file_name in line
         assert "defaults are used" in line
@@ -251,7 +255,7 @@ class TestForward:
         backend = prepared()
         with collecting() as said:
             for count in (8, 600, 1):
-                backend.forward(rows_of(count))
+                forward(backend, rows_of(count))
         assert [config for config, *_ in calls] == [few, many, few]
         assert few not in (many, default(8))
         assert said == []
@@ -261,22 +265,22 @@ class TestForward:
         """Not of what is found by now, nor of another backend's forwards."""
         backend = prepared()
         with collecting():
-            backend.forward(rows_of(8))
+            forward(backend, rows_of(8))
         write_table()
         find_table.cache_clear()
-        backend.forward(rows_of(8))
+        forward(backend, rows_of(8))
         assert backend.config_sources() == ("default",)
         another = prepared()
-        another.forward(rows_of(8))
+        forward(another, rows_of(8))
         assert another.config_sources() == ("tuned",)
         another.use_config(vars(default(8)))
-        another.forward(rows_of(8))
+        forward(another, rows_of(8))
         assert another.config_sources() == ("tuned", "given")
 
     @pytest.mark.parametrize("rows", [0, 3])
     def test_an_empty_shard_has_no_config(self, calls, rows):
         backend = prepared(change=empty_like)
-        backend.forward(rows_of(rows))
+        forward(backend, rows_of(rows))
         assert backend.config_sources() == ()
 
     @pytest.mark.parametrize(
@@ -291,14 +295,14 @@ class TestForward:
         path.write_text(json.dumps(document))
         find_table.cache_clear()
         with pytest.raises(ConfigError, match=rf"{re.escape(SHAPE.file_name)}: config\.{field} = "):
-            prepared().forward(rows_of(8))
+            forward(prepared(), rows_of(8))
 
     def test_a_table_is_asked_once_for_a_number_of_rows(self, calls, monkeypatch):
         asked = []
         monkeypatch.setattr(own, "tuned_config", lambda *arguments: asked.append(arguments))
         backend = prepared()
         for count in (3, 3, 4, 3, 4):
-            backend.forward(rows_of(count))
+            forward(backend, rows_of(count))
         assert asked == [(SHAPE, TritonFused.table_revision, 3), (SHAPE, TritonFused.table_revision, 4)]
         assert len(calls) == 5
 
@@ -306,7 +310,7 @@ class TestForward:
         write_table(replace(SHAPE, width=64))
         write_table(revision=TritonFused.table_revision + 1)
         with pytest.warns(MoeDistWarning, match="another revision"):  # nobody collects in a process of one's own
-            prepared().forward(rows_of(8))
+            forward(prepared(), rows_of(8))
         assert calls[0][0] == default(8)
 
     def test_a_part_of_the_layer_has_a_table_of_its_own(self, calls):
@@ -316,7 +320,7 @@ class TestForward:
             held = {name: tensor[:3] for name, tensor in weights.tensors().items()}
             return slice_width(weights.with_tensors(**held), 0, 32)
 
-        prepared(change=part).forward(rows_of(8))
+        forward(prepared(change=part), rows_of(8))
         assert calls[0][0] == own
 
     def test_a_config_can_be_forced(self, calls):
@@ -326,7 +330,7 @@ class TestForward:
         for config in (None, vars(forced), None):
             backend.use_config(config)
             for count in (8, 600):
-                backend.forward(rows_of(count))
+                forward(backend, rows_of(count))
         assert [config for config, *_ in calls] == [few, many, forced, forced, few, many]
         assert forced not in (few, many)
 
@@ -334,15 +338,15 @@ class TestForward:
         backend = prepared(SPEC.with_changes(activation="geglu"))
         rows = rows_of(3)
         quantized = replace(rows, x=quantize_rows(rows.x, "fp8_block"))
-        y = backend.forward(rows)
-        backend.forward(quantized)
+        y = forward(backend, rows)
+        forward(backend, quantized)
         assert [x for _, x, *_ in calls] == [rows.x, quantized.x]
         assert {(activation, dtype) for *_, activation, dtype, _ in calls} == {("geglu", torch.bfloat16)}
         assert (y.shape, y.dtype) == ((3, 64), torch.bfloat16)
 
     def test_its_stages_are_those_of_the_layer(self, calls):
         stages = Stages()
-        prepared(stages=stages).forward(rows_of(3))
+        forward(prepared(), rows_of(3), stages=stages)
         assert calls[0][-1] is stages
 
     @pytest.mark.parametrize(
@@ -351,7 +355,7 @@ class TestForward:
         ids=["no rows", "no expert", "an empty slice"],
     )
     def test_where_nothing_is_to_be_done_nothing_runs(self, calls, change, count):
-        y = prepared(change=change).forward(rows_of(count))
+        y = forward(prepared(change=change), rows_of(count))
         assert torch.equal(y, torch.zeros(count, 64, dtype=torch.bfloat16))
         assert y.dtype == torch.bfloat16
         assert calls == []

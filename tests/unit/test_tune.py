@@ -20,8 +20,8 @@ from moe_dist.bench.tune import count_steps, tune_shape
 from moe_dist.cli import main
 from moe_dist.placement import Placement
 from moe_dist.plan import Machine, Plan
-from moe_dist.rows import Support
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.step.rows import Support
 from moe_dist.tables import find_table, read_table, user_folder
 
 CPU = Machine("cpu", 1, "a test's CPU")
@@ -50,7 +50,7 @@ class Tricky(TorchBackend):
     def use_config(self, config):
         self.forced = config
 
-    def forward(self, rows):
+    def forward(self, step, rows, sink):
         config = self.forced
         self.seen.append((config, rows))
         trick = config.get("trick")
@@ -58,9 +58,10 @@ class Tricky(TorchBackend):
             raise RuntimeError("out of resource: shared memory\nand much more")
         if trick:
             fill = float("nan") if trick == "nan" else 0.5
-            return torch.full((len(rows.slots_RK), self.spec.hidden), fill, dtype=self.out_dtype)
+            sink.put(0, self.spec.hidden, sink.target(0, self.spec.hidden).fill_(fill))
+            return
         time.sleep(config["sleep_ms"] / 1000)
-        return super().forward(rows)
+        super().forward(step, rows, sink)
 
 
 @pytest.fixture(autouse=True)

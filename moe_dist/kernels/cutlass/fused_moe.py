@@ -9,7 +9,9 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
-from moe_dist.kernels.triton.step import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Step, blocks
+from moe_dist.kernels.triton.launch import is_idle
+from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Pipeline, blocks
+from moe_dist.step import Step
 from moe_dist.weights import ExpertWeights
 
 SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
@@ -35,20 +37,25 @@ class Config:
 class Matrices:
     """One shard's weights as the kernels read them; the tensors must stay where they are."""
 
-    def __init__(self, library: Library, experts: ExpertWeights) -> None:
+    def __init__(self, library: Library | None, experts: ExpertWeights) -> None:
+        """`library`: None where nothing is launched (launch.idle)."""
         self.library, self.experts = library, experts
         for name, tensor in experts.tensors().items():
             if not tensor.is_contiguous():
                 raise ConfigError(f"weights.{name}", tuple(tensor.stride()), "the kernels read contiguous tensors")
+        self.w13 = self.w2 = WeightsMap()
+        self.sms = 0
+        if library is None:
+            return
         w13, w2 = experts.w13_eFH, experts.w2_eHi
         self.w13 = library.weights_map(w13.data_ptr(), w13.shape[0] * w13.shape[1], w13.shape[2])
         self.w2 = library.weights_map(w2.data_ptr(), w2.shape[0] * w2.shape[1], w2.shape[2])
         self.sms = torch.cuda.get_device_properties(w13.device).multi_processor_count
 
 
-class CutlassStep(Step):
-    def __init__(self, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
-        super().__init__(slots_RK, matrices.experts, TABLE_TILE, config.pdl)
+class CutlassPipeline(Pipeline):
+    def __init__(self, step: Step, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
+        super().__init__(step, slots_RK, matrices.experts, TABLE_TILE, config.pdl)
         self.matrices, self.config = matrices, config
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
@@ -64,10 +71,11 @@ class CutlassStep(Step):
             out=self.h.data_ptr(), out_scales=self.hs.data_ptr(),
             x_scale_row=blocks(experts.hidden) if self.kind == BLOCK_SCALES else 1,
             x_scale_k=int(self.kind == BLOCK_SCALES),
-            k=experts.hidden, width=experts.width, activation=ACTIVATIONS[activation],
+            k=experts.hidden, width=experts.width, first=0, end=experts.width,
+            activation=ACTIVATIONS[activation],
         )  # fmt: skip
 
-    def gemm2(self) -> None:
+    def gemm2(self, start: int, stop: int) -> None:
         experts = self.experts
         self._gemm(
             DOWN,
@@ -76,10 +84,13 @@ class CutlassStep(Step):
             x=self.h.data_ptr(), x_scales=self.hs.data_ptr(), w_scales=_address(experts.s2),
             x_static=_address(experts.a2), out=self.out.data_ptr(),
             x_scale_row=1, x_scale_k=0 if self.kind == ROW_SCALES else self.pairs,
-            k=experts.width, width=experts.hidden,
+            k=experts.width, width=experts.hidden, first=start, end=stop,
         )  # fmt: skip
 
     def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
+        library = self.matrices.library
+        if library is None or is_idle():
+            return
         args = Args(
             starts=self.starts.data_ptr(), stops=self.stops.data_ptr(), order=self.order.data_ptr(),
             taken=self.taken.data_ptr() + 4 * (gemm == DOWN),
@@ -88,7 +99,7 @@ class CutlassStep(Step):
         )  # fmt: skip
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
         device = self.slots_RK.device.index
-        self.matrices.library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
+        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -47,8 +47,9 @@ struct Args {
   void *out;         // UP*: [P, width] sorted, E4M3 (ROW: bf16); DOWN: [P, width] bf16, by pair
   float *out_scales; // BLOCK, UP*: [ceil(width / 128), P]
   int64_t x_scale_row, x_scale_k;
-  int k;     // length of the sum
-  int width; // columns of the output
+  int k;          // length of the sum
+  int width;      // columns of the output
+  int first, end; // DOWN: the columns to compute, from a multiple of 128 on; UP*: 0 and width
   int experts, top_k, pairs;
   int activation, gate_first, per_tensor;
 };
@@ -259,13 +260,14 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   __device__ int matrix_row(const Tiles<CLUSTER> &tile, int half) const {
     if constexpr (GEMM == UP_GATED)
       return (tile.expert * 2 + place(half)) * args.width + tile.column * 128;
-    return tile.expert * args.width + tile.column * 256 + half * 128;
+    return tile.expert * args.width + args.first + tile.column * 256 + half * 128;
   }
   __device__ const float *block_scales(const Tiles<CLUSTER> &tile, int half) const {
     int blocks = (args.width + 127) / 128;
     if constexpr (GEMM == UP_GATED)
       return args.w_scales + int64_t((tile.expert * 2 + place(half)) * blocks + tile.column) * wide;
-    return args.w_scales + int64_t(tile.expert * blocks + min(tile.column * 2 + half, blocks - 1)) * wide;
+    return args.w_scales +
+           int64_t(tile.expert * blocks + min(args.first / 128 + tile.column * 2 + half, blocks - 1)) * wide;
   }
   __device__ float channel_scale(const Tiles<CLUSTER> &tile, int half, int channel) const {
     constexpr int HALVES = GEMM == UP_GATED ? 2 : 1;
@@ -441,7 +443,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   __device__ void finish(const Tiles<CLUSTER> &tile, float (&left)[N / 2], float (&right)[N / 2], int target) const {
     // This thread's first column of the left half, and of the output.
     const int at = (N == 128 ? 0 : int(threadIdx.x) / 128 * 64) + int(threadIdx.x) % 4 * 2;
-    const int channel = tile.column * COLUMNS + at;
+    const int channel = (GEMM == DOWN ? args.first : 0) + tile.column * COLUMNS + at;
     if constexpr (KIND != BLOCK) {
       float all = 1.0f;
       if constexpr (KIND == STATIC)
@@ -482,9 +484,10 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
           right[i] = here + 128 < args.width ? relu2(right[i]) : 0.0f;
         }
       }
-      put<N>(tile, left, tile.column * 256, target);
-      if (tile.column * 256 + 128 < args.width)
-        put<N>(tile, right, tile.column * 256 + 128, target);
+      const int column = args.first + tile.column * 256;
+      put<N>(tile, left, column, target);
+      if (column + 128 < args.end)
+        put<N>(tile, right, column + 128, target);
     }
   }
 
@@ -616,7 +619,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
         chunks[i] = *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at * 2);
         to[i] = out + int64_t(__shfl_sync(~0u, target, row)) * args.width + column;
       }
-      if (place.channel + column + at < args.width)
+      if (place.channel + column + at < args.end)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (i * 4 + lane / 8 < place.tokens)
@@ -648,7 +651,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   Tiles<CLUSTER> tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
-                      (args.width + kernel.COLUMNS - 1) / kernel.COLUMNS);
+                      (args.end - args.first + kernel.COLUMNS - 1) / kernel.COLUMNS);
   tile.find(args.starts, args.stops);
   if constexpr (CLUSTER > 1) { // barriers that the other block arrives at must be there
     cute::cluster_arrive();

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
-from moe_dist.rows import Support
+from moe_dist.step.rows import Support
 from moe_dist.tables import cache_folder
 
 SOURCES = Path(__file__).parent
@@ -52,7 +52,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "x_scales", "w_scales", "x_static", "h_static")),
         *((name, ctypes.c_void_p) for name in ("starts", "stops", "order", "taken", "out", "out_scales")),
         *((name, ctypes.c_int64) for name in ("x_scale_row", "x_scale_k")),
-        *((name, ctypes.c_int) for name in ("k", "width", "experts", "top_k", "pairs")),
+        *((name, ctypes.c_int) for name in ("k", "width", "first", "end", "experts", "top_k", "pairs")),
         *((name, ctypes.c_int) for name in ("activation", "gate_first", "per_tensor")),
     )
 

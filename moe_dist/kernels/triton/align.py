@@ -1,4 +1,4 @@
-"""Pairs sorted by expert, stably, into what class Step names `starts`, `stops`, `order` and `table`, beside the
+"""Pairs sorted by expert, stably, into what class Pipeline names `starts`, `stops`, `order` and `table`, beside the
 quantizing of the rows: few pairs in one launch (`_prepare`), many in two (`_count`, `_place`)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two grouped GEMMs of an FP8 fused MoE in Triton, with the activation between; step.py has what is around them."""
+"""The two grouped GEMMs of an FP8 fused MoE in Triton, with the activation between; pipeline.py has the rest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_dist.errors import ConfigError
+from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline
 from moe_dist.kernels.triton.quantize import divided, quantized
-from moe_dist.kernels.triton.step import ACTIVATIONS, Step
 from moe_dist.quantization import FP8_MAX, TINY, Activations
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, QuantKind
-from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.step import Step, Whole, Workspace
 from moe_dist.weights import ExpertWeights
 
 FENCE = not triton.knobs.runtime.interpret  # the interpreter has no assembler
@@ -176,21 +177,21 @@ def _weight_scale(
 @triton.jit(do_not_specialize=["ENTRIES", "P"])
 def _gemm2(
     h, hs, w, ws, a2, table, starts, stops, order, out, descriptor,
-    ENTRIES, P,
-    H: tl.constexpr, I: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr, SWAP: tl.constexpr,
-    GROUP: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ENTRIES, P, START,
+    H: tl.constexpr, I: tl.constexpr, LENGTH: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr,
+    SWAP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TWICE: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr, FENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out[part, pair] = h · w2ᵀ over one of SPLIT_K parts of the sum, for BM pairs of one expert, SPLIT of which make
-    one of GEMM1's tiles, and BN columns of H, or twice as many in two products that share their rows: one product so
-    wide would need two of its accumulators. SPAN such tiles follow each other in one loop, so that short ones don't
-    wait for their first loads and last stores."""
+    one of GEMM1's tiles, and BN of the LENGTH columns from START on, or twice as many in two products that share their
+    rows: one product so wide would need two of its accumulators. SPAN such tiles follow each other in one loop, so that
+    short ones don't wait for their first loads and last stores."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     WIDTH: tl.constexpr = 2 * BN if TWICE else BN
-    COLUMNS: tl.constexpr = (H + WIDTH * SPAN - 1) // (WIDTH * SPAN)
+    COLUMNS: tl.constexpr = (LENGTH + WIDTH * SPAN - 1) // (WIDTH * SPAN)
     STEPS: tl.constexpr = ((I + BK - 1) // BK + SPLIT_K - 1) // SPLIT_K  # of one part
     tile, column = _place(tl.program_id(0), ENTRIES * SPLIT, COLUMNS, GROUP)
     expert = tl.load(table + tile // SPLIT)
@@ -206,7 +207,8 @@ def _gemm2(
     at_row = (start + j).to(tl.int64)
     pair = tl.load(order + start + j, mask=real, other=0).to(tl.int64)
     WHOLE_K: tl.constexpr = I % (BK * SPLIT_K) == 0
-    WHOLE: tl.constexpr = WHOLE_K and H % (WIDTH * SPAN) == 0
+    WHOLE: tl.constexpr = WHOLE_K and LENGTH % (WIDTH * SPAN) == 0
+    END = START + LENGTH
     part = tl.program_id(1)
     out += part.to(tl.int64) * P * H
     K_BLOCKS: tl.constexpr = (I + 127) // 128
@@ -218,15 +220,15 @@ def _gemm2(
     right = tl.zeros((BN, BM) if SWAP else (BM, BN), dtype=tl.float32)
     for step in range(0, STEPS * SPAN):
         at = (part * STEPS + step % STEPS) * BK
-        first = (column * SPAN + step // STEPS) * WIDTH
+        first = START + (column * SPAN + step // STEPS) * WIDTH
         n = first + tl.arange(0, BN)
         if WHOLE_K:
             a = tl.load(rows + at, mask=real[:, None], other=0.0)
         else:
             a = tl.load(rows + at, mask=real[:, None] & (k < I - at)[None, :], other=0.0)
-        b = _weight_tile(w, descriptor, expert * H + first, at, n, H, I, BN, BK, WHOLE, TMA)
+        b = _weight_tile(w, descriptor, expert * H + first, at, n, END, I, BN, BK, WHOLE, TMA)
         if KIND == 1:
-            # Beyond H a tile reads some scale for columns that are not stored, beyond I one for zeros.
+            # Beyond the end a tile reads some scale for columns that are not stored, beyond I one for zeros.
             block = tl.minimum(first // 128, N_BLOCKS - 1)
             k_block = tl.minimum(at // 128, K_BLOCKS - 1)
             scale = tl.load(hs + at_row * K_BLOCKS + at // 128, mask=real & (at < I), other=0.0)
@@ -236,7 +238,7 @@ def _gemm2(
         if TWICE:
             if FENCE:
                 left = _finished(left)
-            b = _weight_tile(w, descriptor, expert * H + first + BN, at, n + BN, H, I, BN, BK, WHOLE, TMA)
+            b = _weight_tile(w, descriptor, expert * H + first + BN, at, n + BN, END, I, BN, BK, WHOLE, TMA)
             if KIND == 1:
                 block = tl.minimum((first + BN) // 128, N_BLOCKS - 1)
                 right = _added(right, a, b, scale * tl.load(scales + block * K_BLOCKS + k_block), SWAP, True)
@@ -244,22 +246,24 @@ def _gemm2(
                 right = _added(right, a, b, 0.0, SWAP, False)
         if SPAN > 1:  # noqa: SIM102  # known when it is compiled
             if step % STEPS == STEPS - 1:
-                _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, H, KIND, PER_TENSOR, SWAP)
+                _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, END, H, KIND, PER_TENSOR, SWAP)
                 left = tl.zeros_like(left)
                 if TWICE:
-                    _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, H, KIND, PER_TENSOR, SWAP)
+                    _store_rows(
+                        out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, END, H, KIND, PER_TENSOR, SWAP
+                    )
                     right = tl.zeros_like(right)
     if SPAN == 1:
-        n = column * WIDTH + tl.arange(0, BN)
-        _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, H, KIND, PER_TENSOR, SWAP)
+        n = START + column * WIDTH + tl.arange(0, BN)
+        _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, END, H, KIND, PER_TENSOR, SWAP)
         if TWICE:
-            _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, H, KIND, PER_TENSOR, SWAP)
+            _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, END, H, KIND, PER_TENSOR, SWAP)
 
 
 @triton.jit
 def _store_rows(
-    out, y, hs, a2, ws, expert, pair, at_row, real, n, H: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr,
-    SWAP: tl.constexpr,
+    out, y, hs, a2, ws, expert, pair, at_row, real, n, end, H: tl.constexpr, KIND: tl.constexpr,
+    PER_TENSOR: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     if SWAP:
         y = tl.trans(y)
@@ -269,7 +273,7 @@ def _store_rows(
         else:
             of_row = tl.load(a2 + expert) + tl.zeros_like(at_row).to(tl.float32)
         y *= of_row[:, None] * _weight_scale(ws, expert, 0, n, H, H, 1, PER_TENSOR)[None, :]
-    tl.store(out + pair[:, None] * H + n[None, :], y.to(out.dtype.element_ty), mask=real[:, None] & (n < H)[None, :])
+    tl.store(out + pair[:, None] * H + n[None, :], y.to(out.dtype.element_ty), mask=real[:, None] & (n < end)[None, :])
 
 
 @dataclass(frozen=True)
@@ -326,27 +330,33 @@ def fused_moe(
     activation: str,
     config: Config,
     out_dtype: torch.dtype,
-    stages: Stages = NO_STAGES,
-    tiles: dict[tuple[int, int, int], Any] | None = None,
 ) -> Tensor:
-    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights. `tiles`
-    keeps the descriptors of these weights from call to call."""
-    step = TritonStep(slots_RK.contiguous(), experts, config, {} if tiles is None else tiles)
-    return step.run(x, weights_RK, activation, out_dtype, stages)
+    """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights, as a
+    step of its own."""
+    step = Step(Workspace(slots_RK.device))
+    sink = Whole(step, (len(slots_RK), experts.hidden), out_dtype, slots_RK.device, lasting=True)
+    TritonPipeline(step, slots_RK.contiguous(), experts, config, {}).run(x, weights_RK, activation, sink)
+    return sink.y
 
 
-class TritonStep(Step):
+class TritonPipeline(Pipeline):
     def __init__(
-        self, slots_RK: Tensor, experts: ExpertWeights, config: Config, tiles: dict[tuple[int, int, int], Any]
+        self,
+        step: Step,
+        slots_RK: Tensor,
+        experts: ExpertWeights,
+        config: Config,
+        tiles: dict[tuple[int, int, int], Any],
     ) -> None:
-        super().__init__(slots_RK, experts, config.bm, config.pdl, config.split_k)
+        """`tiles` keeps the descriptors of these weights from call to call."""
+        super().__init__(step, slots_RK, experts, config.bm, config.pdl, config.split_k)
         self.config, self.tiles = config, tiles
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
         experts, config = self.experts, self.config
         self.launch(
             _gemm1,
-            (self.entries * -(-experts.width // config.bn1), 1, 1),
+            (self.entries * cdiv(experts.width, config.bn1), 1, 1),
             (
                 *(values, scales, experts.w13_eFH, *map(self.or_nothing, (experts.s13, experts.a13, experts.a2))),
                 *(*self.lists, self.h, self.hs, self._tiles(1, experts.w13_eFH, config.bn1, config.bk1)),
@@ -360,9 +370,9 @@ class TritonStep(Step):
             (config.warps1, config.stages1),
         )
 
-    def gemm2(self) -> None:
+    def gemm2(self, start: int, stop: int) -> None:
         experts, config = self.experts, self.config
-        columns = -(-experts.hidden // (config.bn2 * (2 if config.twice else 1) * config.span))
+        columns = cdiv(stop - start, config.bn2 * (2 if config.twice else 1) * config.span)
         self.launch(
             _gemm2,
             (self.entries * config.split2 * columns, config.split_k, 1),
@@ -370,9 +380,10 @@ class TritonStep(Step):
                 *(self.h, self.hs, experts.w2_eHi, *map(self.or_nothing, (experts.s2, experts.a2))),
                 *(*self.lists, self.out, self._tiles(2, experts.w2_eHi, config.bn2, config.bk2)),
             ),
-            (self.entries, self.pairs),
+            (self.entries, self.pairs, start),
             (
-                *(experts.hidden, experts.width, self.kind, self.per_tensor, config.swap, config.group, config.tma),
+                *(experts.hidden, experts.width, stop - start, self.kind, self.per_tensor),
+                *(config.swap, config.group, config.tma),
                 *(config.split2, config.bm // config.split2, config.bn2, config.twice, config.span, config.bk2),
                 *(config.split_k, FENCE),
             ),

@@ -17,6 +17,7 @@ MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # of a grid, by its dimensions: CUDA'
 
 _compiled: dict[Any, Any] = {}
 _compile_only = False
+_idle = False
 
 
 @triton.jit
@@ -34,6 +35,21 @@ def compiling() -> Iterator[None]:
         yield
     finally:
         _compile_only = False
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """Inside, nothing is compiled or run: to see what is taken from a workspace."""
+    global _idle
+    _idle = True
+    try:
+        yield
+    finally:
+        _idle = False
+
+
+def is_idle() -> bool:
+    return _idle
 
 
 def launch(
@@ -55,6 +71,8 @@ def launch(
     if grid[0] > MOST_PROGRAMS[0] or grid[1] > MOST_PROGRAMS[1] or grid[2] > MOST_PROGRAMS[2]:
         what, most = f"a step of this size (kernel {kernel.fn.__name__})", " x ".join(map(str, MOST_PROGRAMS))
         raise UnsupportedError(what, [f"its grid of {' x '.join(map(str, grid))} programs is more than {most}"])
+    if _idle:
+        return
     if _compile_only:
         kernel.warmup(*tensors, *integers, *constants, grid=grid, **options)
         return

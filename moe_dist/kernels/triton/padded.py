@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.fused_moe import activated
-from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.launch import is_idle, launch
+from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline, blocks
 from moe_dist.kernels.triton.quantize import quantized
-from moe_dist.kernels.triton.step import ACTIVATIONS, Step, blocks, empties
 from moe_dist.quantization import FP8, FP8_MAX, TINY
-from moe_dist.sizes import power_of_2
+from moe_dist.sizes import cdiv, power_of_2
+from moe_dist.step import Step
 from moe_dist.weights import ExpertWeights
 
 TILE = 128  # rows that an expert's part is padded to
@@ -89,19 +90,20 @@ def _activate_rows(
     tl.store(hs + row * GROUPS + group, scale, mask=group < GROUPS)
 
 
-class PaddedStep(Step):
+class PaddedPipeline(Pipeline):
     """fp8_block only. The number of rows is the most that there can be, so that it needs no word from the device. So
     few pairs that an expert with all of them fills one tile have a tile for each expert, which `masked` knows how far
     to read; else `contiguous` reads all there could be."""
 
-    def __init__(self, slots_RK: Tensor, experts: ExpertWeights, contiguous: GroupedGemm, masked: MaskedGemm) -> None:
+    def __init__(
+        self, step: Step, slots_RK: Tensor, experts: ExpertWeights, contiguous: GroupedGemm, masked: MaskedGemm
+    ) -> None:
         E, P, H = experts.num_experts, slots_RK.numel(), experts.hidden
         self.one_each = P <= TILE
         self.rows = E * TILE if self.one_each else (P + E * (TILE - 1)) // TILE * TILE
-        super().__init__(slots_RK, experts, TILE, pdl=False, rows=self.rows)
+        super().__init__(step, slots_RK, experts, TILE, pdl=False, rows=self.rows)
         self.contiguous, self.masked = contiguous, masked
-        self.expert_R, self.places, self.x, self.xs, self.d = empties(
-            slots_RK.device,
+        self.expert_R, self.places, self.x, self.xs, self.d = self._scratch(
             *(((size,), torch.int32) for size in (self.rows, P)),
             ((self.rows, H), FP8),
             ((self.rows, blocks(H)), torch.float32),
@@ -126,19 +128,24 @@ class PaddedStep(Step):
         together = min(4, power_of_2(blocks(i)))
         launch(
             _activate_rows,
-            (self.pairs, -(-blocks(i) // together), 1),
+            (self.pairs, cdiv(blocks(i), together), 1),
             (self.d, self.slots_RK, self.places, self.h, self.hs),
             (),
             (i, ACTIVATIONS[activation], experts.gate_first, together, FP8_MAX, TINY),
         )
 
-    def gemm2(self) -> None:
+    def gemm2(self, start: int, stop: int) -> None:
+        """All columns before the first range is asked for: the library's GEMM knows no ranges."""
+        if start:
+            return
         self._gemm(self.h, self.hs.view(self.rows, -1), self.experts.w2_eHi, self.experts.s2, self.out[0])
 
     def _gemm(self, codes: Tensor, scales: Tensor, weights: Tensor, of_weights: Tensor | None, out: Tensor) -> None:
+        if is_idle():
+            return
         if not self.one_each:
             self.contiguous((codes, scales), (weights, of_weights), out, self.expert_R)
             return
         E = self.experts.num_experts
         rows = codes.view(E, TILE, -1), scales.view(E, TILE, -1)
-        self.masked(rows, (weights, of_weights), out.view(E, TILE, -1), self.counts, -(-self.pairs // E))
+        self.masked(rows, (weights, of_weights), out.view(E, TILE, -1), self.counts, cdiv(self.pairs, E))

@@ -11,20 +11,21 @@ from moe_dist.kernels.triton.launch import launch
 from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, dynamic_scale
 from moe_dist.sizes import cdiv, power_of_2
 from moe_dist.spec import BLOCK, QuantKind
+from moe_dist.step.workspace import Take
 
 LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row
 
 
 def quantize_rows(
-    x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None = None, used_R: Tensor | None = None
+    x_RH: Tensor, kind: QuantKind, static_scale: Tensor | None, used_R: Tensor | None, take: Take
 ) -> QuantizedRows:
-    """See quantization.quantize_rows."""
+    """See kernels.quantize_rows."""
     R, H = x_RH.shape
     x_RH = x_RH.contiguous()
-    values = torch.empty(R, H, dtype=FP8, device=x_RH.device)
+    values = take((R, H), FP8)
     if kind == "fp8_block":
         groups = cdiv(H, BLOCK)
-        scales = torch.empty(R, groups, dtype=torch.float32, device=x_RH.device)
+        scales = take((R, groups), torch.float32)
         together = 8  # groups of one row in a program
         grid = (R, cdiv(groups, together), 1)
         launch(
@@ -34,7 +35,7 @@ def quantize_rows(
     if kind == "fp8_channel":
         if H > LONGEST_ROW:
             raise ValueError(f"rows of {H} values exceed the kernel's {LONGEST_ROW}")
-        scales = torch.empty(R, 1, dtype=torch.float32, device=x_RH.device)
+        scales = take((R, 1), torch.float32)
         constants = (FP8_MAX, TINY, power_of_2(H))
         launch(_quantize_whole_rows, (R, 1, 1), (x_RH, values, scales), (H,), constants, num_warps=8)
         return QuantizedRows(values, scales)

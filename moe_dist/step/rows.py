@@ -21,6 +21,9 @@ class TokenRows:
     slots_RK: Tensor
     weights_RK: Tensor
 
+    def __len__(self) -> int:
+        return self.slots_RK.shape[0]
+
 
 def used_rows(kind: QuantKind, slots_RK: Tensor) -> Tensor | None:
     """Which rows a dynamic per-tensor scale is made from, bool [R]: those that are computed here. None for formats

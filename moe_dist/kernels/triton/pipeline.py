@@ -22,10 +22,10 @@ from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
 from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
-from moe_dist.rows import used_rows
-from moe_dist.sizes import power_of_2
+from moe_dist.sizes import cdiv, power_of_2
 from moe_dist.spec import BLOCK
-from moe_dist.stages import NO_STAGES, Stages
+from moe_dist.step import Sink, Step
+from moe_dist.step.rows import used_rows
 from moe_dist.weights import ExpertWeights
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
@@ -41,17 +41,17 @@ ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, places, y, H: tl.constexpr, K: tl.constexpr, SPLIT_K: tl.constexpr, PLACED: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    out, slots, weights, places, y, START, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    SPLIT_K: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K. A pair's row
-    of `out` has its number or, if PLACED, that in `places`."""
+    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K, for COLUMNS
+    columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < H
+    inside = column < COLUMNS
     part = tl.num_programs(0).to(tl.int64) * K * H
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for place in tl.static_range(K):
@@ -59,12 +59,12 @@ def _weighted_sum(
         slot = tl.load(slots + pair)
         weight = tl.load(weights + pair, mask=slot >= 0, other=0.0)  # what it holds without a slot is ignored
         place_of = tl.load(places + pair, mask=slot >= 0, other=0).to(tl.int64) if PLACED else pair
-        at = out + place_of * H + column
+        at = out + place_of * H + START + column
         value = tl.load(at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
         for number in tl.static_range(1, SPLIT_K):
             value += tl.load(at + number * part, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
         total += weight * value
-    tl.store(y + row * H + column, total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row * COLUMNS + column, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -91,16 +91,24 @@ def _requantize(
     tl.store(s + row, scale)
 
 
-class Step(ABC):
+class Pipeline(ABC):
     """One call's tensors and its launches, in their order; the two GEMMs are a subclass's. `tile` pairs make an entry
     of `table`, the expert of each tile: expert e's begin at entry starts[e] // tile + e, which leaves room for every
     partial tile whatever the counts are, so that experts need not wait for each other's; entries between are -1.
-    `taken` is two zeros, for GEMMs whose thread blocks take tiles as they come to count there."""
+    `taken` is two zeros, for GEMMs whose thread blocks take tiles as they come to count there; they leave zeros."""
 
     def __init__(
-        self, slots_RK: Tensor, experts: ExpertWeights, tile: int, pdl: bool, split_k: int = 1, rows: int | None = None
+        self,
+        step: Step,
+        slots_RK: Tensor,
+        experts: ExpertWeights,
+        tile: int,
+        pdl: bool,
+        split_k: int = 1,
+        rows: int | None = None,
     ) -> None:
         """`rows` of h and of GEMM2's output: by pair, unless a subclass says otherwise and sets `places`."""
+        self.step, self.take = step, step.workspace.take
         self.slots_RK, self.experts, self.tile, self.pdl, self.split_k = slots_RK, experts, tile, pdl, split_k
         self.kind = {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(
             experts.kind, ROW_SCALES
@@ -115,23 +123,16 @@ class Step(ABC):
         rows = P if rows is None else rows
         # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
         codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
-        self.table, self.starts, self.stops, self.order, self.taken, self.h, self.hs, self.out = empties(
-            slots_RK.device,
+        self.table, self.starts, self.stops, self.order, self.taken, self.h, self.hs, self.out = self._scratch(
             *(((size,), torch.int32) for size in (self.entries, E, E, P, 2)),
             ((rows, i), codes),
             ((rows * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
             ((split_k, rows, experts.hidden), torch.bfloat16),
         )
 
-    def run(
-        self,
-        x: Activations,
-        weights_RK: Tensor,
-        activation: str,
-        out_dtype: torch.dtype,
-        stages: Stages = NO_STAGES,
-    ) -> Tensor:
-        """[R, H] in `out_dtype`, the weighted sum over the experts that are here."""
+    def run(self, x: Activations, weights_RK: Tensor, activation: str, sink: Sink) -> None:
+        """The weighted sums over the experts that are here, to `sink`."""
+        stages, weights_RK = self.step.stages, weights_RK.contiguous()
         with stages("quantize"):
             values, scales = self.prepare(x)
         with stages("gemm1"):
@@ -139,18 +140,21 @@ class Step(ABC):
         if self.kind == ROW_SCALES:
             with stages("quantize"):
                 self.requantize()
-        with stages("gemm2"):
-            self.gemm2()
-        with stages("combine"):
-            return self.weighted_sum(weights_RK.contiguous(), out_dtype)
+        for start, stop in sink.columns():
+            with stages("gemm2"):
+                self.gemm2(start, stop)
+            with stages("combine"):
+                y_RC = sink.target(start, stop)
+                self.weighted_sum(weights_RK, start, stop, y_RC)
+            sink.put(start, stop, y_RC)
 
     @abstractmethod
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
         """`h` from the rows and their scales: FP8 with `hs`, or bf16 where a scale is a whole row's."""
 
     @abstractmethod
-    def gemm2(self) -> None:
-        """`out`, by pair, from `h` and `hs`."""
+    def gemm2(self, start: int, stop: int) -> None:
+        """These columns of `out`, by pair, from `h` and `hs`."""
 
     def prepare(self, x: Activations) -> tuple[Tensor, Tensor]:
         """GEMM1's rows and their scales; what is not there, `hs` stands in for."""
@@ -158,13 +162,14 @@ class Step(ABC):
         source, groups = None, 0
         if isinstance(x, Tensor) and self.kind == BLOCK_SCALES:
             source, groups = x.contiguous(), R * blocks(H)
-            x = QuantizedRows(*empties(x.device, ((R, H), FP8), ((R, blocks(H)), torch.float32)))
+            x = QuantizedRows(*self._scratch(((R, H), FP8), ((R, blocks(H)), torch.float32)))
         elif isinstance(x, Tensor) and self.kind != UNQUANTIZED:
-            x = quantize_rows(x, self.experts.kind, self.experts.a13, used_rows(self.experts.kind, self.slots_RK))
+            used_R = used_rows(self.experts.kind, self.slots_RK)
+            x = quantize_rows(x, self.experts.kind, self.experts.a13, used_R, self.take)
         values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
         scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
         sort = self._sort_few if self.pairs <= MOST_PAIRS_TOGETHER else self._sort_many
-        sort((values if source is None else source, values, scales), -(-groups // GROUPS_TOGETHER))
+        sort((values if source is None else source, values, scales), cdiv(groups, GROUPS_TOGETHER))
         return values, scales
 
     def _sort_few(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
@@ -183,9 +188,9 @@ class Step(ABC):
     def _sort_many(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
         """Chunks of pairs are counted, beside the quantizing, before any of them is placed."""
         (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
-        length = -(-self.pairs // (MOST_CHUNKS * COMPARED)) * COMPARED
-        chunks, wide = -(-self.pairs // length), max(32, power_of_2(E))
-        counts, ranks = empties(self.slots_RK.device, ((chunks, wide), torch.int32), ((self.pairs,), torch.int32))
+        length = cdiv(self.pairs, MOST_CHUNKS * COMPARED) * COMPARED
+        chunks, wide = cdiv(self.pairs, length), max(32, power_of_2(E))
+        counts, ranks = self._scratch(((chunks, wide), torch.int32), ((self.pairs,), torch.int32))
         self.launch(
             _count,
             (chunks + programs, 1, 1),
@@ -207,22 +212,24 @@ class Step(ABC):
         """h from bf16 to codes with a scale for each row, or one for all."""
         P, i = self.pairs, self.experts.width
         wide = power_of_2(i)
-        codes, maxima = empties(self.h.device, ((P, i), FP8), ((P,), torch.float32))
+        codes, maxima = self._scratch(((P, i), FP8), ((P,), torch.float32))
         launch(_row_maxima, (P, 1, 1), (self.h, self.stops, maxima), (), (i, self.experts.num_experts, wide))
         if self.experts.kind == "fp8_tensor_dynamic":
             maxima.copy_(maxima.amax().expand(P))
         launch(_requantize, (P, 1, 1), (self.h, maxima, codes, self.hs), (), (i, wide, FP8_MAX, TINY))
         self.h = codes
 
-    def weighted_sum(self, weights_RK: Tensor, out_dtype: torch.dtype) -> Tensor:
-        (R, K), H = self.slots_RK.shape, self.experts.hidden
-        y = torch.empty(R, H, dtype=out_dtype, device=weights_RK.device)
-        block = min(1024, power_of_2(H))
+    def weighted_sum(self, weights_RK: Tensor, start: int, stop: int, y_RC: Tensor) -> None:
+        (R, K), columns = self.slots_RK.shape, stop - start
+        block = min(1024, power_of_2(columns))
         placed = self.places is not None
-        tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, y)
-        constants = (H, K, self.split_k, placed, block)
-        self.launch(_weighted_sum, (R, -(-H // block), 1), tensors, (), constants, (4, 1))
-        return y
+        tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, y_RC)
+        constants = (self.experts.hidden, columns, K, self.split_k, placed, block)
+        self.launch(_weighted_sum, (R, cdiv(columns, block), 1), tensors, (start,), constants, (4, 1))
+
+    def _scratch(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+        """Scratch of these shapes and dtypes."""
+        return [self.take(shape, dtype) for shape, dtype in wanted]
 
     def launch(
         self,
@@ -251,10 +258,6 @@ class Step(ABC):
         return self.hs if scales is None else scales
 
 
-def empties(device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    """Tensors of these shapes and dtypes. Views of one allocation cost the host twice as much."""
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
-
-
 def blocks(size: int) -> int:
-    return -(-size // BLOCK)
+    """Scale blocks of so many columns."""
+    return cdiv(size, BLOCK)

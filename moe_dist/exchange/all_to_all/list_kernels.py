@@ -14,45 +14,26 @@ from moe_dist.kernels.triton.launch import as_bits, launch
 from moe_dist.placement import Placement, tables_on
 from moe_dist.routing import Routing
 from moe_dist.sizes import cdiv, power_of_2, row_bytes
-
-SLOTS_TOGETHER = 512
-
-
-def slots_on(placement: Placement, rank: int, ids_RK: Tensor) -> Tensor:
-    """See Placement.slots_on; every expert has one copy."""
-    table = tables_on(placement, ids_RK.device).slots_GE
-    slots_RK = torch.empty(ids_RK.shape, dtype=torch.int32, device=ids_RK.device)
-    tensors, sizes = (ids_RK.contiguous(), table, slots_RK), (ids_RK.numel(), rank // placement.tp, table.shape[1])
-    launch(_slots_on, (cdiv(sizes[0], SLOTS_TOGETHER), 1, 1), tensors, sizes, (SLOTS_TOGETHER,))
-    return slots_RK
+from moe_dist.step.workspace import Take
 
 
-@triton.jit(do_not_specialize=["own_group"])
-def _slots_on(ids, slot_table, slots, PAIRS, own_group, EXPERTS, BLOCK: tl.constexpr):
-    """A group's last entry, behind those of its experts, is that of no expert."""
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids + pair, mask=pair < PAIRS, other=-1)
-    expert = tl.where((expert < 0) | (expert >= EXPERTS), EXPERTS - 1, expert)
-    tl.store(slots + pair, tl.load(slot_table + own_group * EXPERTS + expert), mask=pair < PAIRS)
+def send_lists(
+    placement: Placement, routing: Routing, rank: int, bucket: int, take: Take
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See lists.send_lists."""
+    world, top_k = placement.world, routing.ids_TK.shape[1]
+    pairs_WPM = take((world, bucket + 1, 2 * top_k), torch.int32)
+    counts_W = take((world,), torch.int32)
+    return *_listed(placement, routing, rank, bucket, (pairs_WPM,) * 4, counts_W, take), pairs_WPM, counts_W
 
 
-def send_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See kernels.send_lists."""
-    world, top_k, device = placement.world, routing.ids_TK.shape[1], routing.ids_TK.device
-    pairs_WPM = torch.empty(world, bucket + 1, 2 * top_k, dtype=torch.int32, device=device)
-    counts_W = torch.empty(world, dtype=torch.int32, device=device)
-    return *_listed(placement, routing, rank, bucket, (pairs_WPM,) * 4, counts_W), pairs_WPM, counts_W
-
-
-def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int) -> tuple[Tensor, ...]:
-    """order_TW, token_WB, slots to send and to receive, weights to send and to receive; see kernels.even_lists."""
-    world, top_k, device = placement.world, routing.ids_TK.shape[1], routing.ids_TK.device
+def even_lists(placement: Placement, routing: Routing, rank: int, bucket: int, take: Take) -> tuple[Tensor, ...]:
+    """order_TW, token_WB, slots to send and to receive, weights to send and to receive; see lists.even_lists."""
+    world, top_k = placement.world, routing.ids_TK.shape[1]
     lists = [
-        torch.empty(ranks * bucket, top_k, dtype=dtype, device=device)
-        for dtype in (torch.int32, torch.float32)
-        for ranks in (world - 1, world)
+        take((ranks * bucket, top_k), dtype) for dtype in (torch.int32, torch.float32) for ranks in (world - 1, world)
     ]
-    return *_listed(placement, routing, rank, bucket, tuple(lists), None), *lists
+    return *_listed(placement, routing, rank, bucket, tuple(lists), None, take), *lists
 
 
 def _listed(
@@ -62,12 +43,13 @@ def _listed(
     bucket: int,
     lists: tuple[Tensor, ...],
     counts_W: Tensor | None,
+    take: Take,
 ) -> tuple[Tensor, Tensor]:
     """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it the four tensors of even lists."""
-    tokens, world, device = routing.tokens, placement.world, routing.ids_TK.device
+    tokens, world = routing.tokens, placement.world
     inputs, sizes, constants = _choices(placement, routing, rank)
-    order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
-    token_WB = torch.empty(world, bucket, dtype=torch.int32, device=device)
+    order_TW = take((tokens, world), torch.int32)
+    token_WB = take((world, bucket), torch.int32)
     look = max(16, min(1024, 8192 // constants[-1], power_of_2(max(tokens, 1))))
     block = min(256, look)
     parts = max(1, cdiv(bucket, block))
@@ -181,12 +163,13 @@ def _send_lists(
     tl.store(bits_out + to, tl.zeros((BLOCK, PLACES), tl.int32), mask=stored)
 
 
-def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int) -> tuple[Tensor, Tensor]:
-    """See kernels.unpack_pairs."""
+def unpack_pairs(pairs_WPM: Tensor, rows: int, rank: int, take: Take) -> tuple[Tensor, Tensor]:
+    """See lists.unpack_pairs."""
     world, places, words = pairs_WPM.shape
     top_k, bucket = words // 2, places - 1
-    slots_RK = torch.empty(rows, top_k, dtype=torch.int32, device=pairs_WPM.device)
-    weights_RK = torch.empty(rows, top_k, dtype=torch.float32, device=pairs_WPM.device)
+    most = world * bucket  # one size for all steps
+    slots_RK = take((most, top_k), torch.int32)[:rows]
+    weights_RK = take((most, top_k), torch.float32)[:rows]
     if rows:
         padded = power_of_2(top_k)
         block = max(1, min(1024 // padded, power_of_2(bucket)))
@@ -218,16 +201,16 @@ def _unpack_pairs(
 
 
 def packed_sends(
-    placement: Placement, routing: Routing, parts: list[Tensor], rank: int, bucket: int
+    placement: Placement, routing: Routing, parts: list[Tensor], rank: int, bucket: int, take: Take
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The wire to send and to receive, and order_TW; see kernels.packed_sends."""
-    (tokens, top_k), world, device = routing.ids_TK.shape, placement.world, routing.ids_TK.device
+    """The wire to send and to receive, and order_TW; see lists.packed_sends."""
+    (tokens, top_k), world = routing.ids_TK.shape, placement.world
     inputs, sizes, constants = _choices(placement, routing, rank)
     value_words, scale_words, *_ = (*(row_bytes(part) // 4 for part in parts), 0)
     row_words = value_words + scale_words + 2 * top_k
-    send = torch.empty((world - 1) * bucket, row_words, dtype=torch.int32, device=device)
-    receive = torch.empty(world * bucket, row_words, dtype=torch.int32, device=device)
-    order_TW = torch.empty(tokens, world, dtype=torch.int32, device=device)
+    send = take(((world - 1) * bucket, row_words), torch.int32)
+    receive = take((world * bucket, row_words), torch.int32)
+    order_TW = take((tokens, world), torch.int32)
     block = min(2048, power_of_2(value_words))
     launch(
         _packed_sends,
@@ -285,11 +268,11 @@ def _packed_sends(
         tl.store(tail + K, weight.to(tl.int32, bitcast=True), mask=pair < K)
 
 
-def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int) -> list[Tensor]:
-    """See kernels.unpack_rows."""
+def unpack_rows(wire_SW: Tensor, parts: list[Tensor], top_k: int, take: Take) -> list[Tensor]:
+    """See lists.unpack_rows."""
     rows, row_words = wire_SW.shape
-    outs = [part.new_empty(rows, *part.shape[1:]) for part in parts]
-    outs += [wire_SW.new_empty(rows, top_k), wire_SW.new_empty(rows, top_k, dtype=torch.float32)]
+    outs = [take((rows, *part.shape[1:]), part.dtype) for part in parts]
+    outs += [take((rows, top_k), torch.int32), take((rows, top_k), torch.float32)]
     if rows:
         long, short, *_ = (*(row_bytes(part) // 4 for part in parts), 0)
         block = min(2048, power_of_2(long))

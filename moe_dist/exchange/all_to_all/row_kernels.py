@@ -8,13 +8,14 @@ from torch import Tensor
 
 from moe_dist.kernels.triton.launch import as_bits, launch
 from moe_dist.sizes import cdiv, power_of_2, row_bytes
+from moe_dist.step.workspace import Take
 
 
-def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """See kernels.take_sends."""
+def take_sends(rows: Tensor, token_WB: Tensor, counts_W: Tensor | None, rank: int, take: Take) -> tuple[Tensor, Tensor]:
+    """See lists.take_sends."""
     world, bucket = token_WB.shape
-    send = rows.new_empty((world - 1) * bucket, *rows.shape[1:])
-    receive = rows.new_empty(world * bucket, *rows.shape[1:])
+    send = take(((world - 1) * bucket, *rows.shape[1:]), rows.dtype)
+    receive = take((world * bucket, *rows.shape[1:]), rows.dtype)
     if not receive.numel() or not len(rows):
         return send, receive
     width = row_bytes(rows)
@@ -60,7 +61,7 @@ def _take_sends(
 def sum_rows(
     back_SH: Tensor, own_RH: Tensor, order_TW: Tensor, counts_W: Tensor | None, bucket: int, rank: int
 ) -> Tensor:
-    """See kernels.sum_rows."""
+    """See lists.sum_rows."""
     tokens, world = order_TW.shape
     hidden = back_SH.shape[1]
     y_TH = back_SH.new_empty(tokens, hidden)
