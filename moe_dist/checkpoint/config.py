@@ -7,6 +7,7 @@ only one value: topk_method, scoring_func, moe_layer_freq, n_shared_experts, mlp
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -222,8 +223,9 @@ class _Keys:
 @dataclass(frozen=True)
 class _Family:
     """`router(keys)` gives the spec fields that this family spells its own way; `layer_rule(keys)` gives the test
-    whether a layer is MoE."""
+    whether a layer is MoE. `classes`: how their names in `architectures` begin, before ForCausalLM and the like."""
 
+    classes: tuple[str, ...]
     router: Callable[[_Keys], dict[str, Any]]
     layer_rule: Callable[[_Keys], Callable[[int], bool]]
 
@@ -232,12 +234,22 @@ def _family(raw: Mapping[str, Any], path: Path | str) -> _Family:
     inner = raw.get("text_config")
     nested = inner.get("model_type") if isinstance(inner, dict) else None
     model_type = _Keys(raw, path).get("model_type", str)
+    what = f"model_type {shown(model_type)} in {path}"
+    if nested is not None or (inner and model_type in _FAMILIES):
+        raise UnsupportedError(
+            what,
+            [f"its text_config is of model_type {shown(nested)}; models inside of others are not read"],
+            MODEL_TYPES,
+        )
     if model_type not in _FAMILIES:
-        reasons = ["its layout is not known"]
-        if nested is not None:
-            reasons = [f"its text_config is of model_type {shown(nested)}; models inside of others are not read"]
-        raise UnsupportedError(f"model_type {shown(model_type)} in {path}", reasons, MODEL_TYPES)
-    return _FAMILIES[model_type]
+        raise UnsupportedError(what, ["its layout is not known"], MODEL_TYPES)
+    family = _FAMILIES[model_type]
+    named = raw.get("architectures") or []
+    own = re.compile(f"({'|'.join(family.classes)})(For[A-Z][A-Za-z0-9]*|Model)")
+    if not isinstance(named, list) or not all(isinstance(name, str) and own.fullmatch(name) for name in named):
+        legal = [*(f"{name}ForCausalLM and the like" for name in family.classes), "no architectures"]
+        raise UnsupportedError(what, [f"its architectures {shown(named)} are another model's"], legal)
+    return family
 
 
 def _only(keys: _Keys, key: str, supported: tuple[str, ...], default: str | None = None) -> str:
@@ -282,9 +294,9 @@ def _qwen3_layers(keys: _Keys) -> Callable[[int], bool]:
 
 
 _FAMILIES = {
-    "deepseek_v3": _Family(_deepseek_router, _deepseek_layers),
-    "kimi_k2": _Family(_deepseek_router, _deepseek_layers),
-    "qwen3_moe": _Family(_qwen3_router, _qwen3_layers),
+    "deepseek_v3": _Family(("DeepseekV3",), _deepseek_router, _deepseek_layers),
+    "kimi_k2": _Family(("DeepseekV3", "KimiK2"), _deepseek_router, _deepseek_layers),
+    "qwen3_moe": _Family(("Qwen3Moe",), _qwen3_router, _qwen3_layers),
 }
 MODEL_TYPES = tuple(_FAMILIES)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, read_json
 from moe_dist.checkpoint.layout import check_layer
+from moe_dist.checkpoint.neutral import MARK
 from moe_dist.checkpoint.quantization import CONFIG_FILE, PROJECTIONS
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
@@ -22,7 +23,6 @@ from moe_dist.spec import BLOCK, MoESpec
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert
 
-MARK = "moe_dist_synthetic"  # key of config.json that holds the parameters
 FORM = 2  # raised when the same parameters give other content
 MODEL_TYPES = ("qwen3_moe", "deepseek_v3")
 QUANTS = ("fp8_block", "none")
