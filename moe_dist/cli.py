@@ -131,7 +131,10 @@ def check(args: argparse.Namespace) -> int:
     }
     if args.backend:
         config["backends"] = args.backend
-    return _measure(asked_for(override(config, args.overrides), args, sweep=True), args, sweep=True)
+    asked = asked_for(override(config, args.overrides), args, sweep=True)
+    if not asked.experiment.check:
+        raise ConfigError("check", False, "contradicts the command, which does nothing but check", "run or compare")
+    return _measure(asked, args, sweep=True)
 
 
 def build(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from moe_dist import cli
     [
         (["plan", "worlds=[1,2]", "placements=[tp]"], "plan is for one configuration"),
         (["plan", "tokens=[1,2]"], "plan is for one configuration"),
+        (["check", "check=false"], "check = False: contradicts the command"),
         (["compare", "backends=[torch,nope]"], "no backend has this name"),
         (["compare", "exchanges=[nope]"], "no exchange has this name"),
         (["run", "--skew", "hot:99"], "legal: hot:1 to hot:10"),
