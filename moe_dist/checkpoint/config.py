@@ -6,7 +6,6 @@ only one value: topk_method, scoring_func, moe_layer_freq, n_shared_experts, mlp
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, model_name, read_js
 from moe_dist.checkpoint.neutral import refuse_unread
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
-from moe_dist.spec import MoESpec
+from moe_dist.spec import LEAST_SCALING, MOST_SCALING, MoESpec
 
 HIDDEN_ACTS = {"silu": "swiglu"}
 DTYPES: dict[str, Literal["bf16", "fp32"]] = {"bfloat16": "bf16", "float32": "fp32"}
@@ -201,13 +200,13 @@ class _Keys:
             raise CheckpointError(self.path, f"key {key} = {shown(value)} must be {most:,} or less")
         return value
 
-    def number(self, key: str, most: float) -> float:
+    def number(self, key: str, least: float, most: float) -> float:
         self.read.add(key)
         value = self.raw.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
             value = self.get(key, float)
-        if not 0 < value <= most or not math.isfinite(value):
-            raise CheckpointError(self.path, f"key {key} = {shown(value)} must be above 0 and at most {most:g}")
+        if not least <= value <= most:
+            raise CheckpointError(self.path, f"key {key} = {shown(value)} must be from {least:g} to {most:g}")
         return float(value)
 
     def either(self, key: str, other: str) -> str:
@@ -269,7 +268,7 @@ def _deepseek_router(keys: _Keys) -> dict[str, Any]:
         "correction_bias": True,
         "num_groups": keys.integer("n_group", least=1),
         "top_groups": keys.integer("topk_group", least=1),
-        "routed_scaling": keys.number("routed_scaling_factor", most=1e6),
+        "routed_scaling": keys.number("routed_scaling_factor", LEAST_SCALING, MOST_SCALING),
         "shared_intermediate": keys.integer("n_shared_experts", 0, most=MOST["size"] // width) * width,
     }
 
