@@ -26,6 +26,14 @@ CONFIG_FILE = "config.json"
 SECTION = "quantization_config"
 MODELOPT_FILE = "hf_quant_config.json"
 OTHER_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's own
+FOREIGN_FILES = {
+    "quantization_config.json": "it says outside of config.json how numbers are stored",
+    "quant_model_description.json": "it says of each tensor how ModelSlim has quantized it",
+    **dict.fromkeys(
+        ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+        "an adapter changes the weights, and libraries put it on top of them",
+    ),
+}
 READ = (
     f"quant_method fp8 with weight_block_size [{BLOCK}, {BLOCK}], fmt e4m3 and activation_scheme dynamic",
     "no quantization_config (bf16, fp32)",
@@ -169,12 +177,15 @@ def read_quantizations(raw: Mapping[str, Any], path: Path | str) -> tuple[Quanti
 
 
 def read_other_files(directory: Path) -> tuple[Quantization, ...]:
-    """What the files beside config.json say of quantization."""
+    """What the files beside config.json say of quantization. A recipe.yaml is only the story of how it was done."""
     for name in OTHER_FILES:
         if exists(directory, name):
             found = read_json(directory, name, CONFIG_LIMIT)
             reason = f"its weights have {shown(found.get('bits', found.get('w_bit')))} bits"
             raise UnsupportedError(f"the quantization in {directory / name}", [reason], READ)
+    for name, reason in FOREIGN_FILES.items():
+        if exists(directory, name):
+            raise UnsupportedError(f"{directory / name} beside the weights", [reason], [f"no {name}"])
     if not exists(directory, MODELOPT_FILE):
         return ()
     path = directory / MODELOPT_FILE
