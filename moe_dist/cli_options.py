@@ -13,8 +13,10 @@ from moe_dist.backends import BACKENDS
 from moe_dist.config import model_names, override
 from moe_dist.errors import ConfigError
 from moe_dist.exit_codes import MEANINGS
+from moe_dist.files import require_text
 from moe_dist.printable import one_line
 from moe_dist.spec import TOKEN_LAYOUTS
+from moe_dist.yaml_loader import integer
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -86,11 +88,18 @@ def parse(given: Sequence[str] | None, commands: Mapping[str, Command]) -> argpa
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ConfigError for an empty value, and for a flag that says otherwise than a `key=value`."""
+    """Raise ConfigError for an empty value, for one that is no UTF-8 text, and for a flag that says otherwise than a
+    `key=value`."""
+    for assignment in getattr(args, "overrides", ()):
+        require_text("override", assignment)
     for dest, flag in args.given.items():
         value = getattr(args, dest)
-        if dest != "overrides" and "" in (value if isinstance(value, list) else [value]):
+        values = value if isinstance(value, list) else [value]
+        if dest != "overrides" and "" in values:
             raise ConfigError(flag, value, "is empty", "a value, or no such flag")
+        for text in values:
+            if isinstance(text, str):
+                require_text(flag, text)
     keys = override({}, getattr(args, "overrides", ()))
     for dest, flag in args.given.items():
         for key, meant in _meant(args, dest).items():
@@ -140,8 +149,8 @@ def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     _measuring_flags(sub)
     sub = command("check", "numbers against the oracle at a model's real shapes")
     _model_flags(sub)
-    sub.add_argument("--world", type=int, default=2, help="ranks (default 2)")
-    sub.add_argument("--tokens", action=_Several, convert=int, default=[1, 16], help="global tokens")
+    sub.add_argument("--world", type=integer, default=2, help="ranks (default 2)")
+    sub.add_argument("--tokens", action=_Several, convert=integer, default=[1, 16], help="global tokens")
     sub.add_argument("--backend", action=_Several, help=BACKEND_HELP)
     sub.add_argument("--skew", action=_Several, default=["uniform", "single"], help=SKEWS_HELP)
     _measuring_flags(sub)
@@ -153,7 +162,7 @@ def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub = command("demo-checkpoint", "write a small checkpoint of random weights to try things on")
     sub.add_argument("directory")
     sub.add_argument("--model-type", default="qwen3_moe", choices=("qwen3_moe", "deepseek_v3"))
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=integer, default=0)
     return parser
 
 
@@ -165,7 +174,7 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
     names = ", ".join(model_names()).replace("%", "%%")
     source.add_argument("--model", help=f"one of {names}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
-    sub.add_argument("--layer", type=int, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--layer", type=integer, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
 
@@ -184,21 +193,21 @@ def _measuring_flags(sub: argparse.ArgumentParser) -> None:
 
 def _tune_flags(sub: argparse.ArgumentParser) -> None:
     _source_flags(sub)
-    sub.add_argument("--tp", type=int, default=1)
-    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--tp", type=integer, default=1)
+    sub.add_argument("--ep", type=integer, default=1)
     sub.add_argument("--backend", default="triton", help="default triton")
     sub.add_argument("--rows", default="1,8,32,128,512,2048,8192", help="rows entering a rank (default %(default)s)")
-    sub.add_argument("--seeds", type=int, default=3, help="inputs to time and check with (default 3)")
+    sub.add_argument("--seeds", type=integer, default=3, help="inputs to time and check with (default 3)")
     sub.add_argument("--out", metavar="DIR", help="folder for the tables (default: the user's cache)")
 
 
 def _grid_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--tp", type=int, default=1)
-    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--tp", type=integer, default=1)
+    sub.add_argument("--ep", type=integer, default=1)
     sub.add_argument("--exchange", help="default: local on one rank, ag_rs on more")
     sub.add_argument("--backend", help=BACKEND_HELP)
-    sub.add_argument("--tokens", type=int, default=64, help="global tokens of a step (default 64)")
+    sub.add_argument("--tokens", type=integer, default=64, help="global tokens of a step (default 64)")
     sub.add_argument("--token-layout", default="sharded", choices=TOKEN_LAYOUTS)
     sub.add_argument("--skew", default="uniform", help=SKEWS_HELP)
     sub.add_argument("--payload", default="auto")
-    sub.add_argument("--iters", type=int, default=100)
+    sub.add_argument("--iters", type=integer, default=100)

@@ -28,6 +28,7 @@ MOST_RANKS = 1 << 12
 MOST_TOKENS = 1 << 24
 # Of the factor on the routed sum. Beyond, float32 and bf16 lose the output, and zeros agree with zeros.
 LEAST_SCALING, MOST_SCALING = 1e-6, 1e6
+LEAST_SEED, MOST_SEED = -(1 << 63), (1 << 63) - 1  # 64 bits
 LONGEST_NAME = 300
 LONGEST_WAIT_S = 7 * 86400.0
 
@@ -35,7 +36,7 @@ Size = Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
 Experts = Annotated[int, Field(strict=True, ge=1, le=MOST_EXPERTS)]
 Ranks = Annotated[int, Field(strict=True, ge=1, le=MOST_RANKS)]
 Index = Annotated[int, Field(strict=True, ge=-MOST_EXPERTS, le=MOST_EXPERTS)]  # which exist, a placement says
-Seed = Annotated[int, Field(strict=True, ge=-(1 << 63), le=(1 << 63) - 1)]  # 64 bits
+Seed = Annotated[int, Field(strict=True, ge=LEAST_SEED, le=MOST_SEED)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=LONGEST_WAIT_S, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]

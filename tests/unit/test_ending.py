@@ -344,7 +344,7 @@ class TestOptions:
         ("arguments", "said"),
         [
             (["--skew", "a=1"], "argument --skew: expected at least one value"),
-            (["--tokens", "many"], "argument --tokens: invalid int values: many"),
+            (["--tokens", "many"], "argument --tokens: invalid integer values: many"),
             (["--nosuch\x1b[31m"], r"unrecognized arguments: --nosuch\x1b[31m"),
         ],
     )

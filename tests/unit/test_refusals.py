@@ -76,6 +76,37 @@ def test_an_empty_value_is_refused(arguments, capsys, monkeypatch):
     assert "is empty" in said
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--out", "a\udcff"], ["plan", "--model", "a\udcff"], ["compare", "a\udcff"], ["run", "name=\udcff"],
+        ["check", "--backend", "torch", "a\udcff"], ["tune", "--rows", "\udcff"], ["demo-checkpoint", "a\udcff"],
+        ["plan", "--checkpoint", "a\udcff"], ["check", "--skew", "uniform", "name=\udcff"], ["demo-checkpoint", "a\0b"],
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_text_is_refused(arguments, capsys, monkeypatch, tmp_path):
+    """Bytes that are no UTF-8 come in as lone surrogates. Ray would take none of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    assert cli.main(arguments) == cli.BAD_INPUT
+    name = next((word for word in arguments if word.startswith("--")), "")
+    name = {"compare": "file", "demo-checkpoint": "directory"}.get(arguments[0], name)
+    said = capsys.readouterr().err
+    assert f"{'override' if arguments[-1].startswith('name') else name} = " in said
+    assert "no UTF-8 text" in said or "a NUL character" in said
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--tokens", "\uff18"), ("--iters", "8 "), ("--tp", "1__0")])
+def test_a_number_of_other_digits_is_none(flag, value, capsys):
+    assert cli.main(["plan", flag, value]) == cli.BAD_INPUT
+    assert f"argument {flag}: invalid integer value: " in capsys.readouterr().err
+
+
+def test_rows_are_numbers_of_our_digits(capsys):
+    assert cli.main(["tune", "--rows", "1,\u0668", "--device", "cpu"]) == cli.BAD_INPUT
+    assert "rows = " in capsys.readouterr().err
+
+
 def test_ray_is_not_started_by_each_of_torchrun_s_ranks(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
