@@ -154,10 +154,10 @@ def _make_token_file_private() -> None:
     """A token that others can read is none. As ssh does with keys, but what is ours is mended."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         mode = path.stat().st_mode
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home directory, so no token in it
         return
     if not stat.S_ISREG(mode) or not mode & 0o077:
         return
