@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.config import model_names, override
 from moe_dist.errors import ConfigError
 from moe_dist.exit_codes import MEANINGS
-from moe_dist.files import require_text
+from moe_dist.files import one_path, require_text
 from moe_dist.printable import one_line
 from moe_dist.spec import TOKEN_LAYOUTS
 from moe_dist.yaml_loader import integer
@@ -46,6 +45,8 @@ class _Value(argparse.Action):
 
 
 def _note(action: argparse.Action, namespace: argparse.Namespace) -> None:
+    if action.dest in namespace.given:
+        raise argparse.ArgumentError(action, "is given twice")
     name = action.option_strings[0] if action.option_strings else action.dest
     namespace.given = {**namespace.given, action.dest: name}
 
@@ -82,8 +83,7 @@ def parse(given: Sequence[str] | None, commands: Mapping[str, Command]) -> argpa
     if first and "=" in first and not os.path.isfile(first):  # no file: the first override stands there
         args.file, args.overrides = None, [first, *args.overrides]
     if rest or args.swallowed:
-        found = {*args.overrides, *rest, *args.swallowed}  # in the order in which they were given: the last one wins
-        args.overrides = [item for item in (sys.argv[1:] if given is None else given) if item in found]
+        args.overrides = [*args.overrides, *rest, *args.swallowed]  # in any order: no key stands there twice
     return args
 
 
@@ -103,9 +103,18 @@ def check_flags(args: argparse.Namespace) -> None:
     keys = override({}, getattr(args, "overrides", ()))
     for dest, flag in args.given.items():
         for key, meant in _meant(args, dest).items():
-            if key in keys and (said := keys[key]) != meant:
+            if key in keys and _plainly(key, said := keys[key]) != _plainly(key, meant):
                 value = " ".join(map(str, value)) if isinstance(value := getattr(args, dest), list) else value
                 raise ConfigError(key, said, f"contradicts {flag} {value}", "one of the two")
+
+
+def _plainly(key: str, value: Any) -> Any:
+    """What can be compared: true is not 1, a model's name has no case, and its file one path."""
+    if isinstance(value, (list, tuple)):
+        return [_plainly(key, item) for item in value]
+    if key == "models" and isinstance(value, str):
+        return one_path(value) if value.endswith((".yaml", ".yml")) else value.lower()
+    return type(value), value
 
 
 def _meant(args: argparse.Namespace, dest: str) -> dict[str, Any]:

@@ -34,6 +34,14 @@ def require_text(field: str, value: str, kind: str = "argument") -> None:
         raise ConfigError(field, value, "holds a NUL character", f"any other {kind}")
 
 
+def one_path(value: str) -> str:
+    """The same text for the same file, whatever the way to it; what is no path at all stays as it is."""
+    try:
+        return os.path.realpath(value)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return value
+
+
 def read_small_text(path: Path | str, limit: int) -> str:
     """The text of a regular UTF-8 file of at most `limit` bytes; links are followed. Never waits for a writer.
 

@@ -44,6 +44,11 @@ def test_refused_before_anything_starts(arguments, said, capsys, monkeypatch):
         ("run", "--iters", "100", "iters=3"),
         ("check", "--world", "2", "worlds=[1]"),
         ("check", "--tokens", "5", "tokens=[6]"),
+        ("run", "--iters", "1", "iters=true"),
+        ("run", "--tokens", "1", "tokens=[true]"),
+        ("run", "--tokens", "8", "tokens=8"),
+        ("run", "--skew", "file:/A", "skews=['file:/a']"),
+        ("run", "--model", "a.yaml", 'models=["a\\0.yaml"]'),
     ],
 )
 def test_a_flag_and_a_key_that_contradict_each_other(command, flag, value, key, capsys, monkeypatch):
@@ -57,6 +62,9 @@ def test_a_flag_and_a_key_that_contradict_each_other(command, flag, value, key, 
 
 def test_a_flag_and_a_key_that_say_the_same(capsys):
     assert cli.main(["plan", "--tokens", "8", "tokens=[8]", "--ep", "2", "worlds=[2]", "--device", "cpu"]) == 0
+    assert cli.main(["plan", "--model", "tiny", "models=[TINY]", "--device", "cpu"]) == 0
+    assert cli.main(["plan", "--model", "x/../no.yaml", "models=[./no.yaml]"]) == cli.BAD_INPUT
+    assert "can't be read: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_labels_hold_no_path_of_the_machine(tmp_path: Path) -> None:
         (["--checkpoint", "HERE", "--layer", "1", "model.quant=none"], ["model.quant = 'none'", "'fp8_block'"]),
         (["--checkpoint", "HERE", "--layer", "1", "source.layer=0"], ["source.layer = 0", "--layer 1"]),
         (["--checkpoint", "HERE", "--layer", "1", "source.checkpoint=/other"], ["'/other'", "--checkpoint"]),
+        (["--checkpoint", "HERE", "--layer", "0", "source.layer=false"], ["source.layer = False", "--layer 0"]),
         (["--checkpoint", "HERE", "--layer", "9"], ["checkpoint.layer = 9"]),
         (["source.checkpoint=HERE", "source.layer=0"], ["checkpoint.layer = 0", "dense"]),
     ],
@@ -111,6 +112,7 @@ def test_keys_do_what_flags_do(command: Any, made: Path, monkeypatch: pytest.Mon
         ("source.checkpoint=model", "source.layer=1"),
         ("source.checkpoint=model", "--layer", "1"),
         ("--checkpoint", "model", f"source.checkpoint={made}", "source.layer=1"),
+        ("--checkpoint", "model/../model/", "source.checkpoint=./model", "source.layer=1"),
     )
     plans = [json.loads(command("plan", *spelling, "--json")[1]) for spelling in spellings]
     assert all(found == plans[0] for found in plans)
