@@ -12,14 +12,14 @@ from typing import Any
 
 from moe_dist import checkpoint
 from moe_dist.backends import BACKENDS
-from moe_dist.bench.case import Experiment, default_experiment
+from moe_dist.bench.case import default_experiment
 from moe_dist.bench.output import Output, open_descriptors, open_output, rows_in, said
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
 from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
-from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single
+from moe_dist.cli_config import Asked, asked_for, buckets_of, files_read, one_placement, single
 from moe_dist.cli_options import check_flags, parse
 from moe_dist.cli_print import print_doctor, print_outcome, print_plan, print_rows, print_tuned
 from moe_dist.config import override, read_yaml
@@ -163,7 +163,7 @@ def tune(args: argparse.Namespace) -> int:
     check_tunable(case, machine, buckets)
     made = case.plan(machine)
     check_fits(max(made.weight_bytes(rank) for rank in range(made.placement.world)), machine)
-    open_output(folder / f".moe-dist-{os.getpid()}", say, reads=_reads(experiment, args))
+    open_output(folder / f".moe-dist-{os.getpid()}", say, reads=files_read(experiment, args))
     done: list[tuple[Tuned, Path | None]] = []
     with Reporter(count_steps(made, buckets), remaining=True) as reporter:
         compile_ahead(made, buckets, reporter.shown)
@@ -229,7 +229,7 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
     output = None
     if args.out and speaks():
-        output = open_output(Path(args.out), say, args.descriptors, _reads(experiment, args))
+        output = open_output(Path(args.out), say, args.descriptors, files_read(experiment, args))
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending
@@ -261,13 +261,6 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
             _keep_what_there_is(outcome, about, output, args)
             raise
     return _finish(outcome, about, output, args, sweep)
-
-
-def _reads(experiment: Experiment, args: argparse.Namespace) -> list[str]:
-    """Files and folders that `--out` must not write over. A model's file is one that holds no results."""
-    traces = [skew.removeprefix("file:") for skew in experiment.skews if skew.startswith("file:")]
-    given = [getattr(args, "file", None), experiment.source.checkpoint]
-    return [*(path for path in given if path is not None), *traces]
 
 
 def _print_chosen(asked: Asked) -> None:

@@ -100,3 +100,10 @@ def buckets_of(text: str) -> list[int]:
         legal = f"1 to {MOST_TOKENS}, with commas between them"
         raise ConfigError("rows", text, "numbers of rows that enter a rank", legal)
     return buckets
+
+
+def files_read(experiment: Experiment, args: argparse.Namespace) -> list[str]:
+    """Files and folders that `--out` must not write over. A model's file is one that holds no results."""
+    traces = [skew.removeprefix("file:") for skew in experiment.skews if skew.startswith("file:")]
+    given = [getattr(args, "file", None), experiment.source.checkpoint]
+    return [*(path for path in given if path is not None), *traces]
