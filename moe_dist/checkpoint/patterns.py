@@ -19,7 +19,7 @@ MOST_TOGETHER = 50_000  # of all patterns of a list: real ones have some thousan
 _COUNTS = re.compile(r"\{(\d{1,4})\}|\{(\d{0,4}),(\d{0,4})\}")
 _GROUP = re.compile(r"\((\?:|\?P<[A-Za-z_][A-Za-z0-9_]*>)?")
 _CLASS = re.compile(r"\[\^?\]?(\\.|[^\]\\])*\]", re.DOTALL)
-_GLOB_CLASS = re.compile(r"(!?)(\]?[^\]]*)\]")
+_GLOB_CLASS = re.compile(r"(!?+)(\]?+[^\]]*)\]")  # a ] at its start is one of the characters
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from profiles import examples
 
@@ -50,6 +50,8 @@ globs = st.lists(st.sampled_from(["a", "b", ".", "*", "?", "[ab]", "[!a]", "[a-b
 
 
 @examples(300)
+@example(text="[]", names=["[]"])
+@example(text="[!]", names=["[!]"])
 @given(text=globs, names=st.lists(st.text("ab.[]^!\\", max_size=6), min_size=1, max_size=5))
 def test_a_glob_matches_what_fnmatch_does(text, names):
     ours = Pattern.glob(text)
