@@ -16,21 +16,13 @@ from moe_dist.spec import MoESpec
 OF_THE_LAYER = re.compile(
     r"moe|expert|rout|glu|scor|top_?k|(^|_)act(_|$)|activation|shared|gate|group|dense|sparse|dtype|mlp|ffn|latent"
 )
-OF_ATTENTION = re.compile(r"(attn|attention|index)_")
+OF_ATTENTION = re.compile(r"(attn|attention|index|kv)_")
 MARK = "moe_dist_synthetic"  # has the parameters that a synthetic checkpoint was made with
-# Of training, of what a model gives back, and of drawing tokens (transformers writes these of every model).
-WHATEVER_THEY_SAY = frozenset(
-    {
-        *(
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-            "router_jitter_noise",
-            "moe_aux_loss_coeff",
-            "moe_z_loss_coeff",
-        ),
-        *("output_router_logits", "output_scores", "top_k", "num_beam_groups", MARK),
-    }
-)
+# Of training, of how it is computed, of what a model gives back, and of drawing tokens.
+WHATEVER_THEY_SAY = {
+    "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "experts_implementation", "output_router_logits", "output_scores", "top_k", "num_beam_groups", MARK,
+}  # fmt: skip
 
 
 def refuse_unread(

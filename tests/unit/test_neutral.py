@@ -106,6 +106,7 @@ OF_NO_LAYER = {
     "router_aux_loss_coef": 0.001, "output_router_logits": False, "top_k": 50, "num_beam_groups": 1, "output_scores": 1,
     "attention_gate": True, "attn_output_gate": True, "index_topk": 2048, "seq_aux": True,
     "aux_loss_alpha": 0.001, "ep_size": 1, "chunk_size_feed_forward": 0, "moe_layers": None, "text_config": {},
+    "experts_implementation": "grouped_mm", "kv_cache_dtype": "fp8", "num_key_value_heads": 4,
 }  # fmt: skip
 
 
