@@ -19,7 +19,7 @@ from moe_dist.bench.rounds import turns
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
 from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
-from moe_dist.cli_config import Asked, asked_for, buckets_of, one_placement, single
+from moe_dist.cli_config import Asked, asked_for, buckets_of, files_read, one_placement, single
 from moe_dist.cli_options import check_flags, parse
 from moe_dist.cli_print import print_doctor, print_outcome, print_plan, print_rows, print_tuned
 from moe_dist.config import override, read_yaml
@@ -131,7 +131,10 @@ def check(args: argparse.Namespace) -> int:
     }
     if args.backend:
         config["backends"] = args.backend
-    return _measure(asked_for(override(config, args.overrides), args, sweep=True), args, sweep=True)
+    asked = asked_for(override(config, args.overrides), args, sweep=True)
+    if not asked.experiment.check:
+        raise ConfigError("check", False, "contradicts the command, which does nothing but check", "run or compare")
+    return _measure(asked, args, sweep=True)
 
 
 def build(args: argparse.Namespace) -> int:
@@ -160,7 +163,7 @@ def tune(args: argparse.Namespace) -> int:
     check_tunable(case, machine, buckets)
     made = case.plan(machine)
     check_fits(max(made.weight_bytes(rank) for rank in range(made.placement.world)), machine)
-    open_output(folder / "table.json", say)
+    open_output(folder / f".moe-dist-{os.getpid()}", say, reads=files_read(experiment, args))
     done: list[tuple[Tuned, Path | None]] = []
     with Reporter(count_steps(made, buckets), remaining=True) as reporter:
         compile_ahead(made, buckets, reporter.shown)
@@ -224,7 +227,9 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
-    output = open_output(Path(args.out), say, args.descriptors) if args.out and speaks() else None
+    output = None
+    if args.out and speaks():
+        output = open_output(Path(args.out), say, args.descriptors, files_read(experiment, args))
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending

@@ -15,6 +15,7 @@ from moe_dist.plan import Machine
 from moe_dist.runtime.voice import speaks, together
 from moe_dist.spec import MOST_TOKENS
 from moe_dist.terminal import say
+from moe_dist.yaml_loader import integer
 
 
 class Asked(NamedTuple):
@@ -92,10 +93,17 @@ def _with_flags(config: dict[str, Any], args: argparse.Namespace) -> dict[str, A
 def buckets_of(text: str) -> list[int]:
     """The numbers of rows that `tune` takes."""
     try:
-        buckets = sorted({int(part) for part in text.split(",")})
+        buckets = sorted({integer(part) for part in text.split(",")})
     except ValueError:
         buckets = [0]
     if not 1 <= buckets[0] <= buckets[-1] <= MOST_TOKENS:
         legal = f"1 to {MOST_TOKENS}, with commas between them"
         raise ConfigError("rows", text, "numbers of rows that enter a rank", legal)
     return buckets
+
+
+def files_read(experiment: Experiment, args: argparse.Namespace) -> list[str]:
+    """Files and folders that `--out` must not write over. A model's file is one that holds no results."""
+    traces = [skew.removeprefix("file:") for skew in experiment.skews if skew.startswith("file:")]
+    given = [getattr(args, "file", None), experiment.source.checkpoint]
+    return [*(path for path in given if path is not None), *traces]

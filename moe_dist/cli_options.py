@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -13,8 +12,10 @@ from moe_dist.backends import BACKENDS
 from moe_dist.config import model_names, override
 from moe_dist.errors import ConfigError
 from moe_dist.exit_codes import MEANINGS
+from moe_dist.files import one_path, require_text
 from moe_dist.printable import one_line
 from moe_dist.spec import TOKEN_LAYOUTS
+from moe_dist.yaml_loader import integer
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -44,6 +45,8 @@ class _Value(argparse.Action):
 
 
 def _note(action: argparse.Action, namespace: argparse.Namespace) -> None:
+    if action.dest in namespace.given:
+        raise argparse.ArgumentError(action, "is given twice")
     name = action.option_strings[0] if action.option_strings else action.dest
     namespace.given = {**namespace.given, action.dest: name}
 
@@ -80,23 +83,38 @@ def parse(given: Sequence[str] | None, commands: Mapping[str, Command]) -> argpa
     if first and "=" in first and not os.path.isfile(first):  # no file: the first override stands there
         args.file, args.overrides = None, [first, *args.overrides]
     if rest or args.swallowed:
-        found = {*args.overrides, *rest, *args.swallowed}  # in the order in which they were given: the last one wins
-        args.overrides = [item for item in (sys.argv[1:] if given is None else given) if item in found]
+        args.overrides = [*args.overrides, *rest, *args.swallowed]  # in any order: no key stands there twice
     return args
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ConfigError for an empty value, and for a flag that says otherwise than a `key=value`."""
+    """Raise ConfigError for an empty value, for one that is no UTF-8 text, and for a flag that says otherwise than a
+    `key=value`."""
+    for assignment in getattr(args, "overrides", ()):
+        require_text("override", assignment)
     for dest, flag in args.given.items():
         value = getattr(args, dest)
-        if dest != "overrides" and "" in (value if isinstance(value, list) else [value]):
+        values = value if isinstance(value, list) else [value]
+        if dest != "overrides" and "" in values:
             raise ConfigError(flag, value, "is empty", "a value, or no such flag")
+        for text in values:
+            if isinstance(text, str):
+                require_text(flag, text)
     keys = override({}, getattr(args, "overrides", ()))
     for dest, flag in args.given.items():
         for key, meant in _meant(args, dest).items():
-            if key in keys and (said := keys[key]) != meant:
+            if key in keys and _plainly(key, said := keys[key]) != _plainly(key, meant):
                 value = " ".join(map(str, value)) if isinstance(value := getattr(args, dest), list) else value
                 raise ConfigError(key, said, f"contradicts {flag} {value}", "one of the two")
+
+
+def _plainly(key: str, value: Any) -> Any:
+    """What can be compared: true is not 1, a model's name has no case, and its file one path."""
+    if isinstance(value, (list, tuple)):
+        return [_plainly(key, item) for item in value]
+    if key == "models" and isinstance(value, str):
+        return one_path(value) if value.endswith((".yaml", ".yml")) else value.lower()
+    return type(value), value
 
 
 def _meant(args: argparse.Namespace, dest: str) -> dict[str, Any]:
@@ -140,8 +158,8 @@ def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     _measuring_flags(sub)
     sub = command("check", "numbers against the oracle at a model's real shapes")
     _model_flags(sub)
-    sub.add_argument("--world", type=int, default=2, help="ranks (default 2)")
-    sub.add_argument("--tokens", action=_Several, convert=int, default=[1, 16], help="global tokens")
+    sub.add_argument("--world", type=integer, default=2, help="ranks (default 2)")
+    sub.add_argument("--tokens", action=_Several, convert=integer, default=[1, 16], help="global tokens")
     sub.add_argument("--backend", action=_Several, help=BACKEND_HELP)
     sub.add_argument("--skew", action=_Several, default=["uniform", "single"], help=SKEWS_HELP)
     _measuring_flags(sub)
@@ -153,7 +171,7 @@ def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub = command("demo-checkpoint", "write a small checkpoint of random weights to try things on")
     sub.add_argument("directory")
     sub.add_argument("--model-type", default="qwen3_moe", choices=("qwen3_moe", "deepseek_v3"))
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=integer, default=0)
     return parser
 
 
@@ -165,7 +183,7 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
     names = ", ".join(model_names()).replace("%", "%%")
     source.add_argument("--model", help=f"one of {names}, or a YAML file; random weights")
     source.add_argument("--checkpoint", help="folder of a Hugging Face checkpoint; its own experts and router")
-    sub.add_argument("--layer", type=int, help="which layer of the checkpoint (default 0)")
+    sub.add_argument("--layer", type=integer, help="which layer of the checkpoint (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default auto")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the experiment: model.quant=none")
 
@@ -184,21 +202,21 @@ def _measuring_flags(sub: argparse.ArgumentParser) -> None:
 
 def _tune_flags(sub: argparse.ArgumentParser) -> None:
     _source_flags(sub)
-    sub.add_argument("--tp", type=int, default=1)
-    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--tp", type=integer, default=1)
+    sub.add_argument("--ep", type=integer, default=1)
     sub.add_argument("--backend", default="triton", help="default triton")
     sub.add_argument("--rows", default="1,8,32,128,512,2048,8192", help="rows entering a rank (default %(default)s)")
-    sub.add_argument("--seeds", type=int, default=3, help="inputs to time and check with (default 3)")
+    sub.add_argument("--seeds", type=integer, default=3, help="inputs to time and check with (default 3)")
     sub.add_argument("--out", metavar="DIR", help="folder for the tables (default: the user's cache)")
 
 
 def _grid_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--tp", type=int, default=1)
-    sub.add_argument("--ep", type=int, default=1)
+    sub.add_argument("--tp", type=integer, default=1)
+    sub.add_argument("--ep", type=integer, default=1)
     sub.add_argument("--exchange", help="default: local on one rank, ag_rs on more")
     sub.add_argument("--backend", help=BACKEND_HELP)
-    sub.add_argument("--tokens", type=int, default=64, help="global tokens of a step (default 64)")
+    sub.add_argument("--tokens", type=integer, default=64, help="global tokens of a step (default 64)")
     sub.add_argument("--token-layout", default="sharded", choices=TOKEN_LAYOUTS)
     sub.add_argument("--skew", default="uniform", help=SKEWS_HELP)
     sub.add_argument("--payload", default="auto")
-    sub.add_argument("--iters", type=int, default=100)
+    sub.add_argument("--iters", type=integer, default=100)

@@ -27,14 +27,21 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def override(config: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """`config` with dotted `key=value` assignments; values are YAML (8, true, [1, 2], fp8_block)."""
+    """`config` with dotted `key=value` assignments; values are YAML (8, true, [1, 2], fp8_block). Raises ConfigError
+    for what is none, and for a key that is given twice, be it within another one's section."""
     result = dict(config)
+    seen: dict[tuple[str, ...], str] = {}
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         *parents, last = dotted.split(".")
         if not equals or not all([*parents, last]):
             raise ConfigError("override", assignment, "not an assignment", "key=value, with dots for nested keys")
         value = load_yaml(text, "override", assignment)
+        own = (*parents, last)
+        for other, before in seen.items():
+            if own[: len(other)] == other[: len(own)]:
+                raise ConfigError("override", assignment, f"sets what {before} sets too", "each key once")
+        seen[own] = assignment
         section = result
         for parent in parents:
             inner = section.get(parent, {})

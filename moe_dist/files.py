@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from moe_dist.errors import ConfigError
+
 KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -17,6 +19,27 @@ KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def require_text(field: str, value: str, kind: str = "argument") -> None:
+    """ConfigError for what came in as other bytes than UTF-8, which Python keeps as lone surrogates: Ray, safetensors
+    and JSON take text only. And for a NUL, which no name of a file may hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            field, value, f"is no UTF-8 text, as every {kind} must be", "letters that UTF-8 has"
+        ) from None
+    if "\0" in value:
+        raise ConfigError(field, value, "holds a NUL character", f"any other {kind}")
+
+
+def one_path(value: str) -> str:
+    """The same text for the same file, whatever the way to it; what is no path at all stays as it is."""
+    try:
+        return os.path.realpath(value)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return value
 
 
 def read_small_text(path: Path | str, limit: int) -> str:

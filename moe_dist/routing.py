@@ -25,6 +25,7 @@ SKEWS = (
 
 STEEPEST = 100.0  # of zipf: far beyond, the odds are no float32 numbers
 LARGEST_TRACE = 1 << 30  # bytes
+LEAST_WEIGHT = 1e-30  # of a trace's largest: below, float32 and bf16 lose the output, and zeros agree with zeros
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORMS = {
@@ -214,7 +215,8 @@ def synthetic_routing(
     device-limited routing of DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), where a token reaches few ranks.
     single: all rows on one random expert, the other K-1 places empty (id -1).
     file:PATH: a torch file {"ids": int [rows, K], "weights": float [rows, K]}, repeated to `tokens` rows. ConfigError
-    if it is not the content whose hash is `trace`, and if these rows hold no expert or no weight but 0.
+    if it is not the content whose hash is `trace`, if a row holds an expert twice, and if these rows hold no expert
+    with a weight.
     """
     skew = canonical_skew(skew)
     kind, _, argument = skew.partition(":")
@@ -294,32 +296,45 @@ def _recorded(spec: MoESpec, tokens: int, path: str, trace: str | None) -> Routi
         if not isinstance(error, UnpicklingError):  # whose text advises to load whatever is in the file
             said += ": " + " ".join(str(error).split("\n")[0].split())[:200]
         rule = f"is no torch file of tensors ids and weights ({said})"
-        raise ConfigError("workload.skew", path, rule) from error
+        raise ConfigError("workload.skew", f"file:{path}", rule) from error
     keys = list(recorded) if isinstance(recorded, dict) else type(recorded).__name__
-    if not isinstance(recorded, dict) or not all(_plain(recorded.get(key)) for key in ("ids", "weights")):
-        raise ConfigError("workload.skew", path, f"holds {shown(keys)}", "a dict of dense tensors ids and weights")
+    named = isinstance(recorded, dict) and recorded.keys() == {"ids", "weights"}
+    if not named or not all(map(_plain, recorded.values())):
+        legal = "a dict of dense tensors ids and weights, and nothing else"
+        raise ConfigError("workload.skew", f"file:{path}", f"holds {shown(keys)}", legal)
     ids, weights = recorded["ids"].detach(), recorded["weights"].detach()
     for name, tensor, dtypes in (("ids", ids, ID_DTYPES), ("weights", weights, WEIGHT_DTYPES)):
         if tensor.dtype not in dtypes:
             legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ConfigError("workload.skew", path, f"holds {name} of {tensor.dtype}", legal)
+            raise ConfigError("workload.skew", f"file:{path}", f"holds {name} of {tensor.dtype}", legal)
     if ids.ndim != 2 or ids.shape != weights.shape or ids.shape[1] != spec.top_k or not 0 < len(ids) <= MOST_TOKENS:
         found = f"ids {tuple(ids.shape)}, weights {tuple(weights.shape)}"
         legal = f"two of shape [rows, {spec.top_k}], 1 to {MOST_TOKENS} rows"
-        raise ConfigError("workload.skew", path, f"holds {found}", legal)
+        raise ConfigError("workload.skew", f"file:{path}", f"holds {found}", legal)
     ids, weights = ids.long(), weights.to(torch.float32)
     if ids.max() >= spec.num_experts or ids.min() < -1:
         worst = int(ids.max() if ids.max() >= spec.num_experts else ids.min())
-        raise ConfigError("workload.skew", path, f"holds expert {worst}", f"-1 to {spec.num_experts - 1}")
+        raise ConfigError("workload.skew", f"file:{path}", f"holds expert {worst}", f"-1 to {spec.num_experts - 1}")
+    ordered = ids.sort(-1).values
+    if bool((repeats := (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        row, place = repeats.nonzero()[0].tolist()
+        rule = f"holds expert {int(ordered[row, place])} twice in row {row}"
+        raise ConfigError("workload.skew", f"file:{path}", rule, f"{spec.top_k} experts that differ, or -1")
     weights = weights.masked_fill(ids < 0, 0.0)  # whatever stands beside no expert
     if not bool(weights.isfinite().all()):
-        raise ConfigError("workload.skew", path, "holds weights that are NaN or infinite", "finite weights")
+        raise ConfigError(
+            "workload.skew", f"file:{path}", "holds weights that are NaN or infinite in float32", "finite weights"
+        )
     rows = len(ids)
     repeated = torch.arange(tokens, device="cpu") % rows
     ids, weights = ids[repeated], weights[repeated]
-    if not bool((weights != 0).any()):  # nor does it where no place holds an expert
-        rule = f"sends its first {min(tokens, rows)} rows nowhere: every id is -1 or every weight 0"
-        raise ConfigError("workload.skew", path, rule, "at least one expert with a weight, else nothing is measured")
+    if not bool((weights.abs() >= LEAST_WEIGHT).any()):  # nor is it where no place holds an expert
+        rule = (
+            f"sends its first {min(tokens, rows)} rows nowhere: every id is -1 or every weight below {LEAST_WEIGHT:g}"
+        )
+        raise ConfigError(
+            "workload.skew", f"file:{path}", rule, "at least one expert with a weight, else nothing is measured"
+        )
     return Routing(ids.to(torch.int32), weights)
 
 

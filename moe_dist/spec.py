@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,6 +26,9 @@ MOST_EXPERTS = 1 << 17
 MOST_WEIGHTS = 1 << 46  # elements of one layer: 6,000 times DeepSeek-V3's
 MOST_RANKS = 1 << 12
 MOST_TOKENS = 1 << 24
+# Of the factor on the routed sum. Beyond, float32 and bf16 lose the output, and zeros agree with zeros.
+LEAST_SCALING, MOST_SCALING = 1e-6, 1e6
+LEAST_SEED, MOST_SEED = -(1 << 63), (1 << 63) - 1  # 64 bits
 LONGEST_NAME = 300
 LONGEST_WAIT_S = 7 * 86400.0
 
@@ -31,7 +36,7 @@ Size = Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
 Experts = Annotated[int, Field(strict=True, ge=1, le=MOST_EXPERTS)]
 Ranks = Annotated[int, Field(strict=True, ge=1, le=MOST_RANKS)]
 Index = Annotated[int, Field(strict=True, ge=-MOST_EXPERTS, le=MOST_EXPERTS)]  # which exist, a placement says
-Seed = Annotated[int, Field(strict=True, ge=-(1 << 63), le=(1 << 63) - 1)]  # 64 bits
+Seed = Annotated[int, Field(strict=True, ge=LEAST_SEED, le=MOST_SEED)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=LONGEST_WAIT_S, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
@@ -70,8 +75,24 @@ def _as_config_error(error: ValidationError, cls: type[Section]) -> ConfigError:
         return ConfigError(path, first["input"], "unknown key", tuple(cls.model_fields))
     if first["type"] == "missing":
         return ConfigError(path, None, "this key is required")
-    legal = first.get("ctx", {}).get("expected")
-    return ConfigError(path, first["input"], first["msg"].replace("valid tuple", "list"), legal)
+    field = cls.model_fields.get(str(first["loc"][0])) if len(first["loc"]) == 1 else None
+    context = first.get("ctx", {})
+    legal = (
+        context.get("expected") or _bounds(field.metadata if field else ()) or _bounds((SimpleNamespace(**context),))
+    )
+    return ConfigError(
+        path, first["input"], first["msg"].replace("valid tuple", "list").replace("Tuple", "List"), legal
+    )
+
+
+def _bounds(rules: Iterable[Any]) -> str | None:
+    """A field's bounds as a message has them, from pydantic's own: 1 to 8, 1 and more, above 0 to 5."""
+    found = {name: getattr(rule, name) for rule in rules for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)}
+    least = f"above {found['gt']:,}" if "gt" in found else f"{found['ge']:,}" if "ge" in found else None
+    most = f"below {found['lt']:,}" if "lt" in found else f"{found['le']:,}" if "le" in found else None
+    if least and most:
+        return f"{least} to {most}"
+    return f"{least} and more" if least else f"at most {most}" if most else None
 
 
 class MoESpec(Section):
@@ -93,7 +114,7 @@ class MoESpec(Section):
     correction_bias: Flag = False
     num_groups: Experts = 1
     top_groups: Experts = 1
-    routed_scaling: float = Field(default=1.0, strict=True, gt=0, le=1e6, allow_inf_nan=False)
+    routed_scaling: float = Field(default=1.0, strict=True, ge=LEAST_SCALING, le=MOST_SCALING, allow_inf_nan=False)
     activation: str = "swiglu"
     quant: QuantKind = "fp8_block"
     dtype: Literal["bf16", "fp32"] = "bf16"

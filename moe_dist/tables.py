@@ -17,13 +17,14 @@ from pydantic import ConfigDict, Field
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text, unique_keys
 from moe_dist.notices import notice
-from moe_dist.spec import MoESpec, Section
+from moe_dist.spec import MOST_TOKENS, MoESpec, Section
 
 LARGEST = 4 << 20  # bytes of a table: some hundred times the shipped ones
 MOST_ERROR = 0.05  # of a config that is used: beyond any backend's tolerance
 SHIPPED = Path(__file__).parent / "tables_shipped"
 Size = Annotated[int, Field(strict=True, ge=0)]
-Micros = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Micros = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Rows = Annotated[int, Field(ge=1, le=MOST_TOKENS)]  # not strict: JSON's keys are text
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Entry:
     us: Micros
     floor_us: Micros | None
     default_us: Micros
-    err_oracle: Annotated[float, Field(ge=0, le=MOST_ERROR, allow_inf_nan=False)]
+    err_oracle: Annotated[float, Field(strict=True, ge=0, le=MOST_ERROR, allow_inf_nan=False)]
 
 
 class TuningTable(Section):
@@ -81,7 +82,7 @@ class TuningTable(Section):
     commit: str
     command: str
     machine: dict[str, Any]
-    entries: dict[Annotated[int, Field(ge=1)], Entry] = Field(min_length=1)
+    entries: dict[Rows, Entry] = Field(min_length=1)
 
     def nearest(self, rows: int) -> int:
         """The entry that serves so many rows: the nearest by ratio, the smaller of two as near."""
@@ -125,10 +126,9 @@ def read_table(path: Path) -> TuningTable:
         raise ConfigError("table", str(path), f"holds {type(document).__name__}", "a mapping of keys to values")
     entries = document.get("entries")
     for key in entries if isinstance(entries, dict) else ():
-        if not (key.isascii() and key.isdigit() and str(int(key)) == key):
-            raise ConfigError(
-                f"{path}: table.entries", key, "is no number of rows", "1, 2, … without signs or zeros before"
-            )
+        if not re.fullmatch("[1-9][0-9]{0,7}", key) or int(key) > MOST_TOKENS:
+            legal = f"1 to {MOST_TOKENS} without signs or zeros before"
+            raise ConfigError(f"{path}: table.entries", key, "is no number of rows", legal)
     try:
         table = TuningTable(**document)
     except ConfigError as error:
@@ -139,10 +139,17 @@ def read_table(path: Path) -> TuningTable:
 
 
 def cache_folder() -> Path:
-    """What this user's machine keeps: MOE_DIST_CACHE, else $XDG_CACHE_HOME/moe_dist, else ~/.cache/moe_dist."""
-    given = os.environ.get("MOE_DIST_CACHE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
-    return Path(given or cache)
+    """What this user's machine keeps: MOE_DIST_CACHE, else $XDG_CACHE_HOME/moe_dist, else ~/.cache/moe_dist. Raises
+    ConfigError where none of them is."""
+    if given := os.environ.get("MOE_DIST_CACHE"):
+        return Path(given)
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "moe_dist"
+    try:
+        return Path.home() / ".cache" / "moe_dist"
+    except RuntimeError:
+        rule = "is not set, and this user has no home directory to keep tables and builds in"
+        raise ConfigError("MOE_DIST_CACHE", None, rule, "a folder that can be written to") from None
 
 
 def user_folder() -> Path:
@@ -151,10 +158,10 @@ def user_folder() -> Path:
 
 
 def _files(shape: Shape) -> Iterator[tuple[str, Path]]:
-    """The user's own table goes before the shipped one."""
+    """The user's own table goes before the shipped one. What is no file has its name for some reason, too."""
     for source, folder in (("user", user_folder()), ("shipped", SHIPPED)):
         path = folder / shape.file_name
-        if path.is_file():
+        if os.path.lexists(path):
             yield source, path
 
 
@@ -167,8 +174,12 @@ def _fitting(shape: Shape, revision: int) -> Iterator[tuple[str, TuningTable]]:
 
 @lru_cache(maxsize=256)
 def find_table(shape: Shape, revision: int) -> TuningTable | None:
-    """The table for this shape: the user's own, else the shipped one. One of another revision is passed over."""
-    return next((table for _, table in _fitting(shape, revision)), None)
+    """The table for this shape: the user's own, else the shipped one. One of another revision is passed over, the
+    user's not in silence."""
+    source, table = next(_fitting(shape, revision), (None, None))
+    if source == "shipped" and (own := user_folder() / shape.file_name).exists():
+        notice(f"the shipped tuning table is used; {own} is passed over: its configs are of another revision")
+    return table
 
 
 def table_source(shape: Shape, revision: int) -> str | None:

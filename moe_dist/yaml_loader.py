@@ -16,6 +16,7 @@ LONGEST_TEXT = 256 << 10  # characters: PyYAML reads about so much in two second
 DEEPEST = 24  # levels of nesting
 MOST_NODES = 100_000  # with each alias counted as what it stands for
 BITS = 64  # of an integer
+INTEGER = re.compile(r"^[-+]?(?:0|[1-9](?:_?[0-9])*|0b[01](?:_?[01])*|0x[0-9a-fA-F](?:_?[0-9a-fA-F])*)\Z")
 
 TAG = "tag:yaml.org,2002:"
 PLAIN_TAGS = {TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -23,15 +24,18 @@ PLAIN_TAGS = {TAG + kind for kind in ("null", "bool", "int", "float", "str", "se
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML has it, without what turns a slip into another value: dates (2024-13-45), numbers to the base
-    60 (1:30 was 90) and octal numbers without a letter (010 was 8) are text here."""
+    60 (1:30 was 90) and octal numbers without a letter (010 was 8) are text here. Tags that are written out would bring
+    them back, and are not taken."""
 
     depth = 0
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise ConstructorError(None, None, f"the tag {event.tag!r} is not taken here", event.start_mark)
         self.depth += 1
         if self.depth > DEEPEST:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", mark)
+            raise ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", event.start_mark)
         node: Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -53,7 +57,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     TAG + "int",
-    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
+    INTEGER,
     list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
@@ -64,6 +68,13 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+def integer(text: str) -> int:
+    """A whole number as YAML has it here, for flags. Raises ValueError: int() takes other digits than 0 to 9 too."""
+    if not INTEGER.match(text) or len(text) > BITS + 4:
+        raise ValueError(f"{text!r} is no whole number")
+    return int(text, 0)
 
 
 def load_yaml(text: str, field: str, value: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -167,8 +168,10 @@ class Experiment(Section):
         their own."""
         found: dict[str, str] = {}
         for value in values:
-            skew = canonical_skew(f"file:{Path(value[5:]).absolute()}" if value[:5] == "file:" and value[5:] else value)
-            found.setdefault(trace_of(skew) or skew, skew)
+            own = f"file:{Path(value[5:]).absolute()}" if value[:5] == "file:" and value[5:] else value
+            with _as_skews():
+                skew = canonical_skew(own)
+                found.setdefault(trace_of(skew) or skew, skew)
         return tuple(found.values())
 
     @model_validator(mode="after")
@@ -192,9 +195,10 @@ class Experiment(Section):
         for placement in self.placements:
             parse_placement(placement, self.worlds[0])
         for skew, model in product(self.skews, self.models):
-            check_skew_fits(skew, model)
-            if skew.startswith("file:"):  # read now: a wrong trace is refused before ranks start
-                synthetic_routing(model, min(self.tokens), skew, self.seed)
+            with _as_skews():
+                check_skew_fits(skew, model)
+                if skew.startswith("file:"):  # read now: a wrong trace is refused before ranks start
+                    synthetic_routing(model, min(self.tokens), skew, self.seed)
         return self
 
     def cases(self, device: str, chosen_by: ChosenBy = "name") -> Iterator[Case]:
@@ -232,6 +236,15 @@ class Experiment(Section):
                     check=self.check,
                     chosen_by=chosen_by,
                 )
+
+
+@contextmanager
+def _as_skews() -> Iterator[None]:
+    """Names the field as an experiment has it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError("experiment.skews", error.value, error.rule, error.legal) from None
 
 
 def check_step(tokens: int, model: MoESpec) -> None:

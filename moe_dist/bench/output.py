@@ -13,7 +13,7 @@ import select
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,12 @@ def said(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def open_output(path: Path, say: Say, given: Container[int] | None = None) -> Output:
-    """Before anything is measured: results that can't be kept are minutes lost. Makes missing folders, and says what
-    will be overwritten. `given`: the descriptors that may be written to, where not all may. Raises ConfigError."""
+def open_output(path: Path, say: Say, given: Container[int] | None = None, reads: Iterable[Path | str] = ()) -> Output:
+    """Before anything is measured: results that can't be kept are minutes lost. Makes missing folders, and says which
+    older results will be overwritten; a file that holds anything else stays. `given`: the descriptors that may be
+    written to, where not all may. `reads`: files and folders that the command reads. Raises ConfigError."""
     try:
+        _refuse_inputs(path, reads)
         descriptor = _descriptor_of(path)
         if descriptor is not None:
             if given is not None and descriptor not in given:
@@ -164,6 +166,16 @@ def open_output(path: Path, say: Say, given: Container[int] | None = None) -> Ou
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         problem = said(error) if isinstance(error, OSError) else str(error)
         raise ConfigError("out", str(path), f"can't be written: {problem}", REFUSED) from None
+
+
+def _refuse_inputs(path: Path, reads: Iterable[Path | str]) -> None:
+    target = Path(os.path.realpath(path))
+    for given in reads:
+        found = Path(os.path.realpath(given))
+        same = target == found or (target.exists() and found.exists() and target.samefile(found))
+        if same or found in target.parents:
+            rule = f"would be written over {given}," if same else f"lies in {given},"
+            raise ConfigError("out", str(path), f"{rule} which this command reads", "a file beside what is read")
 
 
 def open_descriptors(inherited: bool) -> frozenset[int]:
@@ -184,19 +196,21 @@ def _regular(path: Path, found: os.stat_result | None, say: Say) -> Output:
         if not os.access(path, os.W_OK):
             raise OSError(errno.EACCES, "it is read-only")
         if found.st_size:
-            say(f"{path} is overwritten: it holds {_content(path)}")
+            say(f"{path} is overwritten: it holds {_older_results(path)}")
     with file.partial():
         return file
 
 
-def _content(path: Path) -> str:
-    """What an older file is, for the line that says that it is overwritten."""
+def _older_results(path: Path) -> str:
+    """What they are, for the line that says that they are overwritten. ConfigError for anything else: a name that was
+    mistyped must not cost a file."""
     try:
         document = json.loads(read_small_text(path, LARGEST_SEEN))
         count = len(document["rows"])
         return f"{count} row{'s' * (count != 1)} of {str(document['date'])[:40]}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return "no results of moe-dist"
+        rule = "is there already and holds no results of moe-dist; it is not overwritten"
+        raise ConfigError("out", str(path), rule, "a new name, or a file of earlier results") from None
 
 
 def _descriptor_of(path: Path) -> int | None:

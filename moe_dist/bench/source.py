@@ -9,6 +9,7 @@ from typing import Any
 from moe_dist.bench.case import SourceSpec
 from moe_dist.checkpoint import layer_spec
 from moe_dist.errors import ConfigError
+from moe_dist.files import one_path
 from moe_dist.spec import MoESpec
 
 FREE = ("name", "shared_experts")  # what a user may say of a checkpoint's layer; the rest is in its files
@@ -28,7 +29,7 @@ def with_source(config: dict[str, Any], checkpoint: str | None, layer: int | Non
     for key, flag in (("checkpoint", checkpoint), ("layer", layer)):
         if flag is None:
             continue
-        if keys.get(key) is not None and _absolute(keys[key]) != _absolute(flag):
+        if keys.get(key) is not None and _plainly(keys[key]) != _plainly(flag):
             raise ConfigError(f"source.{key}", keys[key], f"contradicts --{key} {flag}", "one of the two")
         keys[key] = flag
     if checkpoint is not None and keys.get("layer") is None:
@@ -36,13 +37,14 @@ def with_source(config: dict[str, Any], checkpoint: str | None, layer: int | Non
     source = SourceSpec(**keys)
     if source.checkpoint is None or source.layer is None:
         return {**config, "source": keys}
-    path = _absolute(source.checkpoint)
+    path = str(Path(source.checkpoint).absolute())
     stored = layer_spec(path, source.layer)
     return {"models": [stored.model_dump()], **config, "source": {**keys, "checkpoint": path}}
 
 
-def _absolute(value: Any) -> Any:
-    return str(Path(value).absolute()) if isinstance(value, str) else value
+def _plainly(value: Any) -> Any:
+    """What can be compared: a folder has one path, and false is not 0."""
+    return one_path(value) if isinstance(value, str) else (type(value), value)
 
 
 def check_models(models: Iterable[MoESpec], source: SourceSpec, stored: MoESpec) -> None:

@@ -6,7 +6,7 @@ only one value: topk_method, scoring_func, moe_layer_freq, n_shared_experts, mlp
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,7 +17,7 @@ from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, model_name, read_js
 from moe_dist.checkpoint.neutral import refuse_unread
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
-from moe_dist.spec import MoESpec
+from moe_dist.spec import LEAST_SCALING, MOST_SCALING, MoESpec
 
 HIDDEN_ACTS = {"silu": "swiglu"}
 DTYPES: dict[str, Literal["bf16", "fp32"]] = {"bfloat16": "bf16", "float32": "fp32"}
@@ -200,13 +200,13 @@ class _Keys:
             raise CheckpointError(self.path, f"key {key} = {shown(value)} must be {most:,} or less")
         return value
 
-    def number(self, key: str, most: float) -> float:
+    def number(self, key: str, least: float, most: float) -> float:
         self.read.add(key)
         value = self.raw.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
             value = self.get(key, float)
-        if not 0 < value <= most or not math.isfinite(value):
-            raise CheckpointError(self.path, f"key {key} = {shown(value)} must be above 0 and at most {most:g}")
+        if not least <= value <= most:
+            raise CheckpointError(self.path, f"key {key} = {shown(value)} must be from {least:g} to {most:g}")
         return float(value)
 
     def either(self, key: str, other: str) -> str:
@@ -222,8 +222,9 @@ class _Keys:
 @dataclass(frozen=True)
 class _Family:
     """`router(keys)` gives the spec fields that this family spells its own way; `layer_rule(keys)` gives the test
-    whether a layer is MoE."""
+    whether a layer is MoE. `classes`: how their names in `architectures` begin, before ForCausalLM and the like."""
 
+    classes: tuple[str, ...]
     router: Callable[[_Keys], dict[str, Any]]
     layer_rule: Callable[[_Keys], Callable[[int], bool]]
 
@@ -232,12 +233,22 @@ def _family(raw: Mapping[str, Any], path: Path | str) -> _Family:
     inner = raw.get("text_config")
     nested = inner.get("model_type") if isinstance(inner, dict) else None
     model_type = _Keys(raw, path).get("model_type", str)
+    what = f"model_type {shown(model_type)} in {path}"
+    if nested is not None or (inner and model_type in _FAMILIES):
+        raise UnsupportedError(
+            what,
+            [f"its text_config is of model_type {shown(nested)}; models inside of others are not read"],
+            MODEL_TYPES,
+        )
     if model_type not in _FAMILIES:
-        reasons = ["its layout is not known"]
-        if nested is not None:
-            reasons = [f"its text_config is of model_type {shown(nested)}; models inside of others are not read"]
-        raise UnsupportedError(f"model_type {shown(model_type)} in {path}", reasons, MODEL_TYPES)
-    return _FAMILIES[model_type]
+        raise UnsupportedError(what, ["its layout is not known"], MODEL_TYPES)
+    family = _FAMILIES[model_type]
+    named = raw.get("architectures") or []
+    own = re.compile(f"({'|'.join(family.classes)})(For[A-Z][A-Za-z0-9]*|Model)")
+    if not isinstance(named, list) or not all(isinstance(name, str) and own.fullmatch(name) for name in named):
+        legal = [*(f"{name}ForCausalLM and the like" for name in family.classes), "no architectures"]
+        raise UnsupportedError(what, [f"its architectures {shown(named)} are another model's"], legal)
+    return family
 
 
 def _only(keys: _Keys, key: str, supported: tuple[str, ...], default: str | None = None) -> str:
@@ -257,7 +268,7 @@ def _deepseek_router(keys: _Keys) -> dict[str, Any]:
         "correction_bias": True,
         "num_groups": keys.integer("n_group", least=1),
         "top_groups": keys.integer("topk_group", least=1),
-        "routed_scaling": keys.number("routed_scaling_factor", most=1e6),
+        "routed_scaling": keys.number("routed_scaling_factor", LEAST_SCALING, MOST_SCALING),
         "shared_intermediate": keys.integer("n_shared_experts", 0, most=MOST["size"] // width) * width,
     }
 
@@ -282,9 +293,9 @@ def _qwen3_layers(keys: _Keys) -> Callable[[int], bool]:
 
 
 _FAMILIES = {
-    "deepseek_v3": _Family(_deepseek_router, _deepseek_layers),
-    "kimi_k2": _Family(_deepseek_router, _deepseek_layers),
-    "qwen3_moe": _Family(_qwen3_router, _qwen3_layers),
+    "deepseek_v3": _Family(("DeepseekV3",), _deepseek_router, _deepseek_layers),
+    "kimi_k2": _Family(("DeepseekV3", "KimiK2"), _deepseek_router, _deepseek_layers),
+    "qwen3_moe": _Family(("Qwen3Moe",), _qwen3_router, _qwen3_layers),
 }
 MODEL_TYPES = tuple(_FAMILIES)
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_dist.errors import CheckpointError, ConfigError
-from moe_dist.files import read_small_text, require_regular, unique_keys
+from moe_dist.files import read_small_text, require_regular, require_text, unique_keys
 
 CONFIG_LIMIT = 4 << 20  # bytes; real ones have kilobytes, with a long list of modules some 100 of them
 INDEX_LIMIT = 32 << 20  # bytes; Kimi-K2's 140,000 tensors take 14 MiB
@@ -31,10 +31,12 @@ def plain(name: str) -> str:
     return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
-def folder(directory: Path | str) -> Path:
-    """`directory` as a path. Raises ConfigError for an empty name, which would mean the working directory."""
+def folder(directory: Path | str, field: str = "source.checkpoint") -> Path:
+    """`directory` as a path. Raises ConfigError for an empty name, which would mean the working directory, and for one
+    that is no UTF-8 text."""
     if not str(directory).strip():
-        raise ConfigError("source.checkpoint", str(directory), "is empty", "the folder of a checkpoint")
+        raise ConfigError(field, str(directory), "is empty", "the folder of a checkpoint")
+    require_text(field, str(directory), "folder of a checkpoint")
     return Path(directory)
 
 

@@ -26,6 +26,8 @@ ROUTER_DTYPES = ("F32", "BF16")  # as safetensors headers spell them
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 WEIGHT_DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8_block": "F8_E4M3"}
 FORMATS = {dtype: label for label, dtype in WEIGHT_DTYPES.items()}
+OF_THE_MLP = re.compile(r"mlp|moe|expert|gate|router|ffn|feed_forward", re.IGNORECASE)
+ATTENTION = re.compile(r"(self_|linear_)?attn\.")
 
 Source = Checkpoint | Path | str
 
@@ -67,6 +69,16 @@ class Layer:
     @property
     def _mlp(self) -> str:
         return f"model.layers.{self.number}.mlp"
+
+    def _concerned(self, name: str) -> bool:
+        """Whether a tensor may belong to this layer's router or experts, under whatever prefix. Layers that predict
+        further tokens have numbers of their own."""
+        numbered = f"layers.{self.number}."
+        if numbered not in name:
+            return False
+        before, _, after = name.partition(numbered)
+        parts = before.split(".")
+        return not parts[-1] and "mtp" not in parts and not ATTENTION.match(after) and bool(OF_THE_MLP.search(after))
 
     @cached_property
     def fused(self) -> bool:
@@ -111,14 +123,13 @@ class Layer:
         routed = rf"experts\.(gate_up|down)_proj{scale}" if self.fused else alone
         bias = "|gate.e_score_correction_bias" if spec.correction_bias else ""
         shared = rf"|shared_experts\.{weight}(_scale_inv)?" if spec.shared_intermediate else ""
-        known = re.compile(rf"{routed}|gate\.weight{bias}{shared}")
-        prefix, strange = f"{self._mlp}.", []
-        for name in self.checkpoint.files:
-            if name.startswith(prefix):
-                match = known.fullmatch(name, len(prefix))
-                expert = match.groupdict().get("expert") if match else None
-                if not match or (expert is not None and int(expert[:9]) >= spec.num_experts):
-                    strange.append(name)
+        known = re.compile(rf"{re.escape(self._mlp)}\.({routed}|gate\.weight{bias}{shared})")
+        strange = []
+        for name in filter(self._concerned, self.checkpoint.files):
+            match = known.fullmatch(name)
+            expert = match.groupdict().get("expert") if match else None
+            if not match or (expert is not None and int(expert[:9]) >= spec.num_experts):
+                strange.append(name)
         if strange:
             listed = ", ".join(map(plain, sorted(strange)[:3])) + (", ..." if len(strange) > 3 else "")
             problem = f"layer {self.number} has tensors that nothing here reads: {listed}"
@@ -127,7 +138,7 @@ class Layer:
     def refuse_strays(self) -> None:
         """CheckpointError for tensors of the layer that lie where nothing reads them: which of two copies counts, or
         whether one counts at all, libraries decide each their own way."""
-        strays = self.checkpoint.strays(f"{self._mlp}.")
+        strays = self.checkpoint.strays(self._concerned)
         if strays:
             name, file = strays[0]
             read = self.checkpoint.files.get(name)

@@ -1,7 +1,7 @@
 """Regular expressions of foreign origin, matched in time linear in the name: Python's own matcher can take for ever.
 
 The usual syntax is read: literals, `.`, classes, escapes, groups, alternatives, repetitions, and anchors for the start
-and the end. A pattern is a graph whose states are walked all at once (Thompson 1968), so that nothing is tried twice.
+and the end, and what fnmatch knows. All patterns of a list are one graph (`graphs.py`).
 """
 
 from __future__ import annotations
@@ -12,88 +12,61 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from moe_dist.checkpoint.graphs import MOST_PARTS, Build, Graph, Test, anchor, either, one, one_after_another, times
+
 LONGEST = 500  # characters of a pattern
-MOST_STATES = 2_000  # after repetitions like {3,8} are written out
+MOST_TOGETHER = 50_000  # of all patterns of a list: real ones have some thousands
 _COUNTS = re.compile(r"\{(\d{1,4})\}|\{(\d{0,4}),(\d{0,4})\}")
 _GROUP = re.compile(r"\((\?:|\?P<[A-Za-z_][A-Za-z0-9_]*>)?")
 _CLASS = re.compile(r"\[\^?\]?(\\.|[^\]\\])*\]", re.DOTALL)
-
-Test = Callable[[str], object]
-Build = Callable[["_Graph", int], int]  # gives the state where the part begins, whose end leads to the given one
-ACCEPT = 0
+_GLOB_CLASS = re.compile(r"(!?+)(\]?+[^\]]*)\]")  # a ] at its start is one of the characters
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Made by `parse`; `text` is what it was made of."""
+    """Made by `parse`, `glob` or `any_of`; `text` is what it was made of."""
 
     text: str
     _build: Build = field(repr=False, compare=False)
+    _most: int = field(default=MOST_PARTS, repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Raises re.error for what is no pattern, is too large, or is written in a way that isn't read."""
+        return cls._made(text, str)
+
+    @classmethod
+    def glob(cls, text: str) -> Pattern:
+        """One that matches the whole name, where `*` stands for any characters, `?` for one, `[a-c]` and `[!a-c]` for
+        one of these or of the others. Raises like `parse`."""
+        return cls._made(text, _from_glob)
+
+    @classmethod
+    def any_of(cls, patterns: list[Pattern]) -> Pattern:
+        """One that matches where one of `patterns` does. Raises re.error where they are too much together."""
+        parts = sum(pattern._graph.parts for pattern in patterns)
+        if parts > MOST_TOGETHER:
+            raise re.error(
+                f"its {len(patterns):,} patterns, written out, have {parts:,} parts, at most {MOST_TOGETHER:,}"
+            )
+        builds = [pattern._build for pattern in patterns]
+        return cls("|".join(pattern.text for pattern in patterns), either(builds), 2 * MOST_TOGETHER)
+
+    def matches(self, name: str) -> bool:
+        """Whether it matches from the start of `name`, as re.match has it. Raises TooMuchWork."""
+        return self._graph.matches(name)
+
+    @classmethod
+    def _made(cls, text: str, spelled: Callable[[str], str]) -> Pattern:
         if len(text) > LONGEST:
             raise re.error(f"it has {len(text)} characters, at most {LONGEST} are read")
-        found = cls(text, _Parser(text).whole())
+        found = cls(text, _Parser(spelled(text)).whole())
         _ = found._graph
         return found
 
-    def matches(self, name: str) -> bool:
-        """Whether it matches from the start of `name`, as re.match has it."""
-        return self._graph.matches(name)
-
     @cached_property
-    def _graph(self) -> _Graph:
-        return _Graph(self._build)
-
-
-class _Graph:
-    """`steps[state]`: the test that a character must pass and the state behind it. `ways[state]`: states that are
-    reached for nothing, `at` the start or the end of a name only, or anywhere (None)."""
-
-    def __init__(self, build: Build) -> None:
-        self.steps: list[tuple[Test, int] | None] = [None]
-        self.ways: list[list[int]] = [[]]
-        self.at: list[str | None] = [None]
-        self._built = 0
-        self._next: dict[tuple[frozenset[int], str], frozenset[int]] = {}
-        self._first = self._reached({build(self, ACCEPT)}, start=True)
-
-    def add(self, step: tuple[Test, int] | None = None, at: str | None = None, ways: list[int] | None = None) -> int:
-        self.steps.append(step)
-        self.ways.append(ways or [])
-        self.at.append(at)
-        return len(self.steps) - 1
-
-    def count(self) -> None:
-        """Called for each part that is built: empty ones add no state, and repetitions of repetitions multiply."""
-        self._built += 1
-        if self._built > MOST_STATES:
-            raise re.error(f"its repetitions, written out, have more than {MOST_STATES:,} parts")
-
-    def matches(self, name: str) -> bool:
-        states = self._first
-        for character in name:
-            if ACCEPT in states or not states:
-                return bool(states)
-            if (states, character) not in self._next:
-                steps = [step for state in states if (step := self.steps[state])]
-                self._next[states, character] = self._reached({to for test, to in steps if test(character)})
-            states = self._next[states, character]
-        return ACCEPT in self._reached(states, start=not name, end=True)
-
-    def _reached(self, states: set[int] | frozenset[int], start: bool = False, end: bool = False) -> frozenset[int]:
-        passable = {None} | {at for at, here in (("start", start), ("end", end)) if here}
-        found, waiting = set(states), list(states)
-        while waiting:
-            state = waiting.pop()
-            if self.at[state] not in passable:
-                continue
-            new = set(self.ways[state]) - found
-            found |= new
-            waiting += new
-        return frozenset(found)
+    def _graph(self) -> Graph:
+        return Graph(self._build, self._most)
 
 
 class _Parser:
@@ -120,27 +93,27 @@ class _Parser:
         while self._ahead() == "|":
             self.place += 1
             parts.append(self._sequence())
-        return parts[0] if len(parts) == 1 else _either(parts)
+        return parts[0] if len(parts) == 1 else either(parts)
 
     def _sequence(self) -> Build:
         parts: list[Build] = []
         while self._ahead() not in ("", "|", ")"):
             parts.append(self._repeated())
-        return _one_after_another(parts)
+        return one_after_another(parts)
 
     def _repeated(self) -> Build:
         at = self.place
-        part, anchor = self._atom()
+        part, fixed = self._atom()
         bounds = self._bounds()
         if bounds is None:
             return part
-        if anchor:
+        if fixed:
             raise re.error("nothing to repeat", self.text, at)
         if self._ahead() == "?":  # lazy: whether there is a match is the same
             self.place += 1
         if self._ahead() == "+" or self._bounds() is not None:
             raise re.error("multiple repeat", self.text, self.place)
-        return _times(part, *bounds)
+        return times(part, *bounds)
 
     def _bounds(self) -> tuple[int, int | None] | None:
         simple: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -166,15 +139,15 @@ class _Parser:
             found = self._take(_CLASS)
             if not found:
                 raise re.error("unterminated character set", self.text, at)
-            return _one(_class(found[0])), False
+            return one(_class(found[0])), False
         if sign in ("*", "+", "?"):
             raise re.error("nothing to repeat", self.text, at)
         self.place += 1
         if sign in ("^", "$"):
-            return _anchor("start" if sign == "^" else "end"), True
+            return anchor("start" if sign == "^" else "end"), True
         if sign == "\\":
             return self._escape()
-        return _one((lambda character: character != "\n") if sign == "." else sign.__eq__), False
+        return one((lambda character: character != "\n") if sign == "." else sign.__eq__), False
 
     def _group(self) -> Build:
         at = self.place
@@ -191,12 +164,12 @@ class _Parser:
         sign = self._ahead()
         self.place += 1
         if sign in ("A", "Z"):
-            return _anchor("start" if sign == "A" else "end"), True
+            return anchor("start" if sign == "A" else "end"), True
         if sign and sign in "dDsSwW":
-            return _one(_class("\\" + sign)), False
+            return one(_class("\\" + sign)), False
         if not sign or sign.isalnum():
             raise re.error(f"escape \\{sign} is not read", self.text, self.place - 1)
-        return _one(sign.__eq__), False
+        return one(sign.__eq__), False
 
 
 def _class(text: str) -> Test:
@@ -204,53 +177,16 @@ def _class(text: str) -> Test:
         return re.compile(text).fullmatch
 
 
-def _one(test: Test) -> Build:
-    def build(graph: _Graph, to: int) -> int:
-        graph.count()
-        return graph.add((test, to))
-
-    return build
-
-
-def _anchor(at: str) -> Build:
-    def build(graph: _Graph, to: int) -> int:
-        graph.count()
-        return graph.add(at=at, ways=[to])
-
-    return build
-
-
-def _one_after_another(parts: list[Build]) -> Build:
-    def build(graph: _Graph, to: int) -> int:
-        graph.count()
-        for part in reversed(parts):
-            to = part(graph, to)
-        return to
-
-    return build
-
-
-def _either(parts: list[Build]) -> Build:
-    def build(graph: _Graph, to: int) -> int:
-        graph.count()
-        return graph.add(ways=[part(graph, to) for part in parts])
-
-    return build
-
-
-def _times(part: Build, least: int, most: int | None) -> Build:
-    def build(graph: _Graph, to: int) -> int:
-        entry = to
-        if most is None:
-            graph.count()
-            entry = graph.add()
-            graph.ways[entry] += [part(graph, entry), to]
-        for _ in range((most or least) - least):
-            graph.count()
-            entry = graph.add(ways=[part(graph, entry), to])
-        for _ in range(least):
-            graph.count()
-            entry = part(graph, entry)
-        return entry
-
-    return build
+def _from_glob(text: str) -> str:
+    """The same as a pattern, as fnmatch reads it: a `[` without its `]` stands for itself."""
+    found, place = "", 0
+    while place < len(text):
+        sign, place = text[place], place + 1
+        chosen = _GLOB_CLASS.match(text, place) if sign == "[" else None
+        if chosen:
+            place = chosen.end()
+            inner = re.sub(r"([\\^\[])", r"\\\1", chosen[2])
+            found += f"[{'^' if chosen[1] else ''}{inner}]"
+        else:
+            found += {"*": ".*", "?": "."}.get(sign) or re.escape(sign)
+    return found + r"\Z"

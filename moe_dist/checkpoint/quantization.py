@@ -7,14 +7,15 @@ exceptions takes out is not quantized, whatever the rest is.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, exists, read_json, shown
+from moe_dist.checkpoint.graphs import MOST_WORK, TooMuchWork
 from moe_dist.checkpoint.patterns import Pattern
 from moe_dist.errors import CheckpointError, UnsupportedError
 from moe_dist.spec import BLOCK
@@ -25,6 +26,14 @@ CONFIG_FILE = "config.json"
 SECTION = "quantization_config"
 MODELOPT_FILE = "hf_quant_config.json"
 OTHER_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's own
+FOREIGN_FILES = {
+    "quantization_config.json": "it says outside of config.json how numbers are stored",
+    "quant_model_description.json": "it says of each tensor how ModelSlim has quantized it",
+    **dict.fromkeys(
+        ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+        "an adapter changes the weights, and libraries put it on top of them",
+    ),
+}
 READ = (
     f"quant_method fp8 with weight_block_size [{BLOCK}, {BLOCK}], fmt e4m3 and activation_scheme dynamic",
     "no quantization_config (bf16, fp32)",
@@ -57,36 +66,52 @@ class Exceptions:
 
     names: frozenset[str] = frozenset()
     patterns: tuple[Pattern, ...] = ()
-    globs: tuple[re.Pattern[str], ...] = ()  # fnmatch writes them so that nothing is tried twice
+    path: Path | str = CONFIG_FILE
 
     @classmethod
     def parse(cls, entries: Iterable[Any], where: str, path: Path | str) -> Exceptions:
         names: set[str] = set()
         patterns: list[Pattern] = []
-        globs: list[re.Pattern[str]] = []
+        entries = list(entries)
+        count = sum(isinstance(entry, str) and _is_pattern(entry) for entry in entries)
+        if count > MOST_PATTERNS:
+            raise CheckpointError(path, f"{where} holds {count:,} patterns, at most {MOST_PATTERNS:,} are read")
         for entry in entries:
             if not isinstance(entry, str) or not entry.strip("."):
                 raise CheckpointError(path, f"{where} holds {shown(entry)}, which is no name of a module")
             try:
                 if entry.startswith("re:"):
                     patterns.append(Pattern.parse(entry.removeprefix("re:")))
-                elif any(sign in entry for sign in "*?["):
-                    globs.append(re.compile(fnmatch.translate(entry.strip("."))))
+                elif _is_pattern(entry):
+                    patterns.append(Pattern.glob(entry.strip(".")))
                 else:
                     names.add(entry.strip(".").removesuffix(".weight"))
             except (re.error, OverflowError, RecursionError) as error:
                 raise CheckpointError(path, f"{where} holds {shown(entry)}, no pattern: {error}") from None
-        if len(patterns) + len(globs) > MOST_PATTERNS:
-            problem = f"{where} holds {len(patterns) + len(globs):,} patterns, at most {MOST_PATTERNS:,} are read"
-            raise CheckpointError(path, problem)
-        return cls(frozenset(names), tuple(patterns), tuple(globs))
+        found = cls(frozenset(names), tuple(patterns), path)
+        try:
+            _ = found._any
+        except re.error as error:
+            raise CheckpointError(path, f"{where} is too much: {error}") from None
+        return found
+
+    @property
+    def empty(self) -> bool:
+        return not self.names and not self.patterns
+
+    @cached_property
+    def _any(self) -> Pattern:
+        return Pattern.any_of(list(self.patterns))
 
     def cover(self, module: str) -> bool:
+        """Raises TooMuchWork where the patterns take too long for all that was asked."""
         parts = module.split(".")
         runs = (".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 1, len(parts) + 1))
-        if any(run in self.names for run in runs) or any(glob.match(module) for glob in self.globs):
-            return True
-        return any(pattern.matches(module) for pattern in self.patterns)
+        return any(run in self.names for run in runs) or (bool(self.patterns) and self._any.matches(module))
+
+
+def _is_pattern(entry: str) -> bool:
+    return entry.startswith("re:") or any(sign in entry for sign in "*?[")
 
 
 @dataclass(frozen=True)
@@ -97,6 +122,7 @@ class Quantization:
     reasons: tuple[str, ...]
     exceptions: Exceptions
     supported: tuple[str, ...] = READ
+    _found: dict[tuple[str, int], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def refuse(self) -> None:
         if self.reasons:
@@ -104,9 +130,20 @@ class Quantization:
 
     def converts(self, prefix: str, experts: int) -> bool:
         """Whether the `experts` experts `prefix`.0 and so on are quantized, or fused ones, which are listed as
-        `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are."""
-        if self.exceptions == Exceptions() or self.exceptions.cover(prefix):
-            return self.exceptions == Exceptions()
+        `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are, CheckpointError where the list is too
+        much work. A layer is looked up once."""
+        if (prefix, experts) not in self._found:
+            try:
+                self._found[prefix, experts] = self._converts(prefix, experts)
+            except TooMuchWork:
+                listed = f"{len(self.exceptions.patterns):,} patterns for {experts * len(PROJECTIONS):,} modules"
+                problem = f"{self.where} lists {listed} of {prefix}, which takes more than {MOST_WORK:,} steps"
+                raise CheckpointError(self.exceptions.path, problem) from None
+        return self._found[prefix, experts]
+
+    def _converts(self, prefix: str, experts: int) -> bool:
+        if self.exceptions.empty or self.exceptions.cover(prefix):
+            return self.exceptions.empty
         if all(self.exceptions.cover(f"{prefix}.{name}") for name in FUSED):
             return False
         modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in PROJECTIONS]
@@ -140,12 +177,15 @@ def read_quantizations(raw: Mapping[str, Any], path: Path | str) -> tuple[Quanti
 
 
 def read_other_files(directory: Path) -> tuple[Quantization, ...]:
-    """What the files beside config.json say of quantization."""
+    """What the files beside config.json say of quantization. A recipe.yaml is only the story of how it was done."""
     for name in OTHER_FILES:
         if exists(directory, name):
             found = read_json(directory, name, CONFIG_LIMIT)
             reason = f"its weights have {shown(found.get('bits', found.get('w_bit')))} bits"
             raise UnsupportedError(f"the quantization in {directory / name}", [reason], READ)
+    for name, reason in FOREIGN_FILES.items():
+        if exists(directory, name):
+            raise UnsupportedError(f"{directory / name} beside the weights", [reason], [f"no {name}"])
     if not exists(directory, MODELOPT_FILE):
         return ()
     path = directory / MODELOPT_FILE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,17 +68,17 @@ class Checkpoint:
             raise CheckpointError(path, f"{rule}, and libraries differ in which they read; take it away")
         return files
 
-    def strays(self, prefix: str) -> list[tuple[str, str]]:
-        """(tensor, file) of tensors whose names begin with `prefix` in files that `files` doesn't give for them: a
-        second copy, one that the index leaves out, a file of weights that it doesn't name. Looks at the headers of all
-        that lies there; files that can't be read are left to whoever needs a tensor of theirs."""
+    def strays(self, concerned: Callable[[str], bool]) -> list[tuple[str, str]]:
+        """(tensor, file) of `concerned` tensors in files that `files` doesn't give for them: a second copy, one that
+        the index leaves out, a file of weights that it doesn't name. Looks at the headers of all that lies there; files
+        that can't be read are left to whoever needs a tensor of theirs."""
         found = []
         for file in sorted(set(self.files.values()) | set(self._beside(".safetensors"))):
             try:
                 names = self._open(file).keys()
             except CheckpointError:
                 continue
-            found += [(name, file) for name in names if name.startswith(prefix) and self.files.get(name) != file]
+            found += [(name, file) for name in names if self.files.get(name) != file and concerned(name)]
         return found
 
     def require(self, names: Iterable[str]) -> None:

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_dist.checkpoint.folder import CONFIG_LIMIT, read_json
+from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, read_json
 from moe_dist.checkpoint.layout import check_layer
+from moe_dist.checkpoint.neutral import MARK
 from moe_dist.checkpoint.quantization import CONFIG_FILE, PROJECTIONS
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.spec import BLOCK, LEAST_SEED, MOST_SEED, MoESpec
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert
 
-MARK = "moe_dist_synthetic"  # key of config.json that holds the parameters
 FORM = 2  # raised when the same parameters give other content
 MODEL_TYPES = ("qwen3_moe", "deepseek_v3")
 QUANTS = ("fp8_block", "none")
@@ -49,7 +49,7 @@ def make_checkpoint(
     model.safetensors, more of them with an index. It is complete or not there at all: it is written beside `directory`
     and renamed. Raises ConfigError (a size that can't work, a directory with other content) or UnsupportedError.
     """
-    directory = Path(directory)
+    directory = folder(directory, "directory")
     parameters = {
         "form": FORM, "hidden": hidden, "intermediate": intermediate, "num_experts": num_experts, "top_k": top_k,
         "layers": layers, "model_type": model_type, "seed": seed, "quant": quant, "shards": shards,
@@ -76,6 +76,8 @@ def _checked_spec(parameters: dict[str, Any]) -> MoESpec:
         if parameters[field] not in supported:
             what = f"{field} {parameters[field]!r} of a synthetic checkpoint"
             raise UnsupportedError(what, ["it is not written here"], supported)
+    if not LEAST_SEED <= parameters["seed"] <= MOST_SEED:
+        raise ConfigError("seed", parameters["seed"], "has more than 64 bits", f"{LEAST_SEED} to {MOST_SEED}")
     shared = parameters["model_type"] == "deepseek_v3"
     if parameters["layers"] < 1 + shared:
         rule = "layer 0 is dense, so there is no MoE layer" if shared else "there is no layer"

@@ -29,6 +29,7 @@ from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray br
 
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exit_codes import CLUSTER_LOST
+from moe_dist.files import require_text
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe
 from moe_dist.runtime.rendezvous import LOOPBACK
@@ -48,20 +49,30 @@ _users_own: dict[str, str | None] = {}  # the environment before a private clust
 def connect(spec: RaySpec) -> None:
     """Join a running Ray cluster, or start a private one on this machine that ends with this process.
 
-    Raises ConfigError for an address that can't be joined, ResourceError where Ray finds no place, ClusterLost for
-    whatever else keeps Ray from starting, all of them within `spec.start_timeout_s`.
+    Raises ConfigError for an address that can't be joined and for what Ray can't take over from this process,
+    ResourceError where Ray finds no place or does not start, all of them within `spec.start_timeout_s`.
     """
     if ray.is_initialized():
         return
     found = tuple(int(part) for part in ray.__version__.split(".")[:2] if part.isdigit())
     if found < OLDEST_RAY:
         raise ConfigError("ray", ray.__version__, "this release has no token authentication", "2.52 and newer")
+    _require_text()
     address = spec.address or os.environ.get("RAY_ADDRESS")
     with _quiet(), _kept_signal(signal.SIGTERM):
         if address and address != "local":
             _join(address, spec.start_timeout_s)
         else:
             _start(spec.start_timeout_s)
+
+
+def _require_text() -> None:
+    """Ray hands these on to ranks, as UTF-8 only."""
+    with suppress(FileNotFoundError):  # a working directory that is gone is somebody else's error
+        require_text("working directory", os.getcwd(), "folder that Ray starts in")
+    for field, values in (("argument", sys.argv), ("sys.path", sys.path)):
+        for value in values:
+            require_text(field, value)
 
 
 def _join(address: str, timeout_s: float) -> None:
@@ -99,12 +110,13 @@ def _start(timeout_s: float) -> None:
             )  # fmt: skip
     except MoeDistError:
         raise
-    except OSError as error:
-        raise _no_place(folder, error) from error
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            raise _no_place(folder, error) from error
         with suppress(Exception):
             ray.shutdown()
-        raise ClusterLost("this machine", "starting", f"{first_line(error)} (logs: {folder})") from error
+        found = f"none that starts ({first_line(error)})"
+        raise ResourceError("Ray", "a cluster on this machine", found, f"Ray's logs are in {folder}.") from error
     if places := _open_to_the_network():
         say(f"this release of Ray listens beyond 127.0.0.1 ({', '.join(places)}); its token is what guards it")
 
@@ -142,10 +154,10 @@ def _make_token_file_private() -> None:
     """A token that others can read is none. As ssh does with keys, but what is ours is mended."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         mode = path.stat().st_mode
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home directory, so no token in it
         return
     if not stat.S_ISREG(mode) or not mode & 0o077:
         return

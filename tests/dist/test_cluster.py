@@ -217,10 +217,51 @@ def test_a_token_that_others_can_read(
         cluster._make_token_file_private()
 
 
+def test_a_user_without_a_home_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    cluster._make_token_file_private()
+
+
 def test_too_old_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "__version__", "2.51.1")
     with pytest.raises(ConfigError, match=r"ray = '2\.51\.1': this release has no token authentication"):
+        cluster.connect(cluster.RaySpec())
+
+
+@pytest.mark.parametrize("what", ["argument", "sys.path", "working directory"])
+def test_what_ray_can_not_take_over_is_named(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("started"))
+    if what == "argument":
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "x\udcff"])
+    elif what == "sys.path":
+        monkeypatch.syspath_prepend(str(tmp_path / "x\udcff"))
+    else:
+        (tmp_path / "x\udcff").mkdir()
+        monkeypatch.chdir(tmp_path / "x\udcff")
+    with pytest.raises(ConfigError, match=f"^{what} = .*no UTF-8 text"):
+        cluster.connect(cluster.RaySpec())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), TimeoutError("no")])
+def test_a_cluster_that_never_was_is_not_lost(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", fail)
+    monkeypatch.setattr(cluster, "_users_own", {})
+    for name in cluster.AUTHENTICATION:
+        monkeypatch.setenv(name, "mine")
+    with pytest.raises(ResourceError, match=r"none that starts \(.*no\) available\. Ray's logs are in "):
         cluster.connect(cluster.RaySpec())
 
 

@@ -384,6 +384,12 @@ def test_missing_and_mistyped_keys(key: str, tmp_path: Path) -> None:
         read_config(write_config(tmp_path, DEEPSEEK_V3 | {key: [1]}))
 
 
+@pytest.mark.parametrize("factor", [0, -1.0, 1e-320, 1e-7, 1e7, float("inf"), float("nan")])
+def test_a_scaling_that_loses_the_output(factor: float) -> None:
+    with pytest.raises(CheckpointError, match=r"routed_scaling_factor = .* must be from 1e-06 to 1e\+06"):
+        spec_from_config(DEEPSEEK_V3 | {"routed_scaling_factor": factor})
+
+
 def test_contradictory_configs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json.*model\.top_k = 300: must not exceed"):
         read_config(write_config(tmp_path, DEEPSEEK_V3 | {"num_experts_per_tok": 300}))

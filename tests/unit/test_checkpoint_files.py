@@ -266,6 +266,29 @@ def test_a_tensor_lies_where_it_is_read_from_and_nowhere_else(model: Any) -> Non
     check_layer(directory, 1)
 
 
+@pytest.mark.parametrize("name", [
+    "language_model.model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.block_sparse_moe.gate.weight",
+    "model.layers.1.shared_mlp.up_proj.weight", "layers.1.mlp.gate.weight", "model.layers.1.feed_forward.router.weight",
+])  # fmt: skip
+def test_strangers_of_the_layer_under_other_names(model: Any, name: str) -> None:
+    """In the file that is read, and in one beside it."""
+    directory = edit(model("fp8"), tensors=lambda tensors: tensors | {name: torch.ones(2)})
+    assert f"layer 1 has tensors that nothing here reads: {name}" in refusal(directory, CheckpointError)
+    check_layer(directory, 0)
+    edit(directory, tensors=lambda tensors: {key: value for key, value in tensors.items() if key != name})
+    check_layer(directory, 1)
+    save_file({name: torch.ones(2)}, directory / "more.safetensors")
+    assert f"tensor {name} lies in more.safetensors" in refusal(directory, CheckpointError)
+
+
+def test_tensors_that_are_not_the_mlps_are_nobodys_business(model: Any) -> None:
+    others = ("model.layers.1.self_attn.gate_proj.weight", "model.layers.11.mlp.gate.weight", "model.norm.weight",
+              "mtp.layers.1.mlp.gate.weight", "model.layers.1.input_layernorm.weight", "xlayers.1.mlp.weight",
+              "visual.blocks.1.mlp.up_proj.weight")  # fmt: skip
+    directory = edit(model("fp8"), tensors=lambda tensors: tensors | {name: torch.ones(2) for name in others})
+    check_layer(directory, 1)
+
+
 def test_a_link_to_nothing_says_so(model: Any) -> None:
     directory = model("fp8")
     (directory / FILE).unlink()

@@ -250,6 +250,18 @@ def test_other_libraries_files_are_heard(model: Any, name: str) -> None:
     assert f"{name} is not supported: its weights have 4 bits" in refusal(directory, UnsupportedError)
 
 
+@pytest.mark.parametrize("name", [
+    "quantization_config.json", "quant_model_description.json", "adapter_config.json", "adapter_model.safetensors",
+    "adapter_model.bin",
+])  # fmt: skip
+def test_files_that_change_what_the_weights_mean_are_refused(model: Any, name: str) -> None:
+    directory = model("bf16")
+    (directory / "recipe.yaml").write_text("default_stage: {}")  # the story of how it was made changes nothing
+    check_layer(directory, 1)
+    (directory / name).write_text("{}")
+    assert f"{name} beside the weights is not supported: " in refusal(directory, UnsupportedError)
+
+
 @pytest.mark.parametrize("key", ["compression_config", "quantization", "quant_config", "weight_quant"])
 def test_other_keys_that_hint_at_a_quantization_are_heard(model: Any, key: str) -> None:
     directory = edit(model("bf16"), {key: {"bits": 4}})

@@ -67,11 +67,22 @@ class TestOverride:
     def test_values_are_yaml_and_dots_nest(self, assignment, expected):
         assert override({}, [assignment]) == expected
 
-    def test_later_ones_win_and_other_keys_stay(self):
+    def test_they_go_over_the_files_keys_and_other_keys_stay(self):
         given = {"iters": 1, "ray": {"address": "here", "strategy": "PACK"}}
-        changed = override(given, ["iters=2", "ray.address=there", "iters=3", "ray.cpus_per_rank=1"])
+        changed = override(given, ["iters=3", "ray.address=there", "ray.cpus_per_rank=1"])
         assert changed == {"iters": 3, "ray": {"address": "there", "strategy": "PACK", "cpus_per_rank": 1}}
         assert given == {"iters": 1, "ray": {"address": "here", "strategy": "PACK"}}  # not written through
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [("seed=1", "seed=2"), ("seed=1", "seed=1"), ("model.quant=none", "model={hidden: 128}"), ("a={}", "a.b.c=1")],
+    )
+    def test_a_key_that_is_given_twice_is_refused(self, first, second):
+        for one, other in ((first, second), (second, first)):
+            with pytest.raises(ConfigError, match="each key once") as raised:
+                override({}, [one, "x=1", other])
+            assert raised.value.value == other
+            assert one in raised.value.rule
 
     @pytest.mark.parametrize("assignment", ["iters", "=8", "a: b", "a.=1", ".a=1", "a..b=1"])
     def test_what_is_no_assignment(self, assignment):

@@ -189,6 +189,17 @@ class TestBuild:
         with pytest.raises(ConfigError, match=r"MOE_DIST_CACHE = .*can't be written"):
             library.ensure_built()
 
+    def test_no_place_for_a_cache(self, toolkit, monkeypatch):
+        def none():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", none)
+        for name in ("MOE_DIST_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        assert "MOE_DIST_CACHE" in library.build_state().reason
+        with pytest.raises(ConfigError, match="MOE_DIST_CACHE"):
+            library.ensure_built()
+
     def test_the_packaged_nvcc_is_found_last(self, toolkit, monkeypatch, tmp_path):
         monkeypatch.delenv("CUDA_HOME")
         monkeypatch.delenv("CUDA_PATH", raising=False)

@@ -224,7 +224,7 @@ def test_sections_take_any_keys(data):
         ("worlds=[100000]", "experiment.worlds"),
         ("placements=[tp²]", "experiment.placements"),
         ("placements=[tp99999xep99999]", "experiment.placements"),
-        ("skews=['zipf:1e308']", "workload.skew"),
+        ("skews=['zipf:1e308']", "experiment.skews"),
         ("modes=[]", "experiment.modes"),
         (f"tokens={list(range(1, 6000))}", "experiment"),
     ],

@@ -62,14 +62,14 @@ class TestFiles:
     @pytest.mark.parametrize("mode", [0o600, 0o644, 0o664])
     def test_mode_and_owner_of_an_existing_file_stay(self, written, tmp_path, mode, said):
         path = tmp_path / "out.json"
-        path.write_text("mine")
+        path.write_text(json.dumps(FIRST))
         path.chmod(mode)
         owner = 12345 if os.getuid() == 0 else os.getuid()
         os.chown(path, owner, -1)
         written(path)
         assert json.loads(path.read_text()) == SECOND
         assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_uid) == (mode, owner)
-        assert said == [f"{path} is overwritten: it holds no results of moe-dist"]
+        assert said == [f"{path} is overwritten: it holds 1 row of today"]
 
     def test_a_new_file_has_the_mode_of_any_new_file(self, written, tmp_path):
         before = os.umask(0o027)
@@ -83,6 +83,31 @@ class TestFiles:
         written(tmp_path / "out.json")
         written(tmp_path / "out.json")
         assert said == [f"{tmp_path / 'out.json'} is overwritten: it holds 2 rows of today"]
+
+    @pytest.mark.parametrize("content", ["mine", "{}", "[1]", '{"rows": 3, "date": "x"}', "hidden: 8", '{"rows": []}'])
+    def test_a_file_that_holds_no_results_stays(self, written, tmp_path, content, said):
+        path = tmp_path / "out.json"
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"holds no results of moe-dist.*\(legal: a new name"):
+            written(path)
+        assert (path.read_text(), names(tmp_path), said) == (content, ["out.json"], [])
+
+    @pytest.mark.parametrize("how", ["itself", "a link", "another name", "inside"])
+    def test_what_the_command_reads_stays(self, tmp_path, how, said):
+        """Were it even a file of earlier results."""
+        reads, path = tmp_path / "reads", tmp_path / "out.json"
+        reads.mkdir() if how == "inside" else reads.write_text(json.dumps(FIRST))
+        if how == "a link":
+            path.symlink_to(reads)
+        elif how == "another name":
+            os.link(reads, path)
+        else:
+            path = reads / "new" / "out.json" if how == "inside" else tmp_path / "x" / ".." / "reads"
+        before = names(tmp_path)
+        with pytest.raises(ConfigError, match=f"{reads}, which this command reads"):
+            open_output(path, said.append, reads=["elsewhere", reads])
+        assert (names(tmp_path), said) == (before, [])
+        assert how == "inside" or json.loads(reads.read_text()) == FIRST
 
     @pytest.mark.parametrize("there", [True, False])
     def test_a_link_is_followed(self, written, tmp_path, there):
@@ -98,7 +123,7 @@ class TestFiles:
         assert (tmp_path / "two").is_symlink()
 
     def test_two_names_of_a_file_stay_one_file(self, written, tmp_path):
-        (tmp_path / "a.json").write_text("x" * 1000)
+        (tmp_path / "a.json").write_text(json.dumps(FIRST))
         os.link(tmp_path / "a.json", tmp_path / "b.json")
         written(tmp_path / "a.json")
         assert json.loads((tmp_path / "b.json").read_text()) == SECOND
@@ -114,7 +139,7 @@ class TestFiles:
         assert names(tmp_path) == ["a", "a.json", "a.partial", "a.txt"]
 
     def test_a_mount_point_is_written_over(self, written, tmp_path, monkeypatch):
-        (tmp_path / "out.json").write_text("x" * 1000)
+        (tmp_path / "out.json").write_text(json.dumps(FIRST))
 
         def busy(*_):
             raise OSError(errno.EBUSY, "Device or resource busy")

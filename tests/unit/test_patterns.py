@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from profiles import examples
 
+from moe_dist.checkpoint import graphs
 from moe_dist.checkpoint.patterns import LONGEST, Pattern
-from moe_dist.checkpoint.quantization import Exceptions
+from moe_dist.checkpoint.quantization import Exceptions, Quantization
 from moe_dist.errors import CheckpointError
 
 NAME = "model.layers.11.mlp.experts.127.gate_proj"
@@ -40,6 +42,78 @@ def test_it_matches_what_pythons_matcher_does(text, names):
     ours = Pattern.parse(text)
     for name in names:
         assert ours.matches(name) == bool(theirs.match(name)), (text, name)
+
+
+globs = st.lists(st.sampled_from(["a", "b", ".", "*", "?", "[ab]", "[!a]", "[a-b]", "[]a]", "[^a]", "[", "]", "\\",
+                                  "!"]),
+                 max_size=8).map("".join)  # fmt: skip
+
+
+@examples(300)
+@example(text="[]", names=["[]"])
+@example(text="[!]", names=["[!]"])
+@given(text=globs, names=st.lists(st.text("ab.[]^!\\", max_size=6), min_size=1, max_size=5))
+def test_a_glob_matches_what_fnmatch_does(text, names):
+    ours = Pattern.glob(text)
+    for name in names:
+        assert ours.matches(name) == fnmatch.fnmatchcase(name, text), (text, name)
+
+
+@examples(100)
+@given(
+    texts=st.lists(texts, min_size=1, max_size=4), names=st.lists(st.text("ab1._{", max_size=7), min_size=1, max_size=5)
+)
+def test_many_match_where_one_of_them_does(texts, names):
+    try:
+        alone = [Pattern.parse(text) for text in texts]
+    except re.error:
+        return
+    together = Pattern.any_of(alone)
+    for name in names:
+        assert together.matches(name) == any(pattern.matches(name) for pattern in alone), (texts, name)
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_remembered_steps_change_nothing(forget, monkeypatch):
+    if forget:
+        monkeypatch.setattr(graphs, "MOST_KEPT", 20)
+    texts = [rf".*experts\.{number}\.up" for number in range(0, 60, 2)]
+    together = Pattern.any_of([Pattern.parse(text) for text in texts])
+    for expert in (3, 8, 58, 59, 8, 60, 3):
+        assert together.matches(f"mlp.experts.{expert}.up_proj") == (expert % 2 == 0 and expert < 60)
+
+
+@pytest.mark.parametrize(
+    ("entries", "experts", "layers"),
+    [
+        ([f"re:.*x{number}.*y" for number in range(1000)], 2048, 2),
+        ([rf"re:.*layers\.{number}\.self_attn.*" for number in range(400)], 384, 60),
+        ([f"model.layers.{number}.self_attn*" for number in range(400)], 384, 60),
+        ([rf"re:.*mlp\.experts\.{number}\.gate_proj_of_old" for number in range(384)], 384, 1),
+    ],
+    ids=["a thousand", "a model's", "ModelOpt's", "each expert"],
+)
+def test_long_lists_are_fast(entries, experts, layers):
+    start = time.monotonic()
+    found = Quantization("a section", (), Exceptions.parse(entries, "ignore", "config.json"))
+    for _ in range(3):  # a layer is looked up once
+        assert all(found.converts(f"model.layers.{layer}.mlp.experts", experts) for layer in range(layers))
+    assert time.monotonic() - start < 8
+
+
+def test_what_would_take_too_long_is_refused_in_bounded_time():
+    entries = [rf"re:.*mlp\.experts\.{number}[0-9]\..*Z" for number in range(400)]
+    found = Quantization("a section", (), Exceptions.parse(entries, "ignore", "config.json"))
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match="400 patterns for 49,152 modules of model"):
+        found.converts("model.layers.0.mlp.experts", 16_384)
+    assert time.monotonic() - start < 12
+    start = time.monotonic()
+    with pytest.raises(
+        CheckpointError, match=r"ignore is too much: its 1,000 patterns, written out, have [0-9,]* parts"
+    ):
+        Exceptions.parse(["re:" + "(.*model.*layers.*){9}"] * 1000, "ignore", "config.json")
+    assert time.monotonic() - start < 8
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from moe_dist import cli
     [
         (["plan", "worlds=[1,2]", "placements=[tp]"], "plan is for one configuration"),
         (["plan", "tokens=[1,2]"], "plan is for one configuration"),
+        (["check", "check=false"], "check = False: contradicts the command"),
         (["compare", "backends=[torch,nope]"], "no backend has this name"),
         (["compare", "exchanges=[nope]"], "no exchange has this name"),
         (["run", "--skew", "hot:99"], "legal: hot:1 to hot:10"),
@@ -43,6 +44,11 @@ def test_refused_before_anything_starts(arguments, said, capsys, monkeypatch):
         ("run", "--iters", "100", "iters=3"),
         ("check", "--world", "2", "worlds=[1]"),
         ("check", "--tokens", "5", "tokens=[6]"),
+        ("run", "--iters", "1", "iters=true"),
+        ("run", "--tokens", "1", "tokens=[true]"),
+        ("run", "--tokens", "8", "tokens=8"),
+        ("run", "--skew", "file:/A", "skews=['file:/a']"),
+        ("run", "--model", "a.yaml", 'models=["a\\0.yaml"]'),
     ],
 )
 def test_a_flag_and_a_key_that_contradict_each_other(command, flag, value, key, capsys, monkeypatch):
@@ -56,6 +62,9 @@ def test_a_flag_and_a_key_that_contradict_each_other(command, flag, value, key, 
 
 def test_a_flag_and_a_key_that_say_the_same(capsys):
     assert cli.main(["plan", "--tokens", "8", "tokens=[8]", "--ep", "2", "worlds=[2]", "--device", "cpu"]) == 0
+    assert cli.main(["plan", "--model", "tiny", "models=[TINY]", "--device", "cpu"]) == 0
+    assert cli.main(["plan", "--model", "x/../no.yaml", "models=[./no.yaml]"]) == cli.BAD_INPUT
+    assert "can't be read: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,37 @@ def test_an_empty_value_is_refused(arguments, capsys, monkeypatch):
     name = flag or {"compare": "file", "demo-checkpoint": "directory"}[arguments[0]]
     assert f"{name} = " in (said := capsys.readouterr().err)
     assert "is empty" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--out", "a\udcff"], ["plan", "--model", "a\udcff"], ["compare", "a\udcff"], ["run", "name=\udcff"],
+        ["check", "--backend", "torch", "a\udcff"], ["tune", "--rows", "\udcff"], ["demo-checkpoint", "a\udcff"],
+        ["plan", "--checkpoint", "a\udcff"], ["check", "--skew", "uniform", "name=\udcff"], ["demo-checkpoint", "a\0b"],
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_no_text_is_refused(arguments, capsys, monkeypatch, tmp_path):
+    """Bytes that are no UTF-8 come in as lone surrogates. Ray would take none of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    assert cli.main(arguments) == cli.BAD_INPUT
+    name = next((word for word in arguments if word.startswith("--")), "")
+    name = {"compare": "file", "demo-checkpoint": "directory"}.get(arguments[0], name)
+    said = capsys.readouterr().err
+    assert f"{'override' if arguments[-1].startswith('name') else name} = " in said
+    assert "no UTF-8 text" in said or "a NUL character" in said
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--tokens", "\uff18"), ("--iters", "8 "), ("--tp", "1__0")])
+def test_a_number_of_other_digits_is_none(flag, value, capsys):
+    assert cli.main(["plan", flag, value]) == cli.BAD_INPUT
+    assert f"argument {flag}: invalid integer value: " in capsys.readouterr().err
+
+
+def test_rows_are_numbers_of_our_digits(capsys):
+    assert cli.main(["tune", "--rows", "1,\u0668", "--device", "cpu"]) == cli.BAD_INPUT
+    assert "rows = " in capsys.readouterr().err
 
 
 def test_ray_is_not_started_by_each_of_torchrun_s_ranks(monkeypatch, capsys):

@@ -88,6 +88,7 @@ def test_labels_hold_no_path_of_the_machine(tmp_path: Path) -> None:
         (["--checkpoint", "HERE", "--layer", "1", "model.quant=none"], ["model.quant = 'none'", "'fp8_block'"]),
         (["--checkpoint", "HERE", "--layer", "1", "source.layer=0"], ["source.layer = 0", "--layer 1"]),
         (["--checkpoint", "HERE", "--layer", "1", "source.checkpoint=/other"], ["'/other'", "--checkpoint"]),
+        (["--checkpoint", "HERE", "--layer", "0", "source.layer=false"], ["source.layer = False", "--layer 0"]),
         (["--checkpoint", "HERE", "--layer", "9"], ["checkpoint.layer = 9"]),
         (["source.checkpoint=HERE", "source.layer=0"], ["checkpoint.layer = 0", "dense"]),
     ],
@@ -111,6 +112,7 @@ def test_keys_do_what_flags_do(command: Any, made: Path, monkeypatch: pytest.Mon
         ("source.checkpoint=model", "source.layer=1"),
         ("source.checkpoint=model", "--layer", "1"),
         ("--checkpoint", "model", f"source.checkpoint={made}", "source.layer=1"),
+        ("--checkpoint", "model/../model/", "source.checkpoint=./model", "source.layer=1"),
     )
     plans = [json.loads(command("plan", *spelling, "--json")[1]) for spelling in spellings]
     assert all(found == plans[0] for found in plans)
@@ -210,3 +212,25 @@ def test_half_precision_and_empty_shards_are_checked_alike() -> None:
         broken(half, "w13_eFH", lambda tensor: tensor[0, 0].fill_(float("inf"))).check_finite()
     half.with_tensors(w13_eFH=half.w13_eFH[:0], w2_eHi=half.w2_eHi[:0]).check_finite()
     half.with_tensors(w13_eFH=half.w13_eFH[:, :0], w2_eHi=half.w2_eHi[:, :, :0]).check_finite()
+
+
+def test_results_are_not_written_over_what_is_read(command, made: Path, tmp_path: Path) -> None:
+    trace, experiment = tmp_path / "trace.pt", tmp_path / "experiment.yaml"
+    torch.save({"ids": torch.zeros(1, 4, dtype=torch.int32) + torch.arange(4), "weights": torch.ones(1, 4)}, trace)
+    experiment.write_text("worlds: [1]\nexchanges: [local]\ntokens: [8]\n")
+    model = tmp_path / "model.yaml"
+    model.write_text("{hidden: 128, intermediate: 128, num_experts: 8, top_k: 2}")
+    shard = next(made.glob("*.safetensors"))
+    before = {path: path.read_bytes() for path in (trace, experiment, model, shard, made / "config.json")}
+    for arguments, out in (
+        (["run", "--checkpoint", made, "--layer", 1], shard),
+        (["run", "--checkpoint", made, "--layer", 1], made / "config.json"),
+        (["check", f"source.checkpoint={made}", "source.layer=1"], made / "new.json"),
+        (["run", "--skew", f"file:{trace}"], trace),
+        (["compare", experiment], experiment),
+        (["run", "--model", model], model),
+    ):
+        code, _, error = command(*arguments, "--device", "cpu", "--out", out)
+        assert (code, "out = " in error) == (2, True), (arguments, error)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (made / "new.json").exists()

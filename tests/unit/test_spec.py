@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from moe_dist.bench.case import Experiment
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.runtime.context import RaySpec
 from moe_dist.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, WorkloadSpec, slice_bounds, split_bounds
 
 SIZES = {"hidden": 64, "intermediate": 256, "num_experts": 8, "top_k": 2}
@@ -34,7 +35,8 @@ def spec(**changes):
         ({"num_experts": 0}, "model.num_experts", "greater than or equal to 1"),
         ({"top_k": 0}, "model.top_k", "greater than or equal to 1"),
         ({"top_k": 9}, "model.top_k", "1 to 8"),
-        ({"routed_scaling": 0}, "model.routed_scaling", "greater than 0"),
+        ({"routed_scaling": 0}, "model.routed_scaling", "legal: 1e-06 to 1,000,000"),
+        ({"routed_scaling": 1e-320}, "model.routed_scaling", "legal: 1e-06 to 1,000,000"),
         ({"routed_scaling": math.nan}, "model.routed_scaling", "finite"),
         ({"scoring": "argmax"}, "model.scoring", "'softmax' or 'sigmoid'"),
         ({"quant": "int4"}, "model.quant", "fp8_channel"),
@@ -102,6 +104,27 @@ def test_other_sections_refuse_with_their_own_names(cls, values, field):
     with pytest.raises(ConfigError) as caught:
         cls(**values)
     assert caught.value.field.startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "said"),
+    [
+        (
+            ParallelSpec,
+            {"tp": 9999},
+            "parallel.tp = 9999: Input should be less than or equal to 4096 (legal: 1 to 4,096)",
+        ),
+        (WorkloadSpec, {"tokens": 0}, "(legal: 1 to 16,777,216)"),
+        (RaySpec, {"start_timeout_s": 0.0}, "(legal: above 0 to 604,800.0)"),
+        (ParallelSpec, {"replicas": ((1 << 30, (0,)),)}, "(legal: at most 131,072)"),
+        (Experiment, {"models": ()}, "experiment.models = (): List should have at least 1 item"),
+        (Experiment, {"models": (spec(),), "tokens": 8}, "experiment.tokens = 8: Input should be a list"),
+    ],
+)
+def test_bounds_and_kinds_are_told_in_our_words(cls, values, said):
+    with pytest.raises(ConfigError) as caught:
+        cls(**values)
+    assert said in str(caught.value)
 
 
 def test_keys_of_a_section_inside_are_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from math import comb
 
 import pytest
@@ -37,6 +38,13 @@ def test_without_groups_the_targets_are_hypergeometric(ep):
     E, K = spec.num_experts, spec.top_k
     expected = (ep - 1) * (1 - comb(E - E // ep, K) / comb(E, K))
     assert targets(spec, ep=ep) == pytest.approx(expected, rel=0.01)
+
+
+def test_so_many_experts_that_all_tokens_would_take_long():
+    spec = DEEPSEEK.with_changes(num_experts=131_072, hidden=128, intermediate=128, num_groups=1, top_groups=1)
+    start = time.monotonic()
+    assert targets(spec, ep=4096) == pytest.approx(8, rel=0.02)
+    assert time.monotonic() - start < 10
 
 
 def test_the_models_groups_its_slices_and_copies_count():

@@ -48,3 +48,15 @@ def test_a_whole_one_is_left_and_one_with_something_missing_is_refused(tmp_path,
             path.unlink()
     with pytest.raises(ConfigError, match=f"not whole any more .*{SINGLE_FILE}"):
         make_checkpoint(made, **options)
+
+
+@pytest.mark.parametrize(("given", "field"), [
+    ({"directory": "a\0b"}, "directory"), ({"directory": "a\udcff"}, "directory"), ({"directory": " "}, "directory"),
+    ({"seed": 1 << 63}, "seed"), ({"seed": -(1 << 63) - 1}, "seed"),
+])  # fmt: skip
+def test_what_can_not_be_made(tmp_path, monkeypatch, given, field):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        make_checkpoint(**{"directory": "made"} | SIZES | given)
+    assert caught.value.field == field
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,9 +91,15 @@ class TestFile:
             (lambda found: found.update(more=1), "table.more"),
             (lambda found: found.update(revision="new"), "table.revision"),
             (lambda found: found.update(entries={}), "table.entries"),
-            (lambda found: found["entries"].update({"0": found["entries"]["8"]}), "table.entries.0"),
+            (lambda found: found["entries"].update({"0": found["entries"]["8"]}), "table.entries"),
             (lambda found: found["entries"]["8"].pop("config"), "table.entries.8.config"),
             (lambda found: found["entries"]["8"].update(us=0), "table.entries.8.us"),
+            (lambda found: found["entries"]["8"].update(us="5"), "table.entries.8.us"),
+            (lambda found: found["entries"]["8"].update(us=True), "table.entries.8.us"),
+            (lambda found: found["entries"]["8"].update(err_oracle="0"), "table.entries.8.err_oracle"),
+            (lambda found: found["entries"].update({"9" * 4301: found["entries"]["8"]}), "table.entries"),
+            (lambda found: found["entries"].update({"16777217": found["entries"]["8"]}), "table.entries"),
+            (lambda found: found["entries"].update({"\uff18": found["entries"]["8"]}), "table.entries"),
             (lambda found: found["entries"]["8"].update(err_oracle=None), "table.entries.8.err_oracle"),
             (lambda found: found["entries"]["8"].update(speed=1), "table.entries.8.speed"),
             (lambda found: found["shape"].update(hidden="wide"), "table.shape.hidden"),
@@ -174,6 +181,40 @@ class TestFind:
         (folders[0] / SHAPE.file_name).parent.mkdir(parents=True)
         (folders[0] / SHAPE.file_name).write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ConfigError, match=r"no valid JSON|no UTF-8 text"):
+            find_table(SHAPE, 3)
+
+    @pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a link to nothing"])
+    def test_what_is_no_file_is_never_passed_over(self, folders, kind):
+        table().write(folders[1])
+        folders[0].mkdir(parents=True)
+        path = folders[0] / SHAPE.file_name
+        {"a folder": Path.mkdir, "a FIFO": os.mkfifo, "a link to nothing": lambda at: at.symlink_to("gone")}[kind](path)
+        with pytest.raises(ConfigError, match=f"{SHAPE.file_name}': can't be read"):
+            find_table(SHAPE, 3)
+
+    def test_the_users_of_another_revision_is_passed_over_aloud(self, folders):
+        path = table(revision=2).write(folders[0])
+        table(entries={8: entry("shipped")}).write(folders[1])
+        with collecting() as said:
+            assert tuned_config(SHAPE, 3, 8).config == {"name": "shipped"}
+            assert tuned_config(SHAPE, 3, 8).config == {"name": "shipped"}
+        assert said == [f"the shipped tuning table is used; {path} is passed over: its configs are of another revision"]
+
+    def test_no_home_directory(self, monkeypatch):
+        """Nobody is asked for one while another folder is named."""
+
+        def none():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", none)
+        assert user_folder().name == "tables"
+        monkeypatch.delenv("MOE_DIST_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+        assert user_folder() == Path("/xdg/moe_dist/tables")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        with pytest.raises(ConfigError, match="MOE_DIST_CACHE = None: is not set"):
+            user_folder()
+        with pytest.raises(ConfigError, match="MOE_DIST_CACHE"):
             find_table(SHAPE, 3)
 
     def test_the_users_folder(self, monkeypatch):

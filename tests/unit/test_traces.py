@@ -59,12 +59,25 @@ def saved(tmp_path: Path):
         ({"ids": torch.zeros(3, K, dtype=torch.int64).to_sparse()}, "dense tensors"),
         ({"ids": torch.zeros(0, K, dtype=torch.int64), "weights": torch.zeros(0, K)}, "1 to"),
         ({"ids": None}, "dense tensors"),
+        ({"expert_ids": good()["ids"]}, "nothing else"),
+        ({"ids": torch.tensor([[0, 1], [2, 2], [3, 4]])}, "holds expert 2 twice in row 1"),
     ],
 )
 def test_what_is_no_trace_says_what_it_is(saved, change, said):
     with pytest.raises(ConfigError) as caught:
         synthetic_routing(SPEC, 4, saved(good() | change), 0)
     assert said in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^experiment\.skews = 'file:/"):  # as a user has written it
+        Experiment(models=(SPEC,), skews=(saved(good() | change),))
+
+
+def test_no_expert_may_stand_in_a_row_more_than_once(saved):
+    ids = torch.full((1, K), -1)
+    ids[0, 0] = 3
+    assert synthetic_routing(SPEC, 1, saved({"ids": ids, "weights": torch.ones(1, K)}), 0).ids_TK.tolist() == [[3, -1]]
+    both = {"ids": ids, "weights": torch.tensor([[1e-35, 1.0]])}
+    both["ids"] = torch.tensor([[3, 4]])  # a router's smallest weight may be as small as it likes
+    assert synthetic_routing(SPEC, 1, saved(both), 0).weights_TK[0, 0] > 0
 
 
 def test_what_stands_beside_no_expert_counts_for_nothing(saved):
@@ -153,6 +166,8 @@ def test_a_case_made_by_hand_has_its_trace(saved):
     [
         ({"ids": torch.full((3, K), -1), "weights": torch.ones(3, K)}, 4),
         ({"ids": good()["ids"], "weights": torch.zeros(3, K)}, 4),
+        ({"ids": good()["ids"], "weights": torch.full((3, K), 1e-200, dtype=torch.float64)}, 4),
+        ({"ids": good()["ids"], "weights": torch.full((3, K), 1e-40)}, 4),
         ({"ids": torch.tensor([[0, 1], [-1, -1]]), "weights": torch.tensor([[0.0, 0.0], [1.0, 1.0]])}, 4),
         ({"ids": torch.tensor([[-1, -1], [0, 1]]), "weights": torch.ones(2, K)}, 1),
     ],

@@ -370,6 +370,13 @@ class TestForward:
         ("none", {"bm": 24}, "bm"),
         ("none", {"split2": 2}, "split2"),
         ("none", {"span": 0}, "span"),
+        *(
+            ("none", {name: 1 << 70}, name)
+            for name in ("bm", "bn2", "bk1", "span", "group", "split_k", "stages2", "warps1")
+        ),
+        *(("none", {"stages1": count}, "stages1") for count in (-1, 0, 9)),
+        *(("none", {"warps2": count}, "warps2") for count in (-1, 0, 3, 7, 32)),
+        ("none", {"bn1": 512}, "bn1"),
     ],
 )
 def test_a_config_that_would_compute_something_else_is_refused(quant, change, field):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.yaml_loader import load_yaml
+from moe_dist.yaml_loader import integer, load_yaml
 
 
 def bomb() -> str:
@@ -22,10 +22,13 @@ def bomb() -> str:
     ("text", "said"),
     [
         ("[1, 2", "expected ',' or ']'"),
-        ("!!int abc", "invalid literal"),
-        ("!!int ''", "IndexError"),
-        ("!!float abc", "could not convert"),
-        ("!!bool maybe", "KeyError"),
+        ("!!int abc", "the tag 'tag:yaml.org,2002:int' is not taken here at line 1, column 1"),
+        ("a:\n  b: !!bool maybe", "is not taken here at line 2, column 6"),
+        ("!!int 1:30", "tag"),
+        ("!!int 010", "tag"),
+        ("!!str 5", "tag"),
+        ("[!!seq []]", "tag"),
+        ("! 5", "tag"),
         ("!!timestamp 2024-13-45", "tag"),
         ("!!binary aGk=", "tag"),
         ("!!python/object/apply:os.getcwd []", "tag"),
@@ -80,7 +83,10 @@ def test_what_is_refused(text, said):
         ("2024-01-02", "2024-01-02"),  # no date
         ("1:30", "1:30"),  # not 90
         ("010", "010"),  # not 8
-        ("!!str 5", "5"),
+        ("1__", "1__"),
+        ("1__0", "1__0"),
+        ("0x_f", "0x_f"),
+        ("1_0", 10),
         ("[&a {x: 1}, *a]", [{"x": 1}, {"x": 1}]),
         ("{<<: {a: 1, b: 2}, a: 3}", {"a": 3, "b": 2}),
     ],
@@ -89,3 +95,16 @@ def test_what_is_read(text, value):
     found = load_yaml(text, "f", "v")
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("8", 8), ("-3", -3), ("+3", 3), ("0", 0), ("1_000", 1000), ("0x1f", 31)])
+def test_a_flags_number_is_a_files(text, value):
+    assert integer(text) == value == load_yaml(text, "f", "v")
+
+
+@pytest.mark.parametrize(
+    "text", ["\uff18", "\u0663", "8 ", " 8", "8\n", "", "010", "1__0", "1e3", "1.0", "0b", "8" * 5000]
+)
+def test_what_is_no_number_of_a_flag(text):
+    with pytest.raises(ValueError, match="no whole number"):
+        integer(text)

@@ -18,7 +18,8 @@ from moe_dist.streams import Stream
 # flashinfer_cutlass: even in benchmarks/2026-11-23-h200x2.json, exact in -limited.json), so about this much is worth
 # the wait.
 PADDING_UP_TO = 45_000_000
-DRAWN = 4096  # tokens
+DRAWN = 4096  # tokens, fewer where experts or ranks are so many that this would take seconds
+MOST_DRAWN = 1 << 25  # numbers
 
 
 def padding_bytes(spec: MoESpec, placement: Placement, payload: str) -> float:
@@ -36,11 +37,12 @@ def there_and_back_bytes(spec: MoESpec, payload: str, combine_itemsize: int) -> 
 def expected_targets(spec: MoESpec, placement: Placement) -> float:
     """How many other ranks a token goes to in the mean if the router's scores are random, under the model's own rule of
     top-k and groups. Drawn from a fixed seed, so that every rank finds the same."""
-    scores_TE = Stream("expected targets").uniform(DRAWN, spec.num_experts)
+    drawn = max(16, min(DRAWN, MOST_DRAWN // max(spec.num_experts, spec.top_k * placement.ep)))
+    scores_TE = Stream("expected targets").uniform(drawn, spec.num_experts)
     routing = route(scores_TE, spec, torch.zeros_like(scores_TE[0]) if spec.correction_bias else None)
-    rows = torch.arange(DRAWN, device="cpu")
+    rows = torch.arange(drawn, device="cpu")
     source = rows % placement.world
     groups_TK = placement.serving_groups(routing.ids_TK, rows, source)
     reached_TG = (groups_TK[..., None] == torch.arange(placement.ep, device="cpu")).any(1)
     targets = placement.tp * int(reached_TG.sum()) - int(reached_TG[rows, source // placement.tp].sum())
-    return targets / DRAWN
+    return targets / drawn

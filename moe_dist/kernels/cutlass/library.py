@@ -110,7 +110,7 @@ def build_state() -> Support:
     """Whether the library is there or what it takes to build it. Builds nothing."""
     try:
         built = library_path().exists()
-    except ResourceError as error:
+    except (ResourceError, ConfigError) as error:  # ConfigError: there is no folder to build it in
         return Support(False, str(error))
     return (
         Support(True, "built") if built else Support(False, f"not built yet; `{BUILD_COMMAND}` does it once (minutes)")
@@ -140,7 +140,7 @@ def ensure_built() -> Path:
 
 def library_path() -> Path:
     """Keyed by all that decides what is in it: sources, flags, the compiler's version and the headers'. Raises
-    ResourceError where one of them is missing or too old."""
+    ResourceError where one of them is missing or too old, and ConfigError where there is no cache folder."""
     nvcc, (_, version) = find_nvcc(), find_headers()
     parts = [*FLAGS, _nvcc_says(nvcc), *map(str, version)]
     parts += [source.read_text() for source in sorted(SOURCES.glob("*.cu*"))]

@@ -304,16 +304,21 @@ class Config:
     pdl: bool = False
 
     def check(self, quant: QuantKind) -> None:
-        """Raises ConfigError for sizes with which the kernels would compute something else."""
+        """Raises ConfigError for sizes with which the kernels would compute something else, or not be built at all."""
         sizes = {"bm": self.bm, "bn1": self.bn1, "bk1": self.bk1, "bn2": self.bn2, "bk2": self.bk2}
         for name, size in sizes.items():
-            if size < 16 or size & (size - 1):
-                raise ConfigError(f"config.{name}", size, "tiles are powers of two", "16 and more")
-        if self.split2 < 1 or self.bm % self.split2 or self.bm // self.split2 < 16:
+            if size not in (16, 32, 64, 128, 256):
+                raise ConfigError(f"config.{name}", size, "tiles are powers of two", "16 to 256")
+        if not 1 <= self.split2 <= self.bm // 16 or self.bm % self.split2:
             raise ConfigError("config.split2", self.split2, f"cuts {self.bm} pairs into tiles of 16 and more")
         for name, count in (("span", self.span), ("split_k", self.split_k), ("group", self.group)):
-            if count < 1:
-                raise ConfigError(f"config.{name}", count, "counts something", "1 and more")
+            if not 1 <= count <= 64:
+                raise ConfigError(f"config.{name}", count, "counts something", "1 to 64")
+        for gemm, warps, stages in ((1, self.warps1, self.stages1), (2, self.warps2, self.stages2)):
+            if warps not in (1, 2, 4, 8, 16):
+                raise ConfigError(f"config.warps{gemm}", warps, "warps of a program", (1, 2, 4, 8, 16))
+            if not 1 <= stages <= 8:
+                raise ConfigError(f"config.stages{gemm}", stages, "tiles under way at once", "1 to 8")
         if quant == "fp8_block":
             for name in ("bn1", "bk1", "bk2"):
                 if sizes[name] != BLOCK:
