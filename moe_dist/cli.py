@@ -34,7 +34,7 @@ from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.voice import launched, leave_code, speaks, together
 from moe_dist.tables import user_folder
-from moe_dist.terminal import Terminal, say, terminal, to_standard_output
+from moe_dist.terminal import Terminal, closed_from_the_start, say, terminal, to_standard_output
 
 MOST_SEEDS = 1000
 
@@ -224,7 +224,9 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
-    output = open_output(Path(args.out), say, args.descriptors) if args.out and speaks() else None
+    if not args.out and closed_from_the_start(sys.stdout) and speaks():
+        raise ConfigError("out", None, "standard output is closed, so results would go nowhere", "a file")
+    output = open_output(args.out, say, args.descriptors) if args.out and speaks() else None
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending
@@ -275,6 +277,7 @@ def _keep_what_there_is(
     if output:
         output.close(document)
         args.ending.kept = output.kept
+        args.ending.as_json &= not output.on_standard_output  # one document was printed
     if output is None or output.problem:
         args.ending.kept = rows_in(len(outcome.rows), "on standard output, in no file")
         args.ending.results = document
@@ -291,7 +294,7 @@ def _finish(
         sys.stdout.flush()  # it may be where results go
         output.close(document)
     if args.json:
-        if speaks():
+        if speaks() and not (output and output.on_standard_output):
             _print_json(document)
         args.ending.as_json = False  # one document was printed
     else:
