@@ -32,7 +32,7 @@ from moe_dist.plan import Machine
 from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
-from moe_dist.runtime.voice import launched, leave_code, speaks, together
+from moe_dist.runtime.voice import death, launched, leave_code, speaks, together, torchrun_is_meant
 from moe_dist.tables import user_folder
 from moe_dist.terminal import Terminal, closed_from_the_start, say, terminal, to_standard_output
 
@@ -42,8 +42,8 @@ MOST_SEEDS = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
     descriptors = open_descriptors(inherited=arguments is None)  # before any of our own
-    ending = Ending(speaks, leave_code)
-    together(False)
+    ending = Ending(speaks, leave_code, death)
+    together(torchrun_is_meant(sys.argv[1:] if arguments is None else arguments))
 
     def command() -> int:
         try:
