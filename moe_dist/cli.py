@@ -230,7 +230,7 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending
-    ending.kept = output.kept if output else ""
+    ending.kept = output.kept if output else rows_in(0, f"in {args.out}") if args.out else ""
     start = group_starter(experiment, machine)
 
     def started(world: int) -> Group:
@@ -279,7 +279,8 @@ def _keep_what_there_is(
         args.ending.kept = output.kept
         args.ending.as_json &= not output.on_standard_output  # one document was printed
     if output is None or output.problem:
-        args.ending.kept = rows_in(len(outcome.rows), "on standard output, in no file")
+        there = f"on standard output; {args.out} has those that the lost rank wrote" if args.out and not output else ""
+        args.ending.kept = rows_in(len(outcome.rows), there or "on standard output, in no file")
         args.ending.results = document
         if not args.json:
             with to_standard_output():

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from moe_dist import cli
+from moe_dist.errors import RankFailure
 from moe_dist.runtime import pulse, voice
 
 TORCHRUN = {
@@ -129,6 +130,31 @@ def test_a_rank_that_was_passed_over_says_nothing(monkeypatch, tmp_path):
     assert not voice.speaks()
     assert voice.leave_code(143) == ""
     assert not (tmp_path / "code").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([], "no row is in {}"),
+        ([{"ok": True}], "1 row is on standard output; {} has those that the lost rank wrote"),
+    ],
+)
+def test_who_speaks_for_a_lost_rank_says_what_that_one_has_kept(rows, kept, monkeypatch, capsys, tmp_path):
+    def run_cases(planned, start, timeout_s, outcome, *rest):
+        outcome.rows.extend(rows)
+        voice.mute([0])
+        raise RankFailure(0, "o", 2, "died")
+
+    monkeypatch.setattr(cli, "run_cases", run_cases)
+    environment(monkeypatch)
+    path = tmp_path / "out.json"
+    command = ["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu", "--json", "--out", str(path)]
+    assert cli.main(command) == 4
+    found = capsys.readouterr()
+    document = json.loads(found.out)
+    assert document["kept"] == kept.format(path)
+    assert document.get("results", {}).get("rows", []) == rows
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
