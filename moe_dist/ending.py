@@ -129,10 +129,11 @@ class Ending:
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(document, allow_nan=False), flush=True)
 
-    def _look(self) -> None:
-        """As soon as SIGTERM comes: later, ranks that it has ended would pass for dead."""
+    def _look(self) -> bool:
+        """As soon as SIGTERM comes: later, ranks that it has ended would pass for dead. True if one is."""
         if self.signals.signum == signal.SIGTERM:
             self._death = self._death_of()
+        return self._death is not None
 
     def _interrupted(self) -> int:
         """Say what a signal means, and return the exit code."""

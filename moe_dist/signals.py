@@ -16,6 +16,7 @@ from moe_dist.interrupted import Interrupted
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP: HUNG_UP}
 ENDING = tuple(CODES)
 PATIENCE_S = 15.0  # for ranks to be freed and results to be written after a signal
+HURRY_S = 5.0  # where another rank has died: what waits for it will not end by itself
 AGAIN_S = 1.0  # a second signal after so long means now; torchrun passes one on at once that all ranks got already
 
 
@@ -26,10 +27,10 @@ class Signals:
     A thread hears of the signal too, through the wakeup descriptor: the C handler writes to it, whatever the main
     thread does and whoever replaced the Python handler. Where the main thread is stuck in C++ or a second signal comes,
     it calls `last_words` and ends the process with the exit code that those return. It calls `heard` at once after the
-    first signal, `was_heard` is set when that has returned.
+    first signal, which returns whether there is nothing to be patient for; `was_heard` is set then.
     """
 
-    def __init__(self, heard: Callable[[], None], last_words: Callable[[], int]) -> None:
+    def __init__(self, heard: Callable[[], bool], last_words: Callable[[], int]) -> None:
         self.signum: int | None = None
         self.was_heard = threading.Event()
         self._heard, self._last_words = heard, last_words
@@ -95,9 +96,10 @@ class Signals:
             raise Interrupted
 
     def _watch(self, read: int) -> None:
-        first = None
+        first, hurry = None, False
         while True:
-            left = None if first is None else max(0.0, first + PATIENCE_S - time.monotonic())
+            patience_s = HURRY_S if hurry else PATIENCE_S
+            left = None if first is None else max(0.0, first + patience_s - time.monotonic())
             ready, _, _ = select.select([read], [], [], left)
             number = os.read(read, 1)[0] if ready else None
             if number == 0:
@@ -112,7 +114,7 @@ class Signals:
                 first = time.monotonic()
                 self.signum = self.signum or number
                 try:
-                    self._heard()
+                    hurry = self._heard()
                 finally:
                     self.was_heard.set()
 

@@ -142,6 +142,10 @@ def program(code: str, **options) -> subprocess.Popen:
     )
 
 
+STUCK = (
+    "import ctypes\nwhile True:\n    try:\n        ctypes.CDLL(None).sleep(60)\n"
+    "    except KeyboardInterrupt:\n        pass"
+)
 WAITING = "ending.kept = '2 rows are in o.json'\nprint('ready', flush=True)\n"
 
 
@@ -177,11 +181,7 @@ class TestSignals:
 
     def test_in_c_where_no_handler_runs(self, number, code, word):
         """A lock of C++ never comes back to Python: the thread that hears of signals ends the process."""
-        body = (
-            "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0; import ctypes\n"
-            + WAITING
-            + "while True:\n    try:\n        ctypes.CDLL(None).sleep(60)\n    except KeyboardInterrupt:\n        pass"
-        )
+        body = "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0\n" + WAITING + STUCK
         found, err, seconds = ended(program(body), number)
         assert (found, err) == (code, f"moe-dist: {word}: 2 rows are in o.json\n")
         assert seconds < 20
@@ -196,13 +196,12 @@ class TestSignals:
 @pytest.mark.parametrize("stuck", [True, False])
 def test_a_signal_ends_with_a_document_and_a_code_too(tmp_path, stuck):
     """Also where the main thread is in C++ and the thread that hears of signals has the last word."""
-    sleep = "while True:\n    try:\n        ctypes.CDLL(None).sleep(60)\n    except KeyboardInterrupt:\n        pass"
     body = (
-        "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0; import ctypes; from pathlib import Path\n"
+        "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0; from pathlib import Path\n"
         f"ending.leave_code = lambda code: Path({str(tmp_path / 'code')!r}).write_text(str(code)) and ''\n"
         "ending.as_json = True\nprint('ready', flush=True)\n"
     )
-    process = program(body + (sleep if stuck else "time.sleep(60)"))
+    process = program(body + (STUCK if stuck else "time.sleep(60)"))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -212,15 +211,21 @@ def test_a_signal_ends_with_a_document_and_a_code_too(tmp_path, stuck):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(15, 4, "rank 0 failed in o (sequence number 2): c"), (2, 130, "i")]
+    ("number", "stuck", "code", "said"),
+    [
+        (signal.SIGTERM, False, 4, "rank 0 failed in o (sequence number 2): c"),
+        (signal.SIGTERM, True, 4, "rank 0 failed in o (sequence number 2): c"),
+        (signal.SIGINT, False, 130, "interrupted"),
+    ],
 )
-def test_sigterm_tells_a_death_where_there_was_one(number, code, said):
+def test_sigterm_tells_a_death_where_there_was_one(number, stuck, code, said):
     body = (
-        "from moe_dist.errors import RankFailure\n"
-        "ending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\nprint('ready', flush=True)\ntime.sleep(60)"
+        "from moe_dist.errors import RankFailure; import moe_dist.signals; moe_dist.signals.HURRY_S = 1.0\n"
+        "ending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\nprint('ready', flush=True)\n"
     )
-    found, err, _ = ended(program(body), number)
-    assert (found, err.startswith(f"moe-dist: {said}"), err.count("\n")) == (code, True, 1)
+    found, err, seconds = ended(program(body + (STUCK if stuck else "time.sleep(60)")), number)
+    assert (found, err) == (code, f"moe-dist: {said}\n")
+    assert seconds < 10  # the main thread has nothing left to do
 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_so():
