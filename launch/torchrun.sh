@@ -9,6 +9,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 BAD_INPUT=2
 RANK_FAILED=4
+HUNG_UP=129
+INTERRUPTED=130
 TERMINATED=143
 
 venv_torchrun=$here/../.venv/bin/torchrun
@@ -22,25 +24,39 @@ MOE_DIST_EXIT_CODE_FILE=$(mktemp) || exit 3 # the rank that speaks for all leave
 export MOE_DIST_EXIT_CODE_FILE
 trap 'rm -f "$MOE_DIST_EXIT_CODE_FILE"' EXIT
 
-terminated=
-"$TORCHRUN" "$@" <&0 &
+signalled= # the exit code of the first signal that has come
+pid=
+pass_on() {
+    signalled=${signalled:-$2}
+    [ -z "$pid" ] || kill -"$1" "$pid" 2>/dev/null
+}
+trap 'pass_on TERM "$TERMINATED"' TERM
+trap 'pass_on HUP "$HUNG_UP"' HUP
+trap 'signalled=${signalled:-$INTERRUPTED}' INT # the terminal sends it to torchrun too
+
+# What a script starts in the background ignores Ctrl-C, unless that is taken back.
+(trap - INT QUIT && exec "$TORCHRUN" "$@") <&0 &
 pid=$!
-trap 'terminated=yes; kill -TERM "$pid" 2>/dev/null' TERM
-trap : INT # the terminal sends it to torchrun too
+case $signalled in "$TERMINATED" | "$HUNG_UP") kill "$pid" 2>/dev/null ;; esac # it came before there was a process
 while :; do
     wait "$pid"
     own=$?
     kill -0 "$pid" 2>/dev/null || break # a signal ends `wait` before torchrun has ended
 done
 
+fail() {
+    echo "launch/torchrun.sh: $1" >&2
+    exit "$2"
+}
+
 code=$(cat "$MOE_DIST_EXIT_CODE_FILE")
-if [ "$own" -eq 0 ]; then
-    exit "${code:-0}"
-elif [ -n "$terminated" ] && [ -z "$code" ]; then
-    exit "$TERMINATED"
-elif [ "$own" -eq 1 ] && [ "${code:-0}" -eq 0 ]; then
-    # A rank died before it could say why, or after its work was done. 1 would mean a number out of tolerance.
-    echo "launch/torchrun.sh: a rank failed without an exit code of moe-dist's; see above" >&2
-    exit "$RANK_FAILED"
+if [ -z "$code" ]; then # no rank of moe-dist's has come to its end
+    [ -z "$signalled" ] || [ "$own" -eq 0 ] || fail "ended by a signal" "$signalled"
+    case "$own $* " in
+        "1 "*) fail "a rank failed without an exit code of moe-dist's; see above" "$RANK_FAILED" ;;
+        "0 "*" moe_dist "* | "0 "*"moe-dist "*) fail "the ranks ended before their work did" "$RANK_FAILED" ;;
+    esac
+elif [ "$own" -eq 1 ] && [ "$code" -eq 0 ]; then # 1 would mean a number out of tolerance
+    fail "a rank died after its work was done; see above" "$RANK_FAILED"
 fi
 exit "${code:-$own}"

@@ -32,9 +32,9 @@ from moe_dist.plan import Machine
 from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group
-from moe_dist.runtime.voice import launched, leave_code, speaks, together
+from moe_dist.runtime.voice import death, launched, leave_code, speaks, together, torchrun_is_meant
 from moe_dist.tables import user_folder
-from moe_dist.terminal import Terminal, say, terminal, to_standard_output
+from moe_dist.terminal import Terminal, closed_from_the_start, say, terminal, to_standard_output
 
 MOST_SEEDS = 1000
 
@@ -42,8 +42,8 @@ MOST_SEEDS = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. With `arguments` it leaves the process as it was; without, it is all that the process does."""
     descriptors = open_descriptors(inherited=arguments is None)  # before any of our own
-    ending = Ending(speaks, leave_code)
-    together(False)
+    ending = Ending(speaks, leave_code, death)
+    together(torchrun_is_meant(sys.argv[1:] if arguments is None else arguments))
 
     def command() -> int:
         try:
@@ -227,13 +227,15 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
     if not planned or (refused and not sweep):
         reasons = list(dict.fromkeys(item["reason"] for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
+    if not args.out and closed_from_the_start(sys.stdout) and speaks():
+        raise ConfigError("out", None, "standard output is closed, so results would go nowhere", "a file")
     output = None
     if args.out and speaks():
-        output = open_output(Path(args.out), say, args.descriptors, files_read(experiment, args))
+        output = open_output(args.out, say, args.descriptors, files_read(experiment, args))
     if not args.json:
         _print_chosen(asked)
     outcome, about, ending = Outcome(refused=refused), provenance(machine), args.ending
-    ending.kept = output.kept if output else ""
+    ending.kept = output.kept if output else rows_in(0, f"in {args.out}") if args.out else ""
     start = group_starter(experiment, machine)
 
     def started(world: int) -> Group:
@@ -280,8 +282,10 @@ def _keep_what_there_is(
     if output:
         output.close(document)
         args.ending.kept = output.kept
+        args.ending.as_json &= not output.on_standard_output  # one document was printed
     if output is None or output.problem:
-        args.ending.kept = rows_in(len(outcome.rows), "on standard output, in no file")
+        there = f"on standard output; {args.out} has those that the lost rank wrote" if args.out and not output else ""
+        args.ending.kept = rows_in(len(outcome.rows), there or "on standard output, in no file")
         args.ending.results = document
         if not args.json:
             with to_standard_output():
@@ -296,7 +300,7 @@ def _finish(
         sys.stdout.flush()  # it may be where results go
         output.close(document)
     if args.json:
-        if speaks():
+        if speaks() and not (output and output.on_standard_output):
             _print_json(document)
         args.ending.as_json = False  # one document was printed
     else:

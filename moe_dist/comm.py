@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ R = TypeVar("R")
 
 SETTLED_AFTER_S = 5.0  # a second thread that comes later can't have been taken for the first one on another rank
 LEAST_TIMEOUT_S = 0.001  # process groups count whole milliseconds, and take none as no limit
+LONGEST_TIMEOUT_S = 1e9  # thirty years: a deadline in nanoseconds still fits into 64 bits
 
 # torch 2.13 has new names for these two and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -53,6 +54,7 @@ class Comm:
         self.rank, self.world, self.device = rank, world, device
         self._group, self._cpu_group, self._timeout_s, self._owned = group, cpu_group, timeout_s, list(owned)
         self._user = _user_of(group, world)
+        self._real = weakref.ref(_real(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
         self._steps = 0
         self.bytes_sent = 0
@@ -95,25 +97,24 @@ class Comm:
 
         `timeout_s` bounds every collective from here on (default: the group's own timeout). Collectives of gloo are
         waited for so long; a group of NCCL gets it as its own timeout, since only its own watchdog sees the device.
-        Raises ConfigError without torch.distributed, for a device that the group can't serve, and for a process that
-        is not in the group.
+        Raises ConfigError without torch.distributed, for what is no process group or was destroyed, for a device that
+        the group can't serve, and for a process that is not in the group.
         """
         if not dist.is_initialized():
             raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
-        rank = dist.get_rank(group)
-        if rank < 0:
-            raise ConfigError("process group", "another's", "this process is not in it", "a group that it is in")
+        rank = _rank_in(group)
         device, backends = _device(device), _backends(group)
         if device.type not in backends:
             raise ConfigError("device", str(device), "the process group has no backend for it", tuple(backends))
         device = _with_index(device)
         if timeout_s is None:
             timeout_s = _timeout_of(group, device)
-        elif type(timeout_s) not in (int, float) or not LEAST_TIMEOUT_S <= timeout_s < math.inf:
-            raise ConfigError("timeout_s", timeout_s, "bounds every collective", f"seconds, {LEAST_TIMEOUT_S} or more")
+        elif type(timeout_s) not in (int, float) or not LEAST_TIMEOUT_S <= timeout_s <= LONGEST_TIMEOUT_S:
+            legal = f"seconds, {LEAST_TIMEOUT_S} to {LONGEST_TIMEOUT_S:.0f}"
+            raise ConfigError("timeout_s", timeout_s, "bounds every collective", legal)
         elif backends[device.type] == "nccl":
             _set_pg_timeout(timedelta(seconds=timeout_s), group)
-        cpu_group, owned = group, []  # None is the default group: an object of it, held until exit, can abort gloo
+        cpu_group, owned = group, []
         if backends.get("cpu") != "gloo":
             members = dist.get_process_group_ranks(group)
             cpu_group = dist.new_group(
@@ -233,14 +234,26 @@ class Comm:
         """[world·n, ...] on every rank to this rank's [n, ...] of the sum."""
         if self.world == 1:
             return rows
-        out = rows.new_empty(rows.shape[0] // self.world, *rows.shape[1:])
         rows = rows.contiguous()
-        self._run(
-            "reduce_scatter",
-            lambda: self._wait(_reduce_scatter(out, rows, group=self._group, async_op=self._waits)),
-        )
+        out = self._run("reduce_scatter", lambda: (self._summed if self._waits else self._scattered)(rows))
         self.bytes_sent += rows.nbytes * (self.world - 1) // self.world
         return out
+
+    def _scattered(self, rows: Tensor) -> Tensor:
+        out = rows.new_empty(rows.shape[0] // self.world, *rows.shape[1:])
+        self._wait(_reduce_scatter(out, rows, group=self._group, async_op=self._waits))
+        return out
+
+    def _summed(self, rows: Tensor) -> Tensor:
+        """The same by gloo, whose own reduce-scatter can't be waited for with a limit, and sends twice as much: each
+        rank's part by all-to-all, added here in rank order, 16-bit numbers in float32."""
+        parts = torch.empty_like(rows)
+        self._wait(dist.all_to_all_single(parts, rows, group=self._group, async_op=True))
+        first, *others = parts.chunk(self.world) if len(parts) else [parts]
+        total = first.float() if rows.dtype in (torch.bfloat16, torch.float16) else first
+        for part in others:
+            total += part
+        return total.to(rows.dtype)
 
     def all_reduce(self, rows: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -333,12 +346,23 @@ class Comm:
         if work is not None:
             work.wait(timedelta(seconds=self._timeout_s))
 
+    def _check_group(self) -> None:
+        """The default group is whichever there is now: in another one ranks may have other numbers."""
+        if self._real is not None:
+            with suppress(ValueError):  # of torch, for a group that was destroyed
+                if self._real() is _real(self._group) and dist.get_rank(self._group) == self.rank:
+                    return
+            raise RuntimeError(
+                "the process group of this Comm was destroyed; make a new Comm from the one that is there"
+            )
+
     def _run(self, op: str, call: Callable[[], R]) -> R:
         self.check_thread()
         self.sequence += 1
         if self.noted:
             self.noted(op, self.sequence)
         try:
+            self._check_group()
             result = call()
         except Exception as error:
             raise RankFailure(self.rank, op, self.sequence, _short(error)) from error
@@ -386,6 +410,24 @@ def _user_of(group: dist.ProcessGroup | None, world: int) -> _User:
     if world == 1 or not dist.is_initialized():
         return _User()
     return _users.setdefault(dist.group.WORLD if group is None else group, _User())
+
+
+def _real(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """With None for the default one, which is not to be held: an object of it that lives until exit can abort gloo."""
+    return dist.group.WORLD if group is None else group  # type: ignore[return-value]
+
+
+def _rank_in(group: Any) -> int:
+    """Raises ConfigError where this process has none in it."""
+    legal = "a ProcessGroup that this process is in, or None for the default one"
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ConfigError("process group", "another's", "this process is not in it", legal)
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        raise ConfigError("process group", group, f"it is of type {type(group).__name__}", legal)
+    try:
+        return dist.get_rank(group)
+    except ValueError:
+        raise ConfigError("process group", "an old one", "it was destroyed", legal) from None
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -15,23 +15,43 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import MoeDistError, RankFailure
-from moe_dist.exit_codes import BROKEN_PIPE, CLUSTER_LOST, NOT_WRITTEN, TOO_SMALL, UNEXPECTED, code_of
+from moe_dist.exit_codes import (
+    BROKEN_PIPE,
+    CLUSTER_LOST,
+    HUNG_UP,
+    INTERRUPTED,
+    NOT_WRITTEN,
+    TERMINATED,
+    TOO_SMALL,
+    UNEXPECTED,
+    code_of,
+)
 from moe_dist.signals import Signals
 from moe_dist.terminal import reader_is_gone, say, silence, take_any_text
 
 LAST_WORDS_S = 10.0
+LOOK_S = 2.0  # that it may take to see who has died
+WORDS = {TERMINATED: "terminated", HUNG_UP: "hung up", INTERRUPTED: "interrupted"}
 
 
 class Ending:
     """What must be known to end well, whatever happens. `kept` says what was measured so far and where it is; `results`
     is what was measured, where no file keeps it. Under torchrun every rank runs the command, and only the one that
-    `speaks` says anything and leaves its exit code (`leave_code`, which returns what went wrong)."""
+    `speaks` says anything and leaves its exit code (`leave_code`, which returns what went wrong). torchrun sends
+    SIGTERM to all ranks when one has died: then it is the death that is to be told, which `death` knows."""
 
-    def __init__(self, speaks: Callable[[], bool], leave_code: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        speaks: Callable[[], bool],
+        leave_code: Callable[[int], str],
+        death: Callable[[], RankFailure | None] = lambda: None,
+    ) -> None:
         self.speaks, self.leave_code, self.as_json = speaks, leave_code, False
+        self._death_of = death
+        self._death: RankFailure | None = None
         self.kept = ""
         self.results: dict[str, Any] | None = None
-        self.signals = Signals(self._interrupted)
+        self.signals = Signals(self._look, self._last_words)
 
     def code_of(self, command: Callable[[], int], last: bool) -> int:
         """Run it and return its exit code. `last`: nothing else runs in this process afterwards."""
@@ -77,11 +97,9 @@ class Ending:
             raise error
         if isinstance(error, SystemExit):  # of a handler that Ray has set; the thread that hears of signals is as quick
             time.sleep(0.1)
-        # torchrun sends SIGTERM to all ranks when one has died: then it is the death that is to be told.
         died = isinstance(error, RankFailure) and getattr(error, "own", False)
         if (self.signals.signum is not None and not died) or isinstance(error, KeyboardInterrupt):
-            self._interrupted()
-            return self.signals.code
+            return self._interrupted()
         if isinstance(error, MoeDistError):
             self._report(type(error).__name__, str(error))
             return code_of(error)
@@ -100,21 +118,42 @@ class Ending:
         if not self.speaks():
             time.sleep(LAST_WORDS_S)  # torchrun ends all ranks as soon as one ends: the first must have spoken by then
             return
+        self._print_json(name, message)
+        say(message + (f"; {self.kept}" if self.kept else ""), "red")
+
+    def _print_json(self, name: str, message: str) -> None:
         if self.as_json:
             document: dict[str, Any] = {"error": name, "message": message}
             if self.kept:
                 document |= {"kept": self.kept} | ({"results": self.results} if self.results else {})
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(document, allow_nan=False), flush=True)
-        say(message + (f"; {self.kept}" if self.kept else ""), "red")
 
-    def _interrupted(self) -> None:
+    def _look(self) -> bool:
+        """As soon as SIGTERM comes: later, ranks that it has ended would pass for dead. True if one is."""
+        if self.signals.signum == signal.SIGTERM:
+            self._death = self._death_of()
+        return self._death is not None
+
+    def _interrupted(self) -> int:
+        """Say what a signal means, and return the exit code."""
+        if self.signals.signum is not None:
+            self.signals.was_heard.wait(LOOK_S)
+        if self._death is not None:
+            if self.speaks():
+                self._report(type(self._death).__name__, str(self._death))
+            return code_of(self._death)
         if self.speaks():
-            word = "terminated" if self.signals.signum == signal.SIGTERM else "interrupted"
-            if self.as_json and self.results:
-                with contextlib.suppress(OSError):
-                    print(json.dumps({"error": word, "message": self.kept, "results": self.results}), flush=True)
+            word = WORDS[self.signals.code]
+            with contextlib.suppress(OSError):
+                self._print_json(word, self.kept or word)
             say(word + (f": {self.kept}" if self.kept else ""))
+        return self.signals.code
+
+    def _last_words(self) -> int:
+        code = self._interrupted()
+        self.leave_code(code)
+        return code
 
 
 def _traceback_file(error: BaseException) -> Path | None:

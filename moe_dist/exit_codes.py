@@ -12,7 +12,8 @@ RANK_FAILED = 4
 CLUSTER_LOST = 5
 NOT_WRITTEN = 6
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
-INTERRUPTED = 130  # 128 + the signal's number, as shells have it
+HUNG_UP = 129  # 128 + the signal's number, as shells have it
+INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
 
@@ -26,6 +27,7 @@ MEANINGS = {
     CLUSTER_LOST: "the Ray cluster was lost",
     NOT_WRITTEN: "results were measured and could not be written where they were asked for",
     UNEXPECTED: "an unexpected error, a fault of moe_dist: please report it",
+    HUNG_UP: "the terminal was closed (SIGHUP)",
     INTERRUPTED: "interrupted (Ctrl-C)",
     BROKEN_PIPE: "the reader of the output has gone",
     TERMINATED: "terminated (SIGTERM)",

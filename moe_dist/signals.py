@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: an exception in the main thread, and an end in bounded time wherever that thread is."""
+"""SIGINT, SIGTERM and SIGHUP: an exception in the main thread, and an end in bounded time wherever that thread is."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from moe_dist.exit_codes import INTERRUPTED, TERMINATED
+from moe_dist.exit_codes import HUNG_UP, INTERRUPTED, TERMINATED
 from moe_dist.interrupted import Interrupted
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP: HUNG_UP}
+ENDING = tuple(CODES)
 PATIENCE_S = 15.0  # for ranks to be freed and results to be written after a signal
+HURRY_S = 5.0  # where another rank has died: what waits for it will not end by itself
 AGAIN_S = 1.0  # a second signal after so long means now; torchrun passes one on at once that all ranks got already
 
 
@@ -24,12 +26,14 @@ class Signals:
 
     A thread hears of the signal too, through the wakeup descriptor: the C handler writes to it, whatever the main
     thread does and whoever replaced the Python handler. Where the main thread is stuck in C++ or a second signal comes,
-    it calls `last_words` and ends the process.
+    it calls `last_words` and ends the process with the exit code that those return. It calls `heard` at once after the
+    first signal, which returns whether there is nothing to be patient for; `was_heard` is set then.
     """
 
-    def __init__(self, last_words: Callable[[], None]) -> None:
+    def __init__(self, heard: Callable[[], bool], last_words: Callable[[], int]) -> None:
         self.signum: int | None = None
-        self._last_words = last_words
+        self.was_heard = threading.Event()
+        self._heard, self._last_words = heard, last_words
         self._raised = False
         self._held: set[int | signal.Signals] | None = None
         self._before: dict[int, object] = {}
@@ -37,7 +41,7 @@ class Signals:
 
     @property
     def code(self) -> int:
-        return TERMINATED if self.signum == signal.SIGTERM else INTERRUPTED
+        return next((code for number, code in CODES.items() if number == self.signum), INTERRUPTED)
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread():
@@ -92,21 +96,27 @@ class Signals:
             raise Interrupted
 
     def _watch(self, read: int) -> None:
-        first = None
+        first, hurry = None, False
         while True:
-            left = None if first is None else max(0.0, first + PATIENCE_S - time.monotonic())
+            patience_s = HURRY_S if hurry else PATIENCE_S
+            left = None if first is None else max(0.0, first + patience_s - time.monotonic())
             ready, _, _ = select.select([read], [], [], left)
             number = os.read(read, 1)[0] if ready else None
             if number == 0:
                 return
             if number is None or (first and number in ENDING and time.monotonic() - first > AGAIN_S):
+                code = self.code
                 try:
-                    self._last_words()
+                    code = self._last_words()
                 finally:
-                    os._exit(self.code)
+                    os._exit(code)
             if first is None and number in ENDING:
                 first = time.monotonic()
                 self.signum = self.signum or number
+                try:
+                    hurry = self._heard()
+                finally:
+                    self.was_heard.set()
 
     def _hold(self) -> None:
         """A forked child has handlers and pipe of its parent until it forgets them, and its signals are its own."""

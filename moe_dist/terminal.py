@@ -73,6 +73,11 @@ def take_any_text() -> None:
             stream.reconfigure(errors="replace")
 
 
+def closed_from_the_start(stream: TextIO) -> bool:
+    """Whether `take_any_text` has put it there: standard streams that are open have names of their own."""
+    return getattr(stream, "name", None) == os.devnull
+
+
 def reader_is_gone() -> bool:
     """Whether standard output or standard error is a pipe that nobody reads any more."""
     return any(_nobody_reads(stream) for stream in (sys.stdout, sys.stderr))

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import select
+import socket
 import stat
 import time
 from abc import ABC, abstractmethod
@@ -40,6 +42,7 @@ class Output(ABC):
 
     def __init__(self, path: Path, say: Say) -> None:
         self.path, self.rows = path, 0
+        self.claim: Any = None  # what keeps other commands away, until it is closed or gone
         self.problem: OutputError | None = None
         self._say = say
 
@@ -51,6 +54,13 @@ class Output(ABC):
         """At the end, whatever the end was."""
         if self.problem or len(document["rows"]) > self.rows:
             self._keep(document)
+        if self.claim is not None:
+            self.claim.close()
+
+    @property
+    def on_standard_output(self) -> bool:
+        """Whether the results are what standard output gets."""
+        return False
 
     @property
     def kept(self) -> str:
@@ -75,11 +85,13 @@ class Output(ABC):
 class File(Output):
     """A regular file, replaced whole after each row: a reader never sees half of it, and what was complete stays until
     more is. A link is followed; mode and owner of a file that is there stay. `in_place`: one with several names, which
-    must stay one file, is written over, and only when a copy has shown that there is room."""
+    must stay one file, is written over, and only when a copy has shown that there is room. What somebody else has put
+    there meanwhile is left alone."""
 
     def __init__(self, path: Path, say: Say, in_place: bool = False) -> None:
         super().__init__(path, say)
         self.target, self._in_place = Path(os.path.realpath(path)), in_place
+        self._state = _state(self.target)
 
     def update(self, document: Document) -> None:
         self._keep(document)
@@ -90,15 +102,24 @@ class File(Output):
                 file.write(text)
                 file.flush()
                 os.fsync(descriptor)  # a full disk or quota shows here at the latest
-            if not self._in_place:
-                try:
-                    os.replace(partial, self.target)
-                except OSError as error:
-                    if error.errno != errno.EBUSY:
-                        raise
-                    self._in_place = True  # a mount point of its own, as containers have them
-            if self._in_place:
-                self.target.write_text(text)
+            if _state(self.target) not in (self._state, None):
+                self.rows = 0
+                raise OSError(errno.EBUSY, "something else has written to it since")
+            try:
+                self._put(partial, text)
+            finally:
+                self._state = _state(self.target)
+
+    def _put(self, partial: Path, text: str) -> None:
+        if not self._in_place:
+            try:
+                os.replace(partial, self.target)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                self._in_place = True  # a mount point of its own, as containers have them
+        if self._in_place:
+            self.target.write_text(text)
 
     @contextlib.contextmanager
     def partial(self) -> Iterator[tuple[Path, int]]:
@@ -124,6 +145,11 @@ class Through(Output):
     def __init__(self, path: Path, say: Say, descriptor: int) -> None:
         super().__init__(path, say)
         self._descriptor = descriptor
+        self._standard = _same_file(descriptor, STANDARD["stdout"])
+
+    @property
+    def on_standard_output(self) -> bool:
+        return self._standard
 
     def write(self, text: str) -> None:
         left = memoryview(text.encode())
@@ -140,28 +166,69 @@ def rows_in(rows: int, place: str) -> str:
     return f"{rows} rows are {place}" if rows > 1 else f"{('no row', '1 row')[rows]} is {place}"
 
 
+def _state(path: Path) -> tuple[int, int] | None:
+    """By which a file that was written to is known. None: there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _same_file(one: int, other: int) -> bool:
+    try:
+        return os.path.sameopenfile(one, other)
+    except OSError:  # one of them is closed
+        return False
+
+
+def _claimed(target: Path) -> socket.socket:
+    """Two commands that replace one file would lose each other's rows. This name of the system (an abstract socket's)
+    ends with the process that has it, however that ends, and leaves nothing behind. Raises OSError where another one
+    has it; one in another container or on another machine shows when it has written."""
+    folder = os.stat(target.parent)
+    key = f"{folder.st_dev} {folder.st_ino} ".encode() + os.fsencode(target.name)
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind("\0moe-dist-out-" + hashlib.sha256(key).hexdigest())
+    except OSError:
+        claim.close()
+        raise OSError(errno.EBUSY, "another command that is running writes to it") from None
+    return claim
+
+
 def said(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def open_output(path: Path, say: Say, given: Container[int] | None = None, reads: Iterable[Path | str] = ()) -> Output:
+def open_output(
+    path: Path | str, say: Say, given: Container[int] | None = None, reads: Iterable[Path | str] = ()
+) -> Output:
     """Before anything is measured: results that can't be kept are minutes lost. Makes missing folders, and says which
     older results will be overwritten; a file that holds anything else stays. `given`: the descriptors that may be
     written to, where not all may. `reads`: files and folders that the command reads. Raises ConfigError."""
+    folder, path = os.fspath(path).endswith("/"), Path(path)
     try:
+        if folder:
+            raise OSError(errno.EISDIR, "it ends with /, as a folder's name does")
         _refuse_inputs(path, reads)
         descriptor = _descriptor_of(path)
         if descriptor is not None:
             if given is not None and descriptor not in given:
                 raise OSError(errno.EBADF, "no such descriptor was given to this process")
             return Through(path, say, os.dup(descriptor))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(os.path.realpath(path))
+        for parent in (path.parent, target.parent):  # the second of a link that points at nothing yet
+            _make_folder(parent)
         try:
             found = os.stat(path)
         except FileNotFoundError:
             found = None
         if found is None or stat.S_ISREG(found.st_mode):
-            return _regular(path, found, say)
+            claim = _claimed(target)
+            output = _regular(path, found, say)
+            output.claim = claim
+            return output
         return Through(path, say, _open_device(path, found.st_mode))
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         problem = said(error) if isinstance(error, OSError) else str(error)
@@ -176,6 +243,14 @@ def _refuse_inputs(path: Path, reads: Iterable[Path | str]) -> None:
         if same or found in target.parents:
             rule = f"would be written over {given}," if same else f"lies in {given},"
             raise ConfigError("out", str(path), f"{rule} which this command reads", "a file beside what is read")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        wrong = (part for part in (path, *path.parents) if os.path.lexists(part) and not part.is_dir())
+        raise OSError(errno.ENOTDIR, f"{next(wrong, path)} is no folder") from None
 
 
 def open_descriptors(inherited: bool) -> frozenset[int]:

@@ -9,10 +9,13 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 
 _LAYOUT = struct.Struct("=qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
 _TIMES, _OP, _STATUS = slice(8, 24), slice(24, 56), slice(56, 216)
+
+RUN = (b"TORCHELASTIC_RUN_ID", b"MASTER_ADDR", b"MASTER_PORT")  # one run of torchrun
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class Peer:
         sequence, beat, since, op, status = _LAYOUT.unpack(self._memory[:])
         now = time.monotonic()  # one clock for all processes of a machine
         doing, running = (text.rstrip(b"\0").decode(errors="replace") for text in (status, op))
-        state, ended = _state(self.pid), self.ended()
+        ended = self.ended()
         return Sight(
             self.rank, doing, running, sequence, max(0.0, now - beat), max(0.0, now - since), finished,
-            stopped=state in ("T", "t") and ended is None, ended=ended,
+            stopped=stopped(self.pid) and ended is None, ended=ended,
         )  # fmt: skip
 
     def ended(self) -> str | None:
@@ -89,6 +92,40 @@ class Peer:
     def close(self) -> None:
         self._memory.close()
         os.close(self._pidfd)
+
+
+def ranks_here() -> dict[int, list[int]]:
+    """The living processes of this machine that work for each rank of this run of torchrun, by the environment that
+    they were started with: the rank's own, and what it has started."""
+    found: dict[int, list[int]] = {}
+    own = _environment(os.getpid())
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        its = _environment(pid)
+        if all(its.get(name) == own.get(name) for name in RUN) and its.get(b"RANK", b"").isdigit():
+            found.setdefault(int(its[b"RANK"]), []).append(pid)
+    return found
+
+
+def stopped(pid: int) -> bool:
+    return _state(pid) in ("T", "t")
+
+
+def siblings_ended_by(signals: Container[int]) -> bool:
+    """Whether a process that this one's parent has started, and not waited for yet, was ended by one of these."""
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        fields = _stat(pid)
+        if fields and fields[0] == "Z" and int(fields[1]) == os.getppid() and int(fields[-1]) & 0x7F in signals:
+            return True
+    return False
+
+
+def _environment(pid: int) -> dict[bytes, bytes]:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            pairs = [entry.partition(b"=") for entry in file.read().split(b"\0")]
+    except OSError:  # ended, or somebody else's
+        return {}
+    return {name: value for name, _, value in pairs}
 
 
 def _padded(text: str, size: int) -> bytes:

@@ -34,12 +34,14 @@ from moe_dist.interrupted import is_signal
 from moe_dist.runtime import voice
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
-from moe_dist.runtime.pulse import Peer, Sight
+from moe_dist.runtime.pulse import Peer, Sight, ranks_here, stopped
 from moe_dist.runtime.rendezvous import LOOPBACK, bind_gloo, break_sockets, open_sockets
 
 LOOK_EVERY_S = 1.0
 GRACE_S = 2.5  # after a collective broke: time to learn from the others what broke it
 RETURNED, FAILED = "gathering results", "failed"  # in place of a collective's name in a rank's record
+SPEAKS = "failed and speaks for all"
+TOLD = (FAILED, SPEAKS)
 
 
 class TorchrunGroup:
@@ -69,6 +71,10 @@ class TorchrunGroup:
         self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
         self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._watcher = _Watcher(self.context, self._store, silence_timeout_s, open_sockets() - before)
+        try:  # the end of a rank that nobody sees yet could not be told from anything else
+            dist.barrier(group=self._results)
+        except Exception as error:
+            raise (voice.death() or RankFailure(self.rank, "starting", 0, said_by(error))) from error
 
     def _reach_store(self, timeout_s: float) -> Store:
         try:
@@ -86,6 +92,9 @@ class TorchrunGroup:
             if not missing:
                 raise
             voice.mute(missing)
+            for pid in (pid for rank, pids in ranks_here().items() if rank in missing for pid in pids):
+                if stopped(pid):  # it would hold torchrun up for half a minute
+                    atexit.register(_kill, pid)
             waited = f"did not come within {timeout_s:g} s; rank {self.rank} waited in {failure.op}"
             raise RankFailure(missing[0], "starting", 0, waited) from failure
 
@@ -166,6 +175,8 @@ class _Watcher:
         self._context.pulse.note(FAILED, self._context.comm.sequence)
         self._mute()
         self._settling = False
+        if voice.speaks():
+            self._context.pulse.note(SPEAKS, self._context.comm.sequence)
         if self._ending and not voice.speaks():
             signal.raise_signal(signal.SIGTERM)  # as torchrun wished while it was not known who speaks
         return failure
@@ -189,14 +200,20 @@ class _Watcher:
 
     def _mute(self) -> None:
         """Who can't speak, is passed over; what is stopped would hold torchrun up for half a minute at the end."""
+        self._heed()
         for peer in self._peers:
             sight = peer.sight()
-            if sight.rank == self._context.rank or sight.op == FAILED:  # that one has spoken for itself
+            if sight.rank == self._context.rank or sight.op in TOLD:  # that one has spoken for itself
                 continue
             if sight.ended or sight.stopped or sight.silent_s > self._silence_s:
                 voice.mute([sight.rank])
                 if sight.stopped:
-                    atexit.register(_kill, peer)
+                    atexit.register(_kill, peer.pid)
+
+    def _heed(self) -> None:
+        """A rank that a higher one speaks for was passed over itself, and is silent from now on."""
+        if any(peer.rank > self._context.rank and peer.sight().op == SPEAKS for peer in self._peers):
+            voice.mute([self._context.rank])
 
     def close(self) -> None:
         self._stop.set()
@@ -206,7 +223,7 @@ class _Watcher:
     def _sights(self) -> list[Sight]:
         sights = [peer.sight() for peer in self._peers]
         return [
-            replace(sight, op="", finished=sight.op == RETURNED) if sight.op in (RETURNED, FAILED) else sight
+            replace(sight, op="", finished=sight.op == RETURNED) if sight.op in (RETURNED, *TOLD) else sight
             for sight in sights
         ]
 
@@ -231,7 +248,7 @@ class _Watcher:
     def _failed(self) -> MoeDistError | None:
         """The failure of a rank that has told it."""
         for peer in self._peers:
-            if peer.rank != self._context.rank and peer.sight().op == FAILED:
+            if peer.rank != self._context.rank and peer.sight().op in TOLD:
                 with suppress(Exception):
                     failure: MoeDistError = self._read(f"failure{peer.rank}")
                     return failure
@@ -241,7 +258,7 @@ class _Watcher:
         """The failure of a rank whose process ended before it could tell anything."""
         for peer in self._peers:
             sight = peer.sight()
-            if sight.ended and sight.rank != self._context.rank and sight.op != FAILED:
+            if sight.ended and sight.rank != self._context.rank and sight.op not in TOLD:
                 return _death(sight)
         return None
 
@@ -271,6 +288,7 @@ class _Watcher:
                 return
             if self._over and voice.speaks():
                 return  # this process is about to say what happened, and ends by itself
+            self._heed()
             if not self._over and (death := self._died()) is not None:
                 self._over = True
                 self._mute()
@@ -292,7 +310,7 @@ def _death(sight: Sight) -> RankFailure:
     return failure
 
 
-def _kill(peer: Peer) -> None:
-    if peer.ended() is None:
+def _kill(pid: int) -> None:
+    if stopped(pid):
         with suppress(OSError):
-            os.kill(peer.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)

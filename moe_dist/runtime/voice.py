@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.runtime.pulse import ranks_here, siblings_ended_by
+from moe_dist.signals import ENDING
 
 CODE_FILE = (
     "MOE_DIST_EXIT_CODE_FILE"  # set by launch/torchrun.sh: torchrun itself ends with 1 whatever a rank ended with
@@ -15,6 +18,7 @@ TORCHRUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 MOST_RANKS, LAST_PORT = 1 << 20, (1 << 16) - 1
 
 _mute: set[int] = set()  # ranks that were found dead or stopped
+_left = False  # whether this process has left an exit code
 _together = False  # whether this process works as one of torchrun's ranks
 
 
@@ -60,6 +64,11 @@ def together(ranks_of_torchrun: bool) -> None:
         _mute.clear()
 
 
+def torchrun_is_meant(arguments: Iterable[str]) -> bool:
+    """Whether a command line has `--runtime torchrun`, in any of its forms: known before it is parsed, or can be."""
+    return any(argument.rpartition("=")[2] == "torchrun" for argument in arguments)
+
+
 def mute(ranks: Iterable[int]) -> None:
     _mute.update(ranks)
 
@@ -72,18 +81,46 @@ def speaks() -> bool:
         rank = launched().rank
     except ConfigError:  # which is what it has to say
         return True
-    return all(lower in _mute for lower in range(rank))
+    return rank not in _mute and all(lower in _mute for lower in range(rank))
+
+
+def death() -> RankFailure | None:
+    """That of a rank of this machine whose process is gone and has left no exit code, or None: SIGTERM comes from
+    torchrun then, and nobody wished to end the run. From now on that rank is passed over. Without launch/torchrun.sh
+    nobody knows whether a rank that is gone has spoken."""
+    if not _together:
+        return None
+    try:
+        if Path(os.environ[CODE_FILE]).read_text():
+            return None
+        here = launched()
+    except (KeyError, OSError, ValueError, ConfigError):
+        return None
+    first = here.rank - here.local_rank
+    there = ranks_here()
+    gone = [rank for rank in range(first, first + here.local_world) if rank not in there]
+    if not gone or siblings_ended_by(ENDING):  # which has come to all
+        return None
+    mute(gone)
+    return RankFailure(gone[0], "starting or ending", 0, "its process died")
 
 
 def leave_code(code: int) -> str:
-    """Leave `code` for launch/torchrun.sh, if this is the rank that speaks. Never raises: what went wrong, or ""."""
+    """Leave `code` for launch/torchrun.sh, if this is the rank that speaks and no other one has left its own. Never
+    raises: what went wrong, or ""."""
+    global _left
     path = os.environ.get(CODE_FILE)
     if path and speaks():
         try:
             # A FIFO that nobody reads would be waited for.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-            with open(descriptor, "w") as file:
-                file.write(str(code))
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            with open(descriptor, "r+") as file:
+                if not (before := file.read()) or _left:
+                    file.seek(0)
+                    file.write(str(code))
+                    if before:
+                        file.truncate()
+                    _left = True
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
             return f"the exit code {code} can't be written to {CODE_FILE} = {path}: {problem}"

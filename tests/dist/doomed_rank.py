@@ -1,8 +1,12 @@
-"""`moe-dist run` under torchrun, in which one rank fails: torchrun --nproc-per-node 2 doomed_rank.py HOW RANK"""
+"""`moe-dist run` under torchrun, in which one rank fails: torchrun --nproc-per-node 2 doomed_rank.py HOW RANK
+
+HOW "import" is death before there is a group, "early" death as soon as there is one, "spin" computing that lets no other
+thread of the process run."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,7 +16,9 @@ from typing import Any
 from moe_dist import cli
 from moe_dist.bench import runner
 from moe_dist.bench.results import Outcome
+from moe_dist.runtime import torchrun_group
 from moe_dist.runtime.context import RankContext
+from moe_dist.runtime.pulse import Peer
 
 HOW, DOOMED = sys.argv[1], int(sys.argv[2])
 began = 0.0
@@ -21,6 +27,8 @@ began = 0.0
 def work(context: RankContext, *_: Any) -> Any:
     """Twenty collectives, then one rank fails while the other waits for it in the next."""
     global began
+    if HOW == "early" and context.rank == DOOMED:
+        os._exit(7)
     for _ in range(20):
         context.comm.barrier()
     context.progress("work of a doomed rank")
@@ -34,6 +42,8 @@ def work(context: RankContext, *_: Any) -> Any:
             raise ValueError("a\ud800b")
         if HOW == "result":
             return threading.Lock()
+        if HOW == "spin":
+            re.match(r"(a+)+$", "a" * 40 + "b")
         if HOW == "return":
             return None
         if HOW == "sleep":
@@ -44,7 +54,17 @@ def work(context: RankContext, *_: Any) -> Any:
     context.comm.barrier()
 
 
+def slow_peer(*record: int) -> Peer:
+    time.sleep(1)
+    return Peer(*record)
+
+
 def main() -> int:
+    if HOW == "import" and int(os.environ["RANK"]) == DOOMED:
+        time.sleep(2)  # the other one has come further by then
+        os.kill(os.getpid(), signal.SIGKILL)
+    if HOW == "early" and int(os.environ["RANK"]) != DOOMED:
+        torchrun_group.Peer = slow_peer  # type: ignore[assignment, misc]
     if HOW == "wrong":
         Outcome.ok = property(lambda _: False)  # type: ignore[assignment]
     else:

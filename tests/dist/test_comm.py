@@ -58,7 +58,7 @@ def test_all_gather(pool: Pool, world: int, rows: int) -> None:
 
 def sum_everything(comm: Comm, rows: int) -> list[str]:
     wrong = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64):
         inputs = [part(rank, comm.world * rows, 6, dtype) for rank in range(comm.world)]
         total = torch.stack(inputs).float().sum(0).to(dtype)
         own = inputs[comm.rank]
@@ -185,6 +185,7 @@ OPERATIONS = {
     "all_to_all": lambda comm: comm.all_to_all([torch.zeros(4, 3)], [2, 2], [2, 2]),
     "agree_max": lambda comm: comm.agree_max(1),
     "barrier": lambda comm: comm.barrier(),
+    "meet": lambda comm: comm.meet(1, None, alike=False),
 }
 
 
@@ -193,8 +194,9 @@ def _wait_in_vain(rank: int, port: int, results: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     comm = Comm.join(rank, 2, store, torch.device("cpu"), 60.0)
-    seconds = timedelta(seconds=TIMEOUT_S)
-    comms = {name: Comm.from_group("cpu", dist.new_group([0, 1], timeout=seconds)) for name in OPERATIONS}
+    longer = timedelta(seconds=60)  # of the groups: the timeout of a Comm holds
+    groups = {name: dist.new_group([0, 1], timeout=longer) for name in OPERATIONS}
+    comms = {name: Comm.from_group("cpu", group, TIMEOUT_S) for name, group in groups.items()}
     for own in comms.values():
         own.barrier()  # sequence number 1, and proof that the group works
     comm.barrier()
@@ -220,6 +222,30 @@ def _wait_in_vain(rank: int, port: int, results: Connection) -> None:
         thread.join()
     results.send(found)
     os._exit(0)
+
+
+def _groups_that_end(rank: int, port: int, results: Connection) -> None:
+    """The default group is destroyed under a Comm, and another one formed in which the ranks have changed places."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    comms = [Comm.join(rank, 2, store, torch.device("cpu"), 10.0)]
+    comms.append(Comm.from_group("cpu", dist.new_group([0, 1])))
+    for comm in comms:
+        comm.barrier()
+    dist.destroy_process_group()
+    found = [_said(comm) for comm in comms]
+    dist.init_process_group("gloo", store=dist.PrefixStore("second", store), rank=1 - rank, world_size=2)
+    found += [_said(comm) for comm in comms]
+    assert Comm.from_group("cpu").agree_max(rank) == 1
+    results.send(found)
+    os._exit(0)
+
+
+def _said(comm: Comm) -> str:
+    try:
+        return str(comm.agree_max(1))
+    except RankFailure as error:
+        return str(error)
 
 
 def _join_alone(_: int, port: int, results: Connection) -> None:
@@ -260,6 +286,12 @@ def test_a_rank_that_never_comes_is_a_rank_failure_in_time() -> None:
         assert cause
         assert "\n" not in cause
         assert 0.8 * TIMEOUT_S <= seconds <= TIMEOUT_S + 5, name
+
+
+def test_a_comm_does_not_outlive_its_group() -> None:
+    for said in result_of_rank_0(_groups_that_end, 2, 60.0):
+        assert said.startswith("rank 0 failed in agree_max (sequence number ")
+        assert "the process group of this Comm was destroyed" in said
 
 
 def test_a_rendezvous_that_nobody_joins_is_a_rank_failure() -> None:

@@ -99,10 +99,16 @@ def what_is_refused(rank: int) -> dict[str, Any]:
     group = dist.new_group([0, 1])
     if rank > 1:
         return {"refused": [refusal(lambda: Comm.from_group("cpu", group))], "words": ["not in it"]}
-    wrong = (0, -1, 0.0005, float("nan"), float("inf"), "5", True)
+    wrong = (0, -1, 0.0005, 1.1e9, 1e15, 10**400, float("nan"), float("inf"), "5", True)
     calls = [lambda seconds=seconds: Comm.from_group("cpu", group, timeout_s=seconds) for seconds in wrong]
     calls += [lambda device=device: Comm.from_group(device, group) for device in ("xla", "gpu", 3.5, "cuda")]
-    words = ["timeout_s"] * len(wrong) + ["no backend", "device = 'gpu'", "device = 3.5", "device = 'cuda'"]
+    words = ["legal: seconds, 0.001 to 1000000000"] * len(wrong)
+    words += ["no backend", "device = 'gpu'", "device = 3.5", "device = 'cuda'"]
+    gone = dist.new_group([0, 1])
+    dist.destroy_process_group(gone)
+    for none, word in (([0, 1], "of type list"), ("WORLD", "of type str"), (0, "of type int"), (gone, "was destroyed")):
+        calls.append(lambda none=none: Comm.from_group("cpu", none))
+        words.append(word)
     return {"refused": [refusal(call) for call in calls], "words": words}
 
 

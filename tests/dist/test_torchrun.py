@@ -60,6 +60,7 @@ WAITS = r"; rank \d waits in barrier \(sequence number 21\)"
         ("return", 1, r"returned after 20 collectives" + WAITS),
         ("SIGSTOP", 0, r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
         ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),
+        ("spin", 0, r"silent for \d s" + WAITS),
         ("sleep", 1, r"not done within 4 s, here for \d s" + WAITS),
     ],
 )
@@ -73,6 +74,23 @@ def test_the_rank_that_fails_is_named_by_one_that_lives(how: str, doomed: int, c
     assert re.fullmatch(told, json.loads(line)["message"])
     (seconds,) = re.findall(r"failed after (\d+\.\d) s", done.stderr)
     assert float(seconds) < 15.0  # the collective itself would have waited for 60
+
+
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_a_death_before_there_is_a_group_is_told(doomed: int) -> None:
+    """Not as SIGTERM, which torchrun sends to the other rank then."""
+    done = torchrun(str(HERE / "doomed_rank.py"), "import", str(doomed))
+    told = f"rank {doomed} failed in starting or ending (sequence number 0): its process died"
+    assert done.returncode == 4, done.stderr
+    assert json.loads(done.stdout) == {"error": "RankFailure", "message": told}
+    assert done.stderr.count("moe-dist: ") == 1
+
+
+def test_a_death_as_soon_as_there_is_a_group_is_told() -> None:
+    done = torchrun(str(HERE / "doomed_rank.py"), "early", "1")
+    assert done.returncode == 4
+    told = r"rank 1 failed in work \(sequence number 0\): its process died( with exit code 7)?"
+    assert re.fullmatch(told, json.loads(done.stdout)["message"])
 
 
 def test_a_number_out_of_tolerance_is_1_and_a_death_without_a_word_is_not() -> None:

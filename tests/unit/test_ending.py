@@ -142,6 +142,10 @@ def program(code: str, **options) -> subprocess.Popen:
     )
 
 
+STUCK = (
+    "import ctypes\nwhile True:\n    try:\n        ctypes.CDLL(None).sleep(60)\n"
+    "    except KeyboardInterrupt:\n        pass"
+)
 WAITING = "ending.kept = '2 rows are in o.json'\nprint('ready', flush=True)\n"
 
 
@@ -157,7 +161,8 @@ def ended(process: subprocess.Popen, *signals: int) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")],
 )
 class TestSignals:
     def test_in_python(self, number, code, word):
@@ -176,11 +181,7 @@ class TestSignals:
 
     def test_in_c_where_no_handler_runs(self, number, code, word):
         """A lock of C++ never comes back to Python: the thread that hears of signals ends the process."""
-        body = (
-            "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0; import ctypes\n"
-            + WAITING
-            + "while True:\n    try:\n        ctypes.CDLL(None).sleep(60)\n    except KeyboardInterrupt:\n        pass"
-        )
+        body = "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0\n" + WAITING + STUCK
         found, err, seconds = ended(program(body), number)
         assert (found, err) == (code, f"moe-dist: {word}: 2 rows are in o.json\n")
         assert seconds < 20
@@ -190,6 +191,48 @@ class TestSignals:
         found, err, seconds = ended(program(body), number, number)
         assert (found, err) == (code, f"moe-dist: {word}: 2 rows are in o.json\n")
         assert seconds < 10
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_a_signal_ends_with_a_document_and_a_code_too(tmp_path, stuck):
+    """Also where the main thread is in C++ and the thread that hears of signals has the last word."""
+    body = (
+        "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0; from pathlib import Path\n"
+        f"ending.leave_code = lambda code: Path({str(tmp_path / 'code')!r}).write_text(str(code)) and ''\n"
+        "ending.as_json = True\nprint('ready', flush=True)\n"
+    )
+    process = program(body + (STUCK if stuck else "time.sleep(60)"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert json.loads(out) == {"error": "interrupted", "message": "interrupted"}
+    assert (process.returncode, err) == (130, "moe-dist: interrupted\n")
+    assert (tmp_path / "code").read_text() == "130"
+
+
+@pytest.mark.parametrize(
+    ("number", "stuck", "code", "said"),
+    [
+        (signal.SIGTERM, False, 4, "rank 0 failed in o (sequence number 2): c"),
+        (signal.SIGTERM, True, 4, "rank 0 failed in o (sequence number 2): c"),
+        (signal.SIGINT, False, 130, "interrupted"),
+    ],
+)
+def test_sigterm_tells_a_death_where_there_was_one(number, stuck, code, said):
+    body = (
+        "from moe_dist.errors import RankFailure; import moe_dist.signals; moe_dist.signals.HURRY_S = 1.0\n"
+        "ending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\nprint('ready', flush=True)\n"
+    )
+    found, err, seconds = ended(program(body + (STUCK if stuck else "time.sleep(60)")), number)
+    assert (found, err) == (code, f"moe-dist: {said}\n")
+    assert seconds < 10  # the main thread has nothing left to do
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_so():
+    """nohup"""
+    body = "print('ready', flush=True)\ntime.sleep(1)\nreturn 0"
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    assert ended(program(body, **ignoring), signal.SIGHUP)[:2] == (0, "")
 
 
 def test_sigterm_where_another_library_has_set_its_handler():
@@ -216,9 +259,10 @@ def test_a_forked_child_keeps_its_signals_to_itself():
 
 
 def test_handlers_are_given_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in ending]
     assert cli.main(["plan", "--model", "nosuch"]) == 2
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in ending] == before
 
 
 def test_a_reader_that_has_gone():
@@ -238,17 +282,19 @@ def test_a_reader_that_has_gone():
         ),
     ],
 )
-def test_before_there_is_a_command(tmp_path, fault, code, said):
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_before_there_is_a_command(tmp_path, fault, code, said, rank):
     """Importing torch takes seconds, and a broken installation fails there."""
     (tmp_path / "torch.py").write_text(f"raise {fault}")
-    paths = f"{tmp_path}:{README.parent}"
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_dist", "plan"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{README.parent}"}
+    if rank is not None:  # of torchrun's, of whom one speaks
+        environment |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "a", "MASTER_PORT": "1", "MOE_DIST_EXIT_CODE_FILE": str(tmp_path / "code")}
+    command = [sys.executable, "-m", "moe_dist", "run", "--runtime=torchrun"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "" if rank == "1" else said)
+    if rank is not None:
+        assert (tmp_path / "code").exists() == (rank == "0")
 
 
 def test_streams_that_were_closed_from_the_start():

@@ -31,7 +31,7 @@ def written(said):
     """Write both documents to a path as a command does, and return the Output."""
 
     def write(path: Path | str):
-        output = open_output(Path(path), said.append)
+        output = open_output(path, said.append)
         output.update(FIRST)
         output.update(SECOND)
         output.close(SECOND)
@@ -149,6 +149,56 @@ class TestFiles:
         assert json.loads((tmp_path / "out.json").read_text()) == SECOND
 
 
+class TestTwoCommands:
+    def test_the_second_is_refused_while_the_first_lives(self, tmp_path, said):
+        first = open_output(tmp_path / "out.json", said.append)
+        (tmp_path / "link").symlink_to("out.json")
+        open_output(tmp_path / "other.json", said.append)
+        for name in ("out.json", "link"):
+            with pytest.raises(ConfigError, match="another command that is running writes to it"):
+                open_output(tmp_path / name, said.append)
+        first.close(SECOND)
+        assert open_output(tmp_path / "out.json", said.append).kept.startswith("no row")
+        assert names(tmp_path) == ["link", "out.json"]
+        assert said == [f"{tmp_path / 'out.json'} is overwritten: it holds 2 rows of today"]
+
+    def test_a_killed_one_is_in_nobody_s_way(self, tmp_path, said):
+        code = (
+            "import os, signal, sys; from moe_dist.bench.output import open_output\n"
+            "output = open_output(sys.argv[1], print); os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        path = tmp_path / "out.json"
+        assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
+        open_output(path, said.append)
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("in_place", [True, False])
+    @pytest.mark.parametrize("when", ["before the first row", "after it"])
+    def test_what_somebody_else_has_written_stays(self, tmp_path, said, when, in_place):
+        """One on another machine, which no lock keeps away."""
+        path = tmp_path / "out.json"
+        if in_place:
+            path.write_text("x")
+            os.link(path, tmp_path / "second name")
+        output = open_output(path, said.append)
+        said.clear()
+        if when == "after it":
+            output.update(FIRST)
+        path.write_text("a stranger's")
+        output.update(SECOND)
+        output.close(SECOND)
+        assert path.read_text() == "a stranger's"
+        assert said == [f"{path} can't be written: something else has written to it since; measuring goes on"]
+        assert str(output.problem).endswith(f"has written to it since (no row is in {path})")
+
+    def test_a_file_that_was_removed_is_made_again(self, tmp_path, said):
+        output = open_output(tmp_path / "out.json", said.append)
+        output.update(FIRST)
+        (tmp_path / "out.json").unlink()
+        output.update(SECOND)
+        assert json.loads((tmp_path / "out.json").read_text()) == SECOND
+
+
 class TestFullDisk:
     def test_the_old_file_stays_and_measuring_goes_on(self, tmp_path, said, monkeypatch):
         path, room = tmp_path / "out.json", True
@@ -259,7 +309,10 @@ class TestThrough:
             server.bind("socket")
             (tmp_path / "file").write_text("")
             (tmp_path / "round").symlink_to("round")
-            for name, rule in ((".", "folder"), ("socket", "a socket"), ("file/below", "can't be written"),
+            (tmp_path / "link").symlink_to("nothing")
+            for name, rule in ((".", "folder"), ("socket", "a socket"), ("file/below", "file is no folder"),
+                               ("file/far/below", "file is no folder"), ("link/below", "link is no folder"),
+                               ("new/", "ends with /"), ("file/", "ends with /"),
                                ("round", "symbolic links"), ("a\0b", "null"), ("x" * 400, "too long"),
                                ("/dev/fd/987654", "Bad file")):  # fmt: skip
                 with pytest.raises(ConfigError, match=rule) as caught:
@@ -290,6 +343,37 @@ class TestThrough:
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert "can't be written: no such descriptor was given" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("place", "end", "code"),
+        [
+            ("out.json", "", 0),
+            ("/dev/stdout", "", 0),
+            ("/dev/stdout", "raise KeyboardInterrupt", 130),
+            ("/dev/fd/3", "raise RankFailure(1, 'o', 2, 'c')", 4),
+        ],
+    )
+    def test_the_command_prints_one_document(self, tmp_path, place, end, code):
+        program = (
+            "import sys; from moe_dist import cli; from moe_dist.errors import RankFailure\n"
+            "def run_cases(planned, start, timeout_s, outcome, *rest):\n"
+            f"    outcome.rows.append({{'ok': True}})\n    {end}\n"
+            "cli.run_cases = run_cases; sys.exit(cli.main())"
+        )
+        command = [sys.executable, "-c", program, "run", "--device", "cpu", "--json", "--out", place]
+        done = subprocess.run(
+            ["bash", "-c", 'exec "$@" 3>&1', "bash", *command], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == code, done.stderr
+        assert json.loads(done.stdout)["rows"] == [{"ok": True}]
+
+    def test_standard_output_that_is_closed_keeps_no_results(self, tmp_path):
+        program = "import sys; from moe_dist import cli; cli.run_cases = lambda *_: sys.exit(9); sys.exit(cli.main())"
+        for given in ("--json", "--device cpu"):
+            command = f"exec {sys.executable} -c '{program}' run --device cpu {given} >&-"
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 2, done.stderr
+            assert "out = None: standard output is closed, so results would go nowhere" in done.stderr
 
     def test_a_disk_is_refused(self):
         """As root, what writes through would write over it."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from moe_dist import cli
-from moe_dist.runtime import voice
+from moe_dist.errors import RankFailure
+from moe_dist.runtime import pulse, voice
 
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -21,6 +26,7 @@ def alone(monkeypatch):
     for name in (*TORCHRUN, voice.CODE_FILE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("moe_dist.ending.LAST_WORDS_S", 0.0)
+    monkeypatch.setattr(voice, "_left", False)
     yield
     voice.together(False)
 
@@ -101,3 +107,118 @@ def test_an_exit_code_that_can_not_be_left_is_one_line(kind, monkeypatch, capsys
     if kind != "nul":
         assert cli.main(["plan", "--model", "nosuch"]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("moe-dist: " + said.replace("4", "2"))
+
+
+def test_a_code_of_another_rank_stays(monkeypatch, tmp_path):
+    path = tmp_path / "code"
+    path.write_text("4")
+    monkeypatch.setenv(voice.CODE_FILE, str(path))
+    assert voice.leave_code(143) == ""
+    assert path.read_text() == "4"
+    path.write_text("")
+    for code in (130, 0):  # two commands in one process: the last one counts
+        assert voice.leave_code(code) == ""
+        assert path.read_text() == str(code)
+
+
+def test_a_rank_that_was_passed_over_says_nothing(monkeypatch, tmp_path):
+    environment(monkeypatch, RANK="0", LOCAL_RANK="0")
+    monkeypatch.setenv(voice.CODE_FILE, str(tmp_path / "code"))
+    voice.together(True)
+    assert voice.speaks()
+    voice.mute([0])
+    assert not voice.speaks()
+    assert voice.leave_code(143) == ""
+    assert not (tmp_path / "code").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([], "no row is in {}"),
+        ([{"ok": True}], "1 row is on standard output; {} has those that the lost rank wrote"),
+    ],
+)
+def test_who_speaks_for_a_lost_rank_says_what_that_one_has_kept(rows, kept, monkeypatch, capsys, tmp_path):
+    def run_cases(planned, start, timeout_s, outcome, *rest):
+        outcome.rows.extend(rows)
+        voice.mute([0])
+        raise RankFailure(0, "o", 2, "died")
+
+    monkeypatch.setattr(cli, "run_cases", run_cases)
+    environment(monkeypatch)
+    path = tmp_path / "out.json"
+    command = ["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu", "--json", "--out", str(path)]
+    assert cli.main(command) == 4
+    found = capsys.readouterr()
+    document = json.loads(found.out)
+    assert document["kept"] == kept.format(path)
+    assert document.get("results", {}).get("rows", []) == rows
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["run", "--runtime", "torchrun"], True),
+        (["run", "--runtime=torchrun"], True),
+        (["run", "runtime=torchrun"], True),
+        (["plan", "--model", "tiny"], False),
+        ([], False),
+    ],
+)
+def test_what_a_command_line_means(arguments, meant):
+    assert voice.torchrun_is_meant(arguments) is meant
+
+
+@pytest.fixture
+def rank_1(monkeypatch, tmp_path):
+    """Starts rank 1 of the same torchrun, whose environment this process has as rank 0. `number` ends rank 1."""
+    mine = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}
+    started = []
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", "print(1, flush=True); input()"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env=os.environ | TORCHRUN, **pipes))
+        started[-1].stdout.readline()
+        return started[-1]
+
+    def known(pid: int) -> dict[bytes, bytes]:
+        if pid == os.getpid():
+            return {name.encode(): value.encode() for name, value in mine.items()}
+        return real(pid)
+
+    real = pulse._environment
+    monkeypatch.setattr(pulse, "_environment", known)
+    monkeypatch.setattr(os, "getppid", os.getpid)  # torchrun is the parent of both
+    environment(monkeypatch, RANK="0", LOCAL_RANK="0")
+    (tmp_path / "code").touch()
+    monkeypatch.setenv(voice.CODE_FILE, str(tmp_path / "code"))
+    voice.together(True)
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_rank_that_is_gone_without_a_code_has_died(rank_1, monkeypatch, tmp_path):
+    process = rank_1()
+    assert process.pid in pulse.ranks_here()[1]
+    assert voice.death() is None
+    process.kill()
+    process.wait()  # as torchrun does before it sends SIGTERM to the others
+    assert str(voice.death()) == "rank 1 failed in starting or ending (sequence number 0): its process died"
+    (tmp_path / "code").write_text("2")
+    assert voice.death() is None
+    monkeypatch.delenv(voice.CODE_FILE)
+    assert voice.death() is None
+
+
+def test_ranks_that_one_sigterm_ends_have_not_died(rank_1):
+    process = rank_1()
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while not pulse.siblings_ended_by([signal.SIGTERM]):
+        assert time.monotonic() < deadline
+    assert voice.death() is None
