@@ -24,8 +24,8 @@ class Agreement:
         self._alike = plan.token_layout == "replicated"
         self._every_row = plan.spec.shared_experts != "none"
 
-    def of(self, x_TH: Tensor, routing: Routing, values: bool) -> dict[str, int]:
-        """By name. Tokens that are replicated, and where they go, are looked at if `values`: the host waits for a GPU.
+    def of(self, layer: int, x_TH: Tensor, routing: Routing, values: bool) -> dict[str, int]:
+        """By name. `layer`: its number among those made on the process group. Tokens that are replicated, and where they go, are looked at if `values`: the host waits for a GPU.
         Rows that no expert takes, and weights beside no expert, may hold anything."""
         routed = x = 0
         if self._alike and values:
@@ -35,7 +35,7 @@ class Agreement:
             if not self._every_row:
                 x_TH = x_TH.masked_fill(nobody_TK.all(1, keepdim=True), 0.0)
             x = position_sum(x_TH) % MODULUS
-        return {**self._plan, "routing": routed, "x": x}
+        return {**self._plan, "layer": layer, "routing": routed, "x": x}
 
 
 def _digest(text: str) -> int:

@@ -56,7 +56,6 @@ class Comm:
         self._user = _user_of(group, world)
         self._real = weakref.ref(_real(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
-        self._steps = 0
         self.bytes_sent = 0
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
@@ -155,7 +154,7 @@ class Comm:
         if self.world == 1:
             return tokens
         numbers = same()
-        told = [self._steps, -1 if bucket is None else bucket, tokens, *numbers.values()]
+        told = [self._user.steps, -1 if bucket is None else bucket, tokens, *numbers.values()]
         mine = torch.tensor([told], dtype=torch.int64, device="cpu")
         everyone = mine.new_empty(self.world, len(told))
 
@@ -166,22 +165,29 @@ class Comm:
         steps, buckets, counts, *others = everyone.T.tolist()
         if len(set(steps)) > 1:
             behind = steps.index(min(steps))
-            cause = f"it begins step {min(steps)} where others begin step {max(steps)}: they left one out"
-            raise RankFailure(behind, "meet", self.sequence, f"{cause}; form a new process group to go on")
+            cause = f"it begins step {min(steps)} where others begin step {max(steps)}"
+            why = "one of them left a step out, or raised in one and went on"
+            raise RankFailure(behind, "meet", self.sequence, f"{cause}: {why}; form a new process group to go on")
         told_by = dict(zip(numbers, others, strict=True))
         for field in (name for name in told_by if name.startswith("plan.")):  # what differs else may follow from it
             _check_same(field, told_by[field])
         for field, values, matters in (("max_tokens_per_rank", buckets, True), ("tokens", counts, alike)):
             if matters and len(set(values)) > 1:
                 told_all = ", ".join("none" if value < 0 else str(value) for value in values)
-                raise ConfigError(field, values[self.rank], f"must be one on all ranks, not {told_all}")
+                mine_is = None if values[self.rank] < 0 else values[self.rank]
+                raise ConfigError(field, mine_is, f"must be one on all ranks, not {told_all}")
         for field, values in told_by.items():
             _check_same(field, values)
         return int(max(counts))
 
     def begin_step(self) -> None:
-        """Count a step of a layer, whatever becomes of it."""
-        self._steps += 1
+        """Count a step of a layer of this process group, whatever becomes of it."""
+        self._user.steps += 1
+
+    def number_layer(self) -> int:
+        """Count a layer that is made on this process group; ranks make them in one order."""
+        self._user.layers += 1
+        return self._user.layers
 
     def all_gather(self, parts: Sequence[Tensor], *, into: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Each [n, ...], the same shape on every rank, to [world·n, ...] in rank order: new tensors, or the contiguous
@@ -380,13 +386,16 @@ def _check_same(field: str, values: list[int]) -> None:
         ranks.setdefault(value, []).append(rank)
     if len(ranks) > 1:
         told = "; ".join(f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))}" for group in ranks.values())
-        raise ConfigError(field, f"{len(ranks)} different ones", f"must be the same on all ranks, alike are: {told}")
+        rule = "the ranks call different layers" if field == "layer" else "must be the same on all ranks"
+        raise ConfigError(field, f"{len(ranks)} different ones", f"{rule}, alike are: {told}")
 
 
 class _User:
-    """The thread that uses a process group, since when, and whether another one came as soon."""
+    """The thread that uses a process group, since when, and whether another one came as soon; how many layers were made
+    on the group and how many steps they began, through whichever Comm."""
 
     def __init__(self) -> None:
+        self.steps = self.layers = 0
         self.thread: int | None = None
         self.since, self.contended = 0.0, False
 

@@ -75,6 +75,7 @@ class MoELayer(nn.Module):
         self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
         self.backend = _prepared(plan.backend, plan.problem(rank), shard)
         self.shared = None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared)
+        self._number = self.comm.number_layer()
 
     def forward(
         self,
@@ -122,7 +123,7 @@ class MoELayer(nn.Module):
         if looks and not self._capturing():
             values = self.debug or self.comm.device.type == "cpu"
             alike = self.plan.token_layout == "replicated"
-            same = partial(self._agreement.of, x_TH, routing, values)
+            same = partial(self._agreement.of, self._number, x_TH, routing, values)
             agreed = self.comm.meet(routing.tokens, bucket, alike, same)
         bucket = (agreed if bucket is None else bucket) if needed else None
         workspace = workspace_of(self.comm.device)

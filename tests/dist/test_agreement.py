@@ -112,3 +112,26 @@ def test_replicated_tokens_that_differ(pool: Pool, exchange: str, what: str, fie
 def test_a_shared_expert_takes_every_row(pool: Pool) -> None:
     assert pool.run(2, replicated, "all_reduce", "", True) == [None] * 2
     assert pool.run(2, replicated, "all_reduce", "row", True) == ["x"] * 2
+
+
+def crossed(comm: Comm, exchange: str, two_comms: bool) -> list[str]:
+    """Two layers of one plan, called in another order by rank 1; what is raised, and once more in one order."""
+    comms = [comm, Comm.from_group("cpu", comm._group) if two_comms else comm]
+    layers = [layer_of(each, {"ep": 2}, exchange=exchange) for each in comms]
+    order, found = layers if comm.rank == 0 else layers[::-1], []
+    for layer in (order[0], layers[0], layers[1]):
+        try:
+            layer(*inputs(0))
+            found.append("")
+        except ConfigError as error:
+            found.append(f"{error.field}: {error.rule}")
+    return found
+
+
+@pytest.mark.parametrize("two_comms", [False, True], ids=["one Comm", "a Comm each"])
+@pytest.mark.parametrize("exchange", ["ag_rs", "all_to_all", "all_reduce"])
+def test_layers_that_are_called_in_another_order(pool: Pool, exchange: str, two_comms: bool) -> None:
+    """Of one model, so that nothing but their numbers tells them apart."""
+    for first, *then in pool.run(2, crossed, exchange, two_comms):
+        assert first.startswith("layer: the ranks call different layers")
+        assert then == ["", ""]
