@@ -2,55 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
-from moe_dist.step import NO_STAGES, Stages, Workspace, workspace_of
+from moe_dist.step import NO_STAGES, Stages, Support, Workspace, workspace_of
 from moe_dist.step.stages import Marks, totals_us
 
 WARM_STEPS = 3  # compile what compiles at first use, and let NCCL connect, before the capture
 
 T = TypeVar("T")
+Routings = Routing | Sequence[Routing] | None
+
+
+class Capturable(Protocol):
+    """What a graph can be made of: a MoELayer, whose routing is one Routing, or a MoEStack, which takes one for each
+    layer, or None where its routers are part of the graph."""
+
+    comm: Comm
+
+    @property
+    def capturable(self) -> Support: ...
+
+    def checked(self, x_TH: Tensor, routing: Any, bucket: int | None, /) -> tuple[Tensor, Any]: ...
+
+    def warm_up(self, x_TH: Tensor, routing: Any, max_tokens_per_rank: int, /, captured: bool = False) -> None: ...
+
+    def __call__(self, *inputs: Any, **step: Any) -> Any: ...
 
 
 class StepGraph:
-    """A captured step of `layer` for up to `bucket` tokens on every rank. Making it is collective, so is calling it.
+    """A captured step of `layer`, a layer or a stack of them, for up to `bucket` tokens on every rank. Making it is
+    collective, so is calling it.
 
     All ranks must use the same bucket. A call pads with tokens of expert -1 and weight 0, which changes no result. The
     result lies in the graph's own buffer until the next call.
     """
 
-    def __init__(self, layer: MoELayer, bucket: int, x_TH: Tensor, routing: Routing) -> None:
-        """`x_TH` and `routing` are a sample to warm up on. Raises UnsupportedError if the plan can't be captured."""
-        capturable = layer.plan.capturable
+    def __init__(self, layer: Capturable, bucket: int, x_TH: Tensor, routing: Routings = None) -> None:
+        """`x_TH` and `routing` are a sample to warm up on; later calls take a routing of the same form. Raises
+        UnsupportedError if the step can't be captured."""
+        capturable = layer.capturable
         if not capturable.ok:
             raise UnsupportedError("a CUDA graph of this step", [capturable.reason])
-        spec, device = layer.plan.spec, layer.comm.device
+        device = layer.comm.device
         self.bucket, self._layer = bucket, layer
+        x_TH, routing = layer.checked(x_TH, routing, None)
         with torch.inference_mode(False):  # what is made in it could be filled in it only
-            self._x = torch.zeros(bucket, spec.hidden, dtype=spec.torch_dtype, device=device)
-            self._ids = torch.full((bucket, spec.top_k), -1, dtype=torch.int32, device=device)
-            self._weights = torch.zeros(bucket, spec.top_k, dtype=torch.float32, device=device)
+            self._x = torch.zeros(bucket, x_TH.shape[1], dtype=x_TH.dtype, device=device)
+            self._given = [_nowhere(bucket, each.ids_TK.shape[1], device) for each in _each(routing)]
+        self._routing = self._given[0] if isinstance(routing, Routing) else tuple(self._given) or None
         self._fill(x_TH, routing)
-        warm_up = partial(layer.warm_up, self._x, self._routing(), bucket, captured=True)
+        warm_up = partial(layer.warm_up, self._x, self._routing, bucket, captured=True)
         self._workspace = workspace_of(device)
         self._graph, self._y = capture(self._step, warm_up)
         self._arena = self._workspace.arena  # the graph writes there, though later steps may have a larger one
 
-    def _routing(self) -> Routing:
-        return Routing(self._ids, self._weights)
-
     def _step(self, stages: Stages = NO_STAGES) -> Tensor:
         y_TH: Tensor = self._layer(
-            self._x, self._routing(), max_tokens_per_rank=self.bucket, captured=True, stages=stages
+            self._x, self._routing, max_tokens_per_rank=self.bucket, captured=True, stages=stages
         )
         return y_TH
 
@@ -61,21 +78,26 @@ class StepGraph:
         graph, _ = capture(lambda: self._step(stages), warm_up=self._step)
         return StagedGraph(graph, stages.take(), self._workspace, self._workspace.arena)
 
-    def _fill(self, x_TH: Tensor, routing: Routing) -> None:
+    def _fill(self, x_TH: Tensor, routing: Routings) -> None:
         x_TH, routing = self._layer.checked(x_TH, routing, None)
-        tokens = len(x_TH)
+        tokens, each = len(x_TH), _each(routing)
         if tokens > self.bucket:
             raise ConfigError("tokens", tokens, "do not fit the captured bucket", f"0 to {self.bucket}")
+        if len(each) != len(self._given):
+            rule = "the graph was captured with " + ("one for each layer" if self._given else "each layer's own router")
+            raise ConfigError("routings", f"{len(each)} given", rule, f"{len(self._given)} of them")
         self._x[:tokens].copy_(x_TH)
-        self._ids[:tokens].copy_(routing.ids_TK)
-        self._weights[:tokens].copy_(routing.weights_TK)
+        for static, given in zip(self._given, each, strict=True):
+            static.ids_TK[:tokens].copy_(given.ids_TK)
+            static.weights_TK[:tokens].copy_(given.weights_TK)
         if tokens < self.bucket:
             self._x[tokens:].zero_()
-            self._ids[tokens:].fill_(-1)
-            self._weights[tokens:].zero_()
+            for static in self._given:
+                static.ids_TK[tokens:].fill_(-1)
+                static.weights_TK[tokens:].zero_()
 
-    def __call__(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """See MoELayer.forward."""
+    def __call__(self, x_TH: Tensor, routing: Routings = None) -> Tensor:
+        """See MoELayer.forward and MoEStack.forward."""
         self._layer.comm.check_thread()
         self._workspace.enter()  # the last replay may still read its inputs, on another stream
         with torch.no_grad():
@@ -87,6 +109,15 @@ class StepGraph:
         self._workspace.enter()
         self._graph.replay()
         return self._y
+
+
+def _each(routing: Routings) -> list[Routing]:
+    return [routing] if isinstance(routing, Routing) else list(routing or ())
+
+
+def _nowhere(tokens: int, top_k: int, device: torch.device) -> Routing:
+    ids_TK = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
+    return Routing(ids_TK, torch.zeros(tokens, top_k, dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from moe_dist.inputs import (
 from moe_dist.plan import Plan, shared_placement
 from moe_dist.router import Router
 from moe_dist.routing import Routing
-from moe_dist.step import NO_STAGES, Added, Stages, Step, TokenRows, Whole, workspace_of
+from moe_dist.step import NO_STAGES, Added, Stages, Step, Support, TokenRows, Whole, workspace_of
 from moe_dist.surroundings import settled
 from moe_dist.weights import ExpertWeights
 
@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.router = plan, comm, router
         self._weights = shard, shared
-        self._agreement = Agreement(plan)
+        self.agreement = Agreement(plan)
         self._uncompiled: Callable[..., Tensor] | None = None
         self._assemble()
 
@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
         self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
         self.backend = _prepared(plan.backend, plan.problem(rank), shard)
         self.shared = None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared)
-        self._number = self.comm.number_layer()
+        self.number = self.comm.number_layer()  # on its process group
 
     def forward(
         self,
@@ -119,11 +119,9 @@ class MoELayer(nn.Module):
         """What the parts are told; the ranks agree on it where they must."""
         agreed, needed = bucket, self.exchange.needs_bucket
         # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
-        looks = (needed and bucket is None) or self.debug or self.comm.device.type == "cpu"
-        if looks and not self._capturing():
-            values = self.debug or self.comm.device.type == "cpu"
+        if ((needed and bucket is None) or self.meets) and not self._capturing():
             alike = self.plan.token_layout == "replicated"
-            same = partial(self._agreement.of, self._number, x_TH, routing, values)
+            same = partial(self.agreement.of, self.number, x_TH, routing, self.meets)
             agreed = self.comm.meet(routing.tokens, bucket, alike, same)
         bucket = (agreed if bucket is None else bucket) if needed else None
         workspace = workspace_of(self.comm.device)
@@ -147,7 +145,7 @@ class MoELayer(nn.Module):
             self.shared.forward(step, _every_row(rows), sink)
         return sink.y
 
-    def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int, captured: bool = False) -> None:
+    def warm_up(self, x_TH: Tensor, routing: Routing | None, max_tokens_per_rank: int, captured: bool = False) -> None:
         """Let the backend choose and compile what it needs for this bucket, then run a step: collective, not to be
         timed or captured. `captured`: for steps that will be."""
         self.comm.check_thread()
@@ -175,6 +173,16 @@ class MoELayer(nn.Module):
         if device.type == "cpu" or (self.debug and not self._capturing()):
             check_values(routing, spec, x_TH if own else None)
         return _plain_rows(x_TH.detach()), routing
+
+    @property
+    def meets(self) -> bool:
+        """Whether the ranks make sure at each step that they are in one, whatever they must agree on."""
+        return self.debug or self.comm.device.type == "cpu"
+
+    @property
+    def capturable(self) -> Support:
+        """See Plan.capturable."""
+        return self.plan.capturable
 
     def _capturing(self) -> bool:
         return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -32,7 +32,7 @@ FLOORS = (
     ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "step"),
     ("comm", "kernels"),
     ("exchange", "backends"),
-    ("plan", "inputs", "router", "agreement", "layer", "graph"),
+    ("plan", "inputs", "router", "agreement", "layer", "stack", "graph"),
     ("runtime",),
     ("bench",),
     (

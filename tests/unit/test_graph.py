@@ -22,7 +22,7 @@ class Layer:
     """Writes down each call: its inputs, whether it runs as captured and whether the stages' clock is on."""
 
     def __init__(self, capturable: Support = Support(True)) -> None:  # noqa: B008
-        self.plan = SimpleNamespace(capturable=capturable, spec=SPEC)
+        self.plan, self.capturable = SimpleNamespace(spec=SPEC), capturable
         self.comm, self.router, self.debug = Comm.single(), None, False
         self.calls: list[SimpleNamespace] = []
 
