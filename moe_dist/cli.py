@@ -94,12 +94,12 @@ def plan(args: argparse.Namespace) -> int:
     made = case.plan(asked.machine)
     if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
         say(f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says")
-    sent = {"wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
+    sent = {"layers": case.layers, "wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
     with to_standard_output():
         if args.json:
             print(json.dumps(made.as_dict() | sent, indent=1))
         else:
-            print_plan(_console(), made, case.workload.tokens, asked.why)
+            print_plan(_console(), made, case.workload.tokens, asked.why, case.layers)
     return OK
 
 

@@ -84,7 +84,7 @@ def _with_flags(config: dict[str, Any], args: argparse.Namespace) -> dict[str, A
         config["models"] = [args.model]
     elif "models" not in config:
         config["models"] = ["tiny"]
-    for key in ("runtime", "device"):
+    for key in ("runtime", "device", "layers"):
         if getattr(args, key, None) is not None:
             config[key] = getattr(args, key)
     return resolve_models(config)

@@ -124,7 +124,7 @@ def _meant(args: argparse.Namespace, dest: str) -> dict[str, Any]:
         return {"placements": [f"tp{args.tp}xep{args.ep}"], "worlds": [args.tp * args.ep]}
     if dest in LIST_KEYS:
         return {LIST_KEYS[dest]: value if isinstance(value, list) else [value]}
-    return {dest: value} if dest in ("device", "runtime", "payload", "iters") else {}
+    return {dest: value} if dest in ("device", "runtime", "payload", "iters", "layers") else {}
 
 
 def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -150,11 +150,13 @@ def _parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     _grid_flags(sub)
     sub = command("run", "measure one configuration")
     _model_flags(sub)
+    _stack_flag(sub)
     _grid_flags(sub)
     _measuring_flags(sub)
     sub = command("compare", "placements × exchanges × backends × tokens × skews, side by side")
     sub.add_argument("file", nargs="?", help="experiment file (YAML); without one, the small embedded default")
     _model_flags(sub)
+    _stack_flag(sub)
     _measuring_flags(sub)
     sub = command("check", "numbers against the oracle at a model's real shapes")
     _model_flags(sub)
@@ -191,6 +193,12 @@ def _source_flags(sub: argparse.ArgumentParser) -> None:
 def _model_flags(sub: argparse.ArgumentParser) -> None:
     _source_flags(sub)
     sub.add_argument("--runtime", choices=("ray", "torchrun"), help="who starts the ranks (default ray)")
+
+
+def _stack_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--layers", type=integer, help="a stack of so many layers with residuals as one step (default 1: one layer)"
+    )
 
 
 def _measuring_flags(sub: argparse.ArgumentParser) -> None:

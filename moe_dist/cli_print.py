@@ -29,8 +29,8 @@ def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
         console.print(table)
 
 
-def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str) -> None:
-    """`chosen`: who chose the backend, if nobody named it."""
+def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: int = 1) -> None:
+    """`chosen`: who chose the backend, if nobody named it. `layers`: of the stack."""
     spec, world = made.spec, made.placement.world
     shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
     console.print(
@@ -51,6 +51,8 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str) -> None:
         f" {size(made.scratch_bytes(share))} of scratch on a rank, at most {size(made.wire_bytes(tokens))} sent by one;"
         " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
     )
+    if layers > 1:
+        console.print(f"a stack of {layers} layers: {layers} times these weights and bytes, and the same scratch")
     for name, source in made.tables().items():
         console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})", soft_wrap=True)
     choices = Table("choice", "name", "possible", "taken", "why not", header_style="bold")

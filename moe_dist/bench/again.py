@@ -19,18 +19,23 @@ def again_errors(step: Step, first: Tensor) -> tuple[float, float]:
     collective.
 
     Tokens and their routing come in reversed order, and so must the outputs. A single token has twice its weights, in
-    which the output is linear, or, beside a shared expert, twice its size, and only must change. Another order may
-    choose other copies of experts, and with them other dynamic scales, so that bits may differ.
+    which the output is linear, or, beside a shared expert and in a stack, twice its size, and only must change. Another
+    order may choose other copies of experts, and with them other dynamic scales, so that bits may differ.
     """
-    comm, x_TH, routing = step.layer.comm, step.x, step.routing
+    comm, x_TH, routings = step.comm, step.x, step.routings
     if len(x_TH) != 1:
-        ids_TK, weights_TK = routing.ids_TK.flip(0), routing.weights_TK.flip(0)
-        found, wanted = sketch(step.on(x_TH.flip(0), Routing(ids_TK, weights_TK))), first.flip(0)
-    elif step.layer.shared is None:
-        found, wanted = sketch(step.on(x_TH, Routing(routing.ids_TK, 2 * routing.weights_TK))), 2 * first
+        reversed_ones = [Routing(each.ids_TK.flip(0), each.weights_TK.flip(0)) for each in routings]
+        found, wanted = _sketched(step, x_TH.flip(0), reversed_ones), first.flip(0)
+    elif not step.stacked and step.layers[0].shared is None:
+        (routing,) = routings
+        found, wanted = _sketched(step, x_TH, [Routing(routing.ids_TK, 2 * routing.weights_TK)]), 2 * first
     else:
-        found = sketch(step.on(2 * x_TH, routing))
+        found = _sketched(step, 2 * x_TH, routings)
         changed = (found - first).norm() > CHANGED * first.norm()
         wanted = found if bool(changed | (first[0, 0] == 0)) else torch.full_like(first, float("inf"))
     err_again = sketch_error(comm, found, wanted)
-    return err_again, sketch_error(comm, sketch(step.on(x_TH, routing)), first)
+    return err_again, sketch_error(comm, _sketched(step, x_TH, routings), first)
+
+
+def _sketched(step: Step, x_TH: Tensor, routings: list[Routing]) -> Tensor:
+    return sketch(step.added(step.on(x_TH, routings), x_TH))

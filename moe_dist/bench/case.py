@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
+from moe_dist.bench.draws import draws
 from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.errors import ConfigError
 from moe_dist.plan import Machine, Plan, make_plan
-from moe_dist.routing import canonical_skew, check_skew_fits, synthetic_routing, trace_of
+from moe_dist.routing import canonical_skew, check_skew_fits, trace_of
 from moe_dist.runtime.context import RaySpec
 from moe_dist.spec import (
     MOST_RANKS,
@@ -33,10 +34,12 @@ from moe_dist.spec import (
 
 MOST_CASES = 10_000  # planning as many takes some seconds, measuring them a day
 MOST_LAYERS = 10_000
+LARGEST_STACK = 128
 LARGEST_STEP = 1 << 37  # numbers in the rows and the routing of one step
 LISTS = ("models", "worlds", "placements", "exchanges", "backends", "tokens", "token_layouts", "skews", "modes")
 
 Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=LARGEST_STACK)]
 Mode = Literal["eager", "graph"]
 ChosenBy = Literal["name", "default"]  # who chose the backend
 
@@ -74,7 +77,8 @@ class SourceSpec(Section):
 
 
 class Case(Section):
-    """Everything that decides one row of results."""
+    """Everything that decides one row of results. With `layers` the step is a stack of so many, with weights and a
+    routing of their own each. `depth`: which layer of a stack this one is; see `at`."""
 
     section = "case"
 
@@ -84,6 +88,8 @@ class Case(Section):
     exchange: str
     backend: str
     workload: WorkloadSpec
+    layers: Layers = 1
+    depth: int = Field(default=0, strict=True, ge=0, lt=LARGEST_STACK)
     payload: str = "auto"
     combine_dtype: str | None = None
     graph: Flag = False
@@ -118,12 +124,20 @@ class Case(Section):
             machine=machine,
         )
 
+    def at(self, number: int) -> Case:
+        """The case of one layer of its stack alone. Of a checkpoint they are neighbours, from source.layer on."""
+        source = self.source
+        if number and source.layer is not None:
+            source = source.with_changes(layer=source.layer + number)
+        alone: Case = self.with_changes(source=source, layers=1, depth=number)
+        return alone
+
     @property
     def label(self) -> str:
-        work = self.workload
+        work, stacked = self.workload, f" × {self.layers} layers" if self.layers > 1 else ""
         return (
             f"{self.model.name} {self.parallel.label} {self.exchange} {self.backend}"
-            f" {work.tokens} {work.token_layout} tokens {work.skew} {'graph' if self.graph else 'eager'}"
+            f" {work.tokens} {work.token_layout} tokens {work.skew} {'graph' if self.graph else 'eager'}{stacked}"
         )
 
 
@@ -143,6 +157,7 @@ class Experiment(Section):
     tokens: tuple[StrictInt, ...] = Field(default=(8, 256), min_length=1)
     token_layouts: tuple[TokenLayout, ...] = Field(default=("sharded",), min_length=1)
     skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
+    layers: Layers = 1
     payload: str = "auto"
     combine_dtype: str | None = None
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] | None = None  # None: both on CUDA, eager on a CPU
@@ -198,8 +213,14 @@ class Experiment(Section):
             with _as_skews():
                 check_skew_fits(skew, model)
                 if skew.startswith("file:"):  # read now: a wrong trace is refused before ranks start
-                    synthetic_routing(model, min(self.tokens), skew, self.seed)
+                    self._read(skew, model)
         return self
+
+    def _read(self, skew: str, model: MoESpec) -> None:
+        """Raises ConfigError where a layer would get nothing of this trace. More rows of it hold the fewer ones."""
+        trace = trace_of(skew)
+        for tokens in set(self.tokens) if self.layers > 1 else {min(self.tokens)}:
+            draws(model, WorkloadSpec(tokens=tokens, skew=skew, seed=self.seed, trace=trace), self.layers)
 
     def cases(self, device: str, chosen_by: ChosenBy = "name") -> Iterator[Case]:
         """For ranks on `device`, backends named or chosen by default. A group of ranks, and then its weights, serve as
@@ -228,6 +249,7 @@ class Experiment(Section):
                     workload=WorkloadSpec(
                         tokens=tokens, token_layout=layout, skew=skew, seed=self.seed, trace=traces[skew]
                     ),
+                    layers=self.layers,
                     payload=self.payload,
                     combine_dtype=self.combine_dtype,
                     graph=mode == "graph",

@@ -3,6 +3,8 @@ expectation that it is compared with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,16 @@ def summed(comm: Comm, part: Tensor) -> Tensor:
         for of_rank in everyone.split(len(chunk)):
             total[start : start + rows] += of_rank
     return total
+
+
+def joined(comm: Comm, mine: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    """Every rank's rows, those of rank r being `bounds[r]` of what comes back; collective."""
+    counts = [stop - start for start, stop in bounds]
+    padded = mine.new_zeros(max(counts), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    (everyone,) = comm.all_gather([padded])
+    parts = everyone.view(len(counts), *padded.shape)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def told(comm: Comm, *values: Tensor | float) -> Tensor:

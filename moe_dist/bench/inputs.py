@@ -1,18 +1,20 @@
-"""What enters the layer of a case: the tokens of the whole group and where they go."""
+"""What enters the layers of a case: the tokens of the whole group and where they go."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from moe_dist.bench.case import Case
+from moe_dist.bench.draws import draws
 from moe_dist.bench.gathered import told
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
 from moe_dist.plan import Plan
 from moe_dist.router import Router
-from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.routing import Routing
 from moe_dist.spec import split_bounds
 from moe_dist.streams import Stream
 from moe_dist.weights import position_sum
@@ -40,19 +42,20 @@ class Inputs:
         return self.x_TH[start:stop].contiguous(), self.routing.rows(start, stop)
 
 
-def make_inputs(case: Case, plan: Plan, comm: Comm, router: Router | None) -> Inputs:
-    """Dense Gaussian tokens drawn from the seed, the same on every rank; routing by the case's skew. Collective. Raises
-    RankFailure where a rank has others: the oracle would take one thing, and the layer another."""
+def make_inputs(case: Case, plan: Plan, comm: Comm, routers: Sequence[Router | None]) -> list[Inputs]:
+    """Dense Gaussian tokens drawn from the seed, the same on every rank, and for each layer a routing by the case's
+    skew; a layer's router, where that is the skew, routes the step's tokens. Collective. Raises RankFailure where a
+    rank has others: the oracle would take one thing, and the layer another."""
     work, spec = case.workload, plan.spec
     x_TH = Stream("tokens", work.seed, device=comm.device).normal(work.tokens, spec.hidden).to(spec.torch_dtype)
-    if work.skew == "router" and router is not None:
-        routing = router(x_TH)
+    if work.skew == "router" and None not in routers:
+        routings = [router(x_TH) for router in routers if router is not None]
     else:
-        routing = synthetic_routing(spec, work.tokens, work.skew, work.seed, trace=work.trace).to(comm.device)
-    for name, tensor in (("tokens", x_TH), ("ids", routing.ids_TK)):
+        routings = [routing.to(comm.device) for routing in draws(spec, work, case.layers)]
+    for name, tensor in (("tokens", x_TH), *(("ids", routing.ids_TK) for routing in routings)):
         found = told(comm, position_sum(tensor) >> 16).flatten().tolist()  # float64 holds 53 bits
         if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
             raise RankFailure(rank, "inputs", comm.sequence, f"it has other {name} than rank 0")
     sharded = work.token_layout == "sharded"
     bounds = split_bounds(work.tokens, comm.world) if sharded else [(0, work.tokens)] * comm.world
-    return Inputs(x_TH, routing, bounds, comm.rank, sharded)
+    return [Inputs(x_TH, routing, bounds, comm.rank, sharded) for routing in routings]

@@ -15,39 +15,46 @@ from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_wid
 Weights = tuple[ExpertWeights, ExpertWeights | None, Router | None]
 
 
-def weights_of(context: RankContext, case: Case, plan: Plan, turn: Turn) -> Weights:
-    """This rank's shard, made once for all cases of one placement in a batch; others' are dropped first."""
-    key = f"{case.model!r} {case.source!r} {case.parallel!r}"
+def weights_of(context: RankContext, case: Case, plan: Plan, turn: Turn) -> list[Weights]:
+    """This rank's shard of each layer, made once for all cases of one placement in a batch; others' are dropped
+    first."""
+    layers = [case.at(number) for number in range(case.layers)]
+    keys = [f"{each.model!r} {each.source!r} {each.depth} {each.parallel!r}" for each in layers]
     known: dict[str, Weights] = context.memo.setdefault("weights", {})
     if turn.batch is None or context.memo.get("weights_of") != turn.batch:
-        others = set(known) - {key}
+        others = set(known) - set(keys)
         for other in others:
             del known[other]
         context.memo["weights_of"] = turn.batch
         if others:  # a tenth of a second, which a case of many in a row would feel
             gc.collect()
-    if key not in known:
-        known[key] = _load(context, case, plan)
-    return known[key]
+    for key, layer in zip(keys, layers, strict=True):
+        if key not in known:
+            known[key] = _load(context, layer, plan)
+    return [known[key] for key in keys]
 
 
 def _load(context: RankContext, case: Case, plan: Plan) -> Weights:
     comm, source, placement = context.comm, case.source, plan.placement
-    total, done = len(placement.experts_of(comm.rank)), 0
+    total, done, seed = len(placement.experts_of(comm.rank)), 0, source.seed
+    of_layer = f"{case.model.name} {case.parallel.label}" + (f" layer {case.depth} of the stack" if case.depth else "")
 
     def seen() -> None:
         nonlocal done
         done += 1
-        context.progress(f"{case.model.name} {case.parallel.label}: expert {done} of {total}")
+        context.progress(f"{of_layer}: expert {done} of {total}")
 
     slice_of_shared = _shared_slice(plan, comm.rank)
     shared = router = None
     if source.checkpoint is None or source.layer is None:
-        shard = shard_from(
-            lambda expert: random_expert(case.model, expert, source.seed, comm.device), placement, comm.rank, seen
-        )
+
+        def draw(expert: int) -> ExpertWeights:
+            return random_expert(case.model, expert, seed, comm.device, layer=case.depth)
+
+        shard = shard_from(draw, placement, comm.rank, seen)
         if slice_of_shared is not None:
-            whole = random_expert(case.model.shared_spec(), case.model.num_experts, source.seed, comm.device)
+            shared_spec, number = case.model.shared_spec(), case.model.num_experts
+            whole = random_expert(shared_spec, number, seed, comm.device, layer=case.depth)
             shared = slice_width(whole, *slice_of_shared)
     else:
         shard = load_shard(source.checkpoint, source.layer, placement, comm.rank, comm.device, seen)

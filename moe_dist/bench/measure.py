@@ -10,13 +10,14 @@ from torch import Tensor
 
 from moe_dist.bench.again import again_errors
 from moe_dist.bench.case import Case
-from moe_dist.bench.check import Errors, errors_of
+from moe_dist.bench.check import Errors
 from moe_dist.bench.clock import time_steps
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.inputs import Inputs, make_inputs
 from moe_dist.bench.loading import Weights, weights_of
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
+from moe_dist.bench.stack_check import step_errors
 from moe_dist.bench.step import Kept, Step, make_step
 from moe_dist.layer import MoELayer
 from moe_dist.notices import collecting
@@ -31,8 +32,9 @@ class RankResult:
     """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `stages_us`: medians. Errors
     are the whole group's, see bench/check.py; `err_repeat` is what the worst token of a later output differs by from
     that of the first, `err_again` the same of an output on changed inputs. `max_memory`: bytes of a GPU, the weights
-    and the most that making and running the step took beside them. `config`: see Backend.config_sources. `notices`:
-    what this rank had to say in this turn."""
+    and the most that making and running the step took beside them. `rows` are those of all layers, `active_experts`
+    the most of any layer, and `by_layer` has both of each. `config`: see Backend.config_sources. `notices`: what this
+    rank had to say in this turn."""
 
     rounds_us: list[list[float]]
     stages_us: dict[str, float]
@@ -47,6 +49,7 @@ class RankResult:
     payload: str
     combine_dtype: str
     splits: str | None
+    by_layer: tuple[tuple[int, int], ...] = ()
     err_repeat: float | None = None
     err_again: float | None = None
     config: tuple[str, ...] = ()
@@ -73,7 +76,7 @@ def measure(context: RankContext, case: Case, turn: Turn = ALONE) -> RankResult:
 def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: str) -> Step:
     """Everything about a case but its times, once."""
     comm = context.comm
-    plan, (shard, shared, _) = _planned(context, case, turn)
+    plan, weights = _planned(context, case, turn)
     inputs = _inputs(context, case, turn)
     before = _memory(comm.device)
     step = _step(context, case, turn, inputs)
@@ -81,25 +84,27 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
     y_TH = step.call()
     max_memory = None
     if before is not None:
-        max_memory = torch.cuda.max_memory_allocated() - before + shard.nbytes() + (shared.nbytes() if shared else 0)
-    kept.first[key] = sketch(y_TH)
-    groups_TK = _serving_groups(step.layer, plan, inputs)
+        held = sum(part.nbytes() for shard, shared, _ in weights for part in (shard, shared) if part)
+        max_memory = torch.cuda.max_memory_allocated() - before + held
+    kept.first[key] = sketch(step.added(y_TH, step.x))
+    groups = [_serving_groups(layer, plan, each) for layer, each in zip(step.layers, inputs, strict=True)]
     errors = Errors()
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
-        errors = errors_of(context, case, step.layer, inputs, shard, shared, groups_TK, y_TH)
-    here_TK = groups_TK == comm.rank // plan.placement.tp
+        errors = step_errors(context, case, step, inputs, weights, groups, y_TH)
+    by_layer = [_work(plan, comm.rank, each, groups_TK) for each, groups_TK in zip(inputs, groups, strict=True)]
     kept.found[key] = RankResult(
         rounds_us=[],
         stages_us=step.staged(case.iters),
         bytes_sent=step.sent(),
-        rows=int(here_TK.sum()),
-        active_experts=int(inputs.routing.ids_TK[here_TK].unique().numel()),
+        rows=sum(rows for rows, _ in by_layer),
+        active_experts=max(active for _, active in by_layer),
+        by_layer=tuple(by_layer),
         **vars(errors),
         max_memory=max_memory,
         payload=plan.payload,
         combine_dtype=plan.combine_dtype,
-        splits=step.layer.exchange.splits(step.bucket, captured=step.graph is not None),
+        splits=step.layers[0].exchange.splits(step.bucket, captured=step.graph is not None),
         config=step.config_sources(),
     )
     return step
@@ -120,7 +125,7 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept,
         last[:] = [step.call()]
 
     times = time_steps(comm, call, iters, queued=step.graph is not None)
-    err_repeat = sketch_error(comm, sketch(last[0]), kept.first[key])
+    err_repeat = sketch_error(comm, sketch(step.added(last[0], step.x)), kept.first[key])
     found: RankResult = kept.found[key]
     kept.found[key] = replace(
         found,
@@ -142,20 +147,27 @@ def _again(context: RankContext, case: Case, step: Step, kept: Kept, key: str) -
     )
 
 
-def _inputs(context: RankContext, case: Case, turn: Turn) -> Inputs:
-    plan, (_, _, router) = _planned(context, case, turn)
+def _inputs(context: RankContext, case: Case, turn: Turn) -> list[Inputs]:
+    plan, weights = _planned(context, case, turn)
     context.progress(f"{case.label}: inputs")
-    return make_inputs(case, plan, context.comm, router)
+    return make_inputs(case, plan, context.comm, [router for _, _, router in weights])
 
 
-def _step(context: RankContext, case: Case, turn: Turn, inputs: Inputs) -> Step:
-    plan, (shard, shared, _) = _planned(context, case, turn)
-    layer = MoELayer(plan, shard, context.comm, shared=shared)
-    bucket = max(stop - start for start, stop in inputs.bounds)
-    return make_step(context, case, layer, shard, *inputs.mine(), bucket)
+def _step(context: RankContext, case: Case, turn: Turn, inputs: list[Inputs]) -> Step:
+    plan, weights = _planned(context, case, turn)
+    layers = [MoELayer(plan, shard, context.comm, shared=shared) for shard, shared, _ in weights]
+    bucket = max(stop - start for start, stop in inputs[0].bounds)
+    x_TH, routings = inputs[0].mine()[0], [each.mine()[1] for each in inputs]
+    return make_step(context, case, layers, [shard for shard, _, _ in weights], x_TH, routings, bucket)
 
 
-def _planned(context: RankContext, case: Case, turn: Turn) -> tuple[Plan, Weights]:
+def _work(plan: Plan, rank: int, inputs: Inputs, groups_TK: Tensor) -> tuple[int, int]:
+    """A layer's pairs on this rank, and its experts that have any."""
+    here_TK = groups_TK == rank // plan.placement.tp
+    return int(here_TK.sum()), int(inputs.routing.ids_TK[here_TK].unique().numel())
+
+
+def _planned(context: RankContext, case: Case, turn: Turn) -> tuple[Plan, list[Weights]]:
     plan = case.plan(Machine.detect(context.device.type))
     return plan, weights_of(context, case, plan, turn)
 
@@ -178,6 +190,7 @@ def _serving_groups(layer: MoELayer, plan: Plan, inputs: Inputs) -> Tensor:
 def merge(results: list[RankResult]) -> dict[str, Any]:
     """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank."""
     rounds = zip(*(result.rounds_us for result in results), strict=True)
+    by_layer = [result.by_layer or ((result.rows, result.active_experts),) for result in results]
     slowest = max(results, key=lambda result: sum(result.stages_us.values()))
     first = results[0]
     return {
@@ -186,7 +199,7 @@ def merge(results: list[RankResult]) -> dict[str, Any]:
         "bytes_sent": max(result.bytes_sent for result in results),
         "rows_per_rank": [result.rows for result in results],
         "active_experts": max(result.active_experts for result in results),
-        "active_per_rank": [result.active_experts for result in results],
+        "by_layer": [tuple(map(list, zip(*ranks, strict=True))) for ranks in zip(*by_layer, strict=True)],
         "err_oracle": first.err_oracle,
         "err_exact": first.err_exact,
         "err_whole": first.err_whole,

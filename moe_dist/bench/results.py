@@ -67,12 +67,14 @@ FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would
 
 
 def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Row:
-    """One measured case. Every label comes from the plan that ran."""
+    """One measured case. Every label comes from the plan that ran. Times, rows, bytes, rates and the floor are those of
+    the whole step, `per_layer_us` and `pairs` those of one layer."""
     spec, placement, work = plan.spec, plan.placement, case.workload
     rounds, rows = [sorted(times) for times in merged["rounds_us"]], merged["rows_per_rank"]
     times = sorted(time for round_us in rounds for time in round_us)
     p50, medians = quantile(times, 0.5), [middle for each in rounds if (middle := quantile(each, 0.5)) is not None]
-    sharded = plan.token_layout == "sharded"
+    sharded, by_layer = plan.token_layout == "sharded", merged["by_layer"]
+    floors = [floor_us(spec, placement, here, active, plan.machine.name) for here, active in by_layer]
     row: Row = {
         "model": spec.name,
         "source": case.source.label,
@@ -87,7 +89,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "ep": placement.ep,
         "world": placement.world,
         "placement": plan.parallel.label,
-        "layer": "whole",
+        "layer": "whole" if case.layers == 1 else f"stack:{case.layers}",
         "exchange": plan.exchange,
         "backend": plan.backend,
         "token_layout": plan.token_layout,
@@ -104,9 +106,10 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "config": merged["config"],
         "p50_us": p50,
         "p99_us": quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,
+        "per_layer_us": None if p50 is None else p50 / case.layers,
         "round_p50_us": medians,
         "scatter_us": stdev(medians) / len(medians) ** 0.5 if len(medians) >= FEWEST_ROUNDS else None,
-        "floor_us": floor_us(spec, placement, rows, merged["active_per_rank"], plan.machine.name),
+        "floor_us": _sum(floors),
         "err_oracle": merged["err_oracle"],
         "err_exact": merged["err_exact"],
         "err_whole": merged["err_whole"],
@@ -114,9 +117,9 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "err_repeat": merged["err_repeat"],
         "err_again": merged["err_again"],
         "active_experts": merged["active_experts"],
-        "imbalance": imbalance(rows),
+        "imbalance": _imbalance([rows for rows, _ in by_layer]),
         "rows_per_rank": rows,
-        "pairs": sum(rows) // placement.tp,
+        "pairs": sum(rows) // placement.tp // case.layers,
         "bytes_sent": merged["bytes_sent"],
         "stages_us": {name: round(value, 1) for name, value in merged["stages_us"].items()},
         "max_memory": merged["max_memory"],
@@ -127,14 +130,27 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
     return row | _rates(plan, merged, p50) | {"ok": within_tolerance(row, spec, numerics, deterministic)}
 
 
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _imbalance(by_layer: list[list[int]]) -> float:
+    """The layers' mean, each with the weight of its rows: they wait for one another's busiest rank."""
+    total = sum(map(sum, by_layer))
+    return sum(imbalance(rows) * sum(rows) for rows in by_layer) / total if total else 1.0
+
+
 def _rates(plan: Plan, merged: dict[str, Any], p50: float | None) -> Row:
     """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent."""
     if not p50:
         return {"tflops": None, "hbm_gbps": None, "link_gbps": None}
     placement, spec = plan.placement, plan.spec
     ranks = range(placement.world)
-    flops = max(rank_flops(spec, placement, rank, merged["rows_per_rank"][rank]) for rank in ranks)
-    weights = max(rank_weight_bytes(spec, placement, rank, merged["active_per_rank"][rank]) for rank in ranks)
+    flops = weights = 0.0
+    for rows, active in merged["by_layer"]:
+        flops += max(rank_flops(spec, placement, rank, rows[rank]) for rank in ranks)
+        weights += max(rank_weight_bytes(spec, placement, rank, active[rank]) for rank in ranks)
     return {
         "tflops": flops / p50 / 1e6,
         "hbm_gbps": weights / p50 / 1e3,

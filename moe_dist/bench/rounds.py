@@ -54,7 +54,7 @@ def batches(planned: list[tuple[Case, Plan]], memory: int) -> list[list[int]]:
 
     def model(index: int) -> str:
         case = planned[index][0]
-        return f"{case.model!r} {case.source!r}"
+        return f"{case.model!r} {case.source!r} {case.layers}"
 
     found = []
     for _, of_model in groupby(range(len(planned)), key=model):
@@ -62,12 +62,12 @@ def batches(planned: list[tuple[Case, Plan]], memory: int) -> list[list[int]]:
         by_placement = [
             list(share) for _, share in groupby(together, key=lambda index: repr(planned[index][0].parallel))
         ]
-        weights = sum(group_bytes(planned[share[0]][1]) for share in by_placement)
+        weights = planned[together[0]][0].layers * sum(group_bytes(planned[share[0]][1]) for share in by_placement)
         found += [together] if weights <= ROOM * memory else by_placement
     return found
 
 
 def group_bytes(plan: Plan) -> int:
-    """Of a placement's weights, on the GPU that holds most or in the one memory of a CPU's ranks."""
+    """Of a placement's weights in one layer, on the GPU that holds most or in the one memory of a CPU's ranks."""
     ranks = [plan.weight_bytes(rank) for rank in range(plan.placement.world)]
     return max(ranks) if plan.machine.device == "cuda" else sum(ranks)

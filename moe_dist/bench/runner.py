@@ -12,8 +12,7 @@ from moe_dist.bench.container import container_memory
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import Outcome, make_row
 from moe_dist.bench.rounds import schedule
-from moe_dist.bench.source import check_models
-from moe_dist.checkpoint import check_layer
+from moe_dist.bench.source import check_stored
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.plan import Machine, Plan
 from moe_dist.runtime.context import Group
@@ -30,26 +29,25 @@ def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case
             planned.append((case, case.plan(machine)))
         except (UnsupportedError, ConfigError) as error:
             refused.append({"case": case.label, "reason": str(error)})
-    for case in {(case.source, case.model): case for case, _ in planned}.values():
+    for case in {(case.source, case.model, case.layers): case for case, _ in planned}.values():
         if case.source.checkpoint is not None and case.source.layer is not None:
-            stored = check_layer(case.source.checkpoint, case.source.layer, case.model.shared_experts != "none").spec
-            check_models([case.model], case.source, stored)
+            check_stored(case)
     if planned:
         _check_memory(planned, machine)
     return planned, refused
 
 
 def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
-    """What will be there must fit before any of it is made: weights, a step's scratch, and the tokens, which every rank
-    draws whole; on a CPU the whole group's in one memory."""
+    """What will be there must fit before any of it is made: every layer's weights, a step's scratch, which they share,
+    and tokens and routings, which every rank draws whole; on a CPU the whole group's in one memory."""
     held = []
     for case, plan in planned:
         work, world = case.workload, plan.placement.world
-        tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k)
+        tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k * case.layers)
         beside = tokens + plan.scratch_bytes(
             cdiv(work.tokens, world) if work.token_layout == "sharded" else work.tokens
         )
-        ranks = [plan.weight_bytes(rank) + beside for rank in range(world)]
+        ranks = [case.layers * plan.weight_bytes(rank) + beside for rank in range(world)]
         held.append((max(ranks) if machine.device == "cuda" else sum(ranks), beside))
     largest, beside = max(held)
     check_fits(largest, machine, "weights, tokens and scratch" if beside > largest // 10 else "weights")
@@ -63,7 +61,7 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
         available, what = _available_memory(), "memory"
     if size > 0.9 * available:
         gib = f"{size / 2**30:.1f} GiB of {of}", f"{available / 2**30:.1f} GiB"
-        raise ResourceError(what, *gib, "Choose a smaller model, fewer tokens or more ranks.")
+        raise ResourceError(what, *gib, "Choose a smaller model, fewer layers or tokens, or more ranks.")
 
 
 def _available_memory() -> int:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_dist.bench.case import SourceSpec
-from moe_dist.checkpoint import layer_spec
+from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.checkpoint import check_layer, layer_spec
 from moe_dist.errors import ConfigError
 from moe_dist.files import one_path
 from moe_dist.spec import MoESpec
@@ -45,6 +45,24 @@ def with_source(config: dict[str, Any], checkpoint: str | None, layer: int | Non
 def _plainly(value: Any) -> Any:
     """What can be compared: a folder has one path, and false is not 0."""
     return one_path(value) if isinstance(value, str) else (type(value), value)
+
+
+def check_stored(case: Case) -> None:
+    """Raise ConfigError where the checkpoint's layer is not the case's model, and where those behind it in a stack are
+    no MoE layers or none of its format; what `check_layer` raises for any of them."""
+    for number in range(case.layers):
+        source = case.at(number).source
+        if source.checkpoint is None or source.layer is None:
+            return
+        stored = check_layer(source.checkpoint, source.layer, case.model.shared_experts != "none").spec
+        if number == 0:
+            check_models([case.model], source, stored)
+            continue
+        for key in sorted(MoESpec.model_fields.keys() - set(FREE)):
+            first, found = getattr(case.model, key), getattr(stored, key)
+            if first != found:
+                rule = f"layer {source.layer} has {key} {found!r}, and the first one of the stack {first!r}"
+                raise ConfigError("experiment.layers", case.layers, rule, f"1 to {number} from that one on")
 
 
 def check_models(models: Iterable[MoESpec], source: SourceSpec, stored: MoESpec) -> None:

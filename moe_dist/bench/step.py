@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -13,43 +13,51 @@ from torch import Tensor
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
-from moe_dist.graph import StepGraph
+from moe_dist.graph import Routings, StepGraph
 from moe_dist.layer import MoELayer
 from moe_dist.routing import Routing
 from moe_dist.runtime.context import RankContext
+from moe_dist.stack import MoEStack
 from moe_dist.step import NO_STAGES, Stages
 from moe_dist.weights import ExpertWeights
 
 STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
-SMALL = 32 << 20  # bytes of a shard: on a CPU a step of a larger one is made anew, as backends keep copies of weights
+SMALL = 32 << 20  # bytes of a step's shards: on a CPU one of more is made anew, as backends keep copies of weights
 SPARE = 0.25  # of a GPU's memory: with less left, steps are made anew
 
 
 @dataclass
 class Step:
-    """One step on fixed inputs: `call` runs it eagerly or replays `graph`."""
+    """One step on fixed inputs, of one layer or of a stack: `call` runs it eagerly or replays `graph`. Each layer has
+    its shard and its routing."""
 
-    layer: MoELayer
-    shard: ExpertWeights
+    layers: Sequence[MoELayer]
+    shards: list[ExpertWeights]
     x: Tensor
-    routing: Routing
+    routings: list[Routing]
     bucket: int
+    module: MoELayer | MoEStack
     call: Callable[[], Tensor]
     graph: StepGraph | None
 
     def __post_init__(self) -> None:
-        self._gate_first = self.shard.gate_first
+        self._gate_first = [shard.gate_first for shard in self.shards]
+        self.comm = self.module.comm
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.layers) > 1
 
     @property
     def stale(self) -> bool:
         """Another backend has turned the weights that this one was prepared with."""
-        return self.shard.gate_first != self._gate_first
+        return [shard.gate_first for shard in self.shards] != self._gate_first
 
     def sent(self) -> int:
         """The bytes that this rank sends in a step, counted in one more."""
-        before = self.layer.comm.bytes_sent
+        before = self.comm.bytes_sent
         self._eagerly()
-        return self.layer.comm.bytes_sent - before
+        return self.comm.bytes_sent - before
 
     def staged(self, iters: int) -> dict[str, float]:
         """Median microseconds of each stage over a few of `iters` further steps, run as the timed ones are."""
@@ -57,46 +65,72 @@ class Step:
         graph = self.graph.with_stages() if self.graph and iters else None
         for _ in range(min(iters, STAGE_ITERS)):
             if graph:
-                time_steps(self.layer.comm, graph.replay, 1, queued=True)
+                time_steps(self.comm, graph.replay, 1, queued=True)
                 totals.append(graph.totals_us())
                 continue
-            self.layer.comm.barrier()
-            stages = Stages(True, self.layer.comm.device)
+            self.comm.barrier()
+            stages = Stages(True, self.comm.device)
             self._eagerly(stages)
             totals.append(stages.totals_us())
         return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
 
-    def on(self, x: Tensor, routing: Routing) -> Tensor:
+    def on(self, x: Tensor, routings: Sequence[Routing]) -> Tensor:
         """The step on these inputs, of as many tokens as its own; a graph keeps them for its next replays. What a
         graph does not compute anew is NaN."""
+        given = routed(self.module, routings)
         if self.graph is None:
-            y_TH: Tensor = self.layer(x, routing, max_tokens_per_rank=self.bucket)
+            y_TH: Tensor = self.module(x, given, max_tokens_per_rank=self.bucket)
             return y_TH
         self.graph.replay().fill_(float("nan"))
-        return self.graph(x, routing)
+        return self.graph(x, given)
+
+    def added(self, y_TH: Tensor, x_TH: Tensor) -> Tensor:
+        """What the layers made of a step's output on `x_TH`: without a stack's residual, beside which their errors
+        would be small."""
+        return y_TH.float() - x_TH.float() if self.stacked else y_TH
+
+    def alone(self, number: int, x: Tensor) -> Tensor:
+        """One layer on this rank's `x`, eagerly, as the step has it."""
+        layer, routing, captured = self.layers[number], self.routings[number], self.graph is not None
+        y_TH: Tensor = layer(x, routing, max_tokens_per_rank=self.bucket, captured=captured)
+        return y_TH
 
     def config_sources(self) -> tuple[str, ...]:
-        """See Backend.config_sources; the shared expert's too."""
-        backends = (self.layer.backend, self.layer.shared)
+        """See Backend.config_sources; the shared experts' too."""
+        backends = (backend for layer in self.layers for backend in (layer.backend, layer.shared))
         return tuple(dict.fromkeys(source for each in backends if each for source in each.config_sources()))
 
     def _eagerly(self, stages: Stages = NO_STAGES) -> None:
         """As the graph has it, where there is one: the bytes of a captured step are those of the same splits."""
-        captured = self.graph is not None
-        self.layer(self.x, self.routing, max_tokens_per_rank=self.bucket, captured=captured, stages=stages)
+        given, captured = routed(self.module, self.routings), self.graph is not None
+        self.module(self.x, given, max_tokens_per_rank=self.bucket, captured=captured, stages=stages)
+
+
+def routed(module: MoELayer | MoEStack, routings: Sequence[Routing]) -> Routings:
+    """In the form that `module` takes."""
+    return routings if isinstance(module, MoEStack) else routings[0]
 
 
 def make_step(
-    context: RankContext, case: Case, layer: MoELayer, shard: ExpertWeights, x: Tensor, routing: Routing, bucket: int
+    context: RankContext,
+    case: Case,
+    layers: Sequence[MoELayer],
+    shards: list[ExpertWeights],
+    x: Tensor,
+    routings: list[Routing],
+    bucket: int,
 ) -> Step:
     """Collective, compiles what is compiled at first use."""
     context.progress(f"{case.label}: warming up")
-    if not layer.plan.graph:
-        layer.warm_up(x, routing, bucket)
-        return Step(layer, shard, x, routing, bucket, lambda: layer(x, routing, max_tokens_per_rank=bucket), None)
+    module = MoEStack(layers) if len(layers) > 1 else layers[0]
+    given = routed(module, routings)
+    parts = layers, shards, x, routings, bucket, module
+    if not layers[0].plan.graph:
+        module.warm_up(x, given, bucket)  # type: ignore[arg-type]
+        return Step(*parts, lambda: module(x, given, max_tokens_per_rank=bucket), None)
     context.progress(f"{case.label}: capturing")
-    graph = StepGraph(layer, bucket, x, routing)
-    return Step(layer, shard, x, routing, bucket, lambda: graph.replay()[: len(x)], graph)
+    graph = StepGraph(module, bucket, x, given)
+    return Step(*parts, lambda: graph.replay()[: len(x)], graph)
 
 
 @dataclass
@@ -134,7 +168,7 @@ class Kept:
 
     def keep(self, key: str, step: Step) -> None:
         """As long as there is room."""
-        if _room(step.shard):
+        if _room(step.shards):
             self.steps[key] = step
 
     def drop(self, key: str) -> None:
@@ -142,8 +176,8 @@ class Kept:
             kept.pop(key, None)
 
 
-def _room(shard: ExpertWeights) -> bool:
-    if shard.device.type != "cuda":
-        return shard.nbytes() <= SMALL
-    free, total = torch.cuda.mem_get_info(shard.device)
+def _room(shards: list[ExpertWeights]) -> bool:
+    if shards[0].device.type != "cuda":
+        return sum(shard.nbytes() for shard in shards) <= SMALL
+    free, total = torch.cuda.mem_get_info(shards[0].device)
     return free >= SPARE * total

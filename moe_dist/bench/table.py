@@ -24,7 +24,7 @@ COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
     shape = ("model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts")
-    keys = (*shape, "source", "world", "token_layout", "global_tokens", "skew", "seed")
+    keys = (*shape, "source", "layer", "world", "token_layout", "global_tokens", "skew", "seed")
     return tuple(row[key] for key in keys)
 
 
@@ -52,12 +52,15 @@ def _table(rows: list[Row]) -> Table:
         title += f" · shared expert {first['shared_experts']}"
     if first["source"].startswith("checkpoint:"):
         title += f" · {first['source']}"
+    if stacked := _stacked(first):
+        title += f" ·{stacked}"
     table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
     converts = any(row["stages_us"].get("convert") for row in rows)
     floors = any(row["floor_us"] is not None for row in rows)
     for name in ("placement", "exchange", "backend", "mode", "payload"):
         table.add_column(name)
-    numbers = ["p50 µs", "±", "p99 µs", "dispatch", *["convert"] * converts, "compute", "combine"]
+    numbers = ["p50 µs", *["µs/layer"] * bool(stacked), "±", "p99 µs"]
+    numbers += ["dispatch", *["convert"] * converts, "compute", "combine"]
     for name in [*numbers, *["floor", "×floor"] * floors, "rows max/mean", "sent/rank", "err oracle", "err exact"]:
         table.add_column(name, justify="right")
     table.add_column("ok")
@@ -71,7 +74,10 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
     mode = "graph" if row["graph"] else "eager"
     cells: list[str | Text] = [row["placement"], *map(printable, (row["exchange"], row["backend"])), mode]
     cells.append(row["payload_dtype"])
-    cells += [_number(row["p50_us"]), _scatter(row), _number(row["p99_us"]), _number(stages.get("dispatch"))]
+    cells.append(_number(row["p50_us"]))
+    if _stacked(row):
+        cells.append(_number(row["per_layer_us"]))
+    cells += [_scatter(row), _number(row["p99_us"]), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert") or None))
     cells += [_number(sum(stages[name] for name in COMPUTE) if stages else None), _number(stages.get("combine"))]
@@ -81,6 +87,12 @@ def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
     cells += [f"{row['imbalance']:.2f}", size(row["bytes_sent"])]
     cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
     return [*cells, _verdict(row)]
+
+
+def _stacked(row: Row) -> str:
+    """What rows of stacks are said to be; nothing of a single layer."""
+    layers = row["layer"].removeprefix("stack:")
+    return "" if layers == row["layer"] else f" stack of {layers} layers"
 
 
 def _verdict(row: Row) -> Text:
@@ -173,6 +185,7 @@ def _sentence(rows: list[Row]) -> str | None:
         return None
     winner, *others = best.values()
     where = f"{winner['model']}, {winner['world']} ranks, {winner['global_tokens']} {winner['token_layout']} tokens"
+    where += f",{stacked}" if (stacked := _stacked(winner)) else ""
     rivals = [f"{_who(row)} {row['p50_us'] / winner['p50_us']:.2f}x" for row in others]
     said = "no clear winner, within scatter:" if tied(winner, others[0]) else "fastest"
     return f"{where}, {winner['skew']}: {said} {_who(winner)} ({winner['p50_us']:,.0f} µs); " + ", ".join(rivals)
@@ -203,6 +216,7 @@ def last_line(rows: list[Row]) -> str:
         first, second = sorted(rivals.values(), key=_speed)[:2]
         name = "a tie" if tied(first, second) else family(first)
         place = f"{first['world']} ranks × {first['global_tokens']} {first['token_layout']} {first['skew']}"
+        place += _stacked(first)
         wins.setdefault(name, []).append(place)
     if not wins:
         return "Verdict: nothing to compare; it takes rows of two placements with equal tokens and layout."

@@ -51,11 +51,13 @@ def whole_error(
     of_weights = f"{case.model!r} {case.source!r} {case.parallel!r} {_fingerprints(comm, shard, shared)}"
     compared: set[Copy] = context.memo.setdefault("compared", {}).setdefault(of_weights, set())
     tokens, alone = compared_tokens(case, routing, groups_TK, compared)
-    key = f"{case.model!r} {case.source!r} {case.workload!r} {tokens.tolist()}"
+    key = f"{case.model!r} {case.source!r} {case.depth} {case.workload!r} {tokens.tolist()}"
     kept: dict[str, Tensor] = context.memo.setdefault("whole", {})
     tokens = tokens.to(x_TH.device)
     picked = Routing(routing.ids_TK[tokens], routing.weights_TK[tokens])
-    if key not in kept:  # one serves all exchanges, backends and modes: reading whole experts takes longer than they
+    # One serves all exchanges, backends and modes: reading whole experts takes longer than they. Behind the first layer
+    # of a stack they have inputs of their own.
+    if case.depth or key not in kept:
         kept.clear()
         kept[key] = _outputs(context, case, x_TH[tokens], picked, case.model.shared_experts != "none")
     error = largest_error(exact_TH[tokens], kept[key])
@@ -162,9 +164,8 @@ def _maker(case: Case, device: torch.device) -> Callable[[int | None], tuple[Ten
     if source.checkpoint is None or source.layer is None:
 
         def draw(expert: int | None) -> tuple[Tensor, Tensor]:
-            if expert is None:
-                return random_expert(spec.shared_spec(), spec.num_experts, source.seed, device).dequantized(0)
-            return random_expert(spec, expert, source.seed, device).dequantized(0)
+            number, own = (spec.num_experts, spec.shared_spec()) if expert is None else (expert, spec)
+            return random_expert(own, number, source.seed, device, layer=case.depth).dequantized(0)
 
         return draw
     whole = WholeExperts(source.checkpoint, source.layer)

@@ -82,7 +82,7 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
         "quant": "fp8_block", "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
         "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "graph": False,
         "payload_dtype": "fp8", "token_layout": "sharded", "global_tokens": 64, "skew": "uniform", "seed": 0,
-        "p50_us": p50, "scatter_us": 1.0, "p99_us": None, "floor_us": None, "stages_us": STAGES,
+        "layer": "whole", "p50_us": p50, "scatter_us": 1.0, "p99_us": None, "floor_us": None, "stages_us": STAGES,
         "imbalance": 1.25, "bytes_sent": 2048, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6,
         "err_token": 0.1, "ok": True,
     }  # fmt: skip

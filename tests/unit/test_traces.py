@@ -148,10 +148,10 @@ def test_a_rank_refuses_a_trace_that_has_changed(saved):
     skew = saved(good())
     (case,) = cases_of(skew)
     plan = case.plan(Machine("cpu", 1, "cpu"))
-    make_inputs(case, plan, ALONE, None)
+    make_inputs(case, plan, ALONE, [None])
     saved(good(rows=4))
     with pytest.raises(ConfigError, match="another file"):
-        make_inputs(case, plan, ALONE, None)
+        make_inputs(case, plan, ALONE, [None])
 
 
 def test_a_case_made_by_hand_has_its_trace(saved):
