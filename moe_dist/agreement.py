@@ -25,8 +25,9 @@ class Agreement:
         self._every_row = plan.spec.shared_experts != "none"
 
     def of(self, layer: int, x_TH: Tensor, routing: Routing, values: bool) -> dict[str, int]:
-        """By name. `layer`: its number among those made on the process group. Tokens that are replicated, and where they go, are looked at if `values`: the host waits for a GPU.
-        Rows that no expert takes, and weights beside no expert, may hold anything."""
+        """By name. `layer`: its number among those made on the process group. Tokens that are replicated, and where
+        they go, are looked at if `values`: the host waits for a GPU. Rows that no expert takes, and weights beside no
+        expert, may hold anything."""
         routed = x = 0
         if self._alike and values:
             nobody_TK = routing.ids_TK < 0
