@@ -377,15 +377,15 @@ class TestManyPairs:
     @pytest.mark.parametrize(("chunks", "compared"), [(4, 32), (32, 16)])
     def test_several_chunks_of_several_blocks(self, experts, chunks, compared, monkeypatch):
         """So many chunks, too, that their counts are not added up at once."""
-        monkeypatch.setattr(module, "MOST_CHUNKS", chunks)
-        monkeypatch.setattr(module, "COMPARED", compared)
+        monkeypatch.setattr(permute, "MOST_CHUNKS", chunks)
+        monkeypatch.setattr(permute, "COMPARED", compared)
         top_k, bm = int(torch.randint(1, 9, ())), (16, 64, 128)[int(torch.randint(0, 3, ()))]
         for pairs in (chunks * compared - 1, int(torch.randint(1, 4 * chunks * compared, ())), 2 * chunks * compared):
             check_prepared(random_slots(-(-pairs // top_k), top_k, experts), experts, bm, together=False)
 
     @pytest.mark.parametrize("slot", [-1, 299])
     def test_all_on_one_of_many_experts_or_none_here(self, slot, monkeypatch):
-        monkeypatch.setattr(module, "MOST_CHUNKS", 8)
+        monkeypatch.setattr(permute, "MOST_CHUNKS", 8)
         check_prepared(torch.full((1300, 3), slot, dtype=torch.int32), 300, 16, together=False)
 
     def test_how_many_pairs_are_many(self):
