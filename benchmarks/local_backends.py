@@ -123,7 +123,7 @@ def own_gemms_us(plan: Plan, backend: Any, sample: Sample) -> float:
     """Both GEMMs of one of our backends, on rows that were sorted and quantized before."""
     device = sample.expected_RH.device  # a workspace each: all are prepared before the first is computed
     pipelines = [backend.pipeline(Step(Workspace(device)), rows) for rows in sample.rows]
-    prepared = [pipeline.prepare(rows.x) for pipeline, rows in zip(pipelines, sample.rows, strict=True)]
+    prepared = [pipeline.prepare() for pipeline in pipelines]
 
     def all_gemms() -> None:
         for pipeline, (values, scales) in zip(pipelines, prepared, strict=True):

@@ -37,6 +37,7 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
         f"{printable(spec.name)} {spec.quant_label}{shared}, as {made.parallel.label}, {made.token_layout} tokens:"
         f" exchange {made.exchange}, backend {made.backend}{f' ({chosen})' if chosen else ''}, rows travel as"
         f" {made.payload}, partial sums as {made.combine_dtype}"
+        + (", rows are handed over sorted by expert" if made.form == "expert" else "")
         + (", with a change of token layout around it" if made.converts_layout else ""),
     )
     ranks = Table("rank", "experts", "slice of intermediate", "weights", header_style="bold")
@@ -55,12 +56,12 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
         console.print(f"a stack of {layers} layers: {layers} times these weights and bytes, and the same scratch")
     for name, source in made.tables().items():
         console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})", soft_wrap=True)
-    choices = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
-    for choice in made.choices:
-        taken = "yes" if choice.chosen else ""
-        possible = "yes" if choice.possible else "no"
-        choices.add_row(choice.kind, printable(choice.name), possible, taken, printable(choice.reason))
-    console.print(choices)
+    options = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
+    for option in made.options:
+        taken = "yes" if option.chosen else ""
+        possible = "yes" if option.possible else "no"
+        options.add_row(option.kind, printable(option.name), possible, taken, printable(option.reason))
+    console.print(options)
 
 
 def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: bool) -> None:

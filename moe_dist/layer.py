@@ -71,7 +71,9 @@ class MoELayer(nn.Module):
 
     def _assemble(self) -> None:
         plan, (shard, shared), rank = self.plan, self._weights, self.comm.rank
-        exchange = EXCHANGES.get(plan.exchange)(self.comm, plan.placement, plan.spec, plan.payload, shard.a13)
+        exchange = EXCHANGES.get(plan.exchange)(
+            self.comm, plan.placement, plan.spec, plan.payload, shard.a13, plan.form
+        )
         self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
         self.backend = _prepared(plan.backend, plan.problem(rank), shard)
         self.shared = None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared)

@@ -62,7 +62,7 @@ def _cpu_name() -> str:
         return "CPU"
 
 
-class Choice(NamedTuple):
+class Option(NamedTuple):
     """One name of one kind (exchange, backend), whether it could run here, and whether it was taken."""
 
     kind: str
@@ -82,20 +82,54 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What runs for steps of up to `up_to` tokens a rank (None: of any size). `form`: of the rows that the exchange
+    hands to the backend (step.rows.FORMS). `payload`: what rows really travel as: none, bf16, fp32 or fp8.
+    `chosen_by`: who named it."""
+
+    exchange: str
+    backend: str
+    form: str
+    payload: str
+    chosen_by: str = "name"
+    up_to: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A configuration that passed every check. `payload` is what rows really travel as: none, bf16, fp32 or fp8."""
+    """A configuration that passed every check, made once by whoever starts the ranks and sent to them. `choices`: by
+    size of step, the smallest first; today there is one. `options`: all names, with what speaks against each."""
 
     spec: MoESpec
     parallel: ParallelSpec
     placement: Placement
     token_layout: TokenLayout
-    exchange: str
-    backend: str
-    payload: str
+    choices: tuple[Choice, ...]
     combine_dtype: str
     machine: Machine
     graph: bool
-    choices: tuple[Choice, ...]
+    options: tuple[Option, ...]
+
+    def choice(self, bucket: int | None = None) -> Choice:
+        """For steps of so many tokens a rank; None: for the largest."""
+        fit = (each for each in self.choices if bucket is not None and (each.up_to is None or bucket <= each.up_to))
+        return next(fit, self.choices[-1])
+
+    @property
+    def exchange(self) -> str:
+        return self.choice().exchange
+
+    @property
+    def backend(self) -> str:
+        return self.choice().backend
+
+    @property
+    def form(self) -> str:
+        return self.choice().form
+
+    @property
+    def payload(self) -> str:
+        return self.choice().payload
 
     @property
     def converts_layout(self) -> bool:
@@ -216,6 +250,7 @@ class Plan:
             "token_layout": self.token_layout,
             "exchange": self.exchange,
             "backend": self.backend,
+            "form": self.form,
             "payload_dtype": self.payload,
             "combine_dtype": self.combine_dtype,
             "weight_bytes": [self.weight_bytes(rank) for rank in world],
@@ -223,7 +258,8 @@ class Plan:
             "graph": self.graph,
             "capturable": self.capturable._asdict(),
             "machine": asdict(self.machine),
-            "choices": [choice._asdict() for choice in self.choices],
+            "choices": [asdict(choice) for choice in self.choices],
+            "options": [option._asdict() for option in self.options],
         }
 
 
@@ -235,6 +271,7 @@ def make_plan(
     backend: str,
     token_layout: TokenLayout = "sharded",
     payload: str = "auto",
+    form: str = "auto",
     combine_dtype: str | None = None,
     graph: bool = False,
     machine: Machine | None = None,
@@ -242,7 +279,8 @@ def make_plan(
     """Check everything that can be checked before a weight is loaded or a process started.
 
     A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced.
-    `payload` auto sends FP8 where the model is FP8 and the backend takes it. `combine_dtype` defaults to the model's.
+    `payload` auto sends FP8 where the model is FP8 and the backend takes it. `form` auto is the first that the exchange
+    makes and the backend takes. `combine_dtype` defaults to the model's.
     With `graph`, what can't be captured in a CUDA graph is refused here.
     """
     machine = machine or Machine.detect()
@@ -255,29 +293,40 @@ def make_plan(
     placement = Placement.build(spec, parallel)
 
     travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
-    choices = _choices(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)
-    refused = [choice for choice in choices if choice.chosen and not choice.possible]
+    options = _options(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)
+    refused = [option for option in options if option.chosen and not option.possible]
     if refused:
-        what = " and ".join(f"{choice.kind} {choice.name}" for choice in refused)
-        fit = [choice.name for choice in choices if choice.possible and choice.kind == refused[0].kind]
-        raise UnsupportedError(f"{what} under {parallel.label}", [choice.reason for choice in refused], fit or "none")
+        what = " and ".join(f"{option.kind} {option.name}" for option in refused)
+        fit = [option.name for option in options if option.possible and option.kind == refused[0].kind]
+        raise UnsupportedError(f"{what} under {parallel.label}", [option.reason for option in refused], fit or "none")
     _check_shared(spec, exchange_class, parallel)
+    choice = Choice(exchange, backend, _form(exchange_class, backend_class, form), travels)
     plan = Plan(
         spec,
         parallel,
         placement,
         token_layout,
-        exchange,
-        backend,
-        travels,
+        (choice,),
         combine,
         machine,
         graph,
-        tuple(choices),
+        tuple(options),
     )
     if graph and not plan.capturable.ok:
         raise UnsupportedError(f"a CUDA graph of {exchange} with {backend}", [plan.capturable.reason])
     return plan
+
+
+def _form(exchange: type[Exchange[Any, Any]], backend: type[Backend], form: str) -> str:
+    """Of the rows that pass from one to the other. Raises ConfigError for one that can't."""
+    common = tuple(each for each in exchange.makes if each in backend.takes)
+    if form == "auto" and common:
+        return common[0]
+    if form not in common:
+        makes, takes = ", ".join(exchange.makes), ", ".join(backend.takes)
+        rule = f"{exchange.__name__} makes {makes}, {backend.__name__} takes {takes}"
+        raise ConfigError("form", form, rule, ("auto", *common))
+    return form
 
 
 def _travelling(
@@ -306,7 +355,7 @@ def _travelling(
     return spec.dtype
 
 
-def _choices(
+def _options(
     spec: MoESpec,
     placement: Placement,
     token_layout: str,
@@ -316,22 +365,22 @@ def _choices(
     payload: str,
     combine: str,
     machine: Machine,
-) -> list[Choice]:
+) -> list[Option]:
     """Every registered exchange and backend, with what speaks against it."""
-    choices = []
+    options = []
     for name, candidate in EXCHANGES.usable():
         support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement)
         reason = support.reason
         if support.ok and name != exchange:
             converted = candidate.token_layout != token_layout and placement.world > 1
             reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
-        choices.append(Choice("exchange", name, support.ok, name == exchange, reason))
+        options.append(Option("exchange", name, support.ok, name == exchange, reason))
     for name, found in BACKENDS.usable():
         given = (spec, placement, found, travels, payload, combine, machine)
         support = _asked(BACKENDS.is_foreign(name), _backend_support, *given)
         reason = "not asked for" if support.ok and name != backend else support.reason
-        choices.append(Choice("backend", name, support.ok, name == backend, reason))
-    return choices
+        options.append(Option("backend", name, support.ok, name == backend, reason))
+    return options
 
 
 def _asked(foreign: bool, question: Callable[..., Support], *given: Any) -> Support:

@@ -34,13 +34,15 @@ class Backend(ABC):
 
     `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal bits.
     `table_revision`: raised when its configs mean something else; older tables are then passed over. `sums`: in which
-    of a plan's combine_dtypes it gives sums that were not rounded to a narrower one before.
+    of a plan's combine_dtypes it gives sums that were not rounded to a narrower one before. `takes`: the forms of rows
+    that it makes use of (step.rows.FORMS), the one it likes best first; rows sorted by expert are token rows too.
     """
 
     capturable: ClassVar[bool]
     deterministic: ClassVar[bool]
     table_revision: ClassVar[int] = 0
     sums: ClassVar[frozenset[str]] = frozenset({"bf16", "fp32"})
+    takes: ClassVar[tuple[str, ...]] = ("token",)
 
     def __init__(self, problem: Problem) -> None:
         """For the problem that `supports` was asked about."""

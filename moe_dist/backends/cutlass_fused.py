@@ -66,4 +66,4 @@ class CutlassFused(OwnKernels["Config"]):
     def pipeline_with(self, step: Step, rows: TokenRows, config: Config) -> CutlassPipeline:
         from moe_dist.kernels.cutlass.fused_moe import CutlassPipeline
 
-        return CutlassPipeline(step, rows.slots_RK.contiguous(), self._matrices, config)
+        return CutlassPipeline(step, rows, self._matrices, config)

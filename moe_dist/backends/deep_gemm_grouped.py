@@ -67,7 +67,7 @@ class DeepGemm(OwnPipelines):
     def pipeline(self, step: Step, rows: TokenRows) -> PaddedPipeline:
         from moe_dist.kernels.triton.padded import PaddedPipeline
 
-        return PaddedPipeline(step, rows.slots_RK.contiguous(), self._weights, contiguous_gemm, masked_gemm)
+        return PaddedPipeline(step, rows, self._weights, contiguous_gemm, masked_gemm)
 
 
 def contiguous_gemm(rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Any], out: Tensor, experts: Tensor) -> None:

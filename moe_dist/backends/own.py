@@ -45,6 +45,7 @@ class OwnPipelines(Backend):
 
     capturable = True
     deterministic = True
+    takes = ("token", "expert")
 
     @classmethod
     def payloads(cls, spec: MoESpec) -> frozenset[str]:
@@ -96,7 +97,7 @@ class OwnPipelines(Backend):
         if len(rows) == 0 or self._empty:
             sink.put_zeros()
         else:
-            self.pipeline(step, rows).run(rows.x, rows.weights_RK, self.spec.activation, sink)
+            self.pipeline(step, rows).run(self.spec.activation, sink)
 
 
 class OwnKernels(OwnPipelines, Generic[C]):

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.quantization import QuantizedRows, dequantize_rows, quantize_rows
 from moe_dist.spec import MoESpec
-from moe_dist.step import Sink, Stages, Step, Support, TokenRows
+from moe_dist.step import ExpertRows, Sink, Stages, Step, Support, TokenRows
 from moe_dist.step.rows import used_rows
 from moe_dist.weights import ExpertWeights, activate
 
@@ -20,6 +20,7 @@ class TorchBackend(Backend):
 
     capturable = False  # group sizes are read back to the host
     deterministic = True
+    takes = ("token", "expert")
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -75,11 +76,14 @@ class TorchBackend(Backend):
 
     def _by_expert(self, rows: TokenRows) -> list[tuple[int, Tensor, Tensor]]:
         """(slot, row indices, weights) for each slot that has rows."""
-        flat = rows.slots_RK.flatten().long()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat + 1, minlength=1).tolist()
         top_k, weights = rows.slots_RK.shape[1], rows.weights_RK.flatten()
-        pieces = torch.split(order, counts)[1:]  # the first piece are the pairs that are not here
+        if isinstance(rows, ExpertRows):
+            counts = (rows.stops_e - rows.starts_e).tolist()
+            pieces = torch.split(rows.order_N[: sum(counts)].long(), counts)
+        else:
+            flat = rows.slots_RK.flatten().long()
+            counts = torch.bincount(flat + 1, minlength=1).tolist()
+            pieces = torch.split(flat.argsort(stable=True), counts)[1:]  # the first piece are the pairs not here
         return [(slot, piece // top_k, weights[piece]) for slot, piece in enumerate(pieces) if len(piece)]
 
     def _hidden(self, stages: Stages, x: Tensor, slot: int) -> Tensor:

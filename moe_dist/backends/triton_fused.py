@@ -85,4 +85,4 @@ class TritonFused(OwnKernels["Config"]):
     def pipeline_with(self, step: Step, rows: TokenRows, config: Config) -> TritonPipeline:
         from moe_dist.kernels.triton.fused_moe import TritonPipeline
 
-        return TritonPipeline(step, rows.slots_RK.contiguous(), self._weights, config, self._tiles)
+        return TritonPipeline(step, rows, self._weights, config, self._tiles)

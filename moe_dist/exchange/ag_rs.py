@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, gather_forms, gather_tokens, payload_row_bytes
+from moe_dist.exchange.base import Exchange, gather_forms, gather_tokens, payload_row_bytes, sorting_forms
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
@@ -23,6 +23,7 @@ class AllGatherReduceScatter(Exchange[int, Whole]):
     capturable = True
     needs_bucket = True
     every_token = True
+    makes = ("token", "expert")
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
@@ -36,6 +37,7 @@ class AllGatherReduceScatter(Exchange[int, Whole]):
         return [
             *gather_forms(spec, placement, payload, bucket),
             ((rows, spec.top_k), torch.int32),  # slots
+            *sorting_forms(spec, placement, rows),
             ((rows, spec.hidden), dtype),
         ]
 
@@ -45,7 +47,7 @@ class AllGatherReduceScatter(Exchange[int, Whole]):
         with step.stages("dispatch"):
             x_all, all_routing = gather_tokens(step, self.comm, x, routing, bucket)
             slots_RK = slots_on(self.placement, self.comm.rank, all_routing.ids_TK, bucket, step.workspace.take)
-            return TokenRows(x_all, slots_RK, all_routing.weights_TK), routing.tokens
+            return self.in_form(step, TokenRows(x_all, slots_RK, all_routing.weights_TK)), routing.tokens
 
     def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
         alone = self.comm.world == 1  # then the sums are the result

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.kernels import quantize_rows
+from moe_dist.kernels import quantize_rows, sorted_by_expert
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, Activations, QuantizedRows, scale_columns
 from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
+from moe_dist.sizes import cdiv, power_of_2
 from moe_dist.spec import MoESpec, TokenLayout
 from moe_dist.step import Form, Sink, Step, Support, TokenRows
 
@@ -30,13 +31,15 @@ class Exchange(ABC, Generic[H, S]):
     scale for fp8_tensor_static.
 
     `token_layout`: of the tokens that it takes and gives back. `capturable`: in a CUDA graph. `every_token`: it brings
-    every token to every rank. `needs_bucket`: all ranks must pad to one agreed number of tokens.
+    every token to every rank. `needs_bucket`: all ranks must pad to one agreed number of tokens. `makes`: the forms of
+    rows that it can hand over (step.rows.FORMS), the one it makes without further work first; `form` is the plan's.
     """
 
     token_layout: TokenLayout
     capturable: bool
     every_token: bool
     needs_bucket: bool
+    makes: tuple[str, ...] = ("token",)
 
     def __init__(
         self,
@@ -45,9 +48,10 @@ class Exchange(ABC, Generic[H, S]):
         spec: MoESpec,
         payload: str,
         static_scale: Tensor | None = None,
+        form: str = "token",
     ) -> None:
         self.comm, self.placement, self.spec = comm, placement, spec
-        self.payload, self.static_scale = payload, static_scale
+        self.payload, self.static_scale, self.form = payload, static_scale, form
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement) -> Support:
@@ -109,6 +113,12 @@ class Exchange(ABC, Generic[H, S]):
         if self.payload != "fp8":
             return "computed"
         return "all" if self.spec.shared_experts == "tp" else "routed"
+
+    def in_form(self, step: Step, rows: TokenRows) -> TokenRows:
+        """`rows` as the plan wants them, for exchanges that make both forms."""
+        if self.form == "token":
+            return rows
+        return sorted_by_expert(rows, len(self.placement.experts_of(self.comm.rank)), step.workspace.take)
 
     def to_payload(self, step: Step, x: Activations, routing: Routing) -> Activations:
         """Quantize at the source if the payload is FP8 and that has not been done."""
@@ -196,3 +206,11 @@ def row_forms(spec: MoESpec, payload: str, rows: int) -> list[Form]:
 def pair_forms(spec: MoESpec, rows: int) -> list[Form]:
     """Of their ids or slots, and of their weights."""
     return [((rows, spec.top_k), torch.int32), ((rows, spec.top_k), torch.float32)]
+
+
+def sorting_forms(spec: MoESpec, placement: Placement, rows: int) -> list[Form]:
+    """The most that sorting the pairs of so many rows by expert takes."""
+    pairs, experts = rows * spec.top_k, max(len(placement.experts_of(rank)) for rank in range(placement.world))
+    of_experts = [((experts,), torch.int32)] * 2
+    counted: Form = ((128, max(32, power_of_2(experts))), torch.int32)  # by chunks of many pairs
+    return [*of_experts, *([((pairs,), torch.int32)] * 2), counted, ((cdiv(pairs, 1024) + experts,), torch.int32)]

@@ -49,7 +49,7 @@ class ShardedToReplicated(Exchange[Shard[H], S]):
     needs_bucket = True
 
     def __init__(self, inner: Exchange[H, S]) -> None:
-        super().__init__(inner.comm, inner.placement, inner.spec, inner.payload, inner.static_scale)
+        super().__init__(inner.comm, inner.placement, inner.spec, inner.payload, inner.static_scale, inner.form)
         self.inner, self.capturable, self.every_token = inner, inner.capturable, inner.every_token
 
     @classmethod
@@ -104,7 +104,7 @@ class ReplicatedToSharded(Exchange[Share[H], S]):
     needs_bucket = False
 
     def __init__(self, inner: Exchange[H, S]) -> None:
-        super().__init__(inner.comm, inner.placement, inner.spec, inner.payload, inner.static_scale)
+        super().__init__(inner.comm, inner.placement, inner.spec, inner.payload, inner.static_scale, inner.form)
         self.inner, self.capturable, self.every_token = inner, inner.capturable, inner.every_token
 
     @classmethod

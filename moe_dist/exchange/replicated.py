@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange
+from moe_dist.exchange.base import Exchange, sorting_forms
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
@@ -21,6 +21,7 @@ class AllReduce(Exchange[None, Whole]):
     capturable = True
     needs_bucket = False
     every_token = True
+    makes = ("token", "expert")
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
@@ -28,12 +29,12 @@ class AllReduce(Exchange[None, Whole]):
 
     @classmethod
     def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
-        return [((bucket, spec.top_k), torch.int32)]  # slots
+        return [((bucket, spec.top_k), torch.int32), *sorting_forms(spec, placement, bucket)]  # slots
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, None]:
         with step.stages("dispatch"):
             slots_TK = slots_on(self.placement, self.comm.rank, routing.ids_TK, step.bucket, step.workspace.take)
-            return TokenRows(x, slots_TK, routing.weights_TK), None
+            return self.in_form(step, TokenRows(x, slots_TK, routing.weights_TK)), None
 
     def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
         """The sums are added up where they lie, and are the result."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moe_dist.placement import Placement
 from moe_dist.quantization import QuantizedRows
 from moe_dist.quantization import quantize_rows as quantize_rows_torch
 from moe_dist.spec import QuantKind
-from moe_dist.step.workspace import Take, fresh
+from moe_dist.step import ExpertRows, Take, TokenRows, fresh
 
 
 def quantize_rows(
@@ -34,3 +35,18 @@ def slots_on(placement: Placement, rank: int, ids_RK: Tensor, sharded: int | Non
 
         return kernel(placement, rank, ids_RK, take)
     return placement.slots_on(rank, ids_RK, sharded)
+
+
+def sorted_by_expert(rows: TokenRows, experts: int, take: Take) -> ExpertRows:
+    """`rows` with their pairs sorted by local expert, stably, whose number is `experts`; one launch on a GPU, two for
+    many pairs."""
+    if rows.slots_RK.is_cuda and rows.slots_RK.numel():
+        from moe_dist.kernels.triton.permute import sorted_by_expert as kernel
+
+        return kernel(rows, experts, take)
+    flat = rows.slots_RK.flatten()
+    order_N = torch.where(flat < 0, experts, flat).argsort(stable=True).to(torch.int32)
+    counts_e = torch.bincount(flat[flat >= 0], minlength=experts)
+    stops_e = counts_e.cumsum(0)
+    starts_e = (stops_e - counts_e).to(torch.int32)
+    return ExpertRows(rows.x, rows.slots_RK, rows.weights_RK, starts_e, stops_e.to(torch.int32), order_N)

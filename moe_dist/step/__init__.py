@@ -1,15 +1,17 @@
 """One forward of a layer: what every part of it is told, and what passes from part to part."""
 
-from moe_dist.step.rows import Support, TokenRows
+from moe_dist.step.rows import FORMS, ExpertRows, Support, TokenRows
 from moe_dist.step.sink import Added, Sink, Whole
 from moe_dist.step.stages import NO_STAGES, STAGES, Stages
 from moe_dist.step.step import Step
 from moe_dist.step.workspace import Form, Take, Workspace, bytes_of, fresh, workspace_of
 
 __all__ = [
+    "FORMS",
     "NO_STAGES",
     "STAGES",
     "Added",
+    "ExpertRows",
     "Form",
     "Sink",
     "Stages",

@@ -25,6 +25,20 @@ class TokenRows:
         return self.slots_RK.shape[0]
 
 
+@dataclass(frozen=True)
+class ExpertRows(TokenRows):
+    """The same with the pairs that are here sorted by local expert, and within one in their own order. Pair row · K + k
+    is the choice k of that row. Of e experts the pairs of expert j are `order_N` from `starts_e[j]` to `stops_e[j]`;
+    all int32, N = R · K, and what `order_N` holds behind the last pair is of no account."""
+
+    starts_e: Tensor
+    stops_e: Tensor
+    order_N: Tensor
+
+
+FORMS: dict[str, type[TokenRows]] = {"token": TokenRows, "expert": ExpertRows}  # of rows, by name
+
+
 def used_rows(kind: QuantKind, slots_RK: Tensor) -> Tensor | None:
     """Which rows a dynamic per-tensor scale is made from, bool [R]: those that are computed here. None for formats
     without such a scale."""

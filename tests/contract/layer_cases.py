@@ -34,12 +34,14 @@ EXACT_BOUNDS |= {"fp8_tensor_static": 6e-2, "fp8_tensor_dynamic": 6e-2}
 
 @dataclass(frozen=True)
 class Inputs:
-    """`counts[r]` tokens on rank r where tokens are sharded; `holes`: the part of the ids that is -1 instead."""
+    """`counts[r]` tokens on rank r where tokens are sharded; `holes`: the part of the ids that is -1 instead; `wild`:
+    rows without any expert are large."""
 
     counts: tuple[int, ...]
     seed: int
     skew: str = "uniform"
     holes: float = 0.1
+    wild: bool = True
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -242,7 +244,8 @@ def inputs_of(hidden: int, num_experts: int, top_k: int, inputs: Inputs) -> tupl
     sizes = MoESpec(hidden=hidden, intermediate=16, num_experts=num_experts, top_k=top_k)
     routing = synthetic_routing(sizes, tokens, inputs.skew, inputs.seed)
     hole = torch.rand(routing.ids_TK.shape, generator=generator) < inputs.holes
-    x[hole.all(1)] *= 50  # what a row without any expert holds must not decide how others are rounded
+    if inputs.wild:
+        x[hole.all(1)] *= 50  # what a row without any expert holds must not decide how others are rounded
     return x, Routing(routing.ids_TK.masked_fill(hole, -1), routing.weights_TK.masked_fill(hole, float("nan")))
 
 

@@ -27,6 +27,7 @@ from layer_cases import (
     run_outputs,
 )
 
+from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
@@ -37,6 +38,7 @@ from moe_dist.plan import make_plan
 from moe_dist.reference import oracle_partial, relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.step import FORMS
 from moe_dist.weights import random_expert, random_weights, shard_from
 
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
@@ -257,6 +259,27 @@ def test_exact_splits(pool: Pool) -> None:
     check(pool, [case for case in cases if case.plan.exchange == "all_to_all"])
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelSpec(), ParallelSpec(tp=2, ep=2, replicas={1: (1,)}), ParallelSpec(ep=3)],
+    ids=lambda p: p.label,
+)
+def test_every_pair_of_forms(pool: Pool, parallel: ParallelSpec) -> None:
+    """Rows as tokens or sorted by expert, wherever an exchange makes a form that a backend takes; exact splits too."""
+    inputs, cases = Inputs(uneven(parallel.world), SEED), []
+    for (quant, dtype), exchange, backend, layout in product(FORMATS, exchanges_for(parallel), HERE, LAYOUTS):
+        for form in (form for form in EXCHANGES.get(exchange).makes if form in BACKENDS.get(backend).takes):
+            plan = make_plan(
+                spec_of(quant, dtype), parallel, exchange=exchange, backend=backend, token_layout=layout, form=form,
+                machine=CPU,
+            )  # fmt: skip
+            assert plan.form == form
+            exact = form == "expert" and layout == "sharded"
+            cases.append(Case(f"{form} {quant} {dtype} {exchange} {backend} {layout}", plan, inputs, exact=exact))
+    assert {case.plan.form for case in cases} == set(FORMS)
+    check(pool, cases)
+
+
 def test_layer_with_its_own_router(pool: Pool) -> None:
     inputs = Inputs((4, 1, 0, 6), SEED)
     check(pool, everywhere(spec_of(), ParallelSpec(tp=2, ep=2), inputs, routed_by_layer=True))
@@ -268,7 +291,7 @@ def test_layer_with_its_own_router(pool: Pool) -> None:
 @pytest.mark.parametrize("how", ["replicated", "tp"])
 def test_shared_experts(pool: Pool, parallel: ParallelSpec, how: str) -> None:
     """Replicated: every exchange. Sliced over all ranks: those that bring every token, the others must refuse."""
-    inputs = Inputs(uneven(parallel.world), SEED)
+    inputs = Inputs(uneven(parallel.world), SEED, wild=False)  # a shared expert takes every row
     cases = []
     for (quant, dtype), exchange, backend, layout in product(FORMATS, exchanges_for(parallel), HERE, LAYOUTS):
         spec = spec_of(quant, dtype, shared_experts=how, shared_intermediate=448)

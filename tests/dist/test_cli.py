@@ -86,9 +86,9 @@ class TestWithoutRanks:
         assert document["experts"] == [128] * 4
         assert sorted(map(tuple, document["slices"])) == [(0, 1024), (0, 1024), (1024, 2048), (1024, 2048)]
         assert document["wire_bytes"] > 0
-        chosen = {(choice["kind"], choice["name"]) for choice in document["choices"] if choice["chosen"]}
+        chosen = {(choice["kind"], choice["name"]) for choice in document["options"] if choice["chosen"]}
         assert chosen == {("exchange", "all_to_all"), ("backend", "torch")}
-        assert all(choice["reason"] for choice in document["choices"] if not choice["chosen"])
+        assert all(choice["reason"] for choice in document["options"] if not choice["chosen"])
         text = command(*arguments, "--device", "cpu").out
         assert (
             "DeepSeek-V3 fp8_block, no shared expert, as TP2xEP2, sharded tokens: exchange all_to_all, backend torch"

@@ -140,6 +140,10 @@ def differing(comm: Comm, what: str) -> tuple[str, str]:
         return error.op, error.cause
     finally:
         MoELayer.meets = before
+        if what == "number" and comm.rank == 1:  # later tests use this group: the ranks have counted alike again
+            comm.number_layer()
+        if what == "step left out" and comm.rank == 0:
+            comm.begin_step()
     return "", ""
 
 

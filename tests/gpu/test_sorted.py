@@ -20,7 +20,7 @@ def test_sorted_pairs(experts, top_k, absent):
         pytest.skip("needs a GPU")
     from moe_dist.kernels.triton.pipeline import Pipeline
     from moe_dist.quantization import FP8
-    from moe_dist.step import Step, Workspace
+    from moe_dist.step import Step, TokenRows, Workspace
     from moe_dist.weights import ExpertWeights
 
     class Sorting(Pipeline):
@@ -36,9 +36,9 @@ def test_sorted_pairs(experts, top_k, absent):
         slots = torch.randint(0, experts, (rows, top_k), dtype=torch.int32, device="cuda")
         slots[torch.rand(slots.shape, device="cuda") < absent] = -1
         x = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
-        step = Sorting(Step(Workspace(torch.device("cuda"))), slots, weights, TILE, pdl=True)
+        step = Sorting(Step(Workspace(torch.device("cuda"))), TokenRows(x, slots, slots), weights, TILE, pdl=True)
         step.taken.fill_(9)
-        values, scales = step.prepare(x)
+        values, scales = step.prepare()
 
         counts = torch.bincount(slots[slots >= 0].long(), minlength=experts)
         assert torch.equal(step.stops.long(), counts.cumsum(0)), pairs

@@ -15,10 +15,12 @@ import triton_interpreter  # noqa: F401  # before any kernel is decorated
 from sinks import InRanges
 from torch import Tensor
 
+from moe_dist import kernels
 from moe_dist.backends.base import Backend
 from moe_dist.backends.base import Problem as OfRank
 from moe_dist.backends.deep_gemm_grouped import DeepGemm
 from moe_dist.backends.triton_fused import TritonFused
+from moe_dist.kernels.triton import permute
 from moe_dist.kernels.triton import pipeline as module
 from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.fused_moe import Config, TritonPipeline, fused_moe
@@ -31,6 +33,7 @@ from moe_dist.reference import oracle_partial, relative_error
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.step import Step, TokenRows, Workspace
+from moe_dist.step import fresh as fresh_tensors
 from moe_dist.weights import ExpertWeights, random_expert, shard, stack
 
 FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
@@ -253,7 +256,7 @@ def test_how_rows_are_quantized_makes_no_difference(monkeypatch):
     apart = torch.zeros(4, 2, 208).bfloat16()
     apart[:, 0] = case.x
     assert torch.equal(replace(case, x=apart[:, 0]).run(config), y)
-    monkeypatch.setattr(module, "MOST_PAIRS_TOGETHER", 0)
+    monkeypatch.setattr(permute, "MOST_PAIRS_TOGETHER", 0)
     assert torch.equal(case.run(config), y)
 
 
@@ -299,10 +302,10 @@ def prepared(
     x = torch.zeros(len(slots), 16).bfloat16() if x is None else x
     w13, w2 = (torch.zeros(experts, *sizes).to(code) for sizes in ((32, x.shape[1]), (x.shape[1], 16)))
     weights = ExpertWeights(quant, True, w13, w2)
-    together = slots.numel() <= module.MOST_PAIRS_TOGETHER if together is None else together
+    together = slots.numel() <= permute.MOST_PAIRS_TOGETHER if together is None else together
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "launch", launch)
-        patch.setattr(module, "MOST_PAIRS_TOGETHER", slots.numel() if together else 0)
+        patch.setattr(permute, "MOST_PAIRS_TOGETHER", slots.numel() if together else 0)
         with pytest.raises(Stop):
             fused_moe(x, slots, torch.ones(slots.shape), weights, "swiglu", config_of(bm=bm), torch.float32)
     assert kernels == ([_prepare] if together else [_count, _place])
@@ -374,15 +377,15 @@ class TestManyPairs:
     @pytest.mark.parametrize(("chunks", "compared"), [(4, 32), (32, 16)])
     def test_several_chunks_of_several_blocks(self, experts, chunks, compared, monkeypatch):
         """So many chunks, too, that their counts are not added up at once."""
-        monkeypatch.setattr(module, "MOST_CHUNKS", chunks)
-        monkeypatch.setattr(module, "COMPARED", compared)
+        monkeypatch.setattr(permute, "MOST_CHUNKS", chunks)
+        monkeypatch.setattr(permute, "COMPARED", compared)
         top_k, bm = int(torch.randint(1, 9, ())), (16, 64, 128)[int(torch.randint(0, 3, ()))]
         for pairs in (chunks * compared - 1, int(torch.randint(1, 4 * chunks * compared, ())), 2 * chunks * compared):
             check_prepared(random_slots(-(-pairs // top_k), top_k, experts), experts, bm, together=False)
 
     @pytest.mark.parametrize("slot", [-1, 299])
     def test_all_on_one_of_many_experts_or_none_here(self, slot, monkeypatch):
-        monkeypatch.setattr(module, "MOST_CHUNKS", 8)
+        monkeypatch.setattr(permute, "MOST_CHUNKS", 8)
         check_prepared(torch.full((1300, 3), slot, dtype=torch.int32), 300, 16, together=False)
 
     def test_how_many_pairs_are_many(self):
@@ -482,10 +485,26 @@ def test_ranges_of_columns_give_the_same_bits(quant, changes):
     for widths in ([128], [256, 128], [384, 256]):
         sink = InRanges(tuple(whole.shape), whole.dtype, whole.device, widths)
         step = Step(Workspace(whole.device))
-        made = TritonPipeline(step, case.routing.ids_TK, case.experts, config, {})
-        made.run(case.x, case.routing.weights_TK, case.spec.activation, sink)
+        rows = TokenRows(case.x, case.routing.ids_TK, case.routing.weights_TK)
+        TritonPipeline(step, rows, case.experts, config, {}).run(case.spec.activation, sink)
         assert torch.equal(sink.y, whole), widths
         assert sink.put_so_far == sink.columns()
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("quant", ["fp8_block", "fp8_tensor_dynamic", "none"])
+def test_rows_sorted_before_give_the_same_bits(quant, together, monkeypatch):
+    """By the kernel that exchanges sort with, and by torch."""
+    monkeypatch.setattr(permute, "MOST_PAIRS_TOGETHER", 4096 if together else 0)
+    case = problem(rows=37, hidden=256, width=256, quant=quant, num_experts=5)
+    rows, config = TokenRows(case.x, case.routing.ids_TK, case.routing.weights_TK), config_of(case.spec)
+    whole = case.run(config)
+    take = fresh_tensors(case.x.device)
+    for by_expert in (permute.sorted_by_expert(rows, 5, take), kernels.sorted_by_expert(rows, 5, take)):
+        step = Step(Workspace(case.x.device))
+        sink = InRanges(tuple(whole.shape), whole.dtype, whole.device, [256])
+        TritonPipeline(step, by_expert, case.experts, config, {}).run(case.spec.activation, sink)
+        assert torch.equal(sink.y, whole)
 
 
 class TestPadded:
@@ -529,11 +548,12 @@ class TestPadded:
     def run(self, case: Problem, quantized: bool = False) -> Tensor:
         x = quantize_rows(case.x, "fp8_block") if quantized else case.x
         step = Step(Workspace(x.device if isinstance(x, Tensor) else x.values_RH.device))
-        made = PaddedPipeline(step, case.routing.ids_TK, case.experts, self.contiguous, self.masked)
+        rows = TokenRows(x, case.routing.ids_TK, case.routing.weights_TK)
+        made = PaddedPipeline(step, rows, case.experts, self.contiguous, self.masked)
         assert made.one_each == (case.routing.ids_TK.numel() <= TILE)
         made.expert_R.zero_()  # as another step may leave it
         sink = InRanges((len(case.x), case.spec.hidden), torch.float32, case.x.device, [128])
-        made.run(x, case.routing.weights_TK, case.spec.activation, sink)
+        made.run(case.spec.activation, sink)
         return sink.y
 
     @pytest.mark.parametrize(

@@ -346,8 +346,8 @@ def compare(directory: Path) -> str:
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=2e-45)  # the least float32
         parts = [part.dequantized(number) for part in shards]
         halves = [torch.cat([part[0].chunk(2)[half] for part in parts]) for half in (0, 1)]
-        torch.testing.assert_close(torch.cat(halves).double(), w13, rtol=1e-6, atol=0)
-        torch.testing.assert_close(torch.cat([part[1] for part in parts], 1).double(), w2, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.cat(halves).double(), w13, rtol=1e-6, atol=2e-45)
+        torch.testing.assert_close(torch.cat([part[1] for part in parts], 1).double(), w2, rtol=1e-6, atol=2e-45)
     assert torch.equal(router.gate_EH, plain.tensors[f"{MLP}.gate.weight"])
     if spec.correction_bias:
         assert router.bias_E is not None
@@ -364,7 +364,7 @@ def compare_shared(directory: Path, spec: MoESpec, plain: Plain) -> None:
     except MoeDistError:
         return
     for one, wanted in zip(found.dequantized(0), plain.named(f"{MLP}.shared_experts"), strict=True):
-        torch.testing.assert_close(one.double(), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-6, atol=2e-45)
 
 
 def test_the_originals_are_read() -> None:

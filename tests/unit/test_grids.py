@@ -19,7 +19,7 @@ from moe_dist.placement import Placement
 from moe_dist.quantization import FP8, QuantizedRows, scale_columns
 from moe_dist.routing import Routing
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.step import Step, Whole, Workspace, fresh
+from moe_dist.step import Step, TokenRows, Whole, Workspace, fresh
 from moe_dist.weights import ExpertWeights
 
 LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, "Technical specifications per compute capability"
@@ -119,17 +119,21 @@ def test_the_fused_moe_with_every_config(grids, quant, tokens):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_padded_rows(grids, tokens):
     step = Step(Workspace(META))
-    made = padded.PaddedPipeline(step, shaped(tokens, 8), weights_of("fp8_block"), lambda *_: None, lambda *_: None)
+    x, routed = shaped(tokens, 7168, dtype=torch.bfloat16), shaped(tokens, 8, dtype=torch.float32)
+    rows = TokenRows(x, shaped(tokens, 8), routed)
+    made = padded.PaddedPipeline(step, rows, weights_of("fp8_block"), lambda *_: None, lambda *_: None)
     sink = Whole(step, (tokens, 7168), torch.bfloat16, META)
-    made.run(shaped(tokens, 7168, dtype=torch.bfloat16), shaped(tokens, 8, dtype=torch.float32), "swiglu", sink)
+    made.run("swiglu", sink)
     assert {"_pad_rows", "_activate_rows"} <= {name for name, _ in grids}
     check(grids)
 
 
 def test_more_pairs_than_their_numbers_reach_are_refused():
     made, step = object.__new__(padded.PaddedPipeline), Step(Workspace(META))
+    slots, routed = shaped(1 << 28, 8), shaped(1 << 28, 8, dtype=torch.float32)
+    rows = TokenRows(shaped(1 << 28, 128, dtype=torch.bfloat16), slots, routed)
     with pytest.raises(UnsupportedError, match=r"2147483648 \(token, expert\) pairs.*1073741824"):
-        pipeline.Pipeline.__init__(made, step, shaped(1 << 28, 8), weights_of("none"), 128, False)
+        pipeline.Pipeline.__init__(made, step, rows, weights_of("none"), 128, False)
 
 
 def _kernel() -> None:

@@ -178,7 +178,7 @@ class TestTwoCommands:
         """One on another machine, which no lock keeps away."""
         path = tmp_path / "out.json"
         if in_place:
-            path.write_text("x")
+            path.write_text(json.dumps(FIRST))
             os.link(path, tmp_path / "second name")
         output = open_output(path, said.append)
         said.clear()
@@ -369,7 +369,7 @@ class TestThrough:
 
     def test_standard_output_that_is_closed_keeps_no_results(self, tmp_path):
         program = "import sys; from moe_dist import cli; cli.run_cases = lambda *_: sys.exit(9); sys.exit(cli.main())"
-        for given in ("--json", "--device cpu"):
+        for given in ("--json", ""):
             command = f"exec {sys.executable} -c '{program}' run --device cpu {given} >&-"
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
             assert done.returncode == 2, done.stderr

@@ -142,7 +142,7 @@ def test_broken_experiment_files(text, said, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--tokens", "16777216", "model.hidden=4096"], "GiB of weights and tokens needed"),
+        (["run", "--tokens", "16777216", "model.hidden=4096"], "GiB of weights, tokens and scratch needed"),
         (["run", "--model", "DeepSeek-V3", "model.num_experts=100000"], "GiB of weights needed"),
     ],
 )

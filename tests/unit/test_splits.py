@@ -42,9 +42,9 @@ def test_without_groups_the_targets_are_hypergeometric(ep):
 
 def test_so_many_experts_that_all_tokens_would_take_long():
     spec = DEEPSEEK.with_changes(num_experts=131_072, hidden=128, intermediate=128, num_groups=1, top_groups=1)
-    start = time.monotonic()
+    start = time.process_time()  # whatever else the machine does
     assert targets(spec, ep=4096) == pytest.approx(8, rel=0.02)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_the_models_groups_its_slices_and_copies_count():

@@ -194,11 +194,11 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = []
 
     class Recorded:
-        def __init__(self, step, slots, experts, config, tiles):
-            self.step, self.config = step, config
+        def __init__(self, step, rows, experts, config, tiles):
+            self.step, self.rows, self.config = step, rows, config
 
-        def run(self, x, weights, activation, sink):
-            made.append((self.config, x, activation, sink.dtype, self.step.stages))
+        def run(self, activation, sink):
+            made.append((self.config, self.rows.x, activation, sink.dtype, self.step.stages))
             sink.put(0, sink.shape[1], sink.target(0, sink.shape[1]).fill_(1))
 
     monkeypatch.setattr(fused_moe, "TritonPipeline", Recorded)

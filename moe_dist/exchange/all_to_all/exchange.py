@@ -19,7 +19,7 @@ from moe_dist.exchange.all_to_all.lists import (
     unpack_pairs,
     unpack_rows,
 )
-from moe_dist.exchange.base import Exchange, activations_of, pair_forms, parts_of, room_for, row_forms
+from moe_dist.exchange.base import Exchange, activations_of, pair_forms, parts_of, room_for, row_forms, sorting_forms
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
@@ -61,6 +61,7 @@ class AllToAll(Exchange[Sent, Whole]):
     capturable = True
     needs_bucket = True
     every_token = False
+    makes = ("token", "expert")
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
@@ -82,7 +83,8 @@ class AllToAll(Exchange[Sent, Whole]):
         lists: list[Form] = [((world, bucket + 1, 2 * spec.top_k), torch.int32), ((world,), torch.int32)]  # exact ones
         packed = received if bucket <= PACKED_UP_TO else []  # as they come, and taken apart
         sums: list[Form] = [((world * bucket, spec.hidden), dtype), ((others * bucket, spec.hidden), dtype)]
-        return [*own, *places, *pairs, *lists, *sent, *received, *packed, *sums]
+        by_expert = sorting_forms(spec, placement, world * bucket)
+        return [*own, *places, *pairs, *lists, *sent, *received, *packed, *by_expert, *sums]
 
     def splits(self, bucket: int, captured: bool) -> str:
         """Either "even" or "exact"; see above."""
@@ -97,10 +99,13 @@ class AllToAll(Exchange[Sent, Whole]):
         x = self.to_payload(step, x, routing)
         with step.stages("dispatch"):
             if self.splits(bucket, step.captured) == "exact":
-                return self._dispatch_exactly(step, x, routing, bucket)
-            if bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts_of(x)):
-                return self._dispatch_packed(step, x, routing, bucket)
-            return self._dispatch_evenly(step, x, routing, bucket)
+                dispatch = self._dispatch_exactly
+            elif bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts_of(x)):
+                dispatch = self._dispatch_packed
+            else:
+                dispatch = self._dispatch_evenly
+            rows, sent = dispatch(step, x, routing, bucket)
+            return self.in_form(step, rows), sent
 
     def _dispatch_exactly(self, step: Step, x: Activations, routing: Routing, bucket: int) -> tuple[TokenRows, Sent]:
         """Rows cross when the host knows how many; slots and weights are small and cross padded, with the numbers."""

@@ -10,12 +10,12 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
 from moe_dist.kernels.triton.launch import is_idle
+from moe_dist.kernels.triton.permute import UNREAD_TILE
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Pipeline, blocks
-from moe_dist.step import Step
+from moe_dist.step import Step, TokenRows
 from moe_dist.weights import ExpertWeights
 
 SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
-TABLE_TILE = 1024  # the table of tiles is not used: as small as can be
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Matrices:
 
 
 class CutlassPipeline(Pipeline):
-    def __init__(self, step: Step, slots_RK: Tensor, matrices: Matrices, config: Config) -> None:
-        super().__init__(step, slots_RK, matrices.experts, TABLE_TILE, config.pdl)
+    def __init__(self, step: Step, rows: TokenRows, matrices: Matrices, config: Config) -> None:
+        super().__init__(step, rows, matrices.experts, UNREAD_TILE, config.pdl)
         self.matrices, self.config = matrices, config
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:

@@ -93,6 +93,39 @@ def _place(
         tl.store(order + tl.gather(first, tl.maximum(slot, 0), 0) + rank, pair, mask=slot >= 0)
 
 
+@triton.jit(do_not_specialize=["R", "ENTRIES"])
+def _tables(
+    x, q, s, starts, stops, table, taken, R, ENTRIES, E: tl.constexpr, BM: tl.constexpr, H: tl.constexpr,
+    TOGETHER: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """For pairs that came sorted: the first E programs write the table of tiles, the others quantize rows by groups of
+    128."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if pid < E:
+        before = tl.load(starts + pid)
+        _expert_tiles(table, taken, pid, before, tl.load(stops + pid) - before, ENTRIES, E, BM)
+    else:
+        _quantize(x, q, s, pid - E, R, H, TOGETHER, FP8_MAX, TINY)
+
+
+@triton.jit
+def _expert_tiles(table, taken, expert, before, count, ENTRIES, E: tl.constexpr, BM: tl.constexpr):
+    """One expert's part of `table`: its number for each tile of its pairs, -1 up to the next expert's part."""
+    if expert == 0:
+        tl.store(taken + tl.arange(0, 2), 0)
+    base = before // BM + expert
+    used = base + (count + BM - 1) // BM
+    end = (before + count) // BM + expert + 1
+    if expert == E - 1:
+        end = ENTRIES
+    for at in range(base, end, 128):
+        entry = at + tl.arange(0, 128)
+        tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
+
+
 @triton.jit
 def _align(
     slots, table, starts, stops, order, taken, expert, P, ENTRIES, E: tl.constexpr, BM: tl.constexpr,
@@ -110,16 +143,7 @@ def _align(
     count = tl.sum(equal, 0)
     tl.store(starts + expert, before)
     tl.store(stops + expert, before + count)
-    if expert == 0:
-        tl.store(taken + tl.arange(0, 2), 0)
-    base = before // BM + expert
-    used = base + (count + BM - 1) // BM
-    end = (before + count) // BM + expert + 1
-    if expert == E - 1:
-        end = ENTRIES
-    for at in range(base, end, 128):
-        entry = at + tl.arange(0, 128)
-        tl.store(table + entry, tl.where(entry < used, expert, -1), mask=entry < end)
+    _expert_tiles(table, taken, expert, before, count, ENTRIES, E, BM)
     if count > 0:
         for at in range(0, P, BLOCK):
             slot = tl.load(slots + at + lane, mask=at + lane < P, other=-1)

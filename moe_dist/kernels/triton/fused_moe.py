@@ -18,7 +18,7 @@ from moe_dist.kernels.triton.quantize import divided, quantized
 from moe_dist.quantization import FP8_MAX, TINY, Activations
 from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, QuantKind
-from moe_dist.step import Step, Whole, Workspace
+from moe_dist.step import Step, TokenRows, Whole, Workspace
 from moe_dist.weights import ExpertWeights
 
 FENCE = not triton.knobs.runtime.interpret  # the interpreter has no assembler
@@ -338,9 +338,9 @@ def fused_moe(
 ) -> Tensor:
     """[R, H] in `out_dtype`, the weighted sum over the experts that are here: TokenRows through ExpertWeights, as a
     step of its own."""
-    step = Step(Workspace(slots_RK.device))
+    step, rows = Step(Workspace(slots_RK.device)), TokenRows(x, slots_RK, weights_RK)
     sink = Whole(step, (len(slots_RK), experts.hidden), out_dtype, slots_RK.device, lasting=True)
-    TritonPipeline(step, slots_RK.contiguous(), experts, config, {}).run(x, weights_RK, activation, sink)
+    TritonPipeline(step, rows, experts, config, {}).run(activation, sink)
     return sink.y
 
 
@@ -348,13 +348,13 @@ class TritonPipeline(Pipeline):
     def __init__(
         self,
         step: Step,
-        slots_RK: Tensor,
+        rows: TokenRows,
         experts: ExpertWeights,
         config: Config,
         tiles: dict[tuple[int, int, int], Any],
     ) -> None:
         """`tiles` keeps the descriptors of these weights from call to call."""
-        super().__init__(step, slots_RK, experts, config.bm, config.pdl, config.split_k)
+        super().__init__(step, rows, experts, config.bm, config.pdl, config.split_k)
         self.config, self.tiles = config, tiles
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:

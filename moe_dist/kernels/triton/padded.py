@@ -15,7 +15,7 @@ from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline, blocks
 from moe_dist.kernels.triton.quantize import quantized
 from moe_dist.quantization import FP8, FP8_MAX, TINY
 from moe_dist.sizes import cdiv, power_of_2
-from moe_dist.step import Step
+from moe_dist.step import Step, TokenRows
 from moe_dist.weights import ExpertWeights
 
 TILE = 128  # rows that an expert's part is padded to
@@ -96,18 +96,18 @@ class PaddedPipeline(Pipeline):
     to read; else `contiguous` reads all there could be."""
 
     def __init__(
-        self, step: Step, slots_RK: Tensor, experts: ExpertWeights, contiguous: GroupedGemm, masked: MaskedGemm
+        self, step: Step, rows: TokenRows, experts: ExpertWeights, contiguous: GroupedGemm, masked: MaskedGemm
     ) -> None:
-        E, P, H = experts.num_experts, slots_RK.numel(), experts.hidden
+        E, P, H = experts.num_experts, rows.slots_RK.numel(), experts.hidden
         self.one_each = P <= TILE
-        self.rows = E * TILE if self.one_each else (P + E * (TILE - 1)) // TILE * TILE
-        super().__init__(step, slots_RK, experts, TILE, pdl=False, rows=self.rows)
+        self.computed = E * TILE if self.one_each else (P + E * (TILE - 1)) // TILE * TILE
+        super().__init__(step, rows, experts, TILE, pdl=False, computed=self.computed)
         self.contiguous, self.masked = contiguous, masked
         self.expert_R, self.places, self.x, self.xs, self.d = self._scratch(
-            *(((size,), torch.int32) for size in (self.rows, P)),
-            ((self.rows, H), FP8),
-            ((self.rows, blocks(H)), torch.float32),
-            ((self.rows, experts.w13_eFH.shape[1]), torch.bfloat16),
+            *(((size,), torch.int32) for size in (self.computed, P)),
+            ((self.computed, H), FP8),
+            ((self.computed, blocks(H)), torch.float32),
+            ((self.computed, experts.w13_eFH.shape[1]), torch.bfloat16),
         )
 
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
@@ -138,7 +138,7 @@ class PaddedPipeline(Pipeline):
         """All columns before the first range is asked for: the library's GEMM knows no ranges."""
         if start:
             return
-        self._gemm(self.h, self.hs.view(self.rows, -1), self.experts.w2_eHi, self.experts.s2, self.out[0])
+        self._gemm(self.h, self.hs.view(self.computed, -1), self.experts.w2_eHi, self.experts.s2, self.out[0])
 
     def _gemm(self, codes: Tensor, scales: Tensor, weights: Tensor, of_weights: Tensor | None, out: Tensor) -> None:
         if is_idle():

@@ -18,24 +18,20 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from moe_dist.errors import UnsupportedError
-from moe_dist.kernels.triton.align import _count, _place, _prepare
 from moe_dist.kernels.triton.launch import launch
+from moe_dist.kernels.triton.permute import Quantizing, sort_pairs, tables_of
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
-from moe_dist.quantization import FP8, FP8_MAX, TINY, Activations, QuantizedRows
+from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows
 from moe_dist.sizes import cdiv, power_of_2
 from moe_dist.spec import BLOCK
 from moe_dist.step import Sink, Step
-from moe_dist.step.rows import used_rows
+from moe_dist.step.rows import ExpertRows, TokenRows, used_rows
 from moe_dist.weights import ExpertWeights
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
-GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes
 MOST_PAIRS = (
     2**30
 )  # their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets
-MOST_PAIRS_TOGETHER = 4096  # beyond, one program for each expert that reads all pairs takes too long
-MOST_CHUNKS = 128  # of many pairs; each has a program that adds up the counts of all, and the chip has as many SMs
-COMPARED = 256  # pairs of a chunk with each other, one by each thread
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 
@@ -100,41 +96,47 @@ class Pipeline(ABC):
     def __init__(
         self,
         step: Step,
-        slots_RK: Tensor,
+        rows: TokenRows,
         experts: ExpertWeights,
         tile: int,
         pdl: bool,
         split_k: int = 1,
-        rows: int | None = None,
+        computed: int | None = None,
     ) -> None:
-        """`rows` of h and of GEMM2's output: by pair, unless a subclass says otherwise and sets `places`."""
-        self.step, self.take = step, step.workspace.take
-        self.slots_RK, self.experts, self.tile, self.pdl, self.split_k = slots_RK, experts, tile, pdl, split_k
+        """`computed`: rows of h and of GEMM2's output, which lie by pair, unless a subclass says otherwise and sets
+        `places`."""
+        self.step, self.take, self.rows = step, step.workspace.take, rows
+        self.slots_RK, self.experts, self.tile = rows.slots_RK.contiguous(), experts, tile
+        self.pdl, self.split_k = pdl, split_k
         self.kind = {"none": UNQUANTIZED, "fp8_block": BLOCK_SCALES, "fp8_tensor_static": STATIC}.get(
             experts.kind, ROW_SCALES
         )
-        self.pairs = slots_RK.numel()
+        self.pairs = self.slots_RK.numel()
         if self.pairs > MOST_PAIRS:
             what = f"a step of {self.pairs} (token, expert) pairs"
             raise UnsupportedError(what, [f"kernels count at most {MOST_PAIRS} of them in 32 bits"])
         self.places: Tensor | None = None  # of pairs among GEMM2's rows, where those don't lie by pair
         self.entries = self.pairs // tile + experts.num_experts
         P, E, i = self.pairs, experts.num_experts, experts.width
-        rows = P if rows is None else rows
+        computed = P if computed is None else computed
         # A scale for a whole row of h needs another pass over it: until then it waits in bf16.
         codes = FP8 if self.kind in (BLOCK_SCALES, STATIC) else torch.bfloat16
-        self.table, self.starts, self.stops, self.order, self.taken, self.h, self.hs, self.out = self._scratch(
-            *(((size,), torch.int32) for size in (self.entries, E, E, P, 2)),
-            ((rows, i), codes),
-            ((rows * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
-            ((split_k, rows, experts.hidden), torch.bfloat16),
+        if isinstance(rows, ExpertRows):
+            self.starts, self.stops, self.order = rows.starts_e, rows.stops_e, rows.order_N
+        else:
+            self.starts, self.stops, self.order = self._scratch(*(((size,), torch.int32) for size in (E, E, P)))
+        self.table, self.taken, self.h, self.hs, self.out = self._scratch(
+            *(((size,), torch.int32) for size in (self.entries, 2)),
+            ((computed, i), codes),
+            ((computed * (blocks(i) if self.kind == BLOCK_SCALES else 1),), torch.float32),
+            ((split_k, computed, experts.hidden), torch.bfloat16),
         )
 
-    def run(self, x: Activations, weights_RK: Tensor, activation: str, sink: Sink) -> None:
+    def run(self, activation: str, sink: Sink) -> None:
         """The weighted sums over the experts that are here, to `sink`."""
-        stages, weights_RK = self.step.stages, weights_RK.contiguous()
+        stages, weights_RK = self.step.stages, self.rows.weights_RK.contiguous()
         with stages("quantize"):
-            values, scales = self.prepare(x)
+            values, scales = self.prepare()
         with stages("gemm1"):
             self.gemm1(values, scales, activation)
         if self.kind == ROW_SCALES:
@@ -156,9 +158,9 @@ class Pipeline(ABC):
     def gemm2(self, start: int, stop: int) -> None:
         """These columns of `out`, by pair, from `h` and `hs`."""
 
-    def prepare(self, x: Activations) -> tuple[Tensor, Tensor]:
-        """GEMM1's rows and their scales; what is not there, `hs` stands in for."""
-        R, H = len(self.slots_RK), self.experts.hidden
+    def prepare(self) -> tuple[Tensor, Tensor]:
+        """GEMM1's rows and their scales; what is not there, `hs` stands in for. And the tiles of sorted pairs."""
+        R, H, x = len(self.rows), self.experts.hidden, self.rows.x
         source, groups = None, 0
         if isinstance(x, Tensor) and self.kind == BLOCK_SCALES:
             source, groups = x.contiguous(), R * blocks(H)
@@ -168,45 +170,12 @@ class Pipeline(ABC):
             x = quantize_rows(x, self.experts.kind, self.experts.a13, used_R, self.take)
         values = (x if isinstance(x, Tensor) else x.values_RH).contiguous()
         scales = self.hs if isinstance(x, Tensor) or x.scales_RS is None else x.scales_RS.contiguous()
-        sort = self._sort_few if self.pairs <= MOST_PAIRS_TOGETHER else self._sort_many
-        sort((values if source is None else source, values, scales), cdiv(groups, GROUPS_TOGETHER))
+        quantizing = Quantizing((values if source is None else source, values, scales), groups, H)
+        if isinstance(self.rows, ExpertRows):
+            tables_of(self.launch, self.rows, self.table, self.taken, self.tile, quantizing)
+        else:
+            sort_pairs(self.launch, self.take, self.slots_RK, self.lists, self.taken, self.tile, quantizing)
         return values, scales
-
-    def _sort_few(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
-        """`programs` quantize `rows`: (bf16, codes, scales)."""
-        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
-        block = min(4096, power_of_2(max(self.pairs, 16)))
-        self.launch(
-            _prepare,
-            (E + programs, 1, 1),
-            (self.slots_RK, *rows, *self.lists, self.taken),
-            (R, self.entries),
-            (E, K, self.tile, block, H, GROUPS_TOGETHER, FP8_MAX, TINY),
-            (8, 1),
-        )
-
-    def _sort_many(self, rows: tuple[Tensor, Tensor, Tensor], programs: int) -> None:
-        """Chunks of pairs are counted, beside the quantizing, before any of them is placed."""
-        (R, K), E, H = self.slots_RK.shape, self.experts.num_experts, self.experts.hidden
-        length = cdiv(self.pairs, MOST_CHUNKS * COMPARED) * COMPARED
-        chunks, wide = cdiv(self.pairs, length), max(32, power_of_2(E))
-        counts, ranks = self._scratch(((chunks, wide), torch.int32), ((self.pairs,), torch.int32))
-        self.launch(
-            _count,
-            (chunks + programs, 1, 1),
-            (self.slots_RK, *rows, counts, ranks, self.taken),
-            (R, length, chunks),
-            (K, wide, COMPARED, 16, H, GROUPS_TOGETHER, FP8_MAX, TINY),
-            (8, 1),
-        )
-        self.launch(
-            _place,
-            (chunks, 1, 1),
-            (self.slots_RK, counts, ranks, *self.lists),
-            (R, self.entries, length, chunks),
-            (E, K, wide, max(1, min(MOST_CHUNKS, 4096 // wide)), self.tile, 512),
-            (8, 1),
-        )
 
     def requantize(self) -> None:
         """h from bf16 to codes with a scale for each row, or one for all."""

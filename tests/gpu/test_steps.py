@@ -1,4 +1,4 @@
-"""Scratch that layers, graphs and streams share, and partial sums in ranges of columns, on GPUs."""
+"""What a step is told, on GPUs: scratch that layers, graphs and streams share, rows in two forms, ranges of columns."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moe_dist.config import find_model
 from moe_dist.graph import StepGraph
 from moe_dist.layer import MoELayer
 from moe_dist.plan import Machine, make_plan
+from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.step import Step, TokenRows, workspace_of
@@ -156,4 +157,39 @@ def test_the_plan_knows_the_scratch_of_two_ranks():
         pytest.skip(f"needs 2 GPUs, {torch.cuda.device_count()} are here")
     for of_rank in run_on_ranks(2, scratch, "triton"):
         wrong = [line for line in of_rank if not 0.5 * line[2] <= line[1] <= line[2]]
+        assert not wrong
+
+
+def forms(context, backend: str):
+    """Outputs with rows as tokens and sorted by expert, eager and in a graph, of each exchange on this rank."""
+    model, comm, wrong = find_model("Qwen3-30B-A3B"), context.comm, []
+    parallel = ParallelSpec(ep=comm.world)
+    exchanges = ("local",) if comm.world == 1 else ("all_reduce", "ag_rs", "all_to_all")
+    for exchange in exchanges:
+        layout = "replicated" if exchange in ("local", "all_reduce") else "sharded"
+        given = {"exchange": exchange, "backend": backend, "token_layout": layout, "machine": Machine.detect("cuda")}
+        plans = [make_plan(model, parallel, form=form, **given) for form in ("token", "expert")]
+        shard = shard_from(lambda e: random_expert(model, e, 1, comm.device), plans[0].placement, comm.rank)
+        layers = [MoELayer(plan, shard, comm) for plan in plans]
+        for count in (1, 16, 1500):
+            seed = count if layout == "replicated" else count + comm.rank
+            generator = torch.Generator(comm.device).manual_seed(seed)
+            x = torch.randn(count, model.hidden, device=comm.device, generator=generator).bfloat16()
+            routing = synthetic_routing(model, count, "zipf:1.2", seed).to(comm.device)
+            eager = [layer(x, routing, max_tokens_per_rank=count) for layer in layers]
+            graphs = [StepGraph(layer, count, x, routing)(x, routing).clone() for layer in layers]
+            for name, y in zip(("expert", "graph of token", "graph of expert"), (eager[1], *graphs), strict=True):
+                if not torch.equal(y, eager[0]):
+                    wrong.append(f"{exchange} {count} {name}: {relative_error(y, eager[0])}")
+    return wrong
+
+
+@pytest.mark.parametrize("backend", ["triton", "cutlass", "deep_gemm"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_sorted_by_the_exchange_give_the_same_bits(backend, world):
+    if backend not in backends_here():
+        pytest.skip(f"{backend} is not here")
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
+    for wrong in run_on_ranks(world, forms, backend):
         assert not wrong
