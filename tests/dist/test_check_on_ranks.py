@@ -10,7 +10,7 @@ from dist.pool import Pool
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.collectives import prove_collectives
-from moe_dist.bench.gathered import summed, told
+from moe_dist.bench.gathered import joined, summed, told
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.comm import Comm
@@ -149,3 +149,14 @@ def sums(comm: Comm) -> tuple[Any, Any]:
 
 def test_sums_over_ranks(pool: Pool) -> None:
     assert pool.run(3, sums) == [([[6.0, 6.0]] * 5, [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]])] * 3
+
+
+def rows_of_all(comm: Comm, bounds: list[tuple[int, int]]) -> list[list[int]]:
+    start, stop = bounds[comm.rank]
+    return joined(comm, torch.arange(2 * start, 2 * stop).view(-1, 2), bounds).tolist()
+
+
+@pytest.mark.parametrize("bounds", [[(0, 3), (3, 5), (5, 6)], [(0, 1), (1, 1), (1, 1)], [(0, 2), (2, 4), (4, 6)]])
+def test_rows_of_all_ranks(pool: Pool, bounds: list[tuple[int, int]]) -> None:
+    everyone = [[2 * row, 2 * row + 1] for row in range(bounds[-1][1])]
+    assert pool.run(3, rows_of_all, bounds) == [everyone] * 3
