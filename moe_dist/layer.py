@@ -132,13 +132,20 @@ class MoELayer(nn.Module):
 
     def _run(self, step: Step, x_TH: Tensor, routing: Routing) -> Tensor:
         out_dtype, shared = self.plan.out_dtype, self.plan.spec.shared_experts
-        rows, handle = self.exchange.dispatch(step, x_TH, routing)
-        sink = self.exchange.sink(step, rows, out_dtype)
+        rows, handle = self._dispatched(step, x_TH, routing)
+        sink = self.exchange.sink(step, rows, handle, out_dtype)
         self.backend.forward(step, rows, sink if shared != "tp" else Added(sink, self._of_shared(step, rows)))
         y_TH: Tensor = self.exchange.combine(step, sink, handle)
         if shared == "replicated":
             y_TH = y_TH + self._of_shared(step, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
         return y_TH.to(self.plan.spec.torch_dtype)
+
+    def _dispatched(self, step: Step, x_TH: Tensor, routing: Routing) -> tuple[TokenRows, Any]:
+        rows, handle = self.exchange.dispatch(step, self.exchange.to_payload(step, x_TH, routing), routing)
+        if self.exchange.form == "expert":
+            with step.stages("dispatch"):
+                rows = self.exchange.in_form(step, rows)
+        return rows, handle
 
     def _of_shared(self, step: Step, rows: TokenRows) -> Tensor:
         """The shared expert's part of these rows' sums, or all of it."""
@@ -154,9 +161,9 @@ class MoELayer(nn.Module):
         with torch.no_grad(), settled(self.comm.device):
             x_TH, routing = self.checked(x_TH, routing, max_tokens_per_rank)
             step = self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES)
-            rows, handle = self.exchange.dispatch(step, x_TH, routing)
+            rows, handle = self._dispatched(step, x_TH, routing)
             self.backend.tune(step, rows)
-            sink = self.exchange.sink(step, rows, self.plan.out_dtype)
+            sink = self.exchange.sink(step, rows, handle, self.plan.out_dtype)
             self.backend.forward(step, rows, sink)
             self.exchange.combine(step, sink, handle)
             self._run(self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES), x_TH, routing)

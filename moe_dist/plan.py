@@ -16,7 +16,7 @@ from moe_dist.exchange.layout import change_of
 from moe_dist.placement import Placement
 from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, ParallelSpec, TokenLayout
-from moe_dist.step import Form, Support, bytes_of
+from moe_dist.step import Support, TensorSpec, bytes_of
 from moe_dist.tables import Shape, table_source
 from moe_dist.weights import ExpertWeights
 
@@ -187,7 +187,7 @@ class Plan:
         estimate of that: what crosses, both GEMMs' inputs and outputs, and the partial sums."""
         exchange, backend, bucket = EXCHANGES.get(self.exchange), BACKENDS.get(self.backend), max_tokens_per_rank
         given = self.spec, self.placement, self.payload, self.out_dtype
-        forms: list[Form] = []
+        forms: list[TensorSpec] = []
         change = change_of(self.token_layout, exchange, self.placement.world)
         if change is not None:
             forms += change.scratch(*given, bucket)
@@ -279,8 +279,8 @@ def make_plan(
     """Check everything that can be checked before a weight is loaded or a process started.
 
     A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced.
-    `payload` auto sends FP8 where the model is FP8 and the backend takes it. `form` auto is the first that the exchange
-    makes and the backend takes. `combine_dtype` defaults to the model's.
+    `payload` auto sends FP8 where the model is FP8 and the backend takes it. `form` auto is the one that
+    the backend likes best of those that the exchange makes. `combine_dtype` defaults to the model's.
     With `graph`, what can't be captured in a CUDA graph is refused here.
     """
     machine = machine or Machine.detect()
@@ -319,13 +319,13 @@ def make_plan(
 
 def _form(exchange: type[Exchange[Any, Any]], backend: type[Backend], form: str) -> str:
     """Of the rows that pass from one to the other. Raises ConfigError for one that can't."""
-    common = tuple(each for each in exchange.makes if each in backend.takes)
+    common = tuple(each for each in backend.takes if each in exchange.makes)
     if form == "auto" and common:
         return common[0]
     if form not in common:
         makes, takes = ", ".join(exchange.makes), ", ".join(backend.takes)
         rule = f"{exchange.__name__} makes {makes}, {backend.__name__} takes {takes}"
-        raise ConfigError("form", form, rule, ("auto", *common))
+        raise ConfigError("form", form, rule, ("auto", *common) if common else ())
     return form
 
 

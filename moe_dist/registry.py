@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -20,7 +20,7 @@ class Registry(Generic[T]):
 
     Third parties add theirs through the entry-point group `moe_dist.<kind>s`. What is wrong with theirs is said once on
     standard error and left out; it is no reason for a command that doesn't ask for it to fail. `base`: what every class
-    must be.
+    must be; one that is not, or not whole, raises TypeError when it is registered or, by name, imported.
     """
 
     def __init__(self, kind: str, built_in: dict[str, str], base: type[T] | None = None) -> None:
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
             raise ConfigError(
                 self.kind, name, f"a {self.kind} of this name is registered already: {self._targets[name]}"
             )
-        self._targets[name] = target
+        self._targets[name] = target if isinstance(target, str) else self._checked(target, repr(target))
 
     def unregister(self, name: str) -> None:
         """Take a name out again (for tests and for interactive work)."""
@@ -79,7 +79,11 @@ class Registry(Generic[T]):
 
     def _imported(self, target: str) -> type[T]:
         module, _, attribute = target.partition(":")
-        found: Any = getattr(import_module(module), attribute)
+        return self._checked(getattr(import_module(module), attribute), target)
+
+    def _checked(self, found: Any, target: str) -> type[T]:
+        """Raises TypeError for a class that is none of the kind, that lacks something, or that declares what nobody
+        knows (`declared_wrong` of the kind's base)."""
         if self.base is not None:
             if not (isinstance(found, type) and issubclass(found, self.base)):
                 raise TypeError(f"{target} is no subclass of {self.base.__name__}")
@@ -87,6 +91,8 @@ class Registry(Generic[T]):
             lacking += sorted(getattr(found, "__abstractmethods__", ()))
             if lacking:
                 raise TypeError(f"{target} lacks {', '.join(lacking)}")
+            if wrong := getattr(found, "declared_wrong", lambda: None)():
+                raise TypeError(f"{target} declares {wrong}")
         return found  # type: ignore[no-any-return]
 
     def _read_entry_points(self) -> None:
@@ -111,3 +117,11 @@ class Registry(Generic[T]):
         if text not in self._said:
             self._said.add(text)
             print(f"moe-dist: {one_line(text)}", file=sys.stderr)
+
+
+def unknown(name: str, declared: Iterable[str], legal: Iterable[str]) -> str | None:
+    """The first of a class's declared values that is none of the legal ones, and which those are."""
+    for value in declared:
+        if value not in legal:
+            return f"{name} {value!r}; there are {', '.join(legal)}"
+    return None

@@ -27,7 +27,7 @@ class InRanges(Sink):
     def target(self, start: int, stop: int) -> Tensor:
         return torch.full((self.shape[0], stop - start), torch.nan, dtype=self.dtype, device=self.y.device)
 
-    def put(self, start: int, stop: int, y_RC: Tensor) -> None:
+    def take(self, start: int, stop: int, y_RC: Tensor) -> None:
         assert y_RC.shape == (self.shape[0], stop - start)
         assert y_RC.is_contiguous()
         self.y[:, start:stop] = y_RC
@@ -47,5 +47,5 @@ class Scaled(Sink):
     def target(self, start: int, stop: int) -> Tensor:
         return self.sink.target(start, stop)
 
-    def put(self, start: int, stop: int, y_RC: Tensor) -> None:
+    def take(self, start: int, stop: int, y_RC: Tensor) -> None:
         self.sink.put(start, stop, y_RC.mul_(self.factor))

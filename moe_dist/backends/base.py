@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_dist.reference import Numerics
+from moe_dist.registry import unknown
 from moe_dist.spec import MoESpec
-from moe_dist.step import NO_STAGES, Sink, Stages, Step, Support, TokenRows, Whole, workspace_of
+from moe_dist.step import FORMS, NO_STAGES, Sink, Stages, Step, Support, TokenRows, Whole, workspace_of
 from moe_dist.weights import ExpertWeights
 
 
@@ -35,7 +36,8 @@ class Backend(ABC):
     `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal bits.
     `table_revision`: raised when its configs mean something else; older tables are then passed over. `sums`: in which
     of a plan's combine_dtypes it gives sums that were not rounded to a narrower one before. `takes`: the forms of rows
-    that it makes use of (step.rows.FORMS), the one it likes best first; rows sorted by expert are token rows too.
+    that it has use for (step.rows.FORMS), the one it likes best first. Every backend takes token rows, as those for a
+    shared expert are, and rows sorted by expert are token rows too.
     """
 
     capturable: ClassVar[bool]
@@ -56,6 +58,11 @@ class Backend(ABC):
     def numerics_of(cls, spec: MoESpec) -> Numerics:
         """Where it rounds beyond the prescribed quantization; the oracle follows."""
         return Numerics()
+
+    @classmethod
+    def declared_wrong(cls) -> str | None:
+        """What its attributes say that nobody knows."""
+        return unknown("takes", cls.takes, FORMS) or unknown("sums", sorted(cls.sums), ("bf16", "fp32"))
 
     @classmethod
     @abstractmethod

@@ -129,14 +129,13 @@ class FlashInferCutlass(Backend):
         if len(rows) == 0 or self._empty:  # the library refuses zero rows; the collectives around still run
             sink.put_zeros()
             return
-        H = self.spec.hidden
-        y_RH = sink.target(0, H)
+        y_RH = sink.whole(step)
         with step.stages("quantize"):
             x = self._inputs(step, rows)
         # The whole fused operation: its parts can't be told apart.
         with step.stages("gemm1"), self._tactics(len(rows)):
             self._fused(x, rows, y_RH)
-        sink.put(0, H, y_RH)
+        sink.put_all(y_RH)
 
     def tune(self, step: Step, rows: TokenRows) -> None:
         """FlashInfer profiles its tactics for this many rows, rounded up to a power of two. Without that it takes a

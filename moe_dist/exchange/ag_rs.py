@@ -6,13 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, gather_forms, gather_tokens, payload_row_bytes, sorting_forms
+from moe_dist.exchange.base import Exchange
+from moe_dist.exchange.rows import gather_specs, gather_tokens, payload_row_bytes, sorting_specs
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Form, Step, TokenRows, Whole
+from moe_dist.step import Step, TensorSpec, TokenRows, Whole
 
 
 class AllGatherReduceScatter(Exchange[int, Whole]):
@@ -32,24 +33,25 @@ class AllGatherReduceScatter(Exchange[int, Whole]):
         return shard * row * (placement.world - 1)
 
     @classmethod
-    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+    def scratch(
+        cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int
+    ) -> list[TensorSpec]:
         rows = placement.world * bucket
         return [
-            *gather_forms(spec, placement, payload, bucket),
+            *gather_specs(spec, placement, payload, bucket),
             ((rows, spec.top_k), torch.int32),  # slots
-            *sorting_forms(spec, placement, rows),
+            *sorting_specs(spec, placement, rows),
             ((rows, spec.hidden), dtype),
         ]
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, int]:
         bucket = self.check_bucket(routing.tokens, step.bucket)
-        x = self.to_payload(step, x, routing)
         with step.stages("dispatch"):
             x_all, all_routing = gather_tokens(step, self.comm, x, routing, bucket)
             slots_RK = slots_on(self.placement, self.comm.rank, all_routing.ids_TK, bucket, step.workspace.take)
-            return self.in_form(step, TokenRows(x_all, slots_RK, all_routing.weights_TK)), routing.tokens
+            return TokenRows(x_all, slots_RK, all_routing.weights_TK), routing.tokens
 
-    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
+    def sink(self, step: Step, rows: TokenRows, handle: int, dtype: torch.dtype) -> Whole:
         alone = self.comm.world == 1  # then the sums are the result
         return Whole(step, (len(rows), self.spec.hidden), dtype, self.comm.device, lasting=alone)
 

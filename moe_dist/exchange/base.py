@@ -12,12 +12,12 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows, sorted_by_expert
 from moe_dist.placement import Placement
-from moe_dist.quantization import FP8, Activations, QuantizedRows, scale_columns
+from moe_dist.quantization import Activations, QuantizedRows
 from moe_dist.reference import ScaledBy
+from moe_dist.registry import unknown
 from moe_dist.routing import Routing
-from moe_dist.sizes import cdiv, power_of_2
-from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Form, Sink, Step, Support, TokenRows
+from moe_dist.spec import TOKEN_LAYOUTS, MoESpec, TokenLayout
+from moe_dist.step import FORMS, ExpertRows, Sink, Step, Support, TensorSpec, TokenRows
 
 H = TypeVar("H")  # what combine must know of its dispatch
 S = TypeVar("S", bound=Sink)  # what it takes partial sums with
@@ -54,6 +54,11 @@ class Exchange(ABC, Generic[H, S]):
         self.payload, self.static_scale, self.form = payload, static_scale, form
 
     @classmethod
+    def declared_wrong(cls) -> str | None:
+        """What its attributes say that nobody knows."""
+        return unknown("makes", cls.makes, FORMS) or unknown("token_layout", [cls.token_layout], TOKEN_LAYOUTS)
+
+    @classmethod
     def supports(cls, spec: MoESpec, placement: Placement) -> Support:
         """Whether it serves this placement. Every exchange but `local` serves all of them."""
         return Support(True)
@@ -65,7 +70,9 @@ class Exchange(ABC, Generic[H, S]):
 
     @classmethod
     @abstractmethod
-    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+    def scratch(
+        cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int
+    ) -> list[TensorSpec]:
         """The most that a rank takes from the workspace in a step at this bucket; for plans. `dtype`: of partial
         sums."""
 
@@ -76,14 +83,15 @@ class Exchange(ABC, Generic[H, S]):
 
     @abstractmethod
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, H]:
-        """This rank's tokens [T, H] to the rows [R, H] that it must compute, and what `combine` must know.
+        """This rank's tokens [T, H], as `to_payload` has left them, to the rows [R, H] that it must compute, and what
+        `sink` and `combine` must know.
 
         `step.bucket`: the most tokens of any rank, agreed by all. To an exchange of replicated tokens it says that they
         were gathered from shards of that size, in rank order; None says that they were replicated all along.
         """
 
     @abstractmethod
-    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> S:
+    def sink(self, step: Step, rows: TokenRows, handle: H, dtype: torch.dtype) -> S:
         """What takes the partial sums of these rows, which the backend gives in `dtype`."""
 
     @abstractmethod
@@ -98,6 +106,8 @@ class Exchange(ABC, Generic[H, S]):
     def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """(row on its source, source rank or None) of every global token, where `bounds[r]` is rank r's run of them:
         what decides which copy of an expert serves it. The oracle asks."""
+        if self.token_layout == "replicated":
+            return torch.arange(bounds[-1][1], device="cpu"), None
         counts = torch.tensor([stop - start for start, stop in bounds], dtype=torch.int64, device="cpu")
         sources = torch.arange(len(bounds), device="cpu").repeat_interleave(counts)
         rows = torch.cat([torch.arange(stop - start, device="cpu") for start, stop in bounds])
@@ -115,13 +125,15 @@ class Exchange(ABC, Generic[H, S]):
         return "all" if self.spec.shared_experts == "tp" else "routed"
 
     def in_form(self, step: Step, rows: TokenRows) -> TokenRows:
-        """`rows` as the plan wants them, for exchanges that make both forms."""
-        if self.form == "token":
+        """`rows` as the plan wants them. The layer asks, after `dispatch`; an exchange that makes sorted rows by itself
+        returns them as they are."""
+        if self.form == "token" or isinstance(rows, ExpertRows):
             return rows
         return sorted_by_expert(rows, len(self.placement.experts_of(self.comm.rank)), step.workspace.take)
 
     def to_payload(self, step: Step, x: Activations, routing: Routing) -> Activations:
-        """Quantize at the source if the payload is FP8 and that has not been done."""
+        """Quantize at the source if the payload is FP8 and that has not been done. The layer asks, before
+        `dispatch`."""
         if self.payload != "fp8" or isinstance(x, QuantizedRows):
             return x
         with step.stages("quantize"):
@@ -136,81 +148,3 @@ class Exchange(ABC, Generic[H, S]):
             rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
             raise ConfigError("max_tokens_per_rank", bucket, rule, f"{tokens} and more")
         return bucket
-
-
-def gather_tokens(step: Step, comm: Comm, x: Activations, routing: Routing, bucket: int) -> tuple[Activations, Routing]:
-    """Pad to `bucket` rows with id -1 and weight 0, and collect everybody's: [world·bucket, ...] in rank order."""
-    parts = [*parts_of(x), routing.ids_TK, routing.weights_TK]
-    fills = [0.0] * (len(parts) - 2) + [-1, 0]
-    padded = [pad_rows(step, part, bucket, fill) for part, fill in zip(parts, fills, strict=True)]
-    gathered = comm.all_gather(padded, into=room_for(step, padded, comm.world * bucket))
-    return activations_of(x, gathered[:-2]), Routing(gathered[-2], gathered[-1])
-
-
-def gather_forms(spec: MoESpec, placement: Placement, payload: str, bucket: int) -> list[Form]:
-    """The most that quantizing and `gather_tokens` take: own rows, the same padded, everybody's."""
-    own = row_forms(spec, payload, bucket)
-    everyone = placement.world * bucket
-    padded = [*own, *pair_forms(spec, bucket)]
-    return [*own, *padded, *row_forms(spec, payload, everyone), *pair_forms(spec, everyone)]
-
-
-def room_for(step: Step, parts: list[Tensor], rows: int) -> list[Tensor]:
-    """Scratch for `rows` rows like those of each part."""
-    return [step.workspace.take((rows, *part.shape[1:]), part.dtype) for part in parts]
-
-
-def pad_rows(step: Step, rows: Tensor, size: int, fill: float) -> Tensor:
-    if rows.shape[0] == size:
-        return rows
-    (padded,) = room_for(step, [rows], size)
-    padded[: rows.shape[0]] = rows
-    # FP8 has no fill on every device; its zero is the zero byte.
-    (padded.view(torch.uint8) if rows.dtype.itemsize == 1 else padded)[rows.shape[0] :].fill_(fill)
-    return padded
-
-
-def parts_of(x: Activations) -> list[Tensor]:
-    """The tensors that a row consists of."""
-    if isinstance(x, Tensor):
-        return [x]
-    return [x.values_RH] if x.scales_RS is None else [x.values_RH, x.scales_RS]
-
-
-def activations_of(like: Activations, parts: list[Tensor]) -> Activations:
-    """The inverse of `parts_of`, for rows of the same kind as `like`."""
-    if isinstance(like, Tensor):
-        return parts[0]
-    return QuantizedRows(parts[0], parts[1] if len(parts) > 1 else None)
-
-
-def payload_row_bytes(spec: MoESpec, payload: str) -> int:
-    """Bytes of one dispatched row with its scales, its K ids (or slots) and its K weights."""
-    if payload == "fp8":
-        values = spec.hidden + 4 * scale_columns(spec.quant, spec.hidden)
-    else:
-        values = spec.hidden * spec.torch_dtype.itemsize
-    return values + 8 * spec.top_k
-
-
-def row_forms(spec: MoESpec, payload: str, rows: int) -> list[Form]:
-    """Of so many rows as they travel, without their slots and weights."""
-    if payload != "fp8":
-        return [((rows, spec.hidden), spec.torch_dtype)]
-    forms: list[Form] = [((rows, spec.hidden), FP8)]
-    if columns := scale_columns(spec.quant, spec.hidden):
-        forms.append(((rows, columns), torch.float32))
-    return forms
-
-
-def pair_forms(spec: MoESpec, rows: int) -> list[Form]:
-    """Of their ids or slots, and of their weights."""
-    return [((rows, spec.top_k), torch.int32), ((rows, spec.top_k), torch.float32)]
-
-
-def sorting_forms(spec: MoESpec, placement: Placement, rows: int) -> list[Form]:
-    """The most that sorting the pairs of so many rows by expert takes."""
-    pairs, experts = rows * spec.top_k, max(len(placement.experts_of(rank)) for rank in range(placement.world))
-    of_experts = [((experts,), torch.int32)] * 2
-    counted: Form = ((128, max(32, power_of_2(experts))), torch.int32)  # by chunks of many pairs
-    return [*of_experts, *([((pairs,), torch.int32)] * 2), counted, ((cdiv(pairs, 1024) + experts,), torch.int32)]

@@ -12,12 +12,10 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import (
-    Exchange,
-    H,
-    S,
+from moe_dist.exchange.base import Exchange, H, S
+from moe_dist.exchange.rows import (
     activations_of,
-    gather_forms,
+    gather_specs,
     gather_tokens,
     pad_rows,
     parts_of,
@@ -30,7 +28,7 @@ from moe_dist.reference import ScaledBy
 from moe_dist.routing import Routing
 from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, split_bounds
-from moe_dist.step import Form, Step, TokenRows
+from moe_dist.step import Step, TensorSpec, TokenRows
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,21 @@ class ShardedToReplicated(Exchange[Shard[H], S]):
         return cdiv(tokens, placement.world) * payload_row_bytes(spec, payload) * (placement.world - 1)
 
     @classmethod
-    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+    def scratch(
+        cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int
+    ) -> list[TensorSpec]:
         """Of the change alone."""
-        return gather_forms(spec, placement, payload, bucket)
+        return gather_specs(spec, placement, payload, bucket)
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Shard[H]]:
         bucket = self.check_bucket(routing.tokens, step.bucket)
-        x = self.inner.to_payload(step, x, routing)
         with step.stages("convert"):
             x, everyone = gather_tokens(step, self.comm, x, routing, bucket)
         rows, handle = self.inner.dispatch(step, x, everyone)
         return rows, Shard(handle, self.comm.rank * bucket, routing.tokens)
 
-    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> S:
-        return self.inner.sink(step, rows, dtype)
+    def sink(self, step: Step, rows: TokenRows, handle: Shard[H], dtype: torch.dtype) -> S:
+        return self.inner.sink(step, rows, handle.inner, dtype)
 
     def combine(self, step: Step, sink: S, handle: Shard[H]) -> Tensor:
         y = self.inner.combine(step, sink, handle.inner)
@@ -98,7 +97,8 @@ class Share(Generic[H]):
 
 
 class ReplicatedToSharded(Exchange[Share[H], S]):
-    """Every rank has all tokens, `inner` wants them sharded: keep an even share before, gather the results after."""
+    """Every rank has all tokens, `inner` wants them sharded: keep an even share before, gather the results after. Only
+    the share is quantized, so that comes after the cut."""
 
     token_layout = "replicated"
     needs_bucket = False
@@ -113,22 +113,27 @@ class ReplicatedToSharded(Exchange[Share[H], S]):
         return cdiv(tokens, placement.world) * spec.hidden * combine_itemsize * (placement.world - 1)
 
     @classmethod
-    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+    def scratch(
+        cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int
+    ) -> list[TensorSpec]:
         """Of the change alone."""
         most = cdiv(bucket, placement.world)
         return [((most, spec.hidden), dtype), ((placement.world * most, spec.hidden), dtype)]
+
+    def to_payload(self, step: Step, x: Activations, routing: Routing) -> Activations:
+        return x
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Share[H]]:
         bounds = split_bounds(routing.tokens, self.comm.world)
         start, stop = bounds[self.comm.rank]
         most = bounds[0][1]  # the first rank's share is the largest
         with step.stages("convert"):
-            x = activations_of(x, [part[start:stop] for part in parts_of(x)])
-        rows, handle = self.inner.dispatch(replace(step, bucket=most), x, routing.rows(start, stop))
+            x, share = activations_of(x, [part[start:stop] for part in parts_of(x)]), routing.rows(start, stop)
+        rows, handle = self.inner.dispatch(replace(step, bucket=most), self.inner.to_payload(step, x, share), share)
         return rows, Share(handle, bounds, most)
 
-    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> S:
-        return self.inner.sink(step, rows, dtype)
+    def sink(self, step: Step, rows: TokenRows, handle: Share[H], dtype: torch.dtype) -> S:
+        return self.inner.sink(step, rows, handle.inner, dtype)
 
     def combine(self, step: Step, sink: S, handle: Share[H]) -> Tensor:
         bounds, most = handle.bounds, handle.most

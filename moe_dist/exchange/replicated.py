@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.exchange.base import Exchange, sorting_forms
+from moe_dist.exchange.base import Exchange
+from moe_dist.exchange.rows import sorting_specs
 from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Form, Step, Support, TokenRows, Whole
+from moe_dist.step import Step, Support, TensorSpec, TokenRows, Whole
 
 
 class AllReduce(Exchange[None, Whole]):
@@ -28,24 +29,23 @@ class AllReduce(Exchange[None, Whole]):
         return 2 * tokens * spec.hidden * combine_itemsize * (placement.world - 1) // placement.world
 
     @classmethod
-    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
-        return [((bucket, spec.top_k), torch.int32), *sorting_forms(spec, placement, bucket)]  # slots
+    def scratch(
+        cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int
+    ) -> list[TensorSpec]:
+        return [((bucket, spec.top_k), torch.int32), *sorting_specs(spec, placement, bucket)]  # slots
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, None]:
         with step.stages("dispatch"):
             slots_TK = slots_on(self.placement, self.comm.rank, routing.ids_TK, step.bucket, step.workspace.take)
-            return self.in_form(step, TokenRows(x, slots_TK, routing.weights_TK)), None
+            return TokenRows(x, slots_TK, routing.weights_TK), None
 
-    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
+    def sink(self, step: Step, rows: TokenRows, handle: None, dtype: torch.dtype) -> Whole:
         """The sums are added up where they lie, and are the result."""
         return Whole(step, (len(rows), self.spec.hidden), dtype, self.comm.device, lasting=True)
 
     def combine(self, step: Step, sink: Whole, handle: None) -> Tensor:
         with step.stages("combine"):
             return self.comm.all_reduce(sink.y)
-
-    def identify(self, bounds: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-        return torch.arange(bounds[-1][1], device="cpu"), None
 
 
 class Local(AllReduce):

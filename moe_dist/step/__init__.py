@@ -4,7 +4,7 @@ from moe_dist.step.rows import FORMS, ExpertRows, Support, TokenRows
 from moe_dist.step.sink import Added, Sink, Whole
 from moe_dist.step.stages import NO_STAGES, STAGES, Stages
 from moe_dist.step.step import Step
-from moe_dist.step.workspace import Form, Take, Workspace, bytes_of, fresh, workspace_of
+from moe_dist.step.workspace import Take, TensorSpec, Workspace, bytes_of, fresh, workspace_of
 
 __all__ = [
     "FORMS",
@@ -12,12 +12,12 @@ __all__ = [
     "STAGES",
     "Added",
     "ExpertRows",
-    "Form",
     "Sink",
     "Stages",
     "Step",
     "Support",
     "Take",
+    "TensorSpec",
     "TokenRows",
     "Whole",
     "Workspace",

@@ -12,15 +12,17 @@ from moe_dist.step.step import Step
 
 
 class Sink(ABC):
-    """Takes [R, H] partial sums in `dtype`.
+    """Takes [R, H] partial sums in `dtype`, exactly in the ranges of `columns()` and in their order, on every rank
+    alike: what is done with a range may be collective, and is ordered behind what was launched before on the current
+    stream.
 
-    A backend that can compute ranges of columns one after another goes through `columns()` in its order, computes each
-    into `target(start, stop)` and hands it over with `put`. One that can't does so once, for all columns. What `put`
-    does with a range is ordered behind what was launched before on the current stream.
+    A backend that can compute a range of columns goes through `columns()`, computes each into `target(start, stop)` and
+    hands it over with `put`. One that can't fills `whole(step)` and hands that over with `put_all`.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
+        self._came = 0  # ranges
 
     def columns(self) -> list[tuple[int, int]]:
         """The ranges wanted, which cover all columns once; each begins and ends at a multiple of 128 or at H."""
@@ -28,12 +30,34 @@ class Sink(ABC):
 
     @abstractmethod
     def target(self, start: int, stop: int) -> Tensor:
-        """A contiguous [R, stop - start] in `dtype` to fill; it holds anything."""
+        """A contiguous [R, stop - start] in `dtype` to fill, the sink's own until it is put; it holds anything."""
 
     @abstractmethod
+    def take(self, start: int, stop: int, y_RC: Tensor) -> None:
+        """What `put` does with a range; for subclasses."""
+
     def put(self, start: int, stop: int, y_RC: Tensor) -> None:
-        """These columns are finished. `y_RC` is the target, or another contiguous [R, stop - start] in `dtype` that
-        nobody changes later."""
+        """These columns are finished. `y_RC` is the target, or another contiguous [R, stop - start] in `dtype`, which
+        becomes the sink's: it may be changed."""
+        due = self.columns()[self._came :]
+        if not due or due[0] != (start, stop):
+            raise RuntimeError(f"columns {start} to {stop} were put where {due[0] if due else 'nothing'} was due")
+        self._came += 1
+        self.take(start, stop, y_RC)
+
+    def whole(self, step: Step) -> Tensor:
+        """[R, H] to fill with all columns at once, contiguous; it holds anything."""
+        return (
+            self.target(*self.columns()[0]) if len(self.columns()) == 1 else step.workspace.take(self.shape, self.dtype)
+        )
+
+    def put_all(self, y_RH: Tensor) -> None:
+        """All columns are finished, in `whole` or in another tensor, which becomes the sink's."""
+        if len(self.columns()) == 1:
+            self.put(*self.columns()[0], y_RH)
+            return
+        for start, stop in self.columns():
+            self.put(start, stop, self.target(start, stop).copy_(y_RH[:, start:stop]))
 
     def put_zeros(self) -> None:
         """All columns, for a backend that has nothing to add."""
@@ -63,7 +87,7 @@ class Whole(Sink):
             return torch.empty(self.shape, dtype=self.dtype, device=self._device)
         return self._step.workspace.take(self.shape, self.dtype)
 
-    def put(self, start: int, stop: int, y_RC: Tensor) -> None:
+    def take(self, start: int, stop: int, y_RC: Tensor) -> None:
         self._y = y_RC
 
 
@@ -80,5 +104,5 @@ class Added(Sink):
     def target(self, start: int, stop: int) -> Tensor:
         return self._sink.target(start, stop)
 
-    def put(self, start: int, stop: int, y_RC: Tensor) -> None:
+    def take(self, start: int, stop: int, y_RC: Tensor) -> None:
         self._sink.put(start, stop, y_RC.add_(self._more[:, start:stop]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.sizes import cdiv
 
-Form = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and dtype
+TensorSpec = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and dtype
 Take = Callable[[tuple[int, ...], torch.dtype], Tensor]  # a new tensor of this shape and dtype, which holds anything
 
 ALIGNMENT = 256  # bytes: what kernels load at once, and the allocator's own
@@ -144,6 +144,6 @@ def fresh(device: torch.device) -> Take:
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
 
 
-def bytes_of(forms: Iterable[Form]) -> int:
+def bytes_of(forms: Iterable[TensorSpec]) -> int:
     """Of a workspace that such tensors are taken from."""
     return sum(cdiv(math.prod(shape) * dtype.itemsize, ALIGNMENT) * ALIGNMENT for shape, dtype in forms)

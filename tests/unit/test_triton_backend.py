@@ -199,7 +199,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         def run(self, activation, sink):
             made.append((self.config, self.rows.x, activation, sink.dtype, self.step.stages))
-            sink.put(0, sink.shape[1], sink.target(0, sink.shape[1]).fill_(1))
+            sink.put_all(sink.whole(self.step).fill_(1))
 
     monkeypatch.setattr(fused_moe, "TritonPipeline", Recorded)
     yield made

@@ -19,13 +19,14 @@ from moe_dist.exchange.all_to_all.lists import (
     unpack_pairs,
     unpack_rows,
 )
-from moe_dist.exchange.base import Exchange, activations_of, pair_forms, parts_of, room_for, row_forms, sorting_forms
+from moe_dist.exchange.base import Exchange
+from moe_dist.exchange.rows import activations_of, pair_specs, parts_of, room_for, row_specs, sorting_specs
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
 from moe_dist.sizes import cdiv, row_bytes
 from moe_dist.spec import MoESpec, TokenLayout
-from moe_dist.step import Form, Step, TokenRows, Whole
+from moe_dist.step import Step, TensorSpec, TokenRows, Whole
 
 PACKED_UP_TO = 256  # tokens a rank: packing spares collectives and costs a copy of all rows
 
@@ -74,16 +75,21 @@ class AllToAll(Exchange[Sent, Whole]):
         return rows + (shard + 1) * 8 * spec.top_k * others
 
     @classmethod
-    def scratch(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> list[Form]:
+    def scratch(
+        cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int
+    ) -> list[TensorSpec]:
         world, others = placement.world, placement.world - 1
-        sent, received = row_forms(spec, payload, others * bucket), row_forms(spec, payload, world * bucket)
+        sent, received = row_specs(spec, payload, others * bucket), row_specs(spec, payload, world * bucket)
         places = [((bucket, world), torch.int32), ((world, bucket), torch.int32)]
-        own = row_forms(spec, payload, bucket)  # quantized
-        pairs = [*pair_forms(spec, others * bucket), *pair_forms(spec, world * bucket)]
-        lists: list[Form] = [((world, bucket + 1, 2 * spec.top_k), torch.int32), ((world,), torch.int32)]  # exact ones
+        own = row_specs(spec, payload, bucket)  # quantized
+        pairs = [*pair_specs(spec, others * bucket), *pair_specs(spec, world * bucket)]
+        lists: list[TensorSpec] = [
+            ((world, bucket + 1, 2 * spec.top_k), torch.int32),
+            ((world,), torch.int32),
+        ]  # exact ones
         packed = received if bucket <= PACKED_UP_TO else []  # as they come, and taken apart
-        sums: list[Form] = [((world * bucket, spec.hidden), dtype), ((others * bucket, spec.hidden), dtype)]
-        by_expert = sorting_forms(spec, placement, world * bucket)
+        sums: list[TensorSpec] = [((world * bucket, spec.hidden), dtype), ((others * bucket, spec.hidden), dtype)]
+        by_expert = sorting_specs(spec, placement, world * bucket)
         return [*own, *places, *pairs, *lists, *sent, *received, *packed, *by_expert, *sums]
 
     def splits(self, bucket: int, captured: bool) -> str:
@@ -96,16 +102,12 @@ class AllToAll(Exchange[Sent, Whole]):
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Sent]:
         bucket = self.check_bucket(routing.tokens, step.bucket)
-        x = self.to_payload(step, x, routing)
         with step.stages("dispatch"):
             if self.splits(bucket, step.captured) == "exact":
-                dispatch = self._dispatch_exactly
-            elif bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts_of(x)):
-                dispatch = self._dispatch_packed
-            else:
-                dispatch = self._dispatch_evenly
-            rows, sent = dispatch(step, x, routing, bucket)
-            return self.in_form(step, rows), sent
+                return self._dispatch_exactly(step, x, routing, bucket)
+            if bucket <= PACKED_UP_TO and all(row_bytes(part) % 4 == 0 for part in parts_of(x)):
+                return self._dispatch_packed(step, x, routing, bucket)
+            return self._dispatch_evenly(step, x, routing, bucket)
 
     def _dispatch_exactly(self, step: Step, x: Activations, routing: Routing, bucket: int) -> tuple[TokenRows, Sent]:
         """Rows cross when the host knows how many; slots and weights are small and cross padded, with the numbers."""
@@ -156,7 +158,7 @@ class AllToAll(Exchange[Sent, Whole]):
         )
         return Sent(order_TW, None, bucket, even, even)
 
-    def sink(self, step: Step, rows: TokenRows, dtype: torch.dtype) -> Whole:
+    def sink(self, step: Step, rows: TokenRows, handle: Sent, dtype: torch.dtype) -> Whole:
         return Whole(step, (len(rows), self.spec.hidden), dtype, self.comm.device)
 
     def combine(self, step: Step, sink: Whole, handle: Sent) -> Tensor:

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from moe_dist.exchange.base import payload_row_bytes
+from moe_dist.exchange.rows import payload_row_bytes
 from moe_dist.placement import Placement
 from moe_dist.routing import route
 from moe_dist.spec import MoESpec
