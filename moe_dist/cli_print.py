@@ -14,6 +14,7 @@ from moe_dist.bench.tune import Tuned
 from moe_dist.plan import Plan
 from moe_dist.printable import printable
 from moe_dist.terminal import Terminal
+from moe_dist.sizes import cdiv
 
 
 def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str) -> None:
         experts = len(made.placement.experts_of(rank))
         ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
     console.print(ranks)
-    share = -(-tokens // world) if made.token_layout == "sharded" else tokens
+    share = cdiv(tokens, world) if made.token_layout == "sharded" else tokens
     console.print(
         f"{tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
         f" {size(made.scratch_bytes(share))} of scratch on a rank, at most {size(made.wire_bytes(tokens))} sent by one;"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -157,12 +156,12 @@ class Plan:
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard and of its part of the shared expert, scales included."""
-        width, experts = self.placement.width_of(rank), len(self.placement.experts_of(rank))
-        forms = [*ExpertWeights.forms(self.spec, experts, width).values()]
-        if self.spec.shared_experts != "none":
-            width = shared_placement(self.spec, self.parallel).width_of(rank)
-            forms += ExpertWeights.forms(self.spec.shared_spec(), 1, width).values()
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
+        experts = len(self.placement.experts_of(rank))
+        routed = ExpertWeights.bytes_of(self.spec, experts, self.placement.width_of(rank))
+        if self.spec.shared_experts == "none":
+            return routed
+        width = shared_placement(self.spec, self.parallel).width_of(rank)
+        return routed + ExpertWeights.bytes_of(self.spec.shared_spec(), 1, width)
 
     def problem(self, rank: int) -> Problem:
         """What the backend of `rank` computes for the routed experts."""

@@ -24,6 +24,7 @@ from moe_dist.reference import Numerics
 from moe_dist.routing import skew_label
 from moe_dist.spec import MoESpec
 
+from moe_dist.sizes import cdiv
 Row = dict[str, Any]
 
 
@@ -92,7 +93,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "backend": plan.backend,
         "token_layout": plan.token_layout,
         "global_tokens": work.tokens,
-        "tokens_per_rank": -(-work.tokens // placement.world) if sharded else work.tokens,
+        "tokens_per_rank": cdiv(work.tokens, placement.world) if sharded else work.tokens,
         "skew": skew_label(work.skew, work.trace),
         "seed": work.seed,
         "iters": len(times),
@@ -168,7 +169,7 @@ def margin(spec: MoESpec, pairs: int) -> float:
     of the two GEMMs' inputs. No right layer of 77,000 random ones came nearer than 5 %, with sizes from 16 to 256 and 1
     to 16 tokens. From N = 6,900 on there is no margin.
     """
-    numbers = max(1, -(-pairs // spec.top_k)) * min(spec.hidden, spec.intermediate)
+    numbers = max(1, cdiv(pairs, spec.top_k)) * min(spec.hidden, spec.intermediate)
     return max(1.0, 0.9 + 8 / math.sqrt(numbers) + 64 / numbers)
 
 

@@ -31,19 +31,14 @@ def _compile(spec: MoESpec, width: int, experts: int, rows: int, quantized: bool
     from moe_dist.kernels.triton.fused_moe import Config, fused_moe
     from moe_dist.kernels.triton.launch import compiling
 
-    def shaped(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def shaped(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device="meta")
 
-    code = FP8 if spec.quantized else torch.bfloat16
-    one = shaped(1, dtype=torch.float32)
-    F, H = spec.w13_rows(width), spec.hidden
-    w13, w2 = shaped(experts, F, H, dtype=code), shaped(experts, H, width, dtype=code)
-    scale, static = one if spec.quantized else None, one if spec.quant == "fp8_tensor_static" else None
-    weights = ExpertWeights(spec.quant, spec.gated, w13, w2, scale, scale, static, static)
-    x: Any = shaped(rows, H, dtype=torch.bfloat16)
+    weights = ExpertWeights.empty(spec, experts, width, "meta")
+    x: Any = shaped(spec.hidden, torch.bfloat16)
     if quantized:
-        columns = scale_columns(spec.quant, H)
-        x = QuantizedRows(shaped(rows, H, dtype=FP8), shaped(rows, columns, dtype=torch.float32) if columns else None)
-    slots, routed = (shaped(rows, spec.top_k, dtype=dtype) for dtype in (torch.int32, torch.float32))
+        columns = scale_columns(spec.quant, spec.hidden)
+        x = QuantizedRows(shaped(spec.hidden, FP8), shaped(columns, torch.float32) if columns else None)
+    slots, routed = shaped(spec.top_k, torch.int32), shaped(spec.top_k, torch.float32)
     with compiling():
         fused_moe(x, slots, routed, weights, spec.activation, Config(**config), torch.bfloat16)
