@@ -19,8 +19,9 @@ from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.step import Kept, Step, make_step
 from moe_dist.layer import MoELayer
+from moe_dist.machine import Machine
 from moe_dist.notices import collecting
-from moe_dist.plan import Machine, Plan
+from moe_dist.plan import Plan
 from moe_dist.runtime.context import RankContext
 
 ALONE = Turn()

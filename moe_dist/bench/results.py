@@ -13,18 +13,20 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
+from moe_dist.machine import Machine, cores, nvidia_driver
 from moe_dist.placement import imbalance
-from moe_dist.plan import Machine, Plan
+from moe_dist.plan import Plan
 from moe_dist.reference import Numerics
 from moe_dist.routing import skew_label
+from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec
 
-from moe_dist.sizes import cdiv
 Row = dict[str, Any]
 
 
@@ -70,8 +72,8 @@ FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would
 def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Row:
     """One measured case. Every label comes from the plan that ran."""
     spec, placement, work = plan.spec, plan.placement, case.workload
-    rounds, rows = [sorted(times) for times in merged["rounds_us"]], merged["rows_per_rank"]
-    times = sorted(time for round_us in rounds for time in round_us)
+    rounds, rows = merged["rounds_us"], merged["rows_per_rank"]
+    times = [time for round_us in rounds for time in round_us]
     p50, medians = quantile(times, 0.5), [middle for each in rounds if (middle := quantile(each, 0.5)) is not None]
     sharded = plan.token_layout == "sharded"
     row: Row = {
@@ -173,14 +175,15 @@ def margin(spec: MoESpec, pairs: int) -> float:
     return max(1.0, 0.9 + 8 / math.sqrt(numbers) + 64 / numbers)
 
 
-def quantile(ordered: list[float], q: float) -> float | None:
-    """The nearest-rank quantile of sorted values."""
-    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None
+def quantile(values: list[float], q: float) -> float | None:
+    """One of the values: the least that a share of `q` does not exceed."""
+    return float(np.quantile(values, q, method="inverted_cdf")) if values else None
 
 
 def provenance(machine: Machine) -> dict[str, Any]:
     """Date, commit, command and machine, as every results file carries them."""
     gpu = machine.device == "cuda"
+    driver = nvidia_driver() if gpu else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -188,9 +191,9 @@ def provenance(machine: Machine) -> dict[str, Any]:
         "machine": {
             "gpu": machine.name if gpu else None,
             "cpu": None if gpu else machine.name,
-            "cores": os.cpu_count(),
+            "cores": cores(),
             "count": machine.devices,
-            "driver": _driver() if gpu else None,
+            "driver": driver.version if driver else None,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "triton": _version("triton"),
@@ -231,15 +234,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None
 
 
 def _version(package: str) -> str | None:

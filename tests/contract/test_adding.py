@@ -10,7 +10,8 @@ from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.replicated import AllReduce
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec

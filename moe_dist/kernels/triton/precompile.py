@@ -3,7 +3,6 @@ each, far longer than they run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.machine import cores
 from moe_dist.quantization import FP8, QuantizedRows, scale_columns
 from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
@@ -19,7 +19,7 @@ from moe_dist.weights import ExpertWeights
 def precompile(wanted: Iterable[tuple[MoESpec, int, int, int, bool, dict[str, Any]]]) -> Iterator[int]:
     """Fill Triton's cache with the kernels of each (spec, slice width, experts here, rows, whether rows come quantized,
     config); yields how many are done. One that can't be compiled is left to whoever runs it: its error comes there."""
-    processes = max(1, (os.cpu_count() or 2) - 1)
+    processes = max(1, cores() - 1)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = [pool.submit(_compile, *one) for one in wanted]
         for done, future in enumerate(as_completed(waiting), 1):
