@@ -30,7 +30,8 @@ from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.bench.tune import FORWARDS, Sample, calls_us, draw_sample, forward_us
 from moe_dist.config import find_model
 from moe_dist.kernels import quantize_rows
-from moe_dist.plan import Machine, Part, Plan, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Part, Plan, make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import BLOCK, ParallelSpec

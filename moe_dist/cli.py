@@ -28,7 +28,7 @@ from moe_dist.ending import Ending
 from moe_dist.errors import ConfigError, OutputError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exit_codes import BAD_INPUT, OK, OUT_OF_TOLERANCE, TOO_SMALL
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.printable import one_line
 from moe_dist.progress import Reporter
 from moe_dist.runtime.context import Group

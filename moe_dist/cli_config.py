@@ -11,7 +11,7 @@ from moe_dist.bench.defaults import default_backend, default_modes
 from moe_dist.bench.source import check_models, with_source
 from moe_dist.config import override, resolve_models
 from moe_dist.errors import ConfigError
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.runtime.voice import speaks, together
 from moe_dist.spec import MOST_TOKENS
 from moe_dist.terminal import say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from moe_dist.bench.table import last_line, refused_table, size, tables, tuned_t
 from moe_dist.bench.tune import Tuned
 from moe_dist.plan import Plan
 from moe_dist.printable import printable
+from moe_dist.sizes import cdiv
 from moe_dist.terminal import Terminal
 
 
 def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
     machine = found["machine"]
     console.print(f"{machine['name']}, {machine['cores']} cores, {machine['devices']} CUDA devices")
+    if (driver := found["driver"])["version"]:
+        console.print(f"NVIDIA driver {driver['version']} with {_gpus(driver['gpus'])}")
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     console.print(f"Python {found['python']}, {versions}, nvcc {'yes' if found['nvcc'] else 'no'}")
     for kind in ("backends", "exchanges"):
@@ -27,6 +31,12 @@ def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
             usable = Text("yes", "green") if answer["ok"] else Text("no", "red")
             table.add_row(printable(name), usable, printable(answer["reason"]))
         console.print(table)
+
+
+def _gpus(gpus: list[dict[str, Any]]) -> str:
+    """Alike ones once. They are the driver's, so that one which torch can't use shows."""
+    names = Counter(f"{gpu['name']} of {gpu['memory_gib']} GiB" if gpu["memory_gib"] else gpu["name"] for gpu in gpus)
+    return ", ".join(f"{count} × " * (count > 1) + printable(name) for name, count in names.items()) or "no GPU"
 
 
 def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: int = 1) -> None:
@@ -46,7 +56,7 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
         experts = len(made.placement.experts_of(rank))
         ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
     console.print(ranks)
-    share = -(-tokens // world) if made.token_layout == "sharded" else tokens
+    share = cdiv(tokens, world) if made.token_layout == "sharded" else tokens
     console.print(
         f"{tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
         f" {size(made.scratch_bytes(share))} of scratch on a rank, at most {size(made.wire_bytes(tokens))} sent by one;"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,7 @@ from moe_dist.backends import BACKENDS, Backend
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine, cores, nvidia_driver
 from moe_dist.printable import one_line
 from moe_dist.registry import Registry
 
@@ -23,7 +22,7 @@ PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flash
 
 def examine() -> dict[str, Any]:
     """Looks, starts nothing: no Ray, no process group, no compilation."""
-    machine = Machine.detect()
+    machine, driver = Machine.detect(), nvidia_driver()
     return {
         "python": platform.python_version(),
         "machine": {
@@ -31,8 +30,12 @@ def examine() -> dict[str, Any]:
             "name": machine.name,
             "devices": machine.devices if machine.device == "cuda" else 0,
             "capability": machine.capability,
-            "memory_gib": machine.memory and round(machine.memory / 2**30, 1),
-            "cores": os.cpu_count(),
+            "memory_gib": _gib(machine.memory),
+            "cores": cores(),
+        },
+        "driver": {
+            "version": driver.version if driver else None,
+            "gpus": [{"name": gpu.name, "memory_gib": _gib(gpu.memory)} for gpu in (driver.gpus if driver else ())],
         },
         "packages": {package: _version(package) for package in PACKAGES},
         "nvcc": _nvcc(),
@@ -40,6 +43,10 @@ def examine() -> dict[str, Any]:
         "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
         "exchanges": {name: _asked(EXCHANGES, name, _exchange) for name in EXCHANGES.names()},
     }
+
+
+def _gib(size: int | None) -> float | None:
+    return size and round(size / 2**30, 1)
 
 
 def _asked(

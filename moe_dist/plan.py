@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -10,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
+from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.layout import change_of
+from moe_dist.machine import Machine
 from moe_dist.placement import Placement
 from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, ParallelSpec, TokenLayout
@@ -23,43 +23,6 @@ from moe_dist.weights import ExpertWeights
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the ranks run on: `device` cpu or cuda, the GPUs' compute capability and memory in bytes each."""
-
-    device: str
-    devices: int
-    name: str
-    capability: tuple[int, int] | None = None
-    memory: int | None = None
-
-    @property
-    def device_name(self) -> str:
-        """As tuning tables name the device."""
-        return self.name if self.device == "cuda" else self.device
-
-    @classmethod
-    def detect(cls, device: str = "auto") -> Machine:
-        """This process's machine. Raises ConfigError for an unknown device, ResourceError for cuda without one."""
-        if device not in ("auto", "cpu", "cuda"):
-            raise ConfigError("device", device, "unknown", ("auto", "cpu", "cuda"))
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ResourceError("CUDA devices", 1, 0, "Take device auto or cpu.")
-        if device == "cpu" or not torch.cuda.is_available():
-            return cls("cpu", 1, _cpu_name())
-        properties = torch.cuda.get_device_properties(0)
-        capability = (properties.major, properties.minor)
-        return cls("cuda", torch.cuda.device_count(), properties.name, capability, properties.total_memory)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "CPU"
 
 
 class Option(NamedTuple):
@@ -157,12 +120,12 @@ class Plan:
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard and of its part of the shared expert, scales included."""
-        width, experts = self.placement.width_of(rank), len(self.placement.experts_of(rank))
-        forms = [*ExpertWeights.forms(self.spec, experts, width).values()]
-        if self.spec.shared_experts != "none":
-            width = shared_placement(self.spec, self.parallel).width_of(rank)
-            forms += ExpertWeights.forms(self.spec.shared_spec(), 1, width).values()
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
+        experts = len(self.placement.experts_of(rank))
+        routed = ExpertWeights.bytes_of(self.spec, experts, self.placement.width_of(rank))
+        if self.spec.shared_experts == "none":
+            return routed
+        width = shared_placement(self.spec, self.parallel).width_of(rank)
+        return routed + ExpertWeights.bytes_of(self.spec.shared_spec(), 1, width)
 
     def problem(self, rank: int) -> Problem:
         """What the backend of `rank` computes for the routed experts."""

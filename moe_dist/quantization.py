@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, QuantKind
 
 FP8 = torch.float8_e4m3fn
@@ -123,4 +124,4 @@ def dequantize_rows(rows: QuantizedRows, static_scale: Tensor | None = None) -> 
 
 def scale_columns(kind: QuantKind, hidden: int) -> int:
     """Scales that travel with one row of `hidden` values."""
-    return {"fp8_block": -(-hidden // BLOCK), "fp8_channel": 1, "fp8_tensor_dynamic": 1}.get(kind, 0)
+    return {"fp8_block": cdiv(hidden, BLOCK), "fp8_channel": 1, "fp8_tensor_dynamic": 1}.get(kind, 0)

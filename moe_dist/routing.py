@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError, shown
 from moe_dist.files import require_regular
+from moe_dist.sizes import cdiv
 from moe_dist.spec import MOST_TOKENS, MoESpec
 from moe_dist.streams import Stream
 
@@ -255,7 +256,7 @@ def check_skew_fits(skew: str, spec: MoESpec) -> None:
     if kind == "limited":
         groups, chosen = map(int, argument.split("x"))
         if E % groups or chosen * (E // groups) < K:
-            legal = [f"limited:{G}x{-(-K * G // E)}" for G in range(2, E + 1) if E % G == 0]
+            legal = [f"limited:{G}x{cdiv(K * G, E)}" for G in range(2, E + 1) if E % G == 0]
             rule = f"{E} experts must divide into the groups, and the chosen ones hold top_k = {K} experts"
             raise ConfigError("workload.skew", skew, rule, f"with the least number chosen: {', '.join(legal)}")
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.sizes import cdiv
 
 BLOCK = 128  # edge of a weight's scale block and length of an activation's scale group, as in DeepSeek-V3
 PARTIAL_GRANULARITY = 16  # TP slices of weights without blocks: 16 columns, what FP8 tensor cores can address
@@ -163,7 +164,7 @@ class MoESpec(Section):
             rule = f"must divide num_experts ({self.num_experts}) into groups of two experts or more"
             raise ConfigError("model.num_groups", self.num_groups, rule, divisors)
         group_size = self.num_experts // self.num_groups
-        fewest = -(-self.top_k // group_size)
+        fewest = cdiv(self.top_k, group_size)
         if not fewest <= self.top_groups <= self.num_groups:
             rule = f"top_k = {self.top_k} experts must fit in the chosen groups of {group_size}"
             raise ConfigError("model.top_groups", self.top_groups, rule, f"{fewest} to {self.num_groups}")
@@ -261,7 +262,7 @@ def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_emp
     768 over 4 with granularity 128 gives widths 256, 256, 128, 128. A run of width zero raises ConfigError unless
     `allow_empty`.
     """
-    granules = -(-total // granularity)
+    granules = cdiv(total, granularity)
     if parts > granules and not allow_empty:
         rule = (
             f"{total} has only {granules} slices of {granularity}, so a rank would hold nothing"

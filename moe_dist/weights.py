@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -69,6 +70,22 @@ class ExpertWeights:
         if spec.quant == "fp8_tensor_static":
             scales |= {"a13": (), "a2": (experts,)}
         return found | {name: (shape, torch.float32) for name, shape in scales.items()}
+
+    @classmethod
+    def bytes_of(cls, spec: MoESpec, experts: int, width: int, scales: bool = True) -> int:
+        """Bytes of these tensors, or without `scales` of the two matrices alone."""
+        forms = cls.forms(spec, experts, width)
+        counted = forms.values() if scales else (forms["w13_eFH"], forms["w2_eHi"])
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in counted)
+
+    @classmethod
+    def empty(cls, spec: MoESpec, experts: int, width: int, device: torch.device | str) -> ExpertWeights:
+        """These tensors, to be filled; on `meta` nothing but their shapes."""
+        forms = cls.forms(spec, experts, width)
+        made: dict[str, Any] = {
+            name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in forms.items()
+        }
+        return cls(spec.quant, spec.gated, **made)
 
     @property
     def num_experts(self) -> int:
@@ -246,7 +263,7 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     if weights.s13 is not None and weights.s2 is not None:
         if weights.kind == "fp8_block":
             first = start // BLOCK
-            last = first + -(-(stop - start) // BLOCK)  # none for an empty slice behind a partial block
+            last = first + cdiv(stop - start, BLOCK)  # none for an empty slice behind a partial block
             changes |= {"s13": rows(weights.s13, first, last), "s2": weights.s2[:, :, first:last].contiguous()}
         elif weights.kind == "fp8_channel":
             changes |= {"s13": rows(weights.s13, start, stop)}

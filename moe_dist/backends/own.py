@@ -61,12 +61,9 @@ class OwnPipelines(Backend):
         from moe_dist.kernels.triton.launch import idle
 
         nowhere = torch.device("meta")
-        forms = ExpertWeights.forms(problem.spec, problem.num_local, problem.width)
-        made: dict[str, Any] = {
-            name: torch.empty(shape, dtype=dtype, device=nowhere) for name, (shape, dtype) in forms.items()
-        }
+        weights = ExpertWeights.empty(problem.spec, problem.num_local, problem.width, nowhere)
         backend, step = cls(problem), Step(Workspace(nowhere))
-        backend.prepare(ExpertWeights(problem.spec.quant, problem.spec.gated, **made))
+        backend.prepare(weights)
         x, slots_RK, weights_RK = (
             torch.empty(rows, columns, dtype=dtype, device=nowhere)
             for columns, dtype in (
@@ -78,7 +75,7 @@ class OwnPipelines(Backend):
         backend.use_config(cls.known_config(problem, rows))
         given: Activations = x
         if problem.payload == "fp8":
-            given = quantize_rows(x, problem.spec.quant, made.get("a13"))
+            given = quantize_rows(x, problem.spec.quant, weights.a13)
         with idle():
             sink = Whole(step, (rows, problem.spec.hidden), torch.float32, nowhere, lasting=True)
             backend.forward(step, TokenRows(given, slots_RK, weights_RK), sink)

@@ -15,7 +15,8 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 from moe_dist.bench.draws import draws
 from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.errors import ConfigError
-from moe_dist.plan import Machine, Plan, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Plan, make_plan
 from moe_dist.routing import canonical_skew, check_skew_fits, trace_of
 from moe_dist.runtime.context import RaySpec
 from moe_dist.spec import (

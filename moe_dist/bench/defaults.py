@@ -5,7 +5,8 @@ from __future__ import annotations
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.plan import Machine, Plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Plan
 
 FASTEST, EVERYWHERE = "triton", "torch"
 

@@ -20,8 +20,9 @@ from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
 from moe_dist.bench.step import Kept, Step, make_step
 from moe_dist.layer import MoELayer
+from moe_dist.machine import Machine
 from moe_dist.notices import collecting
-from moe_dist.plan import Machine, Plan
+from moe_dist.plan import Plan
 from moe_dist.runtime.context import RankContext
 
 ALONE = Turn()

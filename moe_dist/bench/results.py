@@ -13,15 +13,18 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
+from moe_dist.machine import Machine, cores, nvidia_driver
 from moe_dist.placement import imbalance
-from moe_dist.plan import Machine, Plan
+from moe_dist.plan import Plan
 from moe_dist.reference import Numerics
 from moe_dist.routing import skew_label
+from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec
 
 Row = dict[str, Any]
@@ -70,8 +73,8 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
     """One measured case. Every label comes from the plan that ran. Times, rows, bytes, rates and the floor are those of
     the whole step, `per_layer_us` and `pairs` those of one layer."""
     spec, placement, work = plan.spec, plan.placement, case.workload
-    rounds, rows = [sorted(times) for times in merged["rounds_us"]], merged["rows_per_rank"]
-    times = sorted(time for round_us in rounds for time in round_us)
+    rounds, rows = merged["rounds_us"], merged["rows_per_rank"]
+    times = [time for round_us in rounds for time in round_us]
     p50, medians = quantile(times, 0.5), [middle for each in rounds if (middle := quantile(each, 0.5)) is not None]
     sharded, by_layer = plan.token_layout == "sharded", merged["by_layer"]
     floors = [floor_us(spec, placement, here, active, plan.machine.name) for here, active in by_layer]
@@ -94,7 +97,7 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "backend": plan.backend,
         "token_layout": plan.token_layout,
         "global_tokens": work.tokens,
-        "tokens_per_rank": -(-work.tokens // placement.world) if sharded else work.tokens,
+        "tokens_per_rank": cdiv(work.tokens, placement.world) if sharded else work.tokens,
         "skew": skew_label(work.skew, work.trace),
         "seed": work.seed,
         "iters": len(times),
@@ -184,18 +187,19 @@ def margin(spec: MoESpec, pairs: int) -> float:
     of the two GEMMs' inputs. No right layer of 77,000 random ones came nearer than 5 %, with sizes from 16 to 256 and 1
     to 16 tokens. From N = 6,900 on there is no margin.
     """
-    numbers = max(1, -(-pairs // spec.top_k)) * min(spec.hidden, spec.intermediate)
+    numbers = max(1, cdiv(pairs, spec.top_k)) * min(spec.hidden, spec.intermediate)
     return max(1.0, 0.9 + 8 / math.sqrt(numbers) + 64 / numbers)
 
 
-def quantile(ordered: list[float], q: float) -> float | None:
-    """The nearest-rank quantile of sorted values."""
-    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None
+def quantile(values: list[float], q: float) -> float | None:
+    """One of the values: the least that a share of `q` does not exceed."""
+    return float(np.quantile(values, q, method="inverted_cdf")) if values else None
 
 
 def provenance(machine: Machine) -> dict[str, Any]:
     """Date, commit, command and machine, as every results file carries them."""
     gpu = machine.device == "cuda"
+    driver = nvidia_driver() if gpu else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -203,9 +207,9 @@ def provenance(machine: Machine) -> dict[str, Any]:
         "machine": {
             "gpu": machine.name if gpu else None,
             "cpu": None if gpu else machine.name,
-            "cores": os.cpu_count(),
+            "cores": cores(),
             "count": machine.devices,
-            "driver": _driver() if gpu else None,
+            "driver": driver.version if driver else None,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "triton": _version("triton"),
@@ -246,15 +250,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None
 
 
 def _version(package: str) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe_dist.placement import Placement
 from moe_dist.spec import MoESpec
+from moe_dist.weights import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,9 @@ def rank_flops(spec: MoESpec, placement: Placement, rank: int, rows: int) -> flo
     return 2.0 * rows * spec.hidden * (spec.w13_rows(width) + width)
 
 
-def rank_weight_bytes(spec: MoESpec, placement: Placement, rank: int, active_experts: int) -> float:
+def rank_weight_bytes(spec: MoESpec, placement: Placement, rank: int, active_experts: int) -> int:
     """Bytes of the experts that have rows, scales not counted."""
-    width = placement.width_of(rank)
-    itemsize = 1 if spec.quantized else spec.torch_dtype.itemsize
-    return float(active_experts * spec.hidden * (spec.w13_rows(width) + width) * itemsize)
+    return ExpertWeights.bytes_of(spec, active_experts, placement.width_of(rank), scales=False)
 
 
 def floor_us(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from itertools import groupby
 
 from moe_dist.bench.case import Case, Experiment
-from moe_dist.bench.container import container_memory
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import Outcome, make_row
 from moe_dist.bench.rounds import schedule
 from moe_dist.bench.source import check_stored
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
-from moe_dist.plan import Machine, Plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Plan
 from moe_dist.runtime.context import Group
 from moe_dist.sizes import cdiv
 
@@ -55,23 +54,11 @@ def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
 
 def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
     """Raise ResourceError if a GPU, or a CPU's memory, can't hold so many bytes."""
-    if machine.device == "cuda":
-        available, what = machine.memory or 0, "GPU memory"
-    else:
-        available, what = _available_memory(), "memory"
+    available = machine.room
     if size > 0.9 * available:
+        what = "GPU memory" if machine.device == "cuda" else "memory"
         gib = f"{size / 2**30:.1f} GiB of {of}", f"{available / 2**30:.1f} GiB"
         raise ResourceError(what, *gib, "Choose a smaller model, fewer layers or tokens, or more ranks.")
-
-
-def _available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container's limit."""
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([free, *container_memory()])
 
 
 def run_cases(
@@ -91,7 +78,7 @@ def run_cases(
         rows: dict[int, int] = {}  # where a case's row stands
         with closing(start_group(world)) as group:
             outcome.places[world] = list(group.describe())
-            for index, turn in schedule(cases, _memory(cases[0][1].machine)):
+            for index, turn in schedule(cases, cases[0][1].machine.room):
                 case, plan = cases[index]
                 merged = merge(group.run(measure, case, turn, timeout_s=timeout_s, shown=shown))
                 row = make_row(case, plan, merged, group.runtime)
@@ -103,10 +90,6 @@ def run_cases(
                 for line in outcome.add_notices(merged["notices"]):
                     said(line)
                 turn_done()
-
-
-def _memory(machine: Machine) -> int:
-    return (machine.memory or 0) if machine.device == "cuda" else _available_memory()
 
 
 def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], Group]:

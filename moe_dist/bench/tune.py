@@ -23,8 +23,9 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ResourceError, UnsupportedError
 from moe_dist.graph import capture
 from moe_dist.kernels import quantize_rows
+from moe_dist.machine import Machine
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, Part, Plan
+from moe_dist.plan import Part, Plan
 from moe_dist.reference import ScaledBy, oracle_partial, relative_error
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.step import Step, TokenRows, workspace_of

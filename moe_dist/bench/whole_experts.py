@@ -21,6 +21,7 @@ from moe_dist.placement import Placement
 from moe_dist.reference import oracle_partial
 from moe_dist.routing import Routing
 from moe_dist.runtime.context import RankContext
+from moe_dist.sizes import cdiv
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, activate, random_expert
 
@@ -144,7 +145,7 @@ def _outputs(context: RankContext, case: Case, x_nH: Tensor, routing: Routing, s
     make = _maker(case, comm.device)
     experts = ids[ids >= 0].unique().tolist()
     for done, expert in enumerate(experts[comm.rank :: comm.world]):
-        context.progress(f"{case.label}: whole expert {done + 1} of {-(-len(experts) // comm.world)}")
+        context.progress(f"{case.label}: whole expert {done + 1} of {cdiv(len(experts), comm.world)}")
         row, place = (ids == expert).nonzero(as_tuple=True)
         y.index_add_(0, row, weights[row, place, None] * _through(x[row], make(expert), case))
     if shared and comm.rank == 0:

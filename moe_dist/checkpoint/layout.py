@@ -20,6 +20,7 @@ from moe_dist.checkpoint.folder import plain
 from moe_dist.checkpoint.quantization import PROJECTIONS
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, MoESpec
 
 ROUTER_DTYPES = ("F32", "BF16")  # as safetensors headers spell them
@@ -52,7 +53,7 @@ class Piece:
     def part(self, start: int, stop: int) -> tuple[slice, ...]:
         """The index of columns [start, stop) of the expert's width."""
         if self.scale:
-            start, stop = start // BLOCK, -(-stop // BLOCK)
+            start, stop = start // BLOCK, cdiv(stop, BLOCK)
         rows, columns = slice(self.first_row + start, self.first_row + stop), slice(None)
         if self.projection == "down_proj":
             rows, columns = columns, slice(start, stop)
@@ -253,5 +254,5 @@ def _alone(prefix: str, spec: MoESpec, intermediate: int) -> list[Piece]:
 def _format(name: str, shape: tuple[int, ...], spec: MoESpec, scale: bool) -> TensorFormat:
     """Of a matrix of this shape, or of its blocks' scales."""
     if scale:
-        return TensorFormat(name, tuple(-(-size // BLOCK) for size in shape), SCALE_DTYPES)
+        return TensorFormat(name, tuple(cdiv(size, BLOCK) for size in shape), SCALE_DTYPES)
     return TensorFormat(name, shape, (WEIGHT_DTYPES[spec.quant_label],))

@@ -15,7 +15,7 @@ from moe_dist.checkpoint.reader import Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.placement import Placement
 from moe_dist.quantization import FP8
-from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.spec import MoESpec
 from moe_dist.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights
 
 
@@ -97,7 +97,7 @@ def _load(
 ) -> ExpertWeights:
     """These experts, stacked. The stack is allocated once and filled, so that no second copy ever exists."""
     start, stop = bounds
-    weights = _allocate(layer.spec, len(experts), stop - start, device)
+    weights = ExpertWeights.empty(layer.spec, len(experts), stop - start, device)
     layer.check(piece.tensor for pieces in experts for piece in pieces)
     for slot, pieces in enumerate(experts):
         for piece, target in zip(pieces, _targets(weights, slot), strict=True):
@@ -106,19 +106,6 @@ def _load(
         if progress:
             progress()
     return weights
-
-
-def _allocate(spec: MoESpec, experts: int, width: int, device: torch.device | str) -> ExpertWeights:
-    H, F = spec.hidden, spec.w13_rows(width)
-    dtype = FP8 if spec.quantized else spec.torch_dtype
-    w13 = torch.empty(experts, F, H, dtype=dtype, device=device)
-    w2 = torch.empty(experts, H, width, dtype=dtype, device=device)
-    if not spec.quantized:
-        return ExpertWeights(spec.quant, spec.gated, w13, w2)
-    blocks, hidden_blocks = -(-width // BLOCK), -(-H // BLOCK)
-    s13 = torch.empty(experts, spec.w13_rows(blocks), hidden_blocks, dtype=torch.float32, device=device)
-    s2 = torch.empty(experts, hidden_blocks, blocks, dtype=torch.float32, device=device)
-    return ExpertWeights(spec.quant, spec.gated, w13, w2, s13, s2)
 
 
 def _targets(weights: ExpertWeights, slot: int) -> list[Tensor]:

@@ -19,6 +19,7 @@ from moe_dist.checkpoint.neutral import MARK
 from moe_dist.checkpoint.quantization import CONFIG_FILE, PROJECTIONS
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
+from moe_dist.sizes import cdiv
 from moe_dist.spec import BLOCK, LEAST_SEED, MOST_SEED, MoESpec
 from moe_dist.streams import Stream
 from moe_dist.weights import ExpertWeights, random_expert
@@ -182,7 +183,7 @@ def _groups(num_experts: int, top_k: int) -> tuple[int, int]:
     """Four groups where they come out even, of which a token may use half, or as many as its top_k needs."""
     if num_experts % 4 or num_experts < 8:
         return 1, 1
-    return 4, max(2, -(-top_k * 4 // num_experts))
+    return 4, max(2, cdiv(top_k * 4, num_experts))
 
 
 def _dense_width(spec: MoESpec) -> int:

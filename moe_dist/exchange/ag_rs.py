@@ -12,6 +12,7 @@ from moe_dist.kernels import slots_on
 from moe_dist.placement import Placement
 from moe_dist.quantization import Activations
 from moe_dist.routing import Routing
+from moe_dist.sizes import cdiv
 from moe_dist.spec import MoESpec, TokenLayout
 from moe_dist.step import Step, TensorSpec, TokenRows, Whole
 
@@ -28,7 +29,7 @@ class AllGatherReduceScatter(Exchange[int, Whole]):
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
-        shard = -(-tokens // placement.world)
+        shard = cdiv(tokens, placement.world)
         row = payload_row_bytes(spec, payload) + spec.hidden * combine_itemsize
         return shard * row * (placement.world - 1)
 

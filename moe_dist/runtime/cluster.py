@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
-from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray brings its own
 
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exit_codes import CLUSTER_LOST

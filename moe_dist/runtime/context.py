@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pydantic import Field, field_validator
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
+from moe_dist.machine import cores
 from moe_dist.printable import encodable
 from moe_dist.runtime.pulse import Pulse
 from moe_dist.spec import Name, Seconds, Section
@@ -89,4 +89,4 @@ class Group(Protocol):
 
 def limit_threads(ranks_here: int) -> None:
     """Share the host's cores among the ranks on it; more threads than cores only fight."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    torch.set_num_threads(max(1, cores() // ranks_here))

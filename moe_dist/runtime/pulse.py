@@ -10,12 +10,15 @@ import signal
 import struct
 import time
 from collections.abc import Container
+from contextlib import suppress
 from dataclasses import dataclass
+
+import psutil
 
 _LAYOUT = struct.Struct("=qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
 _TIMES, _OP, _STATUS = slice(8, 24), slice(24, 56), slice(56, 216)
 
-RUN = (b"TORCHELASTIC_RUN_ID", b"MASTER_ADDR", b"MASTER_PORT")  # one run of torchrun
+RUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")  # one run of torchrun
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Peer:
             code = _zombie_code(self.pid)
         if code is not None:
             return describe_end(code)
-        return None if os.path.exists(f"/proc/{self.pid}") else "its process died"
+        return None if psutil.pid_exists(self.pid) else "its process died"
 
     def close(self) -> None:
         self._memory.close()
@@ -98,34 +101,31 @@ def ranks_here() -> dict[int, list[int]]:
     """The living processes of this machine that work for each rank of this run of torchrun, by the environment that
     they were started with: the rank's own, and what it has started."""
     found: dict[int, list[int]] = {}
-    own = _environment(os.getpid())
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-        its = _environment(pid)
-        if all(its.get(name) == own.get(name) for name in RUN) and its.get(b"RANK", b"").isdigit():
-            found.setdefault(int(its[b"RANK"]), []).append(pid)
+    environments: dict[int, dict[str, str]] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # ended, or somebody else's
+            environments[process.pid] = process.environ()
+    own = environments.get(os.getpid(), {})
+    for pid, its in environments.items():
+        if all(its.get(name) == own.get(name) for name in RUN) and its.get("RANK", "").isdecimal():
+            found.setdefault(int(its["RANK"]), []).append(pid)
     return found
 
 
 def stopped(pid: int) -> bool:
-    return _state(pid) in ("T", "t")
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
 
 
 def siblings_ended_by(signals: Container[int]) -> bool:
     """Whether a process that this one's parent has started, and not waited for yet, was ended by one of these."""
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+    for pid in psutil.pids():
         fields = _stat(pid)
         if fields and fields[0] == "Z" and int(fields[1]) == os.getppid() and int(fields[-1]) & 0x7F in signals:
             return True
     return False
-
-
-def _environment(pid: int) -> dict[bytes, bytes]:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            pairs = [entry.partition(b"=") for entry in file.read().split(b"\0")]
-    except OSError:  # ended, or somebody else's
-        return {}
-    return {name: value for name, _, value in pairs}
 
 
 def _padded(text: str, size: int) -> bytes:
@@ -156,15 +156,12 @@ def _exit_code(pidfd: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
+    """The fields from the state on. psutil gives all of them but the last, a zombie's exit code."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rsplit(")", 1)[1].split()
     except OSError:
         return []
-
-
-def _state(pid: int) -> str:
-    return next(iter(_stat(pid)), "")
 
 
 def _zombie_code(pid: int) -> int | None:

@@ -18,8 +18,9 @@ from moe_dist.comm import Comm
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.layer import MoELayer
+from moe_dist.machine import Machine
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, Plan, make_plan
+from moe_dist.plan import Plan, make_plan
 from moe_dist.reference import Numerics, ScaledBy, oracle_layer
 from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing

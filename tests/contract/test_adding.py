@@ -14,7 +14,8 @@ from moe_dist.exchange.replicated import AllReduce
 from moe_dist.exchange.rows import room_for, sorting_specs
 from moe_dist.kernels import slots_on, sorted_by_expert
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan, shared_placement
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan, shared_placement
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec, split_bounds

@@ -11,7 +11,8 @@ import torch
 
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.plan import Machine, Plan, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Plan, make_plan
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.step.rows import Support
 

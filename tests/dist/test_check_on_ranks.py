@@ -15,7 +15,7 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
 

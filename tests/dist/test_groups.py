@@ -22,7 +22,8 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.layer import MoELayer
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.reference import oracle_layer, relative_error
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec

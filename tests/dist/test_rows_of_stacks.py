@@ -22,7 +22,7 @@ from moe_dist.checkpoint import layer_spec, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.router import Router
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec

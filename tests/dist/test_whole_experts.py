@@ -23,7 +23,7 @@ from moe_dist.bench.whole_experts import compared_tokens
 from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec

@@ -17,7 +17,8 @@ from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.graph import StepGraph
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, Plan, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Plan, make_plan
 from moe_dist.reference import relative_error
 from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing

@@ -16,7 +16,8 @@ from moe_dist.bench.rounds import Turn
 from moe_dist.comm import Comm
 from moe_dist.graph import StepGraph
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.reference import relative_error
 from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing

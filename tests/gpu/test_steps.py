@@ -12,7 +12,8 @@ from moe_dist.comm import Comm
 from moe_dist.config import find_model
 from moe_dist.graph import StepGraph
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.reference import relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec

@@ -29,8 +29,8 @@ from moe_dist.bench.results import (
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
 from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.machine import Machine
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine
 from moe_dist.reference import Numerics, oracle_layer, relative_error
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec

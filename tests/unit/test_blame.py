@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from moe_dist.bench.container import container_memory
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, silence, unpacked
 from moe_dist.runtime.logs import said_last
@@ -152,27 +151,6 @@ def test_what_a_log_says(tmp_path: Path) -> None:
     log.write_text(":job_id:01000000\n")
     assert said_last(str(log)) == f"; its log: {log}, which is empty"
     assert said_last(None) == ""
-
-
-def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    membership = tmp_path / "cgroup"
-    membership.write_text("0::/pod/container\n")
-    inner = tmp_path / "pod" / "container"
-    inner.mkdir(parents=True)
-    (inner / "memory.max").write_text("max\n")
-    (inner / "memory.current").write_text("10\n")
-    assert container_memory(tmp_path, membership) == []
-    (inner.parent / "memory.max").write_text("1000\n")
-    (inner.parent / "memory.current").write_text("600\n")
-    (inner.parent / "memory.stat").write_text("anon 1\ninactive_file 250\n")
-    assert container_memory(tmp_path, membership) == [650]
-    membership.write_text("5:cpu:/x\n4:memory:/pod\n")
-    first = tmp_path / "memory" / "pod"
-    first.mkdir(parents=True)
-    (first / "memory.limit_in_bytes").write_text("500\n")
-    (first / "memory.usage_in_bytes").write_text("450\n")
-    (first / "memory.stat").write_text("total_inactive_file 0\n")
-    assert container_memory(tmp_path, membership) == [50]
 
 
 CONTEXT: Any = SimpleNamespace(rank=1, status="at work", comm=SimpleNamespace(sequence=20))

@@ -10,7 +10,7 @@ from moe_dist.bench.case import Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
 from moe_dist.cli_options import parse
 from moe_dist.config import find_model
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "CPU")

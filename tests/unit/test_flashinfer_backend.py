@@ -13,7 +13,8 @@ from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_b
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.errors import UnsupportedError
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.quantization import FP8_MAX, cast
 from moe_dist.reference import relative_error
 from moe_dist.spec import MoESpec, ParallelSpec

@@ -25,6 +25,7 @@ FLOORS = (
         "files",
         "spec",
         "sizes",
+        "machine",
         "streams",
         "surroundings",
         "registry",
@@ -63,6 +64,8 @@ HOMES = {
     "sglang": ("integrations/",),
     "vllm": ("integrations/",),
     "safetensors": ("checkpoint/",),
+    "psutil": ("machine", "runtime/"),
+    "pynvml": ("machine",),
     "rich": ("bench/table", "terminal", "progress", "cli"),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

@@ -26,6 +26,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, "Technical spe
 TOKENS = (65_536, 131_072, 1_048_576)
 SPEC = MoESpec(hidden=7168, intermediate=2048, num_experts=256, top_k=8)
 META = torch.device("meta")
+WEIGHTS = ExpertWeights.empty(SPEC, 256, 2048, META)
 
 
 def shaped(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -90,19 +91,11 @@ def test_a_large_top_k(grids):
     check(grids)
 
 
-def weights_of(quant: str) -> ExpertWeights:
-    code = torch.bfloat16 if quant == "none" else FP8
-    one = shaped(1, dtype=torch.float32)
-    scale, static = None if quant == "none" else one, one if quant == "fp8_tensor_static" else None
-    w13, w2 = shaped(256, 4096, 7168, dtype=code), shaped(256, 7168, 2048, dtype=code)
-    return ExpertWeights(quant, True, w13, w2, scale, scale, static, static)
-
-
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("quant", QUANT_KINDS)
 def test_the_fused_moe_with_every_config(grids, quant, tokens):
     spec = SPEC.with_changes(quant=quant)
-    weights = weights_of(quant)
+    weights = ExpertWeights.empty(spec, 256, 2048, META)
     slots, routed = shaped(tokens, 8), shaped(tokens, 8, dtype=torch.float32)
     x = shaped(tokens, 7168, dtype=torch.bfloat16)
     columns = scale_columns(quant, 7168)
@@ -121,7 +114,7 @@ def test_padded_rows(grids, tokens):
     step = Step(Workspace(META))
     x, routed = shaped(tokens, 7168, dtype=torch.bfloat16), shaped(tokens, 8, dtype=torch.float32)
     rows = TokenRows(x, shaped(tokens, 8), routed)
-    made = padded.PaddedPipeline(step, rows, weights_of("fp8_block"), lambda *_: None, lambda *_: None)
+    made = padded.PaddedPipeline(step, rows, WEIGHTS, lambda *_: None, lambda *_: None)
     sink = Whole(step, (tokens, 7168), torch.bfloat16, META)
     made.run("swiglu", sink)
     assert {"_pad_rows", "_activate_rows"} <= {name for name, _ in grids}
@@ -133,7 +126,7 @@ def test_more_pairs_than_their_numbers_reach_are_refused():
     slots, routed = shaped(1 << 28, 8), shaped(1 << 28, 8, dtype=torch.float32)
     rows = TokenRows(shaped(1 << 28, 128, dtype=torch.bfloat16), slots, routed)
     with pytest.raises(UnsupportedError, match=r"2147483648 \(token, expert\) pairs.*1073741824"):
-        pipeline.Pipeline.__init__(made, step, rows, weights_of("none"), 128, False)
+        pipeline.Pipeline.__init__(made, step, rows, WEIGHTS, 128, False)
 
 
 def _kernel() -> None:

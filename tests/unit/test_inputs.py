@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.layer import MoELayer
+from moe_dist.machine import Machine
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, make_plan
+from moe_dist.plan import make_plan
 from moe_dist.reference import relative_error
 from moe_dist.router import Router
 from moe_dist.routing import Routing, route

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.routing import Routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.streams import Stream

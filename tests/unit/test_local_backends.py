@@ -12,7 +12,8 @@ from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import tune
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.weights import random_weights, shard
 

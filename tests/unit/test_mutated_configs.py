@@ -20,7 +20,7 @@ from moe_dist.bench.runner import plan_cases
 from moe_dist.cli_config import asked_for
 from moe_dist.config import override, read_yaml
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.runtime.context import RaySpec
 from moe_dist.spec import MoESpec
 

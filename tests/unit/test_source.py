@@ -17,7 +17,7 @@ from moe_dist.bench.source import with_source
 from moe_dist.checkpoint import layer_spec, make_checkpoint
 from moe_dist.cli import main
 from moe_dist.errors import CheckpointError, ConfigError
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.weights import ExpertWeights, random_expert, random_weights
 

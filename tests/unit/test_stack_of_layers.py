@@ -13,7 +13,8 @@ from moe_dist import graph
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, Plan, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import Plan, make_plan
 from moe_dist.router import Router
 from moe_dist.routing import Routing, synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec

@@ -19,7 +19,7 @@ from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.inputs import make_inputs
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.plan import Machine
+from moe_dist.machine import Machine
 from moe_dist.routing import LARGEST_TRACE, skew_label, synthetic_routing
 from moe_dist.spec import MoESpec, WorkloadSpec
 

@@ -18,8 +18,9 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.roofline import Peaks, floor_us
 from moe_dist.bench.tune import count_steps, tune_shape
 from moe_dist.cli import main
+from moe_dist.machine import Machine
 from moe_dist.placement import Placement
-from moe_dist.plan import Machine, Plan
+from moe_dist.plan import Plan
 from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.step.rows import Support
 from moe_dist.tables import find_table, read_table, user_folder

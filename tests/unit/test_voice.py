@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from moe_dist import cli
@@ -184,13 +185,11 @@ def rank_1(monkeypatch, tmp_path):
         started[-1].stdout.readline()
         return started[-1]
 
-    def known(pid: int) -> dict[bytes, bytes]:
-        if pid == os.getpid():
-            return {name.encode(): value.encode() for name, value in mine.items()}
-        return real(pid)
+    def known(process: psutil.Process) -> dict[str, str]:
+        return mine if process.pid == os.getpid() else real(process)
 
-    real = pulse._environment
-    monkeypatch.setattr(pulse, "_environment", known)
+    real = psutil.Process.environ
+    monkeypatch.setattr(psutil.Process, "environ", known)
     monkeypatch.setattr(os, "getppid", os.getpid)  # torchrun is the parent of both
     environment(monkeypatch, RANK="0", LOCAL_RANK="0")
     (tmp_path / "code").touch()

@@ -9,7 +9,8 @@ import torch
 
 from moe_dist.comm import Comm
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import MoESpec, ParallelSpec
 from moe_dist.step import Workspace, workspace, workspace_of

@@ -14,7 +14,8 @@ from torch import nn
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.layer import MoELayer
-from moe_dist.plan import Machine, make_plan
+from moe_dist.machine import Machine
+from moe_dist.plan import make_plan
 from moe_dist.router import Router
 from moe_dist.routing import synthetic_routing
 from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec

@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 
 from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
+from moe_dist.machine import cores
+from moe_dist.sizes import cdiv
 from moe_dist.step.rows import Support
 from moe_dist.tables import cache_folder
 
@@ -103,7 +105,7 @@ class WeightsMap:
 
     def __init__(self) -> None:
         self._room = ctypes.create_string_buffer(128 + 63)
-        self.address = -(-ctypes.addressof(self._room) // 64) * 64
+        self.address = cdiv(ctypes.addressof(self._room), 64) * 64
 
 
 def build_state() -> Support:
@@ -205,7 +207,7 @@ def _build(path: Path) -> None:
         (f"gemm_{gemm}_{kind}.o", "grouped_gemm.cu", gemm_defines(gemm, kind)) for kind in KINDS for gemm in GEMMS
     ]
     wanted.append(("weights_map.o", "weights_map.cu", ()))
-    workers = min(len(wanted), os.cpu_count() or 1)
+    workers = min(len(wanted), cores())
     say(f"compiling {len(wanted)} sources of the cutlass backend, {workers} at a time; this happens once")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(compile_object, source, Path(folder) / name, defines) for name, source, defines in wanted]

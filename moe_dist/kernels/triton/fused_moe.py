@@ -13,7 +13,7 @@ from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_dist.errors import ConfigError
-from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline
+from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, STATIC, Pipeline
 from moe_dist.kernels.triton.quantize import divided, quantized
 from moe_dist.quantization import FP8_MAX, TINY, Activations
 from moe_dist.sizes import cdiv
@@ -21,14 +21,17 @@ from moe_dist.spec import BLOCK, QuantKind
 from moe_dist.step import Step, TokenRows, Whole, Workspace
 from moe_dist.weights import ExpertWeights
 
+# What is a name in a kernel must be a constexpr.
+_BLOCK_SCALES, _ROW_SCALES, _STATIC = map(tl.constexpr, (BLOCK_SCALES, ROW_SCALES, STATIC))
+_SWIGLU, _GEGLU, _RELU2 = (tl.constexpr(ACTIVATIONS[name]) for name in ("swiglu", "geglu", "relu2"))
 FENCE = not triton.knobs.runtime.interpret  # the interpreter has no assembler
 
 
 @triton.jit
 def activated(gate, up, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 0:
+    if ACTIVATION == _SWIGLU:
         return gate * tl.sigmoid(gate) * up
-    elif ACTIVATION == 1:
+    elif ACTIVATION == _GEGLU:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate * tl.sigmoid(2 * inner) * up  # 0.5 (1 + tanh z) = sigmoid(2 z)
     else:
@@ -108,7 +111,7 @@ def _gemm1(
     real = j < count
     row = (tl.load(order + start + j, mask=real, other=0) // K).to(tl.int64)
 
-    GATED: tl.constexpr = ACTIVATION != 2
+    GATED: tl.constexpr = ACTIVATION != _RELU2
     F: tl.constexpr = 2 * I if GATED else I
     GATE: tl.constexpr = 0 if GATE_FIRST or not GATED else 1  # which half of the rows is gate's
     WHOLE_K: tl.constexpr = H % BK == 0
@@ -130,7 +133,7 @@ def _gemm1(
         else:
             a = tl.load(rows + at, mask=real[:, None] & (k < H - at)[None, :], other=0.0)
         b = _weight_tile(w, descriptor, gate_row, at, n, I, H, BN, BK, WHOLE, TMA)
-        if KIND == 1:
+        if KIND == _BLOCK_SCALES:
             scale = tl.load(xs + row * K_BLOCKS + at // 128, mask=real, other=0.0)
             gate = _added(gate, a, b, scale * tl.load(gate_scales + at // 128), SWAP, True)
         else:
@@ -139,15 +142,18 @@ def _gemm1(
             if FENCE:
                 gate = _finished(gate)
             b = _weight_tile(w, descriptor, up_row, at, n, I, H, BN, BK, WHOLE, TMA)
-            if KIND == 1:
+            if KIND == _BLOCK_SCALES:
                 up = _added(up, a, b, scale * tl.load(up_scales + at // 128), SWAP, True)
             else:
                 up = _added(up, a, b, 0.0, SWAP, False)
     if SWAP:
         gate = tl.trans(gate)
         up = tl.trans(up)
-    if KIND >= 2:
-        of_row = tl.load(xs + row, mask=real, other=0.0) if KIND == 2 else tl.load(a13) + tl.zeros((BM,), tl.float32)
+    if (KIND == _ROW_SCALES) | (KIND == _STATIC):
+        if KIND == _ROW_SCALES:
+            of_row = tl.load(xs + row, mask=real, other=0.0)
+        else:
+            of_row = tl.load(a13) + tl.zeros((BM,), tl.float32)
         gate *= of_row[:, None] * _weight_scale(ws, expert, GATE, n, I, F, 2 if GATED else 1, PER_TENSOR)[None, :]
         if GATED:
             up *= of_row[:, None] * _weight_scale(ws, expert, 1 - GATE, n, I, F, 2, PER_TENSOR)[None, :]
@@ -155,10 +161,10 @@ def _gemm1(
     if not WHOLE:
         out = tl.where((n < I)[None, :], out, 0.0)  # columns read beyond the half must not count in the scale
     at_row = (start + j).to(tl.int64)
-    if KIND == 1:
+    if KIND == _BLOCK_SCALES:
         out, scale_h = quantized(out, tl.max(tl.abs(out), 1), FP8_MAX, TINY)
         tl.store(hs + at_row * N_BLOCKS + column, scale_h, mask=real)
-    elif KIND == 3:
+    elif KIND == _STATIC:
         out = tl.clamp(divided(out, tl.load(a2 + expert)), -FP8_MAX, FP8_MAX)
     target = h + at_row[:, None] * I + n[None, :]
     tl.store(target, out.to(h.dtype.element_ty), mask=real[:, None] & (n < I)[None, :])
@@ -227,7 +233,7 @@ def _gemm2(
         else:
             a = tl.load(rows + at, mask=real[:, None] & (k < I - at)[None, :], other=0.0)
         b = _weight_tile(w, descriptor, expert * H + first, at, n, END, I, BN, BK, WHOLE, TMA)
-        if KIND == 1:
+        if KIND == _BLOCK_SCALES:
             # Beyond the end a tile reads some scale for columns that are not stored, beyond I one for zeros.
             block = tl.minimum(first // 128, N_BLOCKS - 1)
             k_block = tl.minimum(at // 128, K_BLOCKS - 1)
@@ -239,7 +245,7 @@ def _gemm2(
             if FENCE:
                 left = _finished(left)
             b = _weight_tile(w, descriptor, expert * H + first + BN, at, n + BN, END, I, BN, BK, WHOLE, TMA)
-            if KIND == 1:
+            if KIND == _BLOCK_SCALES:
                 block = tl.minimum((first + BN) // 128, N_BLOCKS - 1)
                 right = _added(right, a, b, scale * tl.load(scales + block * K_BLOCKS + k_block), SWAP, True)
             else:
@@ -267,8 +273,8 @@ def _store_rows(
 ):  # fmt: skip
     if SWAP:
         y = tl.trans(y)
-    if KIND >= 2:
-        if KIND == 2:
+    if (KIND == _ROW_SCALES) | (KIND == _STATIC):
+        if KIND == _ROW_SCALES:
             of_row = tl.load(hs + at_row, mask=real, other=0.0)
         else:
             of_row = tl.load(a2 + expert) + tl.zeros_like(at_row).to(tl.float32)

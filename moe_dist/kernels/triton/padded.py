@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.triton.fused_moe import activated
+from moe_dist.kernels.triton.fused_moe import _RELU2, activated
 from moe_dist.kernels.triton.launch import is_idle, launch
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline, blocks
 from moe_dist.kernels.triton.quantize import quantized
@@ -73,7 +73,7 @@ def _activate_rows(
     if tl.load(slots + pair) < 0:
         return
     row = tl.load(places + pair).to(tl.int64)
-    GATED: tl.constexpr = ACTIVATION != 2
+    GATED: tl.constexpr = ACTIVATION != _RELU2
     WIDTH: tl.constexpr = 2 * I if GATED else I
     GROUPS: tl.constexpr = (I + 127) // 128
     group = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)

@@ -3,7 +3,6 @@ each, far longer than they run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.machine import cores
 from moe_dist.quantization import FP8, QuantizedRows, scale_columns
 from moe_dist.spec import MoESpec
 from moe_dist.weights import ExpertWeights
@@ -19,7 +19,7 @@ from moe_dist.weights import ExpertWeights
 def precompile(wanted: Iterable[tuple[MoESpec, int, int, int, bool, dict[str, Any]]]) -> Iterator[int]:
     """Fill Triton's cache with the kernels of each (spec, slice width, experts here, rows, whether rows come quantized,
     config); yields how many are done. One that can't be compiled is left to whoever runs it: its error comes there."""
-    processes = max(1, (os.cpu_count() or 2) - 1)
+    processes = max(1, cores() - 1)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = [pool.submit(_compile, *one) for one in wanted]
         for done, future in enumerate(as_completed(waiting), 1):
@@ -31,19 +31,14 @@ def _compile(spec: MoESpec, width: int, experts: int, rows: int, quantized: bool
     from moe_dist.kernels.triton.fused_moe import Config, fused_moe
     from moe_dist.kernels.triton.launch import compiling
 
-    def shaped(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def shaped(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device="meta")
 
-    code = FP8 if spec.quantized else torch.bfloat16
-    one = shaped(1, dtype=torch.float32)
-    F, H = spec.w13_rows(width), spec.hidden
-    w13, w2 = shaped(experts, F, H, dtype=code), shaped(experts, H, width, dtype=code)
-    scale, static = one if spec.quantized else None, one if spec.quant == "fp8_tensor_static" else None
-    weights = ExpertWeights(spec.quant, spec.gated, w13, w2, scale, scale, static, static)
-    x: Any = shaped(rows, H, dtype=torch.bfloat16)
+    weights = ExpertWeights.empty(spec, experts, width, "meta")
+    x: Any = shaped(spec.hidden, torch.bfloat16)
     if quantized:
-        columns = scale_columns(spec.quant, H)
-        x = QuantizedRows(shaped(rows, H, dtype=FP8), shaped(rows, columns, dtype=torch.float32) if columns else None)
-    slots, routed = (shaped(rows, spec.top_k, dtype=dtype) for dtype in (torch.int32, torch.float32))
+        columns = scale_columns(spec.quant, spec.hidden)
+        x = QuantizedRows(shaped(spec.hidden, FP8), shaped(columns, torch.float32) if columns else None)
+    slots, routed = shaped(spec.top_k, torch.int32), shaped(spec.top_k, torch.float32)
     with compiling():
         fused_moe(x, slots, routed, weights, spec.activation, Config(**config), torch.bfloat16)

@@ -1,0 +1,144 @@
+"""What this machine has: every question to its CPU, its container, its GPUs and their driver."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moe_dist.errors import ConfigError, ResourceError
+
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
+CGROUP_FILES = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on: `device` cpu or cuda, the GPUs' compute capability and memory in bytes each."""
+
+    device: str
+    devices: int
+    name: str
+    capability: tuple[int, int] | None = None
+    memory: int | None = None
+
+    @property
+    def device_name(self) -> str:
+        """As tuning tables name the device."""
+        return self.name if self.device == "cuda" else self.device
+
+    @property
+    def room(self) -> int:
+        """Bytes that tensors may take: a GPU's memory, or what is left of the CPU's for all ranks together."""
+        return (self.memory or 0) if self.device == "cuda" else available_memory()
+
+    @classmethod
+    def detect(cls, device: str = "auto") -> Machine:
+        """This process's machine. Raises ConfigError for an unknown device, ResourceError for cuda without one."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError("device", device, "unknown", ("auto", "cpu", "cuda"))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("CUDA devices", 1, 0, "Take device auto or cpu.")
+        if device == "cpu" or not torch.cuda.is_available():
+            return cls("cpu", 1, cpu_name())
+        # By torch, not by the driver: CUDA_VISIBLE_DEVICES counts, and torch's names are those of tuning tables.
+        properties = torch.cuda.get_device_properties(0)
+        capability = (properties.major, properties.minor)
+        return cls("cuda", torch.cuda.device_count(), properties.name, capability, properties.total_memory)
+
+
+def cpu_name() -> str:
+    """As Linux has it; "CPU" where it has no name, as on many Arm machines."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def cores() -> int:
+    """Of the machine, whatever part of them this process may use."""
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container's limit."""
+    import psutil  # here: who only runs a layer needs no memory counted
+
+    return min([psutil.virtual_memory().available, *container_memory()])
+
+
+def container_memory(root: Path = CGROUPS, membership: Path = OWN_CGROUP) -> list[int]:
+    """Bytes left under the limit of this process's control group and of each one around it; none where none is set."""
+    try:
+        groups = [line.strip().split(":", 2)[1:] for line in membership.read_text().splitlines()]
+    except (OSError, ValueError):
+        groups = []
+    found = []
+    for controller, limit, usage, reclaimable in CGROUP_FILES:
+        base = root / controller
+        inside = next((path for kinds, path in groups if controller in kinds.split(",")), "/")
+        place = base / inside.lstrip("/")
+        for folder in {base, place, *place.parents}:
+            if folder == base or base in folder.parents:
+                found += _left(folder, limit, usage, reclaimable)
+    return found
+
+
+def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> list[int]:
+    try:
+        bound, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        if bound == "max" or int(bound) >= 1 << 62:  # version 1's way to say that there is none
+            return []
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    return [max(0, int(bound) - used + int(stat.get(reclaimable, 0)))]
+
+
+class Gpu(NamedTuple):
+    """As the driver sees it; `memory` in bytes. One that does not answer has the reason as its name."""
+
+    name: str
+    memory: int | None
+
+
+class Driver(NamedTuple):
+    """NVIDIA's driver and its GPUs: all of the machine or container, whatever CUDA_VISIBLE_DEVICES shows of them."""
+
+    version: str
+    gpus: tuple[Gpu, ...]
+
+
+def nvidia_driver() -> Driver | None:
+    """Asked through NVML, which starts no CUDA on a GPU. None where there is no driver, or none that answers."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        version, count = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetCount()
+        return Driver(version, tuple(_gpu(index) for index in range(count)))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(index: int) -> Gpu:
+    import pynvml
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return Gpu(pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError as error:  # fallen off the bus, or another user's
+        return Gpu(f"GPU {index}: {error}", None)
