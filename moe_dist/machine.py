@@ -142,3 +142,12 @@ def _gpu(index: int) -> Gpu:
         return Gpu(pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total)
     except pynvml.NVMLError as error:  # fallen off the bus, or another user's
         return Gpu(f"GPU {index}: {error}", None)
+
+
+def check_machine(planned: Machine, device: torch.device) -> None:
+    """Raise ConfigError where a rank on `device` is not on a machine as the plan was made for: another kind of device,
+    or another GPU, for which other configs and other limits count."""
+    here = Machine.detect(device.type)
+    if (here.device_name, here.capability) != (planned.device_name, planned.capability):
+        rule = "this rank's device is not what the plan was made for"
+        raise ConfigError("machine", here.device_name, rule, planned.device_name)

@@ -14,18 +14,42 @@ from moe_dist.bench.check import Errors
 from moe_dist.bench.clock import time_steps
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.inputs import Inputs, make_inputs
-from moe_dist.bench.loading import Weights, weights_of
+from moe_dist.bench.loading import weights_of
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
 from moe_dist.bench.step import Kept, Step, make_step
+from moe_dist.errors import MoeDistError
 from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
+from moe_dist.machine import check_machine
 from moe_dist.notices import collecting
 from moe_dist.plan import Plan
 from moe_dist.runtime.context import RankContext
 
 ALONE = Turn()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a rank's layers ran, by their own word: a row's labels. `splits`: see Exchange.splits."""
+
+    placement: str
+    token_layout: str
+    exchange: str
+    backend: str
+    form: str
+    payload_dtype: str
+    combine_dtype: str
+    graph: bool
+    splits: str | None
+
+    @classmethod
+    def by(cls, step: Step) -> Ran:
+        layer, captured = step.layers[0], step.graph is not None
+        plan, choice = layer.plan, layer.plan.choice(step.bucket)
+        splits = layer.exchange.splits(step.bucket, captured=captured)
+        names = choice.exchange, choice.backend, choice.form, choice.payload
+        return cls(plan.parallel.label, plan.token_layout, *names, plan.combine_dtype, captured, splits)
 
 
 @dataclass(frozen=True)
@@ -47,9 +71,7 @@ class RankResult:
     err_whole: float | None
     err_token: float | None
     max_memory: int | None
-    payload: str
-    combine_dtype: str
-    splits: str | None
+    ran: Ran
     by_layer: tuple[tuple[int, int], ...] = ()
     err_repeat: float | None = None
     err_again: float | None = None
@@ -57,15 +79,17 @@ class RankResult:
     notices: tuple[str, ...] = ()
 
 
-def measure(context: RankContext, case: Case, turn: Turn = ALONE) -> RankResult:
-    """Runs on every rank of the group; collective. What comes back holds this turn of the case and those before it."""
+def measure(context: RankContext, case: Case, plan: Plan, turn: Turn = ALONE) -> RankResult:
+    """Runs on every rank of the group, by the one plan that was made for all; collective. What comes back holds this
+    turn of the case and those before it. Raises ConfigError where the rank's machine is not the plan's."""
+    check_machine(plan.machine, context.device)
     with collecting(context.progress if context.runtime == "ray" else None) as said:  # torchrun's ranks are seen
         prove_collectives(context)
         kept, key = Kept.of(context, turn.batch), repr(case)
         if turn.number == 0:
-            step = _first_turn(context, case, turn, kept, key)
+            step = _first_turn(context, case, plan, turn, kept, key)
         else:
-            step = kept.step(context, key, lambda: _step(context, case, turn, _inputs(context, case, turn)))
+            step = kept.step(context, key, lambda: _step(context, case, plan, turn, _inputs(context, case, plan, turn)))
         _timed(context, case, turn, step, kept, key)
         _again(context, case, step, kept, key)
         result: RankResult = kept.found[key]
@@ -74,13 +98,12 @@ def measure(context: RankContext, case: Case, turn: Turn = ALONE) -> RankResult:
     return replace(result, notices=tuple(said))
 
 
-def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: str) -> Step:
+def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: Kept, key: str) -> Step:
     """Everything about a case but its times, once."""
-    comm = context.comm
-    plan, weights = _planned(context, case, turn)
-    inputs = _inputs(context, case, turn)
+    comm, weights = context.comm, weights_of(context, case, plan, turn)
+    inputs = _inputs(context, case, plan, turn)
     before = _memory(comm.device)
-    step = _step(context, case, turn, inputs)
+    step = _step(context, case, plan, turn, inputs)
     kept.keep(key, step)
     y_TH = step.call()
     max_memory = None
@@ -103,9 +126,7 @@ def _first_turn(context: RankContext, case: Case, turn: Turn, kept: Kept, key: s
         by_layer=tuple(by_layer),
         **vars(errors),
         max_memory=max_memory,
-        payload=plan.payload,
-        combine_dtype=plan.combine_dtype,
-        splits=step.layers[0].exchange.splits(step.bucket, captured=step.graph is not None),
+        ran=Ran.by(step),
         config=step.config_sources(),
     )
     return step
@@ -148,14 +169,14 @@ def _again(context: RankContext, case: Case, step: Step, kept: Kept, key: str) -
     )
 
 
-def _inputs(context: RankContext, case: Case, turn: Turn) -> list[Inputs]:
-    plan, weights = _planned(context, case, turn)
+def _inputs(context: RankContext, case: Case, plan: Plan, turn: Turn) -> list[Inputs]:
+    weights = weights_of(context, case, plan, turn)
     context.progress(f"{case.label}: inputs")
     return make_inputs(case, plan, context.comm, [router for _, _, router in weights])
 
 
-def _step(context: RankContext, case: Case, turn: Turn, inputs: list[Inputs]) -> Step:
-    plan, weights = _planned(context, case, turn)
+def _step(context: RankContext, case: Case, plan: Plan, turn: Turn, inputs: list[Inputs]) -> Step:
+    weights = weights_of(context, case, plan, turn)
     layers = [MoELayer(plan, shard, context.comm, shared=shared) for shard, shared, _ in weights]
     bucket = max(stop - start for start, stop in inputs[0].bounds)
     x_TH, routings = inputs[0].mine()[0], [each.mine()[1] for each in inputs]
@@ -166,11 +187,6 @@ def _work(plan: Plan, rank: int, inputs: Inputs, groups_TK: Tensor) -> tuple[int
     """A layer's pairs on this rank, and its experts that have any."""
     here_TK = groups_TK == rank // plan.placement.tp
     return int(here_TK.sum()), int(inputs.routing.ids_TK[here_TK].unique().numel())
-
-
-def _planned(context: RankContext, case: Case, turn: Turn) -> tuple[Plan, list[Weights]]:
-    plan = case.plan(Machine.detect(context.device.type))
-    return plan, weights_of(context, case, plan, turn)
 
 
 def _memory(device: torch.device) -> int | None:
@@ -189,7 +205,10 @@ def _serving_groups(layer: MoELayer, plan: Plan, inputs: Inputs) -> Tensor:
 
 
 def merge(results: list[RankResult]) -> dict[str, Any]:
-    """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank."""
+    """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank. Raises
+    MoeDistError where ranks ran different things: no label would be true."""
+    if others := [f"rank {rank}: {result.ran}" for rank, result in enumerate(results) if result.ran != results[0].ran]:
+        raise MoeDistError("; ".join([f"ranks ran different things: rank 0: {results[0].ran}", *others]))
     rounds = zip(*(result.rounds_us for result in results), strict=True)
     by_layer = [result.by_layer or ((result.rows, result.active_experts),) for result in results]
     slowest = max(results, key=lambda result: sum(result.stages_us.values()))
@@ -206,9 +225,7 @@ def merge(results: list[RankResult]) -> dict[str, Any]:
         "err_whole": first.err_whole,
         "err_token": first.err_token,
         "max_memory": max((result.max_memory or 0) for result in results) or None,
-        "payload_dtype": first.payload,
-        "combine_dtype": first.combine_dtype,
-        "splits": first.splits,
+        "ran": vars(first.ran),
         "err_repeat": first.err_repeat,
         "err_again": first.err_again,
         "config": ", ".join(dict.fromkeys(source for result in results for source in result.config)) or None,

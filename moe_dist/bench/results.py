@@ -70,8 +70,8 @@ FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would
 
 
 def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Row:
-    """One measured case. Every label comes from the plan that ran. Times, rows, bytes, rates and the floor are those of
-    the whole step, `per_layer_us` and `pairs` those of one layer."""
+    """One measured case. Its labels are what the ranks say that they ran. Times, rows, bytes, rates and the floor are
+    those of the whole step, `per_layer_us` and `pairs` those of one layer."""
     spec, placement, work = plan.spec, plan.placement, case.workload
     rounds, rows = merged["rounds_us"], merged["rows_per_rank"]
     times = [time for round_us in rounds for time in round_us]
@@ -91,21 +91,14 @@ def make_row(case: Case, plan: Plan, merged: dict[str, Any], runtime: str) -> Ro
         "tp": placement.tp,
         "ep": placement.ep,
         "world": placement.world,
-        "placement": plan.parallel.label,
+        **merged["ran"],
         "layer": "whole" if case.layers == 1 else f"stack:{case.layers}",
-        "exchange": plan.exchange,
-        "backend": plan.backend,
-        "token_layout": plan.token_layout,
         "global_tokens": work.tokens,
         "tokens_per_rank": cdiv(work.tokens, placement.world) if sharded else work.tokens,
         "skew": skew_label(work.skew, work.trace),
         "seed": work.seed,
         "iters": len(times),
-        "graph": plan.graph,
         "runtime": runtime,
-        "payload_dtype": merged["payload_dtype"],
-        "combine_dtype": merged["combine_dtype"],
-        "splits": merged["splits"],
         "config": merged["config"],
         "p50_us": p50,
         "p99_us": quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,

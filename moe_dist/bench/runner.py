@@ -80,7 +80,7 @@ def run_cases(
             outcome.places[world] = list(group.describe())
             for index, turn in schedule(cases, cases[0][1].machine.room):
                 case, plan = cases[index]
-                merged = merge(group.run(measure, case, turn, timeout_s=timeout_s, shown=shown))
+                merged = merge(group.run(measure, case, plan, turn, timeout_s=timeout_s, shown=shown))
                 row = make_row(case, plan, merged, group.runtime)
                 if index in rows:
                     outcome.rows[rows[index]] = row

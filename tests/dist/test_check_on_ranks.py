@@ -34,7 +34,7 @@ def row_of(pool: Pool, chosen: Case, function: Any = None, *arguments: Any) -> d
 
 
 def measured(comm: Comm, chosen: Case) -> Any:
-    return measure(RankContext(comm, "torchrun"), chosen)
+    return measure(RankContext(comm, "torchrun"), chosen, chosen.plan(MACHINE))
 
 
 SHARED = [
@@ -103,7 +103,7 @@ def measured_broken(comm: Comm, chosen: Case, kind: str, proven: bool) -> Any:
     context = RankContext(comm, "torchrun")
     if not proven:
         context.memo["proven"] = True
-    return measure(context, chosen)
+    return measure(context, chosen, chosen.plan(MACHINE))
 
 
 @pytest.mark.parametrize("kind", ["all_reduce twice", "all_reduce row 9"])

@@ -45,7 +45,7 @@ def measured(comm: Comm, chosen: Case, turns: int = 1, wrong: Any = None) -> Any
     undo = wrong() if wrong else None
     try:
         for number in range(turns):
-            result = measure(context, chosen, Turn(number, turns, 0))
+            result = measure(context, chosen, chosen.plan(MACHINE), Turn(number, turns, 0))
     finally:
         if undo:
             undo()

@@ -117,12 +117,12 @@ Fault = Callable[[], tuple[object, str, Any]]
 
 def measured(comm: Comm, chosen: Case, fault: Fault | None) -> Any:
     if fault is None:
-        return measure(RankContext(comm, "torchrun"), chosen)
+        return measure(RankContext(comm, "torchrun"), chosen, chosen.plan(MACHINE))
     owner, name, replacement = fault()
     before = getattr(owner, name)
     setattr(owner, name, replacement)
     try:
-        return measure(RankContext(comm, "torchrun"), chosen)
+        return measure(RankContext(comm, "torchrun"), chosen, chosen.plan(MACHINE))
     finally:
         setattr(owner, name, before)
 
@@ -262,7 +262,7 @@ def zero_weights(comm: Comm, chosen: Case, spoilt: int | None) -> Any:
 
     moe_dist.bench.loading.random_expert, moe_dist.bench.inputs.synthetic_routing = drawn, routed
     try:
-        return measure(context, chosen)
+        return measure(context, chosen, chosen.plan(MACHINE))
     finally:
         moe_dist.bench.loading.random_expert, moe_dist.bench.inputs.synthetic_routing = make, synthetic_routing
 
@@ -278,12 +278,12 @@ def test_an_expert_that_is_used_with_weight_0_only_is_compared_alone(pool: Pool,
 def changed_between(comm: Comm, first: Case, second: Case) -> Any:
     """Rank 0 gets another expert in place of one that was compared."""
     context = RankContext(comm, "torchrun")
-    measure(context, first, Turn(0, 1, 0))
+    measure(context, first, first.plan(MACHINE), Turn(0, 1, 0))
     ((shard, _, _),) = context.memo["weights"].values()
     if comm.rank == 0:
         codes = shard.w2_eHi.view(torch.uint8)
         codes[1] = codes[2].clone()
-    return measure(context, second, Turn(0, 1, 0))
+    return measure(context, second, second.plan(MACHINE), Turn(0, 1, 0))
 
 
 def test_experts_that_changed_since_are_compared_again(pool: Pool) -> None:
@@ -312,7 +312,7 @@ def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
 
     loading.load_router = wrong
     try:
-        return measure(RankContext(comm, "torchrun"), chosen)
+        return measure(RankContext(comm, "torchrun"), chosen, chosen.plan(MACHINE))
     finally:
         loading.load_router = right
 

@@ -25,7 +25,7 @@ def test_a_graphs_stages_are_measured_in_the_graph(tokens):
             model=model, parallel=ParallelSpec(), exchange="local", backend=backend, graph=True, iters=20, check=False,
             workload=WorkloadSpec(tokens=tokens, token_layout="replicated"),
         )  # fmt: skip
-        (result,) = run_on_ranks(1, measure, case)
+        (result,) = run_on_ranks(1, measure, case, case.plan(Machine.detect("cuda")))
         p50, staged = median(result.rounds_us[0]), sum(result.stages_us.values())
         assert 0.6 * p50 < staged < 1.25 * p50, f"{backend}: {result.stages_us} of {p50}"
         weights = case.plan(Machine.detect("cuda")).weight_bytes(0)

@@ -19,6 +19,7 @@ from moe_dist.bench.runner import plan_cases
 from moe_dist.config import find_model
 from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.machine import Machine
+from moe_dist.plan import Plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
@@ -58,15 +59,15 @@ def experiments(world: int, shared: bool = False) -> dict[str, Experiment]:
     return dict(zip(PARTS, wanted, strict=True))
 
 
-def measure_all(context, cases: list[Case]):
+def measure_all(context, planned: list[tuple[Case, Plan]]):
     """Results of all cases on one rank."""
-    return [measure(context, case) for case in cases]
+    return [measure(context, case, plan) for case, plan in planned]
 
 
-def measure_with_exact_splits(context, cases: list[Case]):
+def measure_with_exact_splits(context, planned: list[tuple[Case, Plan]]):
     """The same where all_to_all has no padding, which costs a host that waits: it takes that only where it pays."""
     AllToAll.padding_up_to = -1
-    return measure_all(context, cases)
+    return measure_all(context, planned)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -108,7 +109,7 @@ def check(
         planned += fit
         refused += unfit
     assert planned
-    results = run_on_ranks(world, function, [case for case, _ in planned])
+    results = run_on_ranks(world, function, planned)
     rows = [
         make_row(case, plan, merge([ranks[index] for ranks in results]), "test")
         for index, (case, plan) in enumerate(planned)

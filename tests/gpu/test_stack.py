@@ -178,7 +178,7 @@ def rows_of(context: Any, cases: list[Case]) -> list[Any]:
     found = {}
     for number in range(2):
         for index, case in enumerate(cases):
-            found[index] = measure(context, case, Turn(number, 2, 0))
+            found[index] = measure(context, case, case.plan(Machine.detect("cuda")), Turn(number, 2, 0))
     return [found[index] for index in range(len(cases))]
 
 

@@ -22,7 +22,7 @@ def in_turns(context, cases: list[Case]):
     found = {}
     for number in range(ROUNDS):
         for index, case in enumerate(cases):
-            found[index] = measure(context, case, Turn(number, ROUNDS, 0))
+            found[index] = measure(context, case, case.plan(Machine.detect("cuda")), Turn(number, ROUNDS, 0))
     return [found[index] for index in range(len(cases))]
 
 

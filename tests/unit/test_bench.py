@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import results
 from moe_dist.bench.case import Case, Experiment, parse_placement
-from moe_dist.bench.measure import RankResult, merge
+from moe_dist.bench.measure import Ran, RankResult, merge
 from moe_dist.bench.output import open_output
 from moe_dist.bench.results import (
     EXACT_TOLERANCE,
@@ -66,13 +67,20 @@ def rank_result(**changes) -> RankResult:
         "rounds_us": [[100.0], [300.0], [200.0]], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40,
         "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.05,
         "max_memory": None,
-        "payload": "fp8", "combine_dtype": "bf16", "splits": None,
+        "ran": Ran("EP2", "sharded", "ag_rs", "torch", "token", "fp8", "bf16", False, None),
     }  # fmt: skip
     return RankResult(**(defaults | changes))
 
 
 def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> dict:
-    return make_row(chosen, chosen.plan(machine), merge(list(ranks)), "ray")
+    """Of ranks that ran what was planned."""
+    plan = chosen.plan(machine)
+    return make_row(chosen, plan, merge([replace(rank, ran=ran_by(plan)) for rank in ranks]), "ray")
+
+
+def ran_by(plan) -> Ran:
+    names = plan.exchange, plan.backend, plan.form, plan.payload, plan.combine_dtype
+    return Ran(plan.parallel.label, plan.token_layout, *names, plan.graph, None)
 
 
 def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
@@ -210,7 +218,7 @@ class TestMakeRow:
     def test_without_rounding_a_token_is_exact(self):
         chosen = case(model=SPEC.with_changes(quant="none", dtype="fp32"), combine_dtype="fp32")
         for error, ok in ((9e-4, True), (2e-3, False)):
-            errors = {"err_oracle": 0.0, "err_exact": 0.0, "err_token": error, "combine_dtype": "fp32"}
+            errors = {"err_oracle": 0.0, "err_exact": 0.0, "err_token": error}
             assert row_of(chosen, *[rank_result(**errors)] * 2)["ok"] is ok
 
     def test_a_backend_of_other_bits_may_repeat_itself_as_well_as_it_computes(self, monkeypatch):
@@ -241,7 +249,7 @@ class TestMakeRow:
     def test_memory_is_that_of_the_rank_with_most(self, ranks, expected):
         assert row_of(case(), *(rank_result(max_memory=most) for most in ranks))["max_memory"] == expected
 
-    def test_labels_come_from_the_plan(self):
+    def test_labels_are_those_of_what_ran(self):
         made = row_of(case(parallel={"tp": 2}, exchange="all_reduce"), rank_result(), rank_result())
         labels = {name: made[name] for name in ("tp", "ep", "world", "placement", "exchange", "backend", "quant")}
         assert labels == {

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from sinks import Scaled
-from unit.test_bench import CPU, H200, SPEC, case, rank_result
+from unit.test_bench import CPU, H200, SPEC, case, ran_by, rank_result
 
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
@@ -20,6 +20,7 @@ from moe_dist.bench.runner import run_cases
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
 from moe_dist.layer import MoELayer
+from moe_dist.machine import Machine
 from moe_dist.notices import notice
 from moe_dist.runtime.context import RankContext
 
@@ -67,6 +68,9 @@ class TestSchedule:
         assert batches(planned(case(), other, other, case()), PLENTY) == [[0], [1, 2], [3]]
 
 
+HERE = Machine.detect("cpu")
+
+
 class Alternating(TorchBackend):
     """Gives something else every second time."""
 
@@ -112,12 +116,16 @@ def alone(**changes):
     return case(**{"parallel": {}, "exchange": "local", "workload": {"tokens": 20}, "iters": 7, "warmup": 1} | changes)
 
 
+def measured(context, one, *turn):
+    return measure(context, one, one.plan(HERE), *turn)
+
+
 def all_turns(context, *cases, batch=0):
     """Results after each round, by case."""
     found = {}
     for turn in range(ROUNDS):
         for number, one in enumerate(cases):
-            found.setdefault(number, []).append(measure(context, one, Turn(turn, ROUNDS, batch)))
+            found.setdefault(number, []).append(measured(context, one, Turn(turn, ROUNDS, batch)))
     return found
 
 
@@ -147,10 +155,10 @@ class TestOnARank:
             found = all_turns(context, alone())
             assert len(made) == ROUNDS
         else:
-            found = {0: [measure(context, alone(), Turn(0, 3, 0))]}
+            found = {0: [measured(context, alone(), Turn(0, 3, 0))]}
             (weights,) = context.memo["weights"].values()
             weights[0].turn(gate_first=False)
-            found[0] += [measure(context, alone(), Turn(number, 3, 0)) for number in (1, 2)]
+            found[0] += [measured(context, alone(), Turn(number, 3, 0)) for number in (1, 2)]
             assert len(made) == 2
         assert found[0][-1].err_repeat == 0.0
 
@@ -163,8 +171,8 @@ class TestOnARank:
         all_turns(context, other, batch=1)
         assert loaded == ["small", "other"]
         assert len(context.memo["weights"]) == 1
-        measure(context, alone())
-        measure(context, other)
+        measured(context, alone())
+        measured(context, other)
         assert loaded == ["small", "other", "small", "other"]
         assert len(context.memo["weights"]) == 1
 
@@ -182,10 +190,10 @@ class TestOnARank:
         found = all_turns(context, alone(backend="speaking"))[0]
         assert {result.notices for result in found} == {("said while it ran",)}
         assert found[-1].config == ("nearest:8",)
-        assert measure(context, alone()).config == measure(context, alone()).notices == ()
+        assert measured(context, alone()).config == measured(context, alone()).notices == ()
 
     def test_without_times_nothing_is_timed(self, context, made):
-        result = measure(context, alone(iters=0))
+        result = measured(context, alone(iters=0))
         assert (result.rounds_us, result.stages_us, result.err_repeat) == ([], {}, 0.0)
         assert result.err_oracle < 1e-2
         assert len(made) == 1
@@ -203,14 +211,15 @@ class FakeGroup:
     def describe(self):
         return [f"rank {rank}" for rank in range(self.world)]
 
-    def run(self, function, one, turn, *, timeout_s, shown):
+    def run(self, function, one, plan, turn, *, timeout_s, shown):
         assert function is measure
         if len(self.calls) == self.fails_after:
             raise RankFailure(1, "all_gather", 7, "gone")
         self.calls.append((one.exchange, turn))
         times = self.rounds.setdefault(one.exchange, [])
         times.append([100.0 * (turn.number + 1)])
-        ranks = [rank_result(rounds_us=list(times), notices=self.said.get(rank, ())) for rank in range(self.world)]
+        given = {"rounds_us": list(times), "ran": ran_by(plan)}
+        ranks = [rank_result(**given, notices=self.said.get(rank, ())) for rank in range(self.world)]
         return [replace(ranks[0], rows=20), *ranks[1:]]
 
     def close(self):

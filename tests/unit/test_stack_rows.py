@@ -155,7 +155,7 @@ class TestRow:
         context = RankContext(Comm.single(), "test")
         chosen = case(**ALONE | {"workload": {"tokens": tokens}, "iters": 5}, layers=3)
         for number in range(5):
-            result = measure(context, chosen, Turn(number, 5, 0))
+            result = measure(context, chosen, chosen.plan(CPU), Turn(number, 5, 0))
         made = make_row(chosen, chosen.plan(CPU), merge([result]), "test")
         assert made["ok"] is True
         assert (made["err_repeat"], made["iters"]) == (0.0, 5)
