@@ -28,16 +28,16 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.results import provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.bench.tune import FORWARDS, Sample, calls_us, draw_sample, forward_us
-from moe_dist.config import find_model
+from moe_dist.commands.config import find_model
+from moe_dist.engine.plan import Part, Plan, make_plan
 from moe_dist.kernels import quantize_rows
-from moe_dist.machine import Machine
-from moe_dist.plan import Part, Plan, make_plan
-from moe_dist.reference import relative_error
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import BLOCK, ParallelSpec
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import BLOCK, ParallelSpec
+from moe_dist.model.weights import ExpertWeights, random_expert, shard_from
+from moe_dist.oracle.reference import relative_error
 from moe_dist.step import Step, Workspace
-from moe_dist.streams import Stream
-from moe_dist.weights import ExpertWeights, random_expert, shard_from
+from moe_dist.workloads.streams import Stream
 
 SHAPES = (("DeepSeek-V3", {"ep": 4}), ("DeepSeek-V3", {"tp": 4}), ("Qwen3-235B-A22B", {"tp": 4}))
 ROWS = (8, 128, 2048, 8192)

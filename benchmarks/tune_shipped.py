@@ -22,10 +22,10 @@ SEEDS = 2
 
 
 def plans(backend: str) -> list[Any]:
-    from moe_dist.config import find_model
+    from moe_dist.commands.config import find_model
+    from moe_dist.engine.plan import make_plan
     from moe_dist.errors import MoeDistError
-    from moe_dist.plan import make_plan
-    from moe_dist.spec import ParallelSpec
+    from moe_dist.model.spec import ParallelSpec
 
     found = []
     for grid in GRIDS:

@@ -1,16 +1,16 @@
-"""The command's start: what can go wrong before there is a command ends as it does in one (`moe_dist.ending`)."""
+"""The command's start: what can go wrong before there is a command ends as it does in one (commands/ending.py)."""
 
 from __future__ import annotations
 
 import sys
 
-from moe_dist.exit_codes import INTERRUPTED, TOO_SMALL
+from moe_dist.exits.exit_codes import INTERRUPTED, TOO_SMALL
 from moe_dist.runtime import voice
 
 
 def main() -> int:
     try:
-        from moe_dist.cli import main as command
+        from moe_dist.commands.cli import main as command
     except KeyboardInterrupt:  # torch alone takes seconds to import
         return _ended("interrupted", INTERRUPTED)
     except ImportError as error:

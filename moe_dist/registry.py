@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from moe_dist.errors import ConfigError
-from moe_dist.printable import one_line
+from moe_dist.messages.printable import one_line
 
 T = TypeVar("T")
 

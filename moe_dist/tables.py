@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field
 
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text, unique_keys
-from moe_dist.notices import notice
-from moe_dist.spec import MOST_TOKENS, MoESpec, Section
+from moe_dist.messages.notices import notice
+from moe_dist.model.spec import MOST_TOKENS, MoESpec, Section
 
 LARGEST = 4 << 20  # bytes of a table: some hundred times the shipped ones
 MOST_ERROR = 0.05  # of a config that is used: beyond any backend's tolerance

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_dist.checkpoint import layer_spec, load_shard
-from moe_dist.placement import Placement
-from moe_dist.spec import ParallelSpec
-from moe_dist.weights import ExpertWeights
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import ParallelSpec
+from moe_dist.model.weights import ExpertWeights
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]

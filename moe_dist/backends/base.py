@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moe_dist.reference import Numerics
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.oracle.reference import Numerics
 from moe_dist.registry import unknown
-from moe_dist.spec import MoESpec
 from moe_dist.step import FORMS, NO_STAGES, Sink, Stages, Step, Support, TokenRows, Whole, workspace_of
-from moe_dist.weights import ExpertWeights
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import OwnKernels, config_from, on_hopper
 from moe_dist.kernels.cutlass.library import build_state, ensure_built
-from moe_dist.spec import MoESpec
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, Support, TokenRows
-from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
     from moe_dist.kernels.cutlass.fused_moe import Config, CutlassPipeline

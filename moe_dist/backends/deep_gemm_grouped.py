@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import HOPPER, OwnPipelines, on_hopper
-from moe_dist.reference import Numerics
-from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.model.spec import BLOCK, MoESpec
+from moe_dist.oracle.reference import Numerics
 from moe_dist.step import Step, Support, TokenRows
 
 if TYPE_CHECKING:

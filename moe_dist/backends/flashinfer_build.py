@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ResourceError
+from moe_dist.messages.building import SAY_EVERY_S, say
 from moe_dist.step.rows import Support
 
 MODULE = "fused_moe_90"

@@ -18,12 +18,12 @@ from moe_dist.backends.base import Backend, Problem
 from moe_dist.backends.flashinfer_build import build_state, ensure_built
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows
-from moe_dist.quantization import QuantizedRows
-from moe_dist.reference import Numerics
-from moe_dist.sizes import power_of_2
-from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.model.quantization import QuantizedRows
+from moe_dist.model.sizes import power_of_2
+from moe_dist.model.spec import BLOCK, MoESpec
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.oracle.reference import Numerics
 from moe_dist.step import Sink, Step, Support, TokenRows
-from moe_dist.weights import ExpertWeights
 
 ACTIVATIONS = {"swiglu": "Swiglu", "relu2": "Relu2"}
 QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static")

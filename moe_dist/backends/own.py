@@ -11,12 +11,12 @@ import torch
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.errors import ConfigError
-from moe_dist.quantization import Activations, quantize_rows
-from moe_dist.reference import Numerics
-from moe_dist.spec import MoESpec
+from moe_dist.model.quantization import Activations, quantize_rows
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.oracle.reference import Numerics
 from moe_dist.step import Sink, Step, Support, TokenRows, Whole, Workspace
 from moe_dist.tables import Shape, find_table, tuned_config
-from moe_dist.weights import ExpertWeights
 
 if TYPE_CHECKING:
     from moe_dist.kernels.triton.pipeline import Pipeline

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends.base import Backend, Problem
-from moe_dist.quantization import QuantizedRows, dequantize_rows, quantize_rows
-from moe_dist.spec import MoESpec
+from moe_dist.model.quantization import QuantizedRows, dequantize_rows, quantize_rows
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights, activate
 from moe_dist.step import ExpertRows, Sink, Stages, Step, Support, TokenRows
 from moe_dist.step.rows import used_rows
-from moe_dist.weights import ExpertWeights, activate
 
 CACHE_BYTES = 2 << 30  # dequantized weights are kept up to this size and made anew in every step beyond it
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.step import Step
-from moe_dist.routing import Routing
+from moe_dist.model.routing import Routing
 
 CHANGED = 1e-2  # of a token: what an input of twice the size must change its output by at the least
 

@@ -13,14 +13,14 @@ from moe_dist.bench.inputs import Inputs
 from moe_dist.bench.whole_experts import whole_error
 from moe_dist.bench.whole_router import router_error
 from moe_dist.comm import Comm
-from moe_dist.layer import MoELayer
-from moe_dist.placement import Placement
-from moe_dist.plan import Plan
-from moe_dist.reference import Numerics, ScaledBy, oracle_partial
-from moe_dist.routing import Routing
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import ParallelSpec
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.oracle.reference import Numerics, ScaledBy, oracle_partial
 from moe_dist.runtime.context import RankContext
-from moe_dist.spec import ParallelSpec
-from moe_dist.weights import ExpertWeights
 
 TINY = 1 / 16  # of the mean: what a smaller token is off by is measured against the mean
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
+from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.machine import Machine
-from moe_dist.plan import Plan
+from moe_dist.machine.machine import Machine
 
 FASTEST, EVERYWHERE = "triton", "torch"
 

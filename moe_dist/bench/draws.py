@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moe_dist.errors import ConfigError
-from moe_dist.routing import LEAST_WEIGHT, Routing, synthetic_routing
-from moe_dist.spec import MoESpec, WorkloadSpec
+from moe_dist.model.routing import LEAST_WEIGHT, Routing, synthetic_routing
+from moe_dist.model.spec import MoESpec, WorkloadSpec
 
 
 def draws(spec: MoESpec, work: WorkloadSpec, layers: int) -> list[Routing]:

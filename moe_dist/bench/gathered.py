@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm import Comm
-from moe_dist.sizes import row_bytes
+from moe_dist.model.sizes import row_bytes
 
 GATHERED = 64 << 20  # bytes of all ranks' rows that are held at once
 

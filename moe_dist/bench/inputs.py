@@ -11,13 +11,13 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.draws import draws
 from moe_dist.bench.gathered import told
 from moe_dist.comm import Comm
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.router import Router
 from moe_dist.errors import RankFailure
-from moe_dist.plan import Plan
-from moe_dist.router import Router
-from moe_dist.routing import Routing
-from moe_dist.spec import split_bounds
-from moe_dist.streams import Stream
-from moe_dist.weights import position_sum
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import split_bounds
+from moe_dist.model.weights import position_sum
+from moe_dist.workloads.streams import Stream
 
 
 @dataclass(frozen=True)

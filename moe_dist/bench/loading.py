@@ -7,10 +7,10 @@ import gc
 from moe_dist.bench.case import Case
 from moe_dist.bench.rounds import Turn
 from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
-from moe_dist.plan import Plan, shared_placement
-from moe_dist.router import Router
+from moe_dist.engine.plan import Plan, shared_placement
+from moe_dist.engine.router import Router
+from moe_dist.model.weights import ExpertWeights, random_expert, shard_from, slice_width
 from moe_dist.runtime.context import RankContext
-from moe_dist.weights import ExpertWeights, random_expert, shard_from, slice_width
 
 Weights = tuple[ExpertWeights, ExpertWeights | None, Router | None]
 

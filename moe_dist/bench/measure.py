@@ -19,11 +19,11 @@ from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
 from moe_dist.bench.step import Kept, Step, make_step
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan
 from moe_dist.errors import MoeDistError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import check_machine
-from moe_dist.notices import collecting
-from moe_dist.plan import Plan
+from moe_dist.machine.machine import check_machine
+from moe_dist.messages.notices import collecting
 from moe_dist.runtime.context import RankContext
 
 ALONE = Turn()

@@ -19,13 +19,13 @@ import torch
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
-from moe_dist.machine import Machine, cores, nvidia_driver
-from moe_dist.placement import imbalance
-from moe_dist.plan import Plan
-from moe_dist.reference import Numerics
-from moe_dist.routing import skew_label
-from moe_dist.sizes import cdiv
-from moe_dist.spec import MoESpec
+from moe_dist.engine.plan import Plan
+from moe_dist.machine.machine import Machine, cores, nvidia_driver
+from moe_dist.model.placement import imbalance
+from moe_dist.model.routing import skew_label
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import MoESpec
+from moe_dist.oracle.reference import Numerics
 
 Row = dict[str, Any]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_dist.placement import Placement
-from moe_dist.spec import MoESpec
-from moe_dist.weights import ExpertWeights
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
 
 
 @dataclass(frozen=True)

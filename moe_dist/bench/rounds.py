@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from moe_dist.bench.case import Case
-from moe_dist.plan import Plan
+from moe_dist.engine.plan import Plan
 
 ROUNDS = 5
 ROOM = 0.4  # of memory: as much may the weights of placements take that are measured in turns

@@ -11,11 +11,11 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import Outcome, make_row
 from moe_dist.bench.rounds import schedule
 from moe_dist.bench.source import check_stored
+from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
-from moe_dist.machine import Machine
-from moe_dist.plan import Plan
+from moe_dist.machine.machine import Machine
+from moe_dist.model.sizes import cdiv
 from moe_dist.runtime.context import Group
-from moe_dist.sizes import cdiv
 
 Shown = Callable[[str], None]
 

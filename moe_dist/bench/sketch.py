@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_dist.bench.check import worst
 from moe_dist.comm import Comm
-from moe_dist.streams import Stream
+from moe_dist.workloads.streams import Stream
 
 WIDTH = 8
 

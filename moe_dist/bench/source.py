@@ -10,7 +10,7 @@ from moe_dist.bench.case import Case, SourceSpec
 from moe_dist.checkpoint import check_layer, layer_spec
 from moe_dist.errors import ConfigError
 from moe_dist.files import one_path
-from moe_dist.spec import MoESpec
+from moe_dist.model.spec import MoESpec
 
 FREE = ("name", "shared_experts")  # what a user may say of a checkpoint's layer; the rest is in its files
 

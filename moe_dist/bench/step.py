@@ -13,13 +13,13 @@ from torch import Tensor
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
-from moe_dist.graph import Routings, StepGraph
-from moe_dist.layer import MoELayer
-from moe_dist.routing import Routing
+from moe_dist.engine.graph import Routings, StepGraph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.stack import MoEStack
+from moe_dist.model.routing import Routing
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.runtime.context import RankContext
-from moe_dist.stack import MoEStack
 from moe_dist.step import NO_STAGES, Stages
-from moe_dist.weights import ExpertWeights
 
 STAGE_ITERS = 10  # steps with stage clocks on, apart from the timed ones because clocks cost time
 SMALL = 32 << 20  # bytes of a step's shards: on a CPU one of more is made anew, as backends keep copies of weights

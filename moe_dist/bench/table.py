@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moe_dist.bench.results import WHOLE_TOLERANCE, Row
 from moe_dist.bench.tune import Found, Tuned, config_text
-from moe_dist.printable import printable
+from moe_dist.messages.printable import printable
 
 SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
 # Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3

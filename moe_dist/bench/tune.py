@@ -20,18 +20,18 @@ from moe_dist.bench.clock import time_steps
 from moe_dist.bench.results import margin, provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.comm import Comm
+from moe_dist.engine.graph import capture
+from moe_dist.engine.plan import Part, Plan
 from moe_dist.errors import ResourceError, UnsupportedError
-from moe_dist.graph import capture
 from moe_dist.kernels import quantize_rows
-from moe_dist.machine import Machine
-from moe_dist.placement import Placement
-from moe_dist.plan import Part, Plan
-from moe_dist.reference import ScaledBy, oracle_partial, relative_error
-from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.weights import ExpertWeights, random_expert, shard_from
+from moe_dist.oracle.reference import ScaledBy, oracle_partial, relative_error
 from moe_dist.step import Step, TokenRows, workspace_of
-from moe_dist.streams import Stream
 from moe_dist.tables import Entry, TuningTable
-from moe_dist.weights import ExpertWeights, random_expert, shard_from
+from moe_dist.workloads.streams import Stream
 
 Config = dict[str, Any]
 Shown = Callable[[str], None]

@@ -17,13 +17,13 @@ from moe_dist.bench.gathered import summed, told
 from moe_dist.bench.results import WHOLE_TOLERANCE
 from moe_dist.checkpoint.whole import WholeExperts
 from moe_dist.comm import Comm
-from moe_dist.placement import Placement
-from moe_dist.reference import oracle_partial
-from moe_dist.routing import Routing
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.weights import ExpertWeights, activate, random_expert
+from moe_dist.oracle.reference import oracle_partial
 from moe_dist.runtime.context import RankContext
-from moe_dist.sizes import cdiv
-from moe_dist.streams import Stream
-from moe_dist.weights import ExpertWeights, activate, random_expert
+from moe_dist.workloads.streams import Stream
 
 TOKENS = 4  # of the whole group; more where these leave out an expert that was not compared yet
 LEAST_PART = 1 / 4  # of an even share of a token's weights: by a pair with less a token tells little of its expert

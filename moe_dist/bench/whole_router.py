@@ -9,8 +9,8 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.gathered import told
 from moe_dist.checkpoint.whole import WholeExperts
 from moe_dist.comm import Comm
-from moe_dist.routing import Routing, route
-from moe_dist.streams import Stream
+from moe_dist.model.routing import Routing, route
+from moe_dist.workloads.streams import Stream
 
 TOKENS = 256  # of the whole group
 NUDGE = 1e-5  # of the largest logit: where so much sends a token elsewhere, float32 may do so

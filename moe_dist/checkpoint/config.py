@@ -17,7 +17,7 @@ from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, model_name, read_js
 from moe_dist.checkpoint.neutral import refuse_unread
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
-from moe_dist.spec import LEAST_SCALING, MOST_SCALING, MoESpec
+from moe_dist.model.spec import LEAST_SCALING, MOST_SCALING, MoESpec
 
 HIDDEN_ACTS = {"silu": "swiglu"}
 DTYPES: dict[str, Literal["bf16", "fp32"]] = {"bfloat16": "bf16", "float32": "fp32"}

@@ -20,8 +20,8 @@ from moe_dist.checkpoint.folder import plain
 from moe_dist.checkpoint.quantization import PROJECTIONS
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.sizes import cdiv
-from moe_dist.spec import BLOCK, MoESpec
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import BLOCK, MoESpec
 
 ROUTER_DTYPES = ("F32", "BF16")  # as safetensors headers spell them
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")

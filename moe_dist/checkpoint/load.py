@@ -13,10 +13,10 @@ from torch import Tensor
 from moe_dist.checkpoint.layout import Layer, Piece, Source, open_layer
 from moe_dist.checkpoint.reader import Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError
-from moe_dist.placement import Placement
-from moe_dist.quantization import FP8
-from moe_dist.spec import MoESpec
-from moe_dist.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import FP8
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights
 
 
 @dataclass(frozen=True)

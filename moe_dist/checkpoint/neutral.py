@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_dist.checkpoint.folder import plain, shown
 from moe_dist.errors import UnsupportedError
-from moe_dist.spec import MoESpec
+from moe_dist.model.spec import MoESpec
 
 OF_THE_LAYER = re.compile(
     r"moe|expert|rout|glu|scor|top_?k|(^|_)act(_|$)|activation|shared|gate|group|dense|sparse|dtype|mlp|ffn|latent"

@@ -18,7 +18,7 @@ from moe_dist.checkpoint.folder import CONFIG_LIMIT, exists, read_json, shown
 from moe_dist.checkpoint.graphs import MOST_WORK, TooMuchWork
 from moe_dist.checkpoint.patterns import Pattern
 from moe_dist.errors import CheckpointError, UnsupportedError
-from moe_dist.spec import BLOCK
+from moe_dist.model.spec import BLOCK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("gate_up_proj", "down_proj")

@@ -19,10 +19,10 @@ from moe_dist.checkpoint.neutral import MARK
 from moe_dist.checkpoint.quantization import CONFIG_FILE, PROJECTIONS
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.sizes import cdiv
-from moe_dist.spec import BLOCK, LEAST_SEED, MOST_SEED, MoESpec
-from moe_dist.streams import Stream
-from moe_dist.weights import ExpertWeights, random_expert
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import BLOCK, LEAST_SEED, MOST_SEED, MoESpec
+from moe_dist.model.weights import ExpertWeights, random_expert
+from moe_dist.workloads.streams import Stream
 
 FORM = 2  # raised when the same parameters give other content
 MODEL_TYPES = ("qwen3_moe", "deepseek_v3")

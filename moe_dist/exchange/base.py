@@ -11,12 +11,12 @@ from torch import Tensor
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows, sorted_by_expert
-from moe_dist.placement import Placement
-from moe_dist.quantization import Activations, QuantizedRows
-from moe_dist.reference import ScaledBy
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import Activations, QuantizedRows
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import TOKEN_LAYOUTS, MoESpec, TokenLayout
+from moe_dist.oracle.reference import ScaledBy
 from moe_dist.registry import unknown
-from moe_dist.routing import Routing
-from moe_dist.spec import TOKEN_LAYOUTS, MoESpec, TokenLayout
 from moe_dist.step import FORMS, ExpertRows, Sink, Step, Support, TensorSpec, TokenRows
 
 H = TypeVar("H")  # what combine must know of its dispatch

@@ -22,12 +22,12 @@ from moe_dist.exchange.rows import (
     payload_row_bytes,
     room_for,
 )
-from moe_dist.placement import Placement
-from moe_dist.quantization import Activations
-from moe_dist.reference import ScaledBy
-from moe_dist.routing import Routing
-from moe_dist.sizes import cdiv
-from moe_dist.spec import MoESpec, split_bounds
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import Activations
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import MoESpec, split_bounds
+from moe_dist.oracle.reference import ScaledBy
 from moe_dist.step import Step, TensorSpec, TokenRows
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from moe_dist.exchange.base import Exchange
 from moe_dist.exchange.rows import sorting_specs
 from moe_dist.kernels import slots_on
-from moe_dist.placement import Placement
-from moe_dist.quantization import Activations
-from moe_dist.routing import Routing
-from moe_dist.spec import MoESpec, TokenLayout
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import Activations
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec, TokenLayout
 from moe_dist.step import Step, Support, TensorSpec, TokenRows, Whole
 
 

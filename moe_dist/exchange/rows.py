@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm import Comm
-from moe_dist.placement import Placement
-from moe_dist.quantization import FP8, Activations, QuantizedRows, scale_columns
-from moe_dist.routing import Routing
-from moe_dist.sizes import cdiv, power_of_2
-from moe_dist.spec import MoESpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import FP8, Activations, QuantizedRows, scale_columns
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import cdiv, power_of_2
+from moe_dist.model.spec import MoESpec
 from moe_dist.step import Step, TensorSpec
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dist.placement import Placement
-from moe_dist.quantization import QuantizedRows
-from moe_dist.quantization import quantize_rows as quantize_rows_torch
-from moe_dist.spec import QuantKind
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import QuantizedRows
+from moe_dist.model.quantization import quantize_rows as quantize_rows_torch
+from moe_dist.model.spec import QuantKind
 from moe_dist.step import ExpertRows, Take, TokenRows, fresh
 
 

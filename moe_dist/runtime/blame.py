@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_dist.errors import MoeDistError, RankFailure
-from moe_dist.printable import encodable
+from moe_dist.messages.printable import encodable
 from moe_dist.runtime.context import RankContext
 from moe_dist.runtime.pulse import Sight
 

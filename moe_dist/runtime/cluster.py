@@ -28,7 +28,7 @@ import ray
 from ray._private import ray_constants
 
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
-from moe_dist.exit_codes import CLUSTER_LOST
+from moe_dist.exits.exit_codes import CLUSTER_LOST
 from moe_dist.files import require_text
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe

@@ -12,10 +12,10 @@ from pydantic import Field, field_validator
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.machine import cores
-from moe_dist.printable import encodable
+from moe_dist.machine.machine import cores
+from moe_dist.messages.printable import encodable
+from moe_dist.model.spec import Name, Seconds, Section
 from moe_dist.runtime.pulse import Pulse
-from moe_dist.spec import Name, Seconds, Section
 
 RankFunction = Callable[..., Any]
 

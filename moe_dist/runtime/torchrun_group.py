@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
-from moe_dist.interrupted import is_signal
+from moe_dist.exits.interrupted import is_signal
 from moe_dist.runtime import voice
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.exits.signals import ENDING
 from moe_dist.runtime.pulse import ranks_here, siblings_ended_by
-from moe_dist.signals import ENDING
 
 CODE_FILE = (
     "MOE_DIST_EXIT_CODE_FILE"  # set by launch/torchrun.sh: torchrun itself ends with 1 whatever a rank ended with

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_dist.quantization import Activations
-from moe_dist.spec import QuantKind
+from moe_dist.model.quantization import Activations
+from moe_dist.model.spec import QuantKind
 
 
 @dataclass(frozen=True)

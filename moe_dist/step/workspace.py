@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.sizes import cdiv
+from moe_dist.model.sizes import cdiv
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]  # a tensor's shape and dtype
 Take = Callable[[tuple[int, ...], torch.dtype], Tensor]  # a new tensor of this shape and dtype, which holds anything

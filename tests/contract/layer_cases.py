@@ -15,18 +15,18 @@ from torch import Tensor
 
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.router import Router
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all import AllToAll
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.placement import Placement
-from moe_dist.plan import Plan, make_plan
-from moe_dist.reference import Numerics, ScaledBy, oracle_layer
-from moe_dist.router import Router
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import ExpertWeights, random_expert, shard, slice_width, stack
+from moe_dist.oracle.reference import Numerics, ScaledBy, oracle_layer
 from moe_dist.step import workspace_of
-from moe_dist.weights import ExpertWeights, random_expert, shard, slice_width, stack
 
 CPU = Machine.detect("cpu")
 EXACT_BOUNDS = {"bf16": 5e-3, "fp32": 1e-5, "fp8_block": 5e-2, "fp8_channel": 5e-2}  # design: numbers

@@ -8,19 +8,19 @@ import torch
 from moe_dist.backends import BACKENDS, Backend
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan, shared_placement
 from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.replicated import AllReduce
 from moe_dist.exchange.rows import room_for, sorting_specs
 from moe_dist.kernels import slots_on, sorted_by_expert
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan, shared_placement
-from moe_dist.reference import relative_error
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec, split_bounds
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
+from moe_dist.model.weights import activate, random_expert, random_weights, shard, slice_width
+from moe_dist.oracle.reference import relative_error
 from moe_dist.step import ExpertRows, Sink, Support, TokenRows, Whole, workspace_of
-from moe_dist.weights import activate, random_expert, random_weights, shard, slice_width
 
 SPEC = MoESpec(hidden=256, intermediate=256, num_experts=6, top_k=2)
 CPU = Machine("cpu", 1, "test")

@@ -29,17 +29,17 @@ from layer_cases import (
 
 from moe_dist.backends import BACKENDS, Problem
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO
-from moe_dist.layer import MoELayer
-from moe_dist.placement import Placement
-from moe_dist.plan import make_plan
-from moe_dist.reference import oracle_partial, relative_error
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_expert, random_weights, shard_from
+from moe_dist.oracle.reference import oracle_partial, relative_error
 from moe_dist.step import FORMS
-from moe_dist.weights import random_expert, random_weights, shard_from
 
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 FORMATS = [("none", "bf16"), ("none", "fp32")]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
+from moe_dist.engine.plan import Plan, make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.machine import Machine
-from moe_dist.plan import Plan, make_plan
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "a test's CPU")

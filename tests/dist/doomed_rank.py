@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from moe_dist import cli
+from moe_dist.commands import cli
 from moe_dist.bench import runner
 from moe_dist.bench.results import Outcome
 from moe_dist.runtime import torchrun_group

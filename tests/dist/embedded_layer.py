@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.comm import Comm
-from moe_dist.layer import MoELayer
-from moe_dist.plan import make_plan
-from moe_dist.routing import route
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.weights import random_weights, shard
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
+from moe_dist.model.routing import route
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_weights, shard
 
 
 def main() -> None:

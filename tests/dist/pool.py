@@ -26,7 +26,7 @@ def fresh_processes() -> ForkServerContext:
     """New processes fork from a helper that did nothing but import torch: as clean as spawned ones, and eight of them
     are there in the time that one import takes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "moe_dist.layer"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "moe_dist.engine.layer"])
     return context
 
 

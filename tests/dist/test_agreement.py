@@ -10,13 +10,13 @@ from dist.pool import Pool
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.streams import Stream
-from moe_dist.weights import random_expert, random_weights, shard
+from moe_dist.engine.layer import MoELayer
+from moe_dist.machine.machine import Machine
+from moe_dist.engine.plan import make_plan
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.workloads.streams import Stream
+from moe_dist.model.weights import random_expert, random_weights, shard
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 EP = {"grid": {"ep": 2}, "exchange": "ag_rs"}

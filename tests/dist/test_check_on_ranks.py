@@ -15,9 +15,9 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
-from moe_dist.machine import Machine
+from moe_dist.machine.machine import Machine
 from moe_dist.runtime.context import RankContext
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 MACHINE = Machine("cpu", 1, "a test's CPU")

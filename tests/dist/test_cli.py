@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from moe_dist import cli
+from moe_dist.commands import cli
 from moe_dist.bench import results
-from moe_dist.cli import main
-from moe_dist.config import model_names
+from moe_dist.commands.cli import main
+from moe_dist.commands.config import model_names
 from moe_dist.errors import ClusterLost
 
 SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2"]

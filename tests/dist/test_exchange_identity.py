@@ -23,11 +23,11 @@ from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO, AllToAll
 from moe_dist.exchange.layout import with_layout
-from moe_dist.placement import Placement
-from moe_dist.quantization import FP8, QuantizedRows, dequantize_rows, quantize_rows
-from moe_dist.routing import Routing
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import FP8, QuantizedRows, dequantize_rows, quantize_rows
+from moe_dist.model.routing import Routing
 from moe_dist.step import Step, TokenRows, workspace_of
-from moe_dist.spec import MoESpec, ParallelSpec, split_bounds
+from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
 
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 DRAWS = 12

@@ -20,15 +20,15 @@ from dist.pool import fresh_processes
 from moe_dist import comm as comm_module
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, RankFailure
-from moe_dist.layer import MoELayer
-from moe_dist.placement import Placement
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.reference import oracle_layer, relative_error
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.streams import Stream
-from moe_dist.weights import random_weights, shard
+from moe_dist.engine.layer import MoELayer
+from moe_dist.model.placement import Placement
+from moe_dist.machine.machine import Machine
+from moe_dist.engine.plan import make_plan
+from moe_dist.oracle.reference import oracle_layer, relative_error
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.workloads.streams import Stream
+from moe_dist.model.weights import random_weights, shard
 
 WORLD = 4
 SPEC = MoESpec(hidden=128, intermediate=128, num_experts=8, top_k=2)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from moe_dist import cli
+from moe_dist.commands import cli
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.measure import measure
-from moe_dist.building import say
-from moe_dist.notices import notice
+from moe_dist.messages.building import say
+from moe_dist.messages.notices import notice
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.ray_group import RayGroup
 

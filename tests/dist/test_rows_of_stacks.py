@@ -21,12 +21,12 @@ from moe_dist.bench.runner import plan_cases
 from moe_dist.checkpoint import layer_spec, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.router import Router
+from moe_dist.engine.layer import MoELayer
+from moe_dist.machine.machine import Machine
+from moe_dist.engine.router import Router
 from moe_dist.runtime.context import RankContext
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.stack import MoEStack
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.engine.stack import MoEStack
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 SHARED = SPEC.with_changes(shared_experts="replicated", shared_intermediate=128)

@@ -14,7 +14,7 @@ from checkpoints import edit
 from checkpoints import fused as fused_form
 from dist.pool import Pool
 
-from moe_dist import weights
+from moe_dist.model import weights
 from moe_dist.bench.case import Case, SourceSpec
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.rounds import Turn
@@ -23,10 +23,10 @@ from moe_dist.bench.whole_experts import compared_tokens
 from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
-from moe_dist.machine import Machine
-from moe_dist.routing import Routing, synthetic_routing
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import Routing, synthetic_routing
 from moe_dist.runtime.context import RankContext
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=384, num_experts=8, top_k=2)
 WIDTH = 512  # of a checkpoint's experts

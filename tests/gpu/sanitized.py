@@ -9,11 +9,11 @@ from moe_dist import kernels
 from moe_dist.backends import BACKENDS, Problem
 from moe_dist.exchange.all_to_all import lists
 from moe_dist.exchange.base import parts_of
-from moe_dist.placement import Placement
-from moe_dist.routing import Routing
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_weights
 from moe_dist.step import TokenRows, fresh
-from moe_dist.weights import random_weights
 
 CAPABILITY = (9, 0)
 

@@ -16,10 +16,10 @@ from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.bench.runner import plan_cases
-from moe_dist.config import find_model
+from moe_dist.commands.config import find_model
+from moe_dist.engine.plan import Plan
 from moe_dist.exchange.all_to_all import AllToAll
-from moe_dist.machine import Machine
-from moe_dist.plan import Plan
+from moe_dist.machine.machine import Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 

@@ -13,18 +13,18 @@ import torch.distributed as dist
 from gpu.ranks import backends_here, run_on_ranks
 
 from moe_dist.comm import Comm
+from moe_dist.engine.graph import StepGraph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.graph import StepGraph
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import Plan, make_plan
-from moe_dist.reference import relative_error
-from moe_dist.router import Router
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.streams import Stream
-from moe_dist.weights import random_weights, shard
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.weights import random_weights, shard
+from moe_dist.oracle.reference import relative_error
+from moe_dist.workloads.streams import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -19,9 +19,9 @@ def test_sorted_pairs(experts, top_k, absent):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     from moe_dist.kernels.triton.pipeline import Pipeline
-    from moe_dist.quantization import FP8
+    from moe_dist.model.quantization import FP8
+    from moe_dist.model.weights import ExpertWeights
     from moe_dist.step import Step, TokenRows, Workspace
-    from moe_dist.weights import ExpertWeights
 
     class Sorting(Pipeline):
         def gemm1(self, *_):

@@ -14,18 +14,18 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn
 from moe_dist.comm import Comm
-from moe_dist.graph import StepGraph
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.reference import relative_error
-from moe_dist.router import Router
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.stack import MoEStack
+from moe_dist.engine.graph import StepGraph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
+from moe_dist.engine.router import Router
+from moe_dist.engine.stack import MoEStack
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.weights import random_expert, shard_from
+from moe_dist.oracle.reference import relative_error
 from moe_dist.step import workspace_of
-from moe_dist.streams import Stream
-from moe_dist.weights import random_expert, shard_from
+from moe_dist.workloads.streams import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 

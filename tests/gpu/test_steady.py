@@ -7,12 +7,12 @@ import torch
 from gpu.ranks import backends_here, run_on_ranks
 
 from moe_dist.backends import BACKENDS
-from moe_dist.graph import StepGraph
-from moe_dist.layer import MoELayer
-from moe_dist.plan import make_plan
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.weights import random_expert, shard_from
+from moe_dist.engine.graph import StepGraph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_expert, shard_from
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -9,16 +9,16 @@ from sinks import InRanges
 
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
-from moe_dist.config import find_model
-from moe_dist.graph import StepGraph
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.reference import relative_error
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.commands.config import find_model
+from moe_dist.engine.graph import StepGraph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_expert, random_weights, shard_from
+from moe_dist.oracle.reference import relative_error
 from moe_dist.step import Step, TokenRows, workspace_of
-from moe_dist.weights import random_expert, random_weights, shard_from
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -9,9 +9,9 @@ from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.case import Case
 from moe_dist.bench.tune import tune_shape
-from moe_dist.machine import Machine
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.weights import activate
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.weights import activate
 
 pytestmark = pytest.mark.gpu
 

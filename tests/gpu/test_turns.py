@@ -9,9 +9,9 @@ from gpu.ranks import backends_here, run_on_ranks
 from moe_dist.bench.case import Case
 from moe_dist.bench.measure import measure
 from moe_dist.bench.rounds import Turn
-from moe_dist.config import find_model
-from moe_dist.machine import Machine
-from moe_dist.spec import ParallelSpec, WorkloadSpec
+from moe_dist.commands.config import find_model
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import ParallelSpec, WorkloadSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 ROUNDS = 3

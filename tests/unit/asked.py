@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.backends.base import Problem
-from moe_dist.spec import MoESpec
+from moe_dist.model.spec import MoESpec
 
 HOPPER = (9, 0)
 

@@ -8,9 +8,9 @@ import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
 from moe_dist import kernels
 from moe_dist.exchange.all_to_all import lists as lists_of
-from moe_dist.placement import Placement
-from moe_dist.routing import Routing
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.step import fresh
 
 TAKE = fresh(torch.device("cpu"))
@@ -20,7 +20,7 @@ FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynami
 @pytest.mark.parametrize("kind", FP8_KINDS)
 def test_quantize_rows_gives_the_codes_of_torch(kind):
     from moe_dist.kernels.triton.quantize import quantize_rows
-    from moe_dist.quantization import quantize_rows as expected_rows
+    from moe_dist.model.quantization import quantize_rows as expected_rows
 
     for rows, width in ((5, 320), (1, 128), (3, 100)):
         x = (torch.randn(rows, width) * 3).bfloat16()

@@ -30,14 +30,14 @@ from moe_dist.bench.results import (
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
 from moe_dist.errors import ConfigError, ResourceError
-from moe_dist.machine import Machine
-from moe_dist.placement import Placement
-from moe_dist.reference import Numerics, oracle_layer, relative_error
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.weights import random_weights
+from moe_dist.oracle.reference import Numerics, oracle_layer, relative_error
 from moe_dist.step.stages import Stages, totals_us
-from moe_dist.streams import Stream
-from moe_dist.weights import random_weights
+from moe_dist.workloads.streams import Stream
 
 CPU = Machine("cpu", 1, "a test's CPU")
 H200 = Machine("cuda", 4, "NVIDIA H200", (9, 0), 141 << 30)

@@ -18,7 +18,7 @@ from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.comm import Comm
-from moe_dist.layer import MoELayer
+from moe_dist.engine.layer import MoELayer
 from moe_dist.runtime.context import RankContext
 
 SHARED = SPEC.with_changes(shared_experts="replicated", shared_intermediate=128)

@@ -25,10 +25,10 @@ from moe_dist.checkpoint import (
 )
 from moe_dist.checkpoint import synthetic as synthetic_module
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.placement import Placement
-from moe_dist.routing import route
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.weights import ExpertWeights, shard
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import route
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import ExpertWeights, shard
 
 SEED = secrets.randbelow(10**6)
 LAYER = 1

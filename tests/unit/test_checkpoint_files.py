@@ -27,9 +27,9 @@ from moe_dist.checkpoint import (
     read_config,
 )
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
-from moe_dist.placement import Placement
-from moe_dist.spec import ParallelSpec
-from moe_dist.weights import ExpertWeights, shard
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import ParallelSpec
+from moe_dist.model.weights import ExpertWeights, shard
 
 SIZES: dict[str, Any] = {"hidden": 256, "intermediate": 256, "num_experts": 4, "top_k": 2, "shards": 1}
 LAYER = "model.layers.1.mlp"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from moe_dist.checkpoint import check_layer, layer_spec, make_checkpoint, read_config
 from moe_dist.checkpoint.quantization import Exceptions
-from moe_dist.cli import main
+from moe_dist.commands.cli import main
 from moe_dist.errors import CheckpointError, MoeDistError, UnsupportedError
 
 SIZES: dict[str, Any] = {"hidden": 256, "intermediate": 256, "num_experts": 4, "top_k": 2, "shards": 1}

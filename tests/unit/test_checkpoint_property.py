@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_dist.checkpoint import check_layer, layer_spec, load_router, load_shard, load_shared_shard, make_checkpoint
 from moe_dist.errors import MoeDistError
-from moe_dist.placement import Placement
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import MoESpec, ParallelSpec
 
 SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 256, "num_experts": 4, "top_k": 2}
 MLP = "model.layers.1.mlp"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import find_model, model_names, override, read_yaml, resolve_models
+from moe_dist.commands.config import find_model, model_names, override, read_yaml, resolve_models
 from moe_dist.errors import ConfigError
-from moe_dist.spec import MoESpec
+from moe_dist.model.spec import MoESpec
 
 MODEL = {"name": "one", "hidden": 128, "intermediate": 128, "num_experts": 4, "top_k": 2}
 

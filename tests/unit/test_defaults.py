@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dist import cli, cli_config
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.bench.case import Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
-from moe_dist.cli_options import parse
-from moe_dist.config import find_model
-from moe_dist.machine import Machine
+from moe_dist.commands import cli, cli_config
+from moe_dist.commands.cli_options import parse
+from moe_dist.commands.config import find_model
+from moe_dist.machine.machine import Machine
 from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "CPU")

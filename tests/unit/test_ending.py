@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist import cli, exit_codes
+from moe_dist.commands import cli
 from moe_dist.errors import (
     CheckpointError,
     ClusterLost,
@@ -26,8 +26,9 @@ from moe_dist.errors import (
     ResourceError,
     UnsupportedError,
 )
-from moe_dist.exit_codes import MEANINGS
-from moe_dist.printable import one_line, printable
+from moe_dist.exits import exit_codes
+from moe_dist.exits.exit_codes import MEANINGS
+from moe_dist.messages.printable import one_line, printable
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -134,7 +135,7 @@ def test_every_code_is_in_the_list():
 
 def program(code: str, **options) -> subprocess.Popen:
     """A command with this body as a program of its own."""
-    head = "import sys, os, signal, time\nfrom moe_dist.ending import Ending\ndef command():\n"
+    head = "import sys, os, signal, time\nfrom moe_dist.commands.ending import Ending\ndef command():\n"
     tail = '\nending = Ending(lambda: True, lambda code: "")\nsys.exit(ending.code_of(command, last=True))'
     source = head + textwrap.indent(textwrap.dedent(code), "    ") + tail
     return subprocess.Popen(
@@ -181,7 +182,7 @@ class TestSignals:
 
     def test_in_c_where_no_handler_runs(self, number, code, word):
         """A lock of C++ never comes back to Python: the thread that hears of signals ends the process."""
-        body = "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0\n" + WAITING + STUCK
+        body = "import moe_dist.exits.signals; moe_dist.exits.signals.PATIENCE_S = 1.0\n" + WAITING + STUCK
         found, err, seconds = ended(program(body), number)
         assert (found, err) == (code, f"moe-dist: {word}: 2 rows are in o.json\n")
         assert seconds < 20
@@ -197,7 +198,7 @@ class TestSignals:
 def test_a_signal_ends_with_a_document_and_a_code_too(tmp_path, stuck):
     """Also where the main thread is in C++ and the thread that hears of signals has the last word."""
     body = (
-        "import moe_dist.signals; moe_dist.signals.PATIENCE_S = 1.0; from pathlib import Path\n"
+        "import moe_dist.exits.signals; moe_dist.exits.signals.PATIENCE_S = 1.0; from pathlib import Path\n"
         f"ending.leave_code = lambda code: Path({str(tmp_path / 'code')!r}).write_text(str(code)) and ''\n"
         "ending.as_json = True\nprint('ready', flush=True)\n"
     )
@@ -220,7 +221,7 @@ def test_a_signal_ends_with_a_document_and_a_code_too(tmp_path, stuck):
 )
 def test_sigterm_tells_a_death_where_there_was_one(number, stuck, code, said):
     body = (
-        "from moe_dist.errors import RankFailure; import moe_dist.signals; moe_dist.signals.HURRY_S = 1.0\n"
+        "from moe_dist.errors import RankFailure; import moe_dist.exits.signals; moe_dist.exits.signals.HURRY_S = 1.0\n"
         "ending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\nprint('ready', flush=True)\n"
     )
     found, err, seconds = ended(program(body + (STUCK if stuck else "time.sleep(60)")), number)
@@ -309,7 +310,7 @@ def test_streams_that_were_closed_from_the_start():
 
 def test_a_log_on_a_full_disk_is_no_reason_to_stop():
     body = """
-        import moe_dist.progress as progress
+        import moe_dist.commands.progress as progress
         progress.EVERY_S = 0.0
         reporter = progress.Reporter(2)
         reporter.shown("one")
@@ -321,7 +322,7 @@ def test_a_log_on_a_full_disk_is_no_reason_to_stop():
 
 
 PRINTING = """
-    from moe_dist.terminal import terminal, to_standard_output
+    from moe_dist.commands.terminal import terminal, to_standard_output
     with to_standard_output():
         terminal().print("Größe ×")
     return 0

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_dist import cli, errors, registry
+from moe_dist import errors, registry
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
-from moe_dist.config import find_model
-from moe_dist.doctor import examine
+from moe_dist.commands import cli
+from moe_dist.commands.config import find_model
+from moe_dist.commands.doctor import examine
+from moe_dist.engine.plan import make_plan
 from moe_dist.errors import (
     CheckpointError,
     ClusterLost,
@@ -24,9 +26,8 @@ from moe_dist.errors import (
     listed,
 )
 from moe_dist.exchange import Exchange
-from moe_dist.plan import make_plan
+from moe_dist.model.spec import ParallelSpec
 from moe_dist.registry import Registry
-from moe_dist.spec import ParallelSpec
 
 EXAMPLES = [
     (

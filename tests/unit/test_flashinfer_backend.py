@@ -8,18 +8,18 @@ import pytest
 import torch
 from unit.asked import HOPPER, problem
 
-from moe_dist import cli
 from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_build
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.commands import cli
+from moe_dist.engine.plan import make_plan
 from moe_dist.errors import UnsupportedError
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.quantization import FP8_MAX, cast
-from moe_dist.reference import relative_error
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.machine.machine import Machine
+from moe_dist.model.quantization import FP8_MAX, cast
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import activate, random_weights
+from moe_dist.oracle.reference import relative_error
 from moe_dist.step.rows import Support
-from moe_dist.weights import activate, random_weights
 
 
 @pytest.mark.parametrize(

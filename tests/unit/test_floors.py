@@ -14,44 +14,15 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    (
-        "errors",
-        "exit_codes",
-        "printable",
-        "interrupted",
-        "signals",
-        "notices",
-        "building",
-        "files",
-        "spec",
-        "sizes",
-        "machine",
-        "streams",
-        "surroundings",
-        "registry",
-        "tables",
-    ),
-    ("placement", "routing", "quantization", "weights", "checkpoint", "reference", "step"),
+    ("errors", "exits", "messages", "files", "registry", "machine", "workloads"),
+    ("model",),
+    ("oracle", "checkpoint", "tables", "step"),
     ("comm", "kernels"),
     ("exchange", "backends"),
-    ("plan", "inputs", "router", "agreement", "layer", "stack", "graph"),
+    ("engine",),
     ("runtime",),
     ("bench",),
-    (
-        "progress",
-        "config",
-        "yaml_loader",
-        "doctor",
-        "integrations",
-        "terminal",
-        "ending",
-        "cli_options",
-        "cli_config",
-        "cli_config",
-        "cli_print",
-        "cli",
-        "__main__",
-    ),
+    ("commands", "integrations", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # A library, and the only place that may import it.
@@ -66,7 +37,7 @@ HOMES = {
     "safetensors": ("checkpoint/",),
     "psutil": ("machine", "runtime/"),
     "pynvml": ("machine",),
-    "rich": ("bench/table", "terminal", "progress", "cli"),
+    "rich": ("bench/table", "commands/"),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
@@ -140,7 +111,7 @@ def modules_after(statement: str) -> tuple[set[str], float]:
 def test_importing_the_layer_is_fast_and_loads_little():
     """Beside torch and the standard library, what checks input and nothing else: a serving process that imports it pays
     for no more."""
-    names, seconds = modules_after("import moe_dist.layer")
+    names, seconds = modules_after("import moe_dist.engine.layer")
     assert "moe_dist.comm" in names
     packages = {name.split(".")[0] for name in names if not name.startswith("_")} - sys.stdlib_module_names
     assert packages == {"moe_dist", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
@@ -148,7 +119,7 @@ def test_importing_the_layer_is_fast_and_loads_little():
     assert seconds < 0.6  # 0.2 on two cores; of CPU time, so a busy machine is no excuse
 
 
-@pytest.mark.parametrize("module", ["moe_dist.layer", "moe_dist.bench.runner", "moe_dist.cli"])
+@pytest.mark.parametrize("module", ["moe_dist.engine.layer", "moe_dist.bench.runner", "moe_dist.commands.cli"])
 def test_libraries_wait_until_they_are_chosen(module):
     names, _ = modules_after(f"import {module}")
     chosen_later = {"ray", "triton", "flashinfer", "deep_gemm", "transformers", "sglang", "vllm"}

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_dist import graph
 from moe_dist.comm import Comm
+from moe_dist.engine import graph
+from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.layer import MoELayer
-from moe_dist.routing import Routing
-from moe_dist.spec import MoESpec
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec
 from moe_dist.step import NO_STAGES, Support, workspace_of
 
 SPEC = MoESpec(hidden=128, intermediate=128, num_experts=4, top_k=2)

@@ -15,12 +15,12 @@ from moe_dist.exchange.all_to_all import list_kernels, row_kernels
 from moe_dist.kernels.triton import launch as launching
 from moe_dist.kernels.triton import padded, pipeline, quantize, slots
 from moe_dist.kernels.triton.fused_moe import Config, fused_moe
-from moe_dist.placement import Placement
-from moe_dist.quantization import FP8, QuantizedRows, scale_columns
-from moe_dist.routing import Routing
-from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import FP8, QuantizedRows, scale_columns
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, TokenRows, Whole, Workspace, fresh
-from moe_dist.weights import ExpertWeights
 
 LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, "Technical specifications per compute capability"
 TOKENS = (65_536, 131_072, 1_048_576)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import moe_dist
-from moe_dist import cli
 from moe_dist.bench.case import Experiment, SourceSpec
-from moe_dist.cli_options import _parser
+from moe_dist.commands import cli
+from moe_dist.commands.cli_options import _parser
+from moe_dist.model.spec import MoESpec
 from moe_dist.runtime.context import RaySpec
-from moe_dist.spec import MoESpec
 
 ROOT = Path(moe_dist.__file__).parent
 ERRORS = {"ConfigError", "UnsupportedError", "ResourceError", "CheckpointError", "RankFailure", "ClusterLost",

@@ -9,17 +9,17 @@ import torch
 from torch.autograd import forward_ad
 
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
+from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.placement import Placement
-from moe_dist.plan import make_plan
-from moe_dist.reference import relative_error
-from moe_dist.router import Router
-from moe_dist.routing import Routing, route
-from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.streams import Stream
-from moe_dist.weights import ExpertWeights, activate, random_expert, random_weights
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing, route
+from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.weights import ExpertWeights, activate, random_expert, random_weights
+from moe_dist.oracle.reference import relative_error
+from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(hidden=128, intermediate=256, num_experts=8, top_k=2)
 CPU = Machine.detect("cpu")

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.routing import Routing
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.streams import Stream
-from moe_dist.weights import activate, random_weights
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import activate, random_weights
+from moe_dist.workloads.streams import Stream
 
 E, K, H = 5, 3, 128
 SPEC = MoESpec(hidden=H, intermediate=32, num_experts=E, top_k=K, quant="none", dtype="fp32")

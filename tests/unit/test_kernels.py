@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.backends import Problem
 from moe_dist.backends.triton_fused import TritonFused
-from moe_dist.spec import MoESpec
+from moe_dist.model.spec import MoESpec
 
 TESTS = Path(__file__).parents[1]
 SHARED_MEMORY = 227 * 1024  # bytes that one program can have on SM90

@@ -12,10 +12,10 @@ from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import tune
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.weights import random_weights, shard
+from moe_dist.engine.plan import make_plan
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_weights, shard
 
 SPEC = MoESpec(hidden=128, intermediate=256, num_experts=4, top_k=2)
 

@@ -9,11 +9,12 @@ import psutil
 import pynvml
 import pytest
 
-from moe_dist import doctor, machine
-from moe_dist.cli_print import print_doctor
+from moe_dist import machine
+from moe_dist.commands import doctor
+from moe_dist.commands.cli_print import print_doctor
+from moe_dist.commands.terminal import Terminal
 from moe_dist.errors import ConfigError
-from moe_dist.machine import Driver, Gpu, Machine, available_memory, container_memory, cpu_name, nvidia_driver
-from moe_dist.terminal import Terminal
+from moe_dist.machine.machine import Driver, Gpu, Machine, available_memory, container_memory, cpu_name, nvidia_driver
 
 
 def test_a_machine_without_a_gpu():

@@ -17,12 +17,12 @@ from profiles import examples
 
 from moe_dist.bench.case import MOST_CASES, Experiment
 from moe_dist.bench.runner import plan_cases
-from moe_dist.cli_config import asked_for
-from moe_dist.config import override, read_yaml
+from moe_dist.commands.cli_config import asked_for
+from moe_dist.commands.config import override, read_yaml
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.machine import Machine
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec
 from moe_dist.runtime.context import RaySpec
-from moe_dist.spec import MoESpec
 
 LONGEST_S = 20.0  # on a busy machine; the largest experiment that is allowed takes a part of it
 MACHINE = Machine("cpu", 1, "CPU")

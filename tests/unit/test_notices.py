@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from moe_dist import building
-from moe_dist.notices import MoeDistWarning, collecting, live, notice
+from moe_dist.messages import building
+from moe_dist.messages.notices import MoeDistWarning, collecting, live, notice
 
 
 def test_a_process_of_its_own_warns_in_a_category_of_ours():

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError
-from moe_dist.placement import Placement, imbalance
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement, imbalance
+from moe_dist.model.spec import MoESpec, ParallelSpec
 
 GRIDS = [(tp, world // tp) for world in (1, 2, 3, 4, 8) for tp in range(1, world + 1) if world % tp == 0]
 

@@ -6,13 +6,13 @@ import pytest
 
 from moe_dist.backends import BACKENDS, Problem
 from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.engine.plan import make_plan, shared_placement
 from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan, shared_placement
-from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.weights import random_weights, shard
 from moe_dist.step import Support, bytes_of
-from moe_dist.weights import random_weights, shard
 
 CPU = Machine("cpu", 1, "a test's CPU")
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_dist.quantization import (
+from moe_dist.model.quantization import (
     FP8,
     TINY,
     cast,
@@ -18,7 +18,7 @@ from moe_dist.quantization import (
     scale_columns,
     scale_of,
 )
-from moe_dist.spec import QUANT_KINDS
+from moe_dist.model.spec import QUANT_KINDS
 
 FP8_KINDS = QUANT_KINDS[1:]
 quick = settings(max_examples=40, deadline=None)

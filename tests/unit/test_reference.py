@@ -7,12 +7,12 @@ from functools import cache
 import pytest
 import torch
 
-from moe_dist.placement import Placement
-from moe_dist.quantization import dequantize_rows, quantize_rows
-from moe_dist.reference import Numerics, oracle_layer, oracle_partial, relative_error
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, split_bounds
-from moe_dist.weights import activate, random_weights, shard
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import dequantize_rows, quantize_rows
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, split_bounds
+from moe_dist.model.weights import activate, random_weights, shard
+from moe_dist.oracle.reference import Numerics, oracle_layer, oracle_partial, relative_error
 
 FP8_KINDS = QUANT_KINDS[1:]
 GRIDS = [

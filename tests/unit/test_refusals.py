@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dist import cli
+from moe_dist.commands import cli
 
 
 @pytest.mark.parametrize(

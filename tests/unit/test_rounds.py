@@ -18,10 +18,10 @@ from moe_dist.bench.results import Outcome
 from moe_dist.bench.rounds import ROUNDS, Turn, batches, group_bytes, schedule, turns
 from moe_dist.bench.runner import run_cases
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import RankFailure
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.notices import notice
+from moe_dist.machine.machine import Machine
+from moe_dist.messages.notices import notice
 from moe_dist.runtime.context import RankContext
 
 PLENTY = 1 << 40

@@ -6,10 +6,10 @@ import pytest
 import torch
 from unit.test_inputs import GROUPED, SPEC, layer_of, plan_of
 
+from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
-from moe_dist.router import Router
-from moe_dist.routing import check_bias, route
-from moe_dist.streams import Stream
+from moe_dist.model.routing import check_bias, route
+from moe_dist.workloads.streams import Stream
 
 GATE = Stream("gate of a test").normal(8, 128)
 X = Stream("tokens of a test").normal(5, 128)

@@ -10,9 +10,9 @@ from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.results import make_row
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.machine import Machine, check_machine
+from moe_dist.machine.machine import Machine, check_machine
+from moe_dist.model.spec import MoESpec
 from moe_dist.runtime.context import RankContext
-from moe_dist.spec import MoESpec
 
 CPU = Machine("cpu", 1, "a test's CPU")
 CASE = Case(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_dist.sizes import cdiv, power_of_2, row_bytes
+from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
 
 
 def test_powers_of_two():

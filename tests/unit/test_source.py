@@ -15,11 +15,11 @@ from moe_dist.bench.case import Case, SourceSpec
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.source import with_source
 from moe_dist.checkpoint import layer_spec, make_checkpoint
-from moe_dist.cli import main
+from moe_dist.commands.cli import main
 from moe_dist.errors import CheckpointError, ConfigError
-from moe_dist.machine import Machine
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.weights import ExpertWeights, random_expert, random_weights
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.weights import ExpertWeights, random_expert, random_weights
 
 CPU = Machine("cpu", 1, "a test's CPU")
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,16 @@ from pydantic import ValidationError
 
 from moe_dist.bench.case import Experiment
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.model.spec import (
+    ACTIVATIONS,
+    QUANT_KINDS,
+    MoESpec,
+    ParallelSpec,
+    WorkloadSpec,
+    slice_bounds,
+    split_bounds,
+)
 from moe_dist.runtime.context import RaySpec
-from moe_dist.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, WorkloadSpec, slice_bounds, split_bounds
 
 SIZES = {"hidden": 64, "intermediate": 256, "num_experts": 8, "top_k": 2}
 GROUPED = dict(SIZES, scoring="sigmoid", num_groups=4, top_groups=2)

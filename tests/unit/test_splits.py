@@ -8,12 +8,12 @@ from math import comb
 import pytest
 import torch
 
-from moe_dist.config import find_model
+from moe_dist.commands.config import find_model
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.exchange.all_to_all.splits import expected_targets
-from moe_dist.placement import Placement
-from moe_dist.spec import MoESpec, ParallelSpec
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import MoESpec, ParallelSpec
 
 DEEPSEEK = find_model("DeepSeek-V3")
 LIMITED = DEEPSEEK.with_changes(num_groups=4, top_groups=2)

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist import graph
 from moe_dist.comm import Comm
+from moe_dist.engine import graph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.router import Router
+from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import Plan, make_plan
-from moe_dist.router import Router
-from moe_dist.routing import Routing, synthetic_routing
-from moe_dist.spec import MoESpec, ParallelSpec
-from moe_dist.stack import MoEStack
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import random_expert, random_weights
 from moe_dist.step import Stages, Support, workspace_of
-from moe_dist.streams import Stream
-from moe_dist.weights import random_expert, random_weights
+from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(name="small", hidden=128, intermediate=128, num_experts=8, top_k=2)
 COMM = Comm.single()

@@ -18,13 +18,13 @@ from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn, batches, group_bytes
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import groups, last_line, tables, verdict
-from moe_dist.cli import main
 from moe_dist.comm import Comm
+from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError, ResourceError
-from moe_dist.routing import synthetic_routing
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import MoESpec, WorkloadSpec
+from moe_dist.model.weights import random_weights
 from moe_dist.runtime.context import RankContext
-from moe_dist.spec import MoESpec, WorkloadSpec
-from moe_dist.weights import random_weights
 
 ALONE: dict[str, Any] = {"parallel": {}, "exchange": "local", "workload": {"tokens": 5}, "iters": 2, "warmup": 0}
 

@@ -11,8 +11,8 @@ import pytest
 
 from moe_dist import tables
 from moe_dist.errors import ConfigError
-from moe_dist.notices import collecting
-from moe_dist.spec import MoESpec
+from moe_dist.messages.notices import collecting
+from moe_dist.model.spec import MoESpec
 from moe_dist.tables import Entry, Shape, TuningTable, find_table, read_table, table_source, tuned_config, user_folder
 
 SHAPE = Shape("triton", "NVIDIA H200", "fp8_block", "swiglu", 7168, 2048, 64, 256, 8)

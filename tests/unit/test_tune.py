@@ -17,11 +17,11 @@ from moe_dist.bench import roofline, tune
 from moe_dist.bench.case import Case
 from moe_dist.bench.roofline import Peaks, floor_us
 from moe_dist.bench.tune import count_steps, tune_shape
-from moe_dist.cli import main
-from moe_dist.machine import Machine
-from moe_dist.placement import Placement
-from moe_dist.plan import Plan
-from moe_dist.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.commands.cli import main
+from moe_dist.engine.plan import Plan
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.step.rows import Support
 from moe_dist.tables import find_table, read_table, user_folder
 
@@ -208,7 +208,7 @@ class TestCommand:
         return call
 
     def test_tables_are_made_shown_and_found(self, command, monkeypatch):
-        monkeypatch.setattr("moe_dist.progress.EVERY_S", 0.0)
+        monkeypatch.setattr("moe_dist.commands.progress.EVERY_S", 0.0)
         arguments = ["--backend", "tricky", "--tp", "2", "--device", "cpu", *SMALL]
         code, out, err = command("tune", *arguments, "--rows", "8,1", "--seeds", "1")
         assert code == 0

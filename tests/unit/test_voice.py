@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from moe_dist import cli
+from moe_dist.commands import cli
 from moe_dist.errors import RankFailure
 from moe_dist.runtime import pulse, voice
 
@@ -26,7 +26,7 @@ TORCHRUN = {
 def alone(monkeypatch):
     for name in (*TORCHRUN, voice.CODE_FILE):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("moe_dist.ending.LAST_WORDS_S", 0.0)
+    monkeypatch.setattr("moe_dist.commands.ending.LAST_WORDS_S", 0.0)
     monkeypatch.setattr(voice, "_left", False)
     yield
     voice.together(False)

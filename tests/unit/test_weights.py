@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_dist import weights
 from moe_dist.errors import ConfigError
-from moe_dist.placement import Placement
-from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.weights import (
+from moe_dist.model import weights
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.weights import (
     activate,
     empty_like,
     quantize_weights,

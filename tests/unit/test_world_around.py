@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import make_plan
+from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
-from moe_dist.layer import MoELayer
-from moe_dist.machine import Machine
-from moe_dist.plan import make_plan
-from moe_dist.router import Router
-from moe_dist.routing import synthetic_routing
-from moe_dist.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.streams import Stream
-from moe_dist.weights import random_expert, random_weights
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import synthetic_routing
+from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
+from moe_dist.model.weights import random_expert, random_weights
+from moe_dist.workloads.streams import Stream
 
 SIZES = {"hidden": 128, "intermediate": 256, "num_experts": 16, "top_k": 4, "scoring": "sigmoid"}
 SIZES |= {"correction_bias": True, "shared_experts": "replicated", "shared_intermediate": 128}

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from moe_dist.commands.yaml_loader import integer, load_yaml
 from moe_dist.errors import ConfigError
-from moe_dist.yaml_loader import integer, load_yaml
 
 
 def bomb() -> str:

@@ -21,11 +21,11 @@ from moe_dist.exchange.all_to_all.lists import (
 )
 from moe_dist.exchange.base import Exchange
 from moe_dist.exchange.rows import activations_of, pair_specs, parts_of, room_for, row_specs, sorting_specs
-from moe_dist.placement import Placement
-from moe_dist.quantization import Activations
-from moe_dist.routing import Routing
-from moe_dist.sizes import cdiv, row_bytes
-from moe_dist.spec import MoESpec, TokenLayout
+from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import Activations
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import cdiv, row_bytes
+from moe_dist.model.spec import MoESpec, TokenLayout
 from moe_dist.step import Step, TensorSpec, TokenRows, Whole
 
 PACKED_UP_TO = 256  # tokens a rank: packing spares collectives and costs a copy of all rows

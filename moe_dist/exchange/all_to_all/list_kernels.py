@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.launch import as_bits, launch
-from moe_dist.placement import Placement, tables_on
-from moe_dist.routing import Routing
-from moe_dist.sizes import cdiv, power_of_2, row_bytes
+from moe_dist.model.placement import Placement, tables_on
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
 from moe_dist.step.workspace import Take
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dist.placement import Placement
-from moe_dist.routing import Routing
-from moe_dist.sizes import row_bytes
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import row_bytes
 from moe_dist.step.workspace import Take
 
 

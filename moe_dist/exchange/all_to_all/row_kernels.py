@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.launch import as_bits, launch
-from moe_dist.sizes import cdiv, power_of_2, row_bytes
+from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
 from moe_dist.step.workspace import Take
 
 

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 
 from moe_dist.exchange.rows import payload_row_bytes
-from moe_dist.placement import Placement
-from moe_dist.routing import route
-from moe_dist.spec import MoESpec
-from moe_dist.streams import Stream
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import route
+from moe_dist.model.spec import MoESpec
+from moe_dist.workloads.streams import Stream
 
 # Bytes. On a GPU a host that learns exact splits stands still until the device has told it, and what it launches next
 # comes late: 0.06 to 0.43 ms a step, 0.25 in the mean, by the uniform eager rows recorded on two H200s at 6f94570 with

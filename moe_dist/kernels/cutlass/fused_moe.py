@@ -12,8 +12,8 @@ from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, 
 from moe_dist.kernels.triton.launch import is_idle
 from moe_dist.kernels.triton.permute import UNREAD_TILE
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Pipeline, blocks
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, TokenRows
-from moe_dist.weights import ExpertWeights
 
 SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
 

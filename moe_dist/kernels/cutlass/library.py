@@ -22,10 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from moe_dist.building import SAY_EVERY_S, say
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
-from moe_dist.machine import cores
-from moe_dist.sizes import cdiv
+from moe_dist.machine.machine import cores
+from moe_dist.messages.building import SAY_EVERY_S, say
+from moe_dist.model.sizes import cdiv
 from moe_dist.step.rows import Support
 from moe_dist.tables import cache_folder
 

@@ -15,11 +15,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, STATIC, Pipeline
 from moe_dist.kernels.triton.quantize import divided, quantized
-from moe_dist.quantization import FP8_MAX, TINY, Activations
-from moe_dist.sizes import cdiv
-from moe_dist.spec import BLOCK, QuantKind
+from moe_dist.model.quantization import FP8_MAX, TINY, Activations
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import BLOCK, QuantKind
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, TokenRows, Whole, Workspace
-from moe_dist.weights import ExpertWeights
 
 # What is a name in a kernel must be a constexpr.
 _BLOCK_SCALES, _ROW_SCALES, _STATIC = map(tl.constexpr, (BLOCK_SCALES, ROW_SCALES, STATIC))

@@ -13,10 +13,10 @@ from moe_dist.kernels.triton.fused_moe import _RELU2, activated
 from moe_dist.kernels.triton.launch import is_idle, launch
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, Pipeline, blocks
 from moe_dist.kernels.triton.quantize import quantized
-from moe_dist.quantization import FP8, FP8_MAX, TINY
-from moe_dist.sizes import cdiv, power_of_2
+from moe_dist.model.quantization import FP8, FP8_MAX, TINY
+from moe_dist.model.sizes import cdiv, power_of_2
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, TokenRows
-from moe_dist.weights import ExpertWeights
 
 TILE = 128  # rows that an expert's part is padded to
 

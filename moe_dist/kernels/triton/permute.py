@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_dist.kernels.triton.align import _count, _place, _prepare, _tables
 from moe_dist.kernels.triton.launch import launch as launch_kernel
-from moe_dist.quantization import FP8_MAX, TINY
-from moe_dist.sizes import cdiv, power_of_2
+from moe_dist.model.quantization import FP8_MAX, TINY
+from moe_dist.model.sizes import cdiv, power_of_2
 from moe_dist.step import ExpertRows, Take, TokenRows
 
 GROUPS_TOGETHER = 16  # groups of 128 that one program quantizes

@@ -21,12 +21,12 @@ from moe_dist.errors import UnsupportedError
 from moe_dist.kernels.triton.launch import launch
 from moe_dist.kernels.triton.permute import Quantizing, sort_pairs, tables_of
 from moe_dist.kernels.triton.quantize import divided, quantize_rows, scale_from
-from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows
-from moe_dist.sizes import cdiv, power_of_2
-from moe_dist.spec import BLOCK
+from moe_dist.model.quantization import FP8, FP8_MAX, TINY, QuantizedRows
+from moe_dist.model.sizes import cdiv, power_of_2
+from moe_dist.model.spec import BLOCK
+from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Sink, Step
 from moe_dist.step.rows import ExpertRows, TokenRows, used_rows
-from moe_dist.weights import ExpertWeights
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
 MOST_PAIRS = (

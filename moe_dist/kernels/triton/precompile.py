@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from moe_dist.machine import cores
-from moe_dist.quantization import FP8, QuantizedRows, scale_columns
-from moe_dist.spec import MoESpec
-from moe_dist.weights import ExpertWeights
+from moe_dist.machine.machine import cores
+from moe_dist.model.quantization import FP8, QuantizedRows, scale_columns
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
 
 
 def precompile(wanted: Iterable[tuple[MoESpec, int, int, int, bool, dict[str, Any]]]) -> Iterator[int]:

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.launch import launch
-from moe_dist.quantization import FP8, FP8_MAX, TINY, QuantizedRows, dynamic_scale
-from moe_dist.sizes import cdiv, power_of_2
-from moe_dist.spec import BLOCK, QuantKind
+from moe_dist.model.quantization import FP8, FP8_MAX, TINY, QuantizedRows, dynamic_scale
+from moe_dist.model.sizes import cdiv, power_of_2
+from moe_dist.model.spec import BLOCK, QuantKind
 from moe_dist.step.workspace import Take
 
 LONGEST_ROW = 16384  # a whole row lies in one program's registers for a scale per row

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.triton.launch import launch
-from moe_dist.placement import Placement, tables_on
-from moe_dist.sizes import cdiv
+from moe_dist.model.placement import Placement, tables_on
+from moe_dist.model.sizes import cdiv
 from moe_dist.step.workspace import Take
 
 SLOTS_TOGETHER = 512

@@ -1,0 +1,5 @@
+"""The process group: every collective goes through `Comm`."""
+
+from moe_dist.comm.group import Comm, copied
+
+__all__ = ["Comm", "copied"]

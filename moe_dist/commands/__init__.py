@@ -1,0 +1,1 @@
+"""The command line: options, files, what is shown and how it ends."""

@@ -1,0 +1,68 @@
+"""Progress on standard error: a live line where a person looks, plain lines every few seconds where a log does."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moe_dist.commands.terminal import Terminal
+from moe_dist.messages.printable import one_line
+
+EVERY_S = 5.0
+
+
+class Reporter:
+    """`shown(text)` says what is going on, `step()` that one of `total` is done. `remaining`: also about how much time
+    is left, for steps that are much alike."""
+
+    def __init__(self, total: int, quiet: bool = False, remaining: bool = False) -> None:
+        self._console = Terminal(stderr=True, quiet=quiet)
+        self._live: Progress | None = None
+        if self._console.is_terminal:
+            times = (TimeElapsedColumn(), *[TimeRemainingColumn()] * remaining)
+            columns = (BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}", markup=False))
+            self._live = Progress(*columns, console=self._console, transient=True)
+            self._task = self._live.add_task("", total=total)
+        self._total, self._done, self._last = total, 0, 0.0
+        self._start, self._remaining = time.monotonic(), remaining
+
+    def __enter__(self) -> Reporter:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def shown(self, text: str) -> None:
+        if self._live:
+            self._live.update(self._task, description=one_line(text))
+        elif time.monotonic() - self._last > EVERY_S:
+            self._last = time.monotonic()
+            self._print(f"[{self._done}/{self._total}] {one_line(text)}{self._left()}")
+
+    def said(self, text: str) -> None:
+        """A line that stays."""
+        self._print(f"moe-dist: {one_line(text)}", "yellow")
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        try:
+            self._console.print(line, style=style, soft_wrap=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a full disk is no reason to stop
+            self._console.quiet = True
+
+    def _left(self) -> str:
+        if not self._remaining or not self._done:
+            return ""
+        seconds = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+
+    def step(self) -> None:
+        self._done += 1
+        if self._live:
+            self._live.advance(self._task)

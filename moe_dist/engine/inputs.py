@@ -1,0 +1,137 @@
+"""The one door for tensors from outside: tokens, routing and shards are checked here, for every exchange and backend.
+
+Shapes, dtypes and devices are always checked. Values are checked where looking at them costs nothing, which is on a
+CPU; on a GPU the host would have to wait, so there it is a debug mode (`MOE_DIST_DEBUG=1`, or `debug=True` of a layer).
+Without it an id that is no expert's counts as -1 on a GPU: no kernel reads beyond its tables.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+from moe_dist.errors import ConfigError
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
+
+DEBUG = "MOE_DIST_DEBUG"
+ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def debug_asked_for() -> bool:
+    """Raises ConfigError for a value that says neither yes nor no."""
+    value = os.environ.get(DEBUG, "")
+    if value.lower() in ON or value.lower() in OFF:
+        return value.lower() in ON
+    raise ConfigError(DEBUG, value, "switches the debug mode on or off", (*ON, *OFF[1:]))
+
+
+def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
+    """Raise ConfigError unless `x_TH` is [T, H] in the spec's dtype, on `device`."""
+    if not isinstance(x_TH, Tensor):
+        raise ConfigError("x", type(x_TH).__name__, "is no tensor", f"[tokens, {spec.hidden}]")
+    if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden:
+        raise ConfigError("x", tuple(x_TH.shape), "wrong shape", f"[tokens, {spec.hidden}]")
+    _check_kind("x", x_TH, spec.torch_dtype, device)
+
+
+def check_gradient(name: str, tensor: Tensor) -> None:
+    """Raise ConfigError where a gradient, or a tangent of forward mode, is expected to come back."""
+    if not isinstance(tensor, Tensor):
+        return
+    rule = "the layer is forward only, no gradient would come back through it"
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ConfigError(f"{name}.requires_grad", True, rule, "tensor.detach(), or a call under torch.no_grad()")
+    if is_functorch_wrapped_tensor(tensor):
+        raise ConfigError(name, "inside a transform of torch.func", rule, "a call outside of grad, jvp, vmap, …")
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ConfigError(name, "a dual tensor", rule, "tensor.detach()")
+
+
+def check_bucket(bucket: int | None, tokens: int) -> None:
+    """Raise ConfigError for a max_tokens_per_rank that is no integer, or less than this rank's tokens."""
+    if bucket is None:
+        return
+    if type(bucket) is not int:
+        raise ConfigError("max_tokens_per_rank", bucket, "must be an integer", f"an integer, {tokens} or more")
+    if bucket < tokens:
+        rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
+        raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {tokens} or more")
+
+
+def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.device) -> None:
+    """Raise ConfigError unless ids int32 and weights float32 are [T, K] on `device`."""
+    if not isinstance(routing, Routing):
+        raise ConfigError("routing", type(routing).__name__, "is no Routing", "Routing(ids_TK, weights_TK)")
+    expected = (tokens, spec.top_k)
+    for name, tensor, dtype in (
+        ("routing.ids", routing.ids_TK, torch.int32),
+        ("routing.weights", routing.weights_TK, torch.float32),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(name, type(tensor).__name__, "is no tensor", expected)
+        if tuple(tensor.shape) != expected:
+            raise ConfigError(name, tuple(tensor.shape), "wrong shape", expected)
+        _check_kind(name, tensor, dtype, device)
+
+
+def check_values(routing: Routing, spec: MoESpec, x_TH: Tensor | None = None) -> None:
+    """Raise ConfigError for an id that is neither -1 nor an expert's, and for a weight that is NaN or infinite where
+    its id is an expert's, or for the token of `x_TH` that a router made it of. The host waits for a GPU."""
+    ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
+    wrong = (ids_TK < -1) | (ids_TK >= spec.num_experts)
+    bad = routing.legal(spec.num_experts) & ~weights_TK.isfinite()
+    counts = torch.stack([wrong.sum(), bad.sum()]).tolist()
+    for name, values, places, count, legal in (
+        ("routing.ids", ids_TK, wrong, counts[0], f"-1 (none), 0 to {spec.num_experts - 1}"),
+        ("routing.weights", weights_TK, bad, counts[1], "finite values"),
+    ):
+        if count:
+            token, place = places.nonzero()[0].tolist()
+            if x_TH is not None and not bool(x_TH[token].isfinite().all()):
+                raise ConfigError(
+                    "x", "NaN or infinite", f"of token {token}, which no router can route", "finite values"
+                )
+            rule = f"of token {token}, place {place}, the first of {count} such"
+            raise ConfigError(name, values[token, place].item(), rule, legal)
+
+
+def check_shard(
+    name: str, weights: ExpertWeights, spec: MoESpec, experts: int, width: int, device: torch.device, whose: str
+) -> None:
+    """Raise ConfigError unless `weights` are `experts` experts of `spec` with `width` columns: every tensor that the
+    format has, no other, each of its shape and dtype, contiguous, on `device`. `whose` goes into the message."""
+    if not isinstance(weights, ExpertWeights):
+        raise ConfigError(name, type(weights).__name__, "is no ExpertWeights")
+    if weights.kind != spec.quant:
+        raise ConfigError(f"{name}.kind", weights.kind, "not the plan's format", spec.quant)
+    if weights.gated != spec.gated:
+        raise ConfigError(f"{name}.gated", weights.gated, f"activation {spec.activation} says otherwise", spec.gated)
+    wanted, found = ExpertWeights.forms(spec, experts, width), weights.tensors()
+    for field, (shape, dtype) in wanted.items():
+        label = f"{name}.{field.split('_')[0]}"
+        if field not in found:
+            raise ConfigError(label, None, f"{spec.quant_label} has this tensor", shape)
+        tensor = found.pop(field)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(label, tuple(tensor.shape), f"not what {whose} holds under this plan", shape)
+        _check_kind(label, tensor, dtype, device)
+        check_gradient(label, tensor)
+        if not tensor.is_contiguous():
+            raise ConfigError(f"{label}.stride", tensor.stride(), "must be contiguous", "tensor.contiguous()")
+    for field in found:
+        raise ConfigError(f"{name}.{field}", "given", f"{spec.quant_label} has no such tensor", tuple(wanted))
+
+
+def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise ConfigError(f"{name}.dtype", tensor.dtype, "wrong dtype", dtype)
+    if tensor.device != device:
+        raise ConfigError(f"{name}.device", tensor.device, "not the device of this rank's communicator", device)
+    if tensor.layout != torch.strided:
+        raise ConfigError(f"{name}.layout", tensor.layout, "must be a dense tensor", torch.strided)

@@ -1,0 +1,302 @@
+"""The layer: dispatch, local partial sum, combine. Usable in any process that has a process group."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.backends import BACKENDS, Backend, Problem
+from moe_dist.comm import Comm
+from moe_dist.engine.agreement import Agreement
+from moe_dist.engine.inputs import (
+    check_bucket,
+    check_gradient,
+    check_routing,
+    check_shard,
+    check_tokens,
+    check_values,
+    debug_asked_for,
+)
+from moe_dist.engine.plan import Plan, shared_placement
+from moe_dist.engine.router import Router
+from moe_dist.errors import ConfigError
+from moe_dist.exchange import EXCHANGES, Exchange
+from moe_dist.exchange.layout import with_layout
+from moe_dist.machine.surroundings import settled
+from moe_dist.model.routing import Routing
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.step import NO_STAGES, Added, Stages, Step, Support, TokenRows, Whole, workspace_of
+
+ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
+
+
+class MoELayer(nn.Module):
+    """One rank's part of a distributed MoE layer.
+
+    `shard` is what `plan.placement` gives this rank (weights.shard, checkpoint.load_shard). `shared` is the shared
+    expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective, it is not
+    differentiated, and torch.compile leaves it as it is. With `debug` (default: whether MOE_DIST_DEBUG is set) the
+    values of the routing are checked on a GPU too, where the host waits for that. Values of the weights are the
+    caller's to check, with ExpertWeights.check_finite: that is a pass over all of them.
+
+    The layer stays on its communicator's device and in its plan's dtypes: `to`, `half` and the like change nothing, and
+    raise ConfigError for another device.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shard: ExpertWeights,
+        comm: Comm,
+        *,
+        router: Router | None = None,
+        shared: ExpertWeights | None = None,
+        debug: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check_fit(plan, shard, shared, router, comm)
+        self.debug = debug_asked_for() if debug is None else debug
+        self.plan, self.comm, self.router = plan, comm, router
+        self._weights = shard, shared
+        self.agreement = Agreement(plan)
+        self._uncompiled: Callable[..., Tensor] | None = None
+        self._assemble()
+
+    def _assemble(self) -> None:
+        plan, (shard, shared), rank = self.plan, self._weights, self.comm.rank
+        exchange = EXCHANGES.get(plan.exchange)(
+            self.comm, plan.placement, plan.spec, plan.payload, shard.a13, plan.form
+        )
+        self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
+        self.backend = _prepared(plan.backend, plan.problem(rank), shard)
+        self.shared = None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared)
+        self.number = self.comm.number_layer()  # on its process group
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        routing: Routing | None = None,
+        *,
+        max_tokens_per_rank: int | None = None,
+        captured: bool = False,
+        stages: Stages = NO_STAGES,
+    ) -> Tensor:
+        """[T, H] in the spec's dtype to [T, H]. T may be zero where tokens are sharded, and differ between ranks.
+
+        Without `routing` the layer's own router decides. `max_tokens_per_rank` is the bucket that all ranks step at,
+        the same on all; a rank with more tokens raises, and the others wait for it until the collective's timeout.
+        Without it they agree on one, which costs a small collective on the CPU. Raises ConfigError for tensors of
+        another shape, dtype or device, and as inputs.check_values does on a CPU or with `debug`.
+
+        `captured`: run as in a CUDA graph, with static shapes; set by graphs. `stages`: a clock for the parts.
+        """
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return self._checked_forward(x_TH, routing, max_tokens_per_rank, captured, stages)
+        if self._uncompiled is None:  # only somebody who compiles has imported it; this layer is no part of that
+            self._uncompiled = dynamo.disable(self._checked_forward)
+        y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank, captured, stages)
+        return y_TH
+
+    def _checked_forward(
+        self, x_TH: Tensor, routing: Routing | None, bucket: int | None, captured: bool, stages: Stages
+    ) -> Tensor:
+        self.comm.check_thread()
+        self.comm.begin_step()
+        check_gradient("x", x_TH)
+        if isinstance(routing, Routing):
+            check_gradient("routing.weights", routing.weights_TK)
+        with torch.no_grad(), settled(self.comm.device):
+            x_TH, routing = self.checked(x_TH, routing, bucket)
+            return self._run(self._step(x_TH, routing, bucket, captured, stages), x_TH, routing)
+
+    def _step(self, x_TH: Tensor, routing: Routing, bucket: int | None, captured: bool, stages: Stages) -> Step:
+        """What the parts are told; the ranks agree on it where they must."""
+        agreed, needed = bucket, self.exchange.needs_bucket
+        # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
+        if ((needed and bucket is None) or self.meets) and not self._capturing():
+            alike = self.plan.token_layout == "replicated"
+            same = partial(self.agreement.of, self.number, x_TH, routing, self.meets)
+            agreed = self.comm.meet(routing.tokens, bucket, alike, same)
+        bucket = (agreed if bucket is None else bucket) if needed else None
+        workspace = workspace_of(self.comm.device)
+        workspace.begin()
+        return Step(workspace, bucket, captured, stages)
+
+    def _run(self, step: Step, x_TH: Tensor, routing: Routing) -> Tensor:
+        out_dtype, shared = self.plan.out_dtype, self.plan.spec.shared_experts
+        rows, handle = self._dispatched(step, x_TH, routing)
+        sink = self.exchange.sink(step, rows, handle, out_dtype)
+        self.backend.forward(step, rows, sink if shared != "tp" else Added(sink, self._of_shared(step, rows)))
+        y_TH: Tensor = self.exchange.combine(step, sink, handle)
+        if shared == "replicated":
+            y_TH = y_TH + self._of_shared(step, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
+        return y_TH.to(self.plan.spec.torch_dtype)
+
+    def _dispatched(self, step: Step, x_TH: Tensor, routing: Routing) -> tuple[TokenRows, Any]:
+        rows, handle = self.exchange.dispatch(step, self.exchange.to_payload(step, x_TH, routing), routing)
+        if self.exchange.form == "expert":
+            with step.stages("dispatch"):
+                rows = self.exchange.in_form(step, rows)
+        return rows, handle
+
+    def _of_shared(self, step: Step, rows: TokenRows) -> Tensor:
+        """The shared expert's part of these rows' sums, or all of it."""
+        sink = Whole(step, (len(rows), self.plan.spec.hidden), self.plan.out_dtype, self.comm.device)
+        if self.shared is not None:
+            self.shared.forward(step, _every_row(rows), sink)
+        return sink.y
+
+    def warm_up(self, x_TH: Tensor, routing: Routing | None, max_tokens_per_rank: int, captured: bool = False) -> None:
+        """Let the backend choose and compile what it needs for this bucket, then run a step: collective, not to be
+        timed or captured. `captured`: for steps that will be."""
+        self.comm.check_thread()
+        with torch.no_grad(), settled(self.comm.device):
+            x_TH, routing = self.checked(x_TH, routing, max_tokens_per_rank)
+            step = self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES)
+            rows, handle = self._dispatched(step, x_TH, routing)
+            self.backend.tune(step, rows)
+            sink = self.exchange.sink(step, rows, handle, self.plan.out_dtype)
+            self.backend.forward(step, rows, sink)
+            self.exchange.combine(step, sink, handle)
+            self._run(self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES), x_TH, routing)
+
+    def checked(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> tuple[Tensor, Routing]:
+        """What came in, checked, contiguous, and with the own router's routing where none was given."""
+        spec, device = self.plan.spec, self.comm.device
+        check_tokens(x_TH, spec, device)
+        own = routing is None
+        if routing is None:
+            if self.router is None:
+                raise ConfigError("routing", None, "this layer has no router of its own")
+            routing = self.router(x_TH)
+        check_routing(routing, len(x_TH), spec, device)
+        check_bucket(bucket, len(x_TH))
+        if device.type == "cpu" or (self.debug and not self._capturing()):
+            check_values(routing, spec, x_TH if own else None)
+        return _plain_rows(x_TH.detach()), routing
+
+    @property
+    def meets(self) -> bool:
+        """Whether the ranks make sure at each step that they are in one, whatever they must agree on."""
+        return self.debug or self.comm.device.type == "cpu"
+
+    @property
+    def capturable(self) -> Support:
+        """See Plan.capturable."""
+        return self.plan.capturable
+
+    def _capturing(self) -> bool:
+        return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
+        device = self.comm.device
+        moved = fn(torch.empty(0, dtype=torch.float32, device=device)).device
+        if moved != device:
+            rule = "the layer's shard, its communicator and its kernels live on one device"
+            raise ConfigError("device", str(moved), rule, str(device))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+        """With weights of its own, since kernels know where those of the original lie, on the same communicator."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.plan)] = copied, self.plan
+        made_anew = {"exchange", "backend", "shared", "_uncompiled"}
+        for name, value in self.__dict__.items():
+            copied.__dict__[name] = None if name in made_anew else deepcopy(value, memo)
+        copied._assemble()
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what torch.compile made of it, which can't be pickled and is made anew."""
+        return {**self.__dict__, "_uncompiled": None}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """A state dict holds no expert: they come from a checkpoint, slice by slice. It says which they were."""
+        return {"experts": [None if part is None else part.fingerprint() for part in self._weights]}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raises ConfigError where the state dict is another layer's. What went through JSON is the same."""
+        if _as_json(state) != _as_json(self.get_extra_state()):
+            rule = "the state dict is that of a layer with other experts, which it does not hold"
+            given = state.get("experts") if isinstance(state, dict) else state
+            raise ConfigError("state_dict.experts", given, rule, "weights from checkpoint.load_shard")
+
+    def extra_repr(self) -> str:
+        plan = self.plan
+        return f"{plan.parallel.label}, exchange={plan.exchange}, backend={plan.backend}, payload={plan.payload}"
+
+
+def _as_json(state: Any) -> str | None:
+    """None for what is no plain data."""
+    try:
+        return json.dumps(state, sort_keys=True)
+    except (TypeError, ValueError):
+        return None
+
+
+def _plain_rows(x_TH: Tensor) -> Tensor:
+    """`x_TH` with one row right behind the other, from a multiple of 16 bytes on. A single row that is cut out of a
+    wider tensor is contiguous, wherever it begins, and has the wider one's stride."""
+    aligned = x_TH.data_ptr() % ALIGNMENT == 0 and x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT == 0
+    if aligned and x_TH.stride() == (x_TH.shape[1], 1):
+        return x_TH
+    return torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device).copy_(x_TH)
+
+
+ROUTING_FIELDS = (
+    "hidden", "num_experts", "top_k", "scoring", "renormalize", "correction_bias", "num_groups", "top_groups",
+    "routed_scaling",
+)  # fmt: skip
+
+
+def _check_fit(
+    plan: Plan, shard: ExpertWeights, shared: ExpertWeights | None, router: Router | None, comm: Comm
+) -> None:
+    """Raise ConfigError for parts that don't belong together."""
+    spec, placement, rank, device = plan.spec, plan.placement, comm.rank, comm.device
+    if comm.world != placement.world:
+        raise ConfigError("parallel", plan.parallel.label, f"the process group has {comm.world} ranks", comm.world)
+    if plan.machine.device != device.type:
+        raise ConfigError(
+            "comm.device", str(device), "the plan was made for ranks on another kind", plan.machine.device
+        )
+    if (spec.shared_experts != "none") != (shared is not None):
+        rule = "the shared expert's weights must be given exactly if the spec has one"
+        raise ConfigError("model.shared_experts", spec.shared_experts, rule)
+    experts, width = len(placement.experts_of(rank)), placement.width_of(rank)
+    check_shard("shard", shard, spec, experts, width, device, f"rank {rank}")
+    if shared is not None:
+        width = shared_placement(spec, plan.parallel).width_of(rank)
+        check_shard("shared", shared, spec.shared_spec(), 1, width, device, f"rank {rank}")
+        if shared.a13 is not None and shard.a13 is not None and shared.a13 != shard.a13:
+            rule = "the shared expert takes the same quantized rows, so it needs the experts' static input scale"
+            raise ConfigError("shared.a13", float(shared.a13), rule, float(shard.a13))
+    if router is None:
+        return
+    if router.gate_EH.device != device:
+        raise ConfigError("router.device", str(router.gate_EH.device), "not the communicator's", str(device))
+    for field in ROUTING_FIELDS:
+        own, wanted = getattr(router.spec, field), getattr(spec, field)
+        if own != wanted:
+            raise ConfigError(f"router.{field}", own, "the router was made for another model", wanted)
+
+
+def _prepared(name: str, problem: Problem, weights: ExpertWeights) -> Backend:
+    backend = BACKENDS.get(name)(problem)
+    backend.prepare(weights)
+    return backend
+
+
+def _every_row(rows: TokenRows) -> TokenRows:
+    """The same rows for a backend of one expert that every token picks with weight 1."""
+    count = rows.slots_RK.shape[0]
+    slots = rows.slots_RK.new_zeros(count, 1)
+    return TokenRows(rows.x, slots, torch.ones(count, 1, dtype=torch.float32, device=slots.device))

@@ -1,0 +1,1 @@
+"""The machine, and what a program has set on it."""

@@ -1,0 +1,18 @@
+"""How a process says that it compiles, or waits for one that does: on standard error, or to whoever runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from moe_dist.messages.notices import live, notice
+
+SAY_EVERY_S = 15.0
+
+
+def say(text: str, *, progress: bool = False) -> None:
+    """`progress`: only how far it is, which nobody wants to read afterwards."""
+    if not live(text):
+        print(f"moe-dist (pid {os.getpid()}): {text}", file=sys.stderr, flush=True)
+    elif not progress:
+        notice(text)

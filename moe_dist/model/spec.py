@@ -1,0 +1,280 @@
+"""What is to be computed and on what grid: frozen, validated, and the one home of every divisibility rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.model.sizes import cdiv
+
+BLOCK = 128  # edge of a weight's scale block and length of an activation's scale group, as in DeepSeek-V3
+PARTIAL_GRANULARITY = 16  # TP slices of weights without blocks: 16 columns, what FP8 tensor cores can address
+
+ACTIVATIONS = ("swiglu", "geglu", "relu2")
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")
+TOKEN_LAYOUTS = ("replicated", "sharded")
+
+# Bounds on every number. No model, machine or run comes near them; what lies beyond is a slip of the keyboard, and
+# would take gigabytes or hours before anything noticed. Integers are integers: true, 1.0 and "8" are none.
+WIDEST = 1 << 20  # columns of a matrix
+MOST_EXPERTS = 1 << 17
+MOST_WEIGHTS = 1 << 46  # elements of one layer: 6,000 times DeepSeek-V3's
+MOST_RANKS = 1 << 12
+MOST_TOKENS = 1 << 24
+# Of the factor on the routed sum. Beyond, float32 and bf16 lose the output, and zeros agree with zeros.
+LEAST_SCALING, MOST_SCALING = 1e-6, 1e6
+LEAST_SEED, MOST_SEED = -(1 << 63), (1 << 63) - 1  # 64 bits
+LONGEST_NAME = 300
+LONGEST_WAIT_S = 7 * 86400.0
+
+Size = Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
+Experts = Annotated[int, Field(strict=True, ge=1, le=MOST_EXPERTS)]
+Ranks = Annotated[int, Field(strict=True, ge=1, le=MOST_RANKS)]
+Index = Annotated[int, Field(strict=True, ge=-MOST_EXPERTS, le=MOST_EXPERTS)]  # which exist, a placement says
+Seed = Annotated[int, Field(strict=True, ge=LEAST_SEED, le=MOST_SEED)]
+Seconds = Annotated[float, Field(strict=True, gt=0, le=LONGEST_WAIT_S, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+
+QuantKind = Literal["none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel"]
+TokenLayout = Literal["replicated", "sharded"]
+
+
+class Section(BaseModel):
+    """Base of every config section: immutable, unknown keys are errors, every error is a ConfigError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    section: ClassVar[str] = ""
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _as_config_error(error, type(self)) from None
+        except TypeError as error:  # of a section inside, which pydantic makes in the same way
+            if "keywords must be strings" not in str(error):
+                raise
+            raise ConfigError(
+                self.section, data, "a section in it has keys that are no names", "names as keys"
+            ) from None
+
+    def with_changes(self, /, **changes: Any) -> Any:
+        """A validated copy (pydantic's own model_copy does not validate)."""
+        return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
+
+
+def _as_config_error(error: ValidationError, cls: type[Section]) -> ConfigError:
+    first = error.errors()[0]
+    path = ".".join([cls.section, *map(str, first["loc"])]).strip(".")
+    if first["type"] == "extra_forbidden":
+        return ConfigError(path, first["input"], "unknown key", tuple(cls.model_fields))
+    if first["type"] == "missing":
+        return ConfigError(path, None, "this key is required")
+    field = cls.model_fields.get(str(first["loc"][0])) if len(first["loc"]) == 1 else None
+    context = first.get("ctx", {})
+    legal = (
+        context.get("expected") or _bounds(field.metadata if field else ()) or _bounds((SimpleNamespace(**context),))
+    )
+    return ConfigError(
+        path, first["input"], first["msg"].replace("valid tuple", "list").replace("Tuple", "List"), legal
+    )
+
+
+def _bounds(rules: Iterable[Any]) -> str | None:
+    """A field's bounds as a message has them, from pydantic's own: 1 to 8, 1 and more, above 0 to 5."""
+    found = {name: getattr(rule, name) for rule in rules for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)}
+    least = f"above {found['gt']:,}" if "gt" in found else f"{found['ge']:,}" if "ge" in found else None
+    most = f"below {found['lt']:,}" if "lt" in found else f"{found['le']:,}" if "le" in found else None
+    if least and most:
+        return f"{least} to {most}"
+    return f"{least} and more" if least else f"at most {most}" if most else None
+
+
+class MoESpec(Section):
+    """One MoE layer: its sizes, its router and its number format.
+
+    `intermediate` is the width of one expert's hidden layer before any slicing. `quant` none keeps weights and
+    activations in `dtype`; every fp8 kind quantizes both GEMM inputs to E4M3 and keeps `dtype` bf16 outside.
+    """
+
+    section: ClassVar[str] = "model"
+
+    name: Name = "custom"
+    hidden: Size
+    intermediate: Size
+    num_experts: Experts
+    top_k: Experts
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: Flag = True
+    correction_bias: Flag = False
+    num_groups: Experts = 1
+    top_groups: Experts = 1
+    routed_scaling: float = Field(default=1.0, strict=True, ge=LEAST_SCALING, le=MOST_SCALING, allow_inf_nan=False)
+    activation: str = "swiglu"
+    quant: QuantKind = "fp8_block"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    shared_experts: Literal["none", "replicated", "tp"] = "none"
+    shared_intermediate: int = Field(default=0, strict=True, ge=0, le=WIDEST)
+
+    @field_validator("activation")
+    @classmethod
+    def _known_activation(cls, value: str) -> str:
+        if value not in ACTIVATIONS:
+            raise UnsupportedError(f"model.activation = {value!r}", ["no backend computes it"], ACTIVATIONS)
+        return value
+
+    @model_validator(mode="after")
+    def _rules(self) -> MoESpec:
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                "model.top_k", self.top_k, "must not exceed model.num_experts", f"1 to {self.num_experts}"
+            )
+        weights = self.num_experts * self.hidden * (self.w13_rows(self.intermediate) + self.intermediate)
+        if weights > MOST_WEIGHTS:
+            sizes = f"{self.num_experts} × {self.intermediate} × {self.hidden}"
+            rule = f"experts × intermediate × hidden make a layer of {weights:,} weights"
+            raise ConfigError("model", sizes, rule, f"at most {MOST_WEIGHTS:,}")
+        if self.quant != "none" and self.dtype != "bf16":
+            raise ConfigError("model.dtype", self.dtype, f"quant {self.quant} works on bf16 activations", ("bf16",))
+        if self.shared_experts != "none" and self.shared_intermediate < 1:
+            raise ConfigError(
+                "model.shared_intermediate", self.shared_intermediate,
+                f"shared_experts {self.shared_experts} needs the width of the shared expert", "1 and more",
+            )  # fmt: skip
+        if self.correction_bias and self.scoring != "sigmoid":
+            raise ConfigError("model.scoring", self.scoring, "a correction bias is defined for sigmoid", ("sigmoid",))
+        self._group_rules()
+        return self
+
+    def _group_rules(self) -> None:
+        if self.num_groups == 1:
+            if self.top_groups != 1:
+                raise ConfigError("model.top_groups", self.top_groups, "there is only one group", (1,))
+            return
+        if self.scoring != "sigmoid":
+            raise ConfigError("model.scoring", self.scoring, "grouped top-k is defined for sigmoid", ("sigmoid",))
+        divisors = [n for n in range(1, self.num_experts // 2 + 1) if self.num_experts % n == 0]
+        if self.num_groups not in divisors:
+            rule = f"must divide num_experts ({self.num_experts}) into groups of two experts or more"
+            raise ConfigError("model.num_groups", self.num_groups, rule, divisors)
+        group_size = self.num_experts // self.num_groups
+        fewest = cdiv(self.top_k, group_size)
+        if not fewest <= self.top_groups <= self.num_groups:
+            rule = f"top_k = {self.top_k} experts must fit in the chosen groups of {group_size}"
+            raise ConfigError("model.top_groups", self.top_groups, rule, f"{fewest} to {self.num_groups}")
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def quantized(self) -> bool:
+        return self.quant != "none"
+
+    @property
+    def quant_label(self) -> str:
+        """The format's name in tables and results: bf16, fp32 or the fp8 kind."""
+        return self.dtype if self.quant == "none" else self.quant
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @property
+    def granularity(self) -> int:
+        """TP slices of `intermediate` are whole multiples of this (the last one may end early)."""
+        return BLOCK if self.quant == "fp8_block" else PARTIAL_GRANULARITY
+
+    def w13_rows(self, width: int) -> int:
+        """Rows of the first weight for a slice of `width`: [gate; up] if gated."""
+        return 2 * width if self.gated else width
+
+    def shared_spec(self) -> MoESpec:
+        """The shared expert as a layer of one expert that every token picks with weight 1."""
+        return MoESpec(
+            name=f"{self.name}-shared", hidden=self.hidden, intermediate=self.shared_intermediate, num_experts=1,
+            top_k=1, activation=self.activation, quant=self.quant, dtype=self.dtype,
+        )  # fmt: skip
+
+
+class ParallelSpec(Section):
+    """The grid: `tp` slices of every expert times `ep` groups of experts, world = tp × ep.
+
+    `replicas` gives an expert extra homes: {expert: [ep group, ...]}, beside the group that owns it anyway.
+    """
+
+    section: ClassVar[str] = "parallel"
+
+    tp: Ranks = 1
+    ep: Ranks = 1
+    replicas: tuple[tuple[Index, tuple[Index, ...]], ...] = ()
+    allow_empty_shards: Flag = False
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        """A mapping as pairs; what is none of both is left to the type check."""
+        if not isinstance(value, dict):
+            return value
+        return tuple(
+            (expert, tuple(groups) if isinstance(groups, list) else groups) for expert, groups in value.items()
+        )
+
+    @field_validator("replicas")
+    @classmethod
+    def _in_order(cls, value: tuple[tuple[int, tuple[int, ...]], ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        return tuple(sorted(value))
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.ep
+
+    @property
+    def label(self) -> str:
+        """TP4, EP4, TP2xEP2 or, on one rank, single; with +n for n extra copies of experts."""
+        parts = [f"TP{self.tp}"] * (self.tp > 1) + [f"EP{self.ep}"] * (self.ep > 1)
+        copies = sum(len(groups) for _, groups in self.replicas)
+        return ("x".join(parts) or "single") + (f"+{copies}" if copies else "")
+
+
+class WorkloadSpec(Section):
+    """What enters the layer: `tokens` over the whole group, where they lie, and how the router spreads them. `trace` is
+    the SHA-256 of a recorded routing's file: a case fills it in, and ranks refuse a file of another content."""
+
+    section: ClassVar[str] = "workload"
+
+    tokens: int = Field(strict=True, ge=1, le=MOST_TOKENS)
+    token_layout: TokenLayout = "sharded"
+    skew: str = "uniform"
+    seed: Seed = 0
+    trace: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+
+def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_empty: bool) -> list[tuple[int, int]]:
+    """Cut `total` into `parts` runs of whole granules, the wider ones first; only the last granule may be partial.
+
+    768 over 4 with granularity 128 gives widths 256, 256, 128, 128. A run of width zero raises ConfigError unless
+    `allow_empty`.
+    """
+    granules = cdiv(total, granularity)
+    if parts > granules and not allow_empty:
+        rule = (
+            f"{total} has only {granules} slices of {granularity}, so a rank would hold nothing"
+            " (allow_empty_shards=true permits that)"
+        )
+        raise ConfigError(field, parts, rule, f"1 to {granules}")
+    counts = [granules // parts + (part < granules % parts) for part in range(parts)]
+    stops = [min(total, granularity * sum(counts[: part + 1])) for part in range(parts)]
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def split_bounds(total: int, parts: int) -> list[tuple[int, int]]:
+    """Cut `total` items into `parts` runs, ceil first, floor after: the split of experts and of token shards."""
+    stops = [total // parts * (part + 1) + min(part + 1, total % parts) for part in range(parts)]
+    return list(zip([0, *stops[:-1]], stops, strict=True))

@@ -1,0 +1,1 @@
+"""What is right: the layer computed plainly, and how far a result may be off."""

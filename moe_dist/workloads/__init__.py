@@ -1,0 +1,1 @@
+"""What a layer is given: random numbers, routings and weights."""
