@@ -8,7 +8,7 @@ import torch
 from moe_dist import kernels
 from moe_dist.backends import BACKENDS, Problem
 from moe_dist.exchange.all_to_all import lists
-from moe_dist.exchange.base import parts_of
+from moe_dist.exchange.rows import parts_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec

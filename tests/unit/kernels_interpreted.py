@@ -128,7 +128,7 @@ def test_send_lists():
 def test_packed_sends(kind):
     """Rows packed and unpacked are those that the lists name; padding has slot -1 and weight 0."""
     from moe_dist.exchange.all_to_all.list_kernels import packed_sends, unpack_rows
-    from moe_dist.exchange.base import parts_of
+    from moe_dist.exchange.rows import parts_of
 
     for tp, ep, replicas, tokens, bucket in ((1, 4, {}, 13, 16), (2, 2, {0: [1], 6: [0]}, 5, 5), (1, 2, {}, 0, 2)):
         spec = MoESpec(hidden=384, intermediate=512, num_experts=7, top_k=3)

@@ -126,4 +126,4 @@ def test_libraries_wait_until_they_are_chosen(module):
     assert {name for name in names if name.split(".")[0] in chosen_later} == set()
     for folder in ("backends", "exchange"):
         loaded = {name for name in names if name.startswith(f"moe_dist.{folder}.")}
-        assert loaded <= {f"moe_dist.{folder}.{shared}" for shared in ("base", "layout")}
+        assert loaded <= {f"moe_dist.{folder}.{shared}" for shared in ("base", "layout", "rows")}
