@@ -32,11 +32,12 @@ from moe_dist.commands.config import find_model
 from moe_dist.engine.plan import Part, Plan, make_plan
 from moe_dist.kernels import quantize_rows
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import BLOCK, ParallelSpec
-from moe_dist.model.weights import ExpertWeights, random_expert, shard_from
+from moe_dist.model.weights import ExpertWeights, shard_from
 from moe_dist.oracle.reference import relative_error
 from moe_dist.step import Step, Workspace
+from moe_dist.workloads.random_weights import random_expert
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 SHAPES = (("DeepSeek-V3", {"ep": 4}), ("DeepSeek-V3", {"tp": 4}), ("Qwen3-235B-A22B", {"tp": 4}))

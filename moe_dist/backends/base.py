@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
-from moe_dist.oracle.reference import Numerics
+from moe_dist.oracle.numerics import Numerics
 from moe_dist.registry import unknown
 from moe_dist.step import FORMS, NO_STAGES, Sink, Stages, Step, Support, TokenRows, Whole, workspace_of
 

@@ -22,7 +22,7 @@ from moe_dist.model.quantization import QuantizedRows
 from moe_dist.model.sizes import power_of_2
 from moe_dist.model.spec import BLOCK, MoESpec
 from moe_dist.model.weights import ExpertWeights
-from moe_dist.oracle.reference import Numerics
+from moe_dist.oracle.numerics import Numerics
 from moe_dist.step import Sink, Step, Support, TokenRows
 
 ACTIVATIONS = {"swiglu": "Swiglu", "relu2": "Relu2"}

@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.quantization import Activations, quantize_rows
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
-from moe_dist.oracle.reference import Numerics
+from moe_dist.oracle.numerics import Numerics
 from moe_dist.step import Sink, Step, Support, TokenRows, Whole, Workspace
 from moe_dist.tables import Shape, find_table, tuned_config
 

@@ -17,7 +17,6 @@ from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.engine.plan import Plan, make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import canonical_skew, check_skew_fits, trace_of
 from moe_dist.model.spec import (
     MOST_RANKS,
     MOST_TOKENS,
@@ -32,6 +31,7 @@ from moe_dist.model.spec import (
     WorkloadSpec,
 )
 from moe_dist.runtime.context import RaySpec
+from moe_dist.workloads.skews import canonical_skew, check_skew_fits, trace_of
 
 MOST_CASES = 10_000  # planning as many takes some seconds, measuring them a day
 MOST_LAYERS = 10_000

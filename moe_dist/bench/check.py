@@ -19,7 +19,8 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import ParallelSpec
 from moe_dist.model.weights import ExpertWeights
-from moe_dist.oracle.reference import Numerics, ScaledBy, oracle_partial
+from moe_dist.oracle.numerics import Numerics
+from moe_dist.oracle.reference import ScaledBy, oracle_partial
 from moe_dist.runtime.context import RankContext
 
 TINY = 1 / 16  # of the mean: what a smaller token is off by is measured against the mean

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from moe_dist.errors import ConfigError
-from moe_dist.model.routing import LEAST_WEIGHT, Routing, synthetic_routing
+from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, WorkloadSpec
+from moe_dist.workloads.skews import LEAST_WEIGHT, synthetic_routing
 
 
 def draws(spec: MoESpec, work: WorkloadSpec, layers: int) -> list[Routing]:

@@ -9,8 +9,9 @@ from moe_dist.bench.rounds import Turn
 from moe_dist.checkpoint import load_router, load_shard, load_shared_shard
 from moe_dist.engine.plan import Plan, shared_placement
 from moe_dist.engine.router import Router
-from moe_dist.model.weights import ExpertWeights, random_expert, shard_from, slice_width
+from moe_dist.model.weights import ExpertWeights, shard_from, slice_width
 from moe_dist.runtime.context import RankContext
+from moe_dist.workloads.random_weights import random_expert
 
 Weights = tuple[ExpertWeights, ExpertWeights | None, Router | None]
 

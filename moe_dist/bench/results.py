@@ -22,10 +22,10 @@ from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
 from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.model.placement import imbalance
-from moe_dist.model.routing import skew_label
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
-from moe_dist.oracle.reference import Numerics
+from moe_dist.oracle.numerics import Numerics
+from moe_dist.workloads.skews import skew_label
 
 Row = dict[str, Any]
 

@@ -26,11 +26,13 @@ from moe_dist.errors import ResourceError, UnsupportedError
 from moe_dist.kernels import quantize_rows
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
-from moe_dist.model.routing import Routing, synthetic_routing
-from moe_dist.model.weights import ExpertWeights, random_expert, shard_from
+from moe_dist.model.routing import Routing
+from moe_dist.model.weights import ExpertWeights, shard_from
 from moe_dist.oracle.reference import ScaledBy, oracle_partial, relative_error
 from moe_dist.step import Step, TokenRows, workspace_of
 from moe_dist.tables import Entry, TuningTable
+from moe_dist.workloads.random_weights import random_expert
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 Config = dict[str, Any]

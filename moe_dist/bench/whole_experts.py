@@ -20,9 +20,10 @@ from moe_dist.comm import Comm
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv
-from moe_dist.model.weights import ExpertWeights, activate, random_expert
+from moe_dist.model.weights import ExpertWeights, activate
 from moe_dist.oracle.reference import oracle_partial
 from moe_dist.runtime.context import RankContext
+from moe_dist.workloads.random_weights import random_expert
 from moe_dist.workloads.streams import Stream
 
 TOKENS = 4  # of the whole group; more where these leave out an expert that was not compared yet

@@ -21,7 +21,8 @@ from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import BLOCK, LEAST_SEED, MOST_SEED, MoESpec
-from moe_dist.model.weights import ExpertWeights, random_expert
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.workloads.random_weights import random_expert
 from moe_dist.workloads.streams import Stream
 
 FORM = 2  # raised when the same parameters give other content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.machine.surroundings import settled, unaffected
+from moe_dist.machine.surroundings import unaffected
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8, FP8_MAX, cast, expand_blocks, quantize_blocks, scale_of
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import BLOCK, MoESpec, QuantKind
-from moe_dist.workloads.streams import Stream
 
 # gate, up and down are multiplied with each other: with three such weights and usual tokens the result is near the end
 # of float32 and bf16. Trained ones are smaller by ten orders of magnitude.
 LARGEST_WEIGHT = 1e10
 LARGEST_SCALE = LARGEST_WEIGHT / FP8_MAX
-CALIBRATED = 1 << 14  # values that a static scale follows from, at the least
 PIECE = 32 << 20  # bytes
 MIXERS = (
     -0x61C8864680B583EB,
@@ -314,47 +312,6 @@ def shard_from(
         if seen:
             seen()
     return stack(parts) if parts else empty_like(slice_width(make_expert(0), start, stop))
-
-
-@unaffected
-def random_expert(
-    spec: MoESpec,
-    expert: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    up_scale: float = 0.25,
-    layer: int = 0,
-) -> ExpertWeights:
-    """One whole expert, dense Gaussian, drawn from (seed, layer, expert) alone: the same for every placement. The
-    shared expert of a layer goes by the number behind the last routed one.
-
-    `up` is made `up_scale` times the size of `gate`, so that swapped halves can't go unseen. Numbers drawn on a GPU
-    differ from those drawn on a CPU. Static scales are calibrated on 64 Gaussian rows, or more where an expert is
-    narrow and rows hold few values, with a margin of 2.5: outliers must not saturate, and a floating-point format loses
-    next to nothing by it.
-    """
-    H, I = spec.hidden, spec.intermediate
-    stream = Stream("expert weights", seed, layer, expert, device=device)
-    w13 = stream.normal(1, spec.w13_rows(I), H) / H**0.5
-    if spec.gated:
-        w13[:, I:] *= up_scale
-    weights = quantize_weights(w13, stream.normal(1, H, I) / I**0.5, spec)
-    if spec.quant != "fp8_tensor_static":
-        return weights
-    rows = Stream("calibration rows", seed, layer, expert, device=device).normal(max(64, CALIBRATED // I), H)
-    with settled(rows.device):
-        amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
-    a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)
-    return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
-
-
-@unaffected
-def random_weights(
-    spec: MoESpec, seed: int, device: torch.device | str = "cpu", experts: Iterable[int] | None = None
-) -> ExpertWeights:
-    """A whole layer of random experts (or those of `experts`)."""
-    chosen = range(spec.num_experts) if experts is None else experts
-    return stack([random_expert(spec, expert, seed, device) for expert in chosen])
 
 
 def activate(gate_up_RF: Tensor, activation: str) -> Tensor:

@@ -7,7 +7,6 @@ lets every rank compute its own and add them up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,42 +17,11 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
+from moe_dist.oracle.numerics import Numerics
 
 # Which rows a dynamic per-tensor scale is made from: all of its run of tokens, those that go to some expert, or those
 # that the rank at hand computes itself.
 ScaledBy = Literal["all", "routed", "computed"]
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """Where a backend rounds, beyond the FP8 quantization that the spec prescribes. The oracle follows."""
-
-    bf16_gemm1: bool = False  # GEMM1's output is rounded to bf16 before the activation
-    bf16_activation: bool = False  # the activation's output is rounded to bf16 before it is quantized
-    # Codes are x · (1 / amax · 448) instead of x / (amax / 448). bf16 values lie on ties of E4M3 so often that the last
-    # bit of the scale decides some 0.1 % of the codes, and each is worth up to 6 % of its value. A kernel's
-    # approximate division differs in that bit.
-    reciprocal: bool = False
-    # FP8 products are summed in the tensor cores' own accumulators without being moved to float32 every 128 columns:
-    # 0.1 to 0.2 % of error that no formula follows (seen on an H200), which moves GEMM2's input across E4M3 steps.
-    fast_accumulation: bool = False
-    # All of GEMM2's input has one scale, from the largest of values that were rounded to bf16. Another order of
-    # summing can round that one the other way, and a bf16 step of the scale moves codes everywhere: worth 1 to 3 %
-    # (tests/unit/test_reference.py).
-    bf16_maximum: bool = False
-
-    @property
-    def tolerance(self) -> float:
-        """Relative L2 error allowed against the oracle."""
-        if self.bf16_maximum:
-            return 3e-2
-        return 2.5e-2 if self.fast_accumulation or self.reciprocal else 1e-2
-
-    @property
-    def token_tolerance(self) -> float:
-        """The same of a single token, the worst of many: a lost or swapped pair is worth more. Measured on H200s: up to
-        0.03 at the strict tolerance, up to 0.04 at the wider ones."""
-        return 0.1 if self.tolerance <= 1e-2 else 0.15
 
 
 @unaffected

@@ -22,11 +22,14 @@ from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all import AllToAll
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import ExpertWeights, random_expert, shard, slice_width, stack
-from moe_dist.oracle.reference import Numerics, ScaledBy, oracle_layer
+from moe_dist.model.weights import ExpertWeights, shard, slice_width, stack
+from moe_dist.oracle.numerics import Numerics
+from moe_dist.oracle.reference import ScaledBy, oracle_layer
 from moe_dist.step import workspace_of
+from moe_dist.workloads.random_weights import random_expert
+from moe_dist.workloads.skews import synthetic_routing
 
 CPU = Machine.detect("cpu")
 EXACT_BOUNDS = {"bf16": 5e-3, "fp32": 1e-5, "fp8_block": 5e-2, "fp8_channel": 5e-2}  # design: numbers

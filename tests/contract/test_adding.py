@@ -16,11 +16,12 @@ from moe_dist.exchange.replicated import AllReduce
 from moe_dist.exchange.rows import room_for, sorting_specs
 from moe_dist.kernels import slots_on, sorted_by_expert
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
-from moe_dist.model.weights import activate, random_expert, random_weights, shard, slice_width
+from moe_dist.model.weights import activate, shard, slice_width
 from moe_dist.oracle.reference import relative_error
 from moe_dist.step import ExpertRows, Sink, Support, TokenRows, Whole, workspace_of
+from moe_dist.workloads.random_weights import random_expert, random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 SPEC = MoESpec(hidden=256, intermediate=256, num_experts=6, top_k=2)
 CPU = Machine("cpu", 1, "test")

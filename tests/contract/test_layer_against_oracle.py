@@ -35,11 +35,12 @@ from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO
 from moe_dist.model.placement import Placement
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_expert, random_weights, shard_from
+from moe_dist.model.weights import shard_from
 from moe_dist.oracle.reference import oracle_partial, relative_error
 from moe_dist.step import FORMS
+from moe_dist.workloads.random_weights import random_expert, random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 FORMATS = [("none", "bf16"), ("none", "fp32")]

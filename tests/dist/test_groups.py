@@ -25,10 +25,12 @@ from moe_dist.model.placement import Placement
 from moe_dist.machine.machine import Machine
 from moe_dist.engine.plan import make_plan
 from moe_dist.oracle.reference import oracle_layer, relative_error
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.workloads.streams import Stream
-from moe_dist.model.weights import random_weights, shard
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.model.weights import shard
 
 WORLD = 4
 SPEC = MoESpec(hidden=128, intermediate=128, num_experts=8, top_k=2)

@@ -15,6 +15,7 @@ from checkpoints import fused as fused_form
 from dist.pool import Pool
 
 from moe_dist.model import weights
+from moe_dist.workloads import random_weights
 from moe_dist.bench.case import Case, SourceSpec
 from moe_dist.bench.measure import measure, merge
 from moe_dist.bench.rounds import Turn
@@ -24,7 +25,8 @@ from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.runtime.context import RankContext
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 
@@ -102,7 +104,7 @@ def one_column_off() -> tuple[object, str, Any]:
 
 
 def another_seed() -> tuple[object, str, Any]:
-    expert = weights.random_expert
+    expert = random_weights.random_expert
 
     def drawn(spec: MoESpec, number: int, seed: int, *arguments: Any, **options: Any) -> weights.ExpertWeights:
         return expert(spec, number, seed + (number == SPEC.num_experts), *arguments, **options)
@@ -247,7 +249,7 @@ def test_a_weight_that_is_a_trifle_does_not_count() -> None:
 def zero_weights(comm: Comm, chosen: Case, spoilt: int | None) -> Any:
     """Expert 3 is in use with the weight 0 only; `spoilt`: its rank has another one in its place."""
     context = RankContext(comm, "torchrun")
-    make = weights.random_expert
+    make = random_weights.random_expert
 
     def drawn(spec: MoESpec, number: int, *arguments: Any, **options: Any) -> weights.ExpertWeights:
         return make(spec, 5 if number == spoilt else number, *arguments, **options)

@@ -12,8 +12,8 @@ from moe_dist.exchange.rows import parts_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_weights
 from moe_dist.step import TokenRows, fresh
+from moe_dist.workloads.random_weights import random_weights
 
 CAPABILITY = (9, 0)
 

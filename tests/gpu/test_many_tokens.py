@@ -8,9 +8,9 @@ import torch
 from moe_dist import kernels
 from moe_dist.kernels.triton.fused_moe import Config, fused_moe
 from moe_dist.model.placement import Placement
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_weights
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 TOKENS = 65_600

@@ -20,10 +20,12 @@ from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
 from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.model.weights import random_weights, shard
+from moe_dist.model.weights import shard
 from moe_dist.oracle.reference import relative_error
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]

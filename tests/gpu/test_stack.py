@@ -20,11 +20,13 @@ from moe_dist.engine.plan import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.engine.stack import MoEStack
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.model.weights import random_expert, shard_from
+from moe_dist.model.weights import shard_from
 from moe_dist.oracle.reference import relative_error
 from moe_dist.step import workspace_of
+from moe_dist.workloads.random_weights import random_expert
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]

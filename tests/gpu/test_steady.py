@@ -10,9 +10,10 @@ from moe_dist.backends import BACKENDS
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import make_plan
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_expert, shard_from
+from moe_dist.model.weights import shard_from
+from moe_dist.workloads.random_weights import random_expert
+from moe_dist.workloads.skews import synthetic_routing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -14,11 +14,12 @@ from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import make_plan
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_expert, random_weights, shard_from
+from moe_dist.model.weights import shard_from
 from moe_dist.oracle.reference import relative_error
 from moe_dist.step import Step, TokenRows, workspace_of
+from moe_dist.workloads.random_weights import random_expert, random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

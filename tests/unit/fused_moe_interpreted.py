@@ -31,10 +31,11 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8, FP8_MAX, TINY, QuantizedRows, quantize_rows, scale_of
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import ExpertWeights, random_expert, shard, stack
+from moe_dist.model.weights import ExpertWeights, shard, stack
 from moe_dist.oracle.reference import oracle_partial, relative_error
 from moe_dist.step import Step, TokenRows, Workspace
 from moe_dist.step import fresh as fresh_tensors
+from moe_dist.workloads.random_weights import random_expert
 
 FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
 KINDS = ("none", *FP8_KINDS)

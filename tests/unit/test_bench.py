@@ -32,11 +32,12 @@ from moe_dist.bench.table import family, groups, last_line, refused_table, table
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.model.weights import random_weights
-from moe_dist.oracle.reference import Numerics, oracle_layer, relative_error
+from moe_dist.oracle.numerics import Numerics
+from moe_dist.oracle.reference import oracle_layer, relative_error
 from moe_dist.step.stages import Stages, totals_us
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 CPU = Machine("cpu", 1, "a test's CPU")

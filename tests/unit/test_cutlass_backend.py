@@ -304,8 +304,9 @@ def test_the_forward_needs_no_library_for_an_empty_shard_s_rows(monkeypatch):
     """Zero rows come out as zero rows, whatever is built."""
     backend = CutlassFused(problem())
     monkeypatch.setattr(library, "load", lambda: None)
-    from moe_dist.model.weights import empty_like, random_weights
+    from moe_dist.model.weights import empty_like
     from moe_dist.step.rows import TokenRows
+    from moe_dist.workloads.random_weights import random_weights
 
     backend.prepare(empty_like(random_weights(problem().spec, 0)))
     rows = TokenRows(torch.zeros(3, 256).bfloat16(), torch.full((3, 2), -1, dtype=torch.int32), torch.zeros(3, 2))
@@ -314,7 +315,7 @@ def test_the_forward_needs_no_library_for_an_empty_shard_s_rows(monkeypatch):
 
 def test_weights_that_are_not_contiguous_are_refused_by_name():
     from moe_dist.kernels.cutlass.fused_moe import Matrices
-    from moe_dist.model.weights import random_weights
+    from moe_dist.workloads.random_weights import random_weights
 
     weights = random_weights(problem().spec, 0)
     turned = weights.with_tensors(s2=weights.s2.transpose(1, 2).contiguous().transpose(1, 2))

@@ -17,9 +17,10 @@ from moe_dist.errors import UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.quantization import FP8_MAX, cast
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import activate, random_weights
+from moe_dist.model.weights import activate
 from moe_dist.oracle.reference import relative_error
 from moe_dist.step.rows import Support
+from moe_dist.workloads.random_weights import random_weights
 
 
 @pytest.mark.parametrize(

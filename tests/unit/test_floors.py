@@ -14,10 +14,10 @@ import moe_dist
 
 ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
-    ("errors", "exits", "messages", "files", "registry", "machine", "workloads"),
+    ("errors", "exits", "messages", "files", "registry", "machine"),
     ("model",),
-    ("oracle", "checkpoint", "tables", "step"),
-    ("comm", "kernels"),
+    ("workloads", "oracle", "tables", "step"),
+    ("checkpoint", "comm", "kernels"),
     ("exchange", "backends"),
     ("engine",),
     ("runtime",),

@@ -17,8 +17,9 @@ from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing, route
 from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.model.weights import ExpertWeights, activate, random_expert, random_weights
+from moe_dist.model.weights import ExpertWeights, activate
 from moe_dist.oracle.reference import relative_error
+from moe_dist.workloads.random_weights import random_expert, random_weights
 from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(hidden=128, intermediate=256, num_experts=8, top_k=2)

@@ -16,7 +16,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import activate, random_weights
+from moe_dist.model.weights import activate
+from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.streams import Stream
 
 E, K, H = 5, 3, 128

@@ -15,7 +15,8 @@ from moe_dist.bench import tune
 from moe_dist.engine.plan import make_plan
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_weights, shard
+from moe_dist.model.weights import shard
+from moe_dist.workloads.random_weights import random_weights
 
 SPEC = MoESpec(hidden=128, intermediate=256, num_experts=4, top_k=2)
 

@@ -11,8 +11,9 @@ from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.model.weights import random_weights, shard
+from moe_dist.model.weights import shard
 from moe_dist.step import Support, bytes_of
+from moe_dist.workloads.random_weights import random_weights
 
 CPU = Machine("cpu", 1, "a test's CPU")
 

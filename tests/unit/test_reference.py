@@ -9,10 +9,13 @@ import torch
 
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import dequantize_rows, quantize_rows
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
 from moe_dist.model.spec import ACTIVATIONS, QUANT_KINDS, MoESpec, ParallelSpec, split_bounds
-from moe_dist.model.weights import activate, random_weights, shard
-from moe_dist.oracle.reference import Numerics, oracle_layer, oracle_partial, relative_error
+from moe_dist.model.weights import activate, shard
+from moe_dist.oracle.numerics import Numerics
+from moe_dist.oracle.reference import oracle_layer, oracle_partial, relative_error
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 FP8_KINDS = QUANT_KINDS[1:]
 GRIDS = [

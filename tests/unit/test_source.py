@@ -19,7 +19,8 @@ from moe_dist.commands.cli import main
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
-from moe_dist.model.weights import ExpertWeights, random_expert, random_weights
+from moe_dist.model.weights import ExpertWeights
+from moe_dist.workloads.random_weights import random_expert, random_weights
 
 CPU = Machine("cpu", 1, "a test's CPU")
 ROOT = Path(__file__).parents[2]

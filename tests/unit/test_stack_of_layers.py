@@ -17,10 +17,11 @@ from moe_dist.engine.router import Router
 from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import Routing, synthetic_routing
+from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_expert, random_weights
 from moe_dist.step import Stages, Support, workspace_of
+from moe_dist.workloads.random_weights import random_expert, random_weights
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(name="small", hidden=128, intermediate=128, num_experts=8, top_k=2)

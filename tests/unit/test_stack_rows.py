@@ -21,10 +21,10 @@ from moe_dist.bench.table import groups, last_line, tables, verdict
 from moe_dist.comm import Comm
 from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError, ResourceError
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, WorkloadSpec
-from moe_dist.model.weights import random_weights
 from moe_dist.runtime.context import RankContext
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 ALONE: dict[str, Any] = {"parallel": {}, "exchange": "local", "workload": {"tokens": 5}, "iters": 2, "warmup": 0}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_dist.model.spec import MoESpec
-from moe_dist.model.weights import random_expert
+from moe_dist.workloads.random_weights import random_expert
 from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(hidden=256, intermediate=128, num_experts=4, top_k=2, quant="none", dtype="fp32")

@@ -21,10 +21,11 @@ from moe_dist.kernels.triton.fused_moe import Config
 from moe_dist.messages.notices import MoeDistWarning, collecting
 from moe_dist.model.quantization import quantize_rows
 from moe_dist.model.spec import QUANT_KINDS, MoESpec
-from moe_dist.model.weights import empty_like, random_weights, slice_width
+from moe_dist.model.weights import empty_like, slice_width
 from moe_dist.step.rows import TokenRows
 from moe_dist.step.stages import Stages
 from moe_dist.tables import Entry, Shape, TuningTable, find_table, read_table, user_folder
+from moe_dist.workloads.random_weights import random_weights
 
 FP8_KINDS = QUANT_KINDS[1:]
 SHARED_MEMORY = 227 * 1024  # bytes that one program can have on SM90

@@ -11,17 +11,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.model import weights
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.model.weights import (
-    activate,
-    empty_like,
-    quantize_weights,
-    random_expert,
-    random_weights,
-    shard,
-    shard_from,
-    slice_width,
-    stack,
-)
+from moe_dist.model.weights import activate, empty_like, quantize_weights, shard, shard_from, slice_width, stack
+from moe_dist.workloads.random_weights import random_expert, random_weights
 
 STATIC = "fp8_tensor_static"
 

@@ -11,11 +11,11 @@ from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import make_plan
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.model.weights import random_weights
 from moe_dist.step import Workspace, workspace, workspace_of
 from moe_dist.step.workspace import ALIGNMENT, GRAIN, MOST_VIEWS
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 CPU = torch.device("cpu")
 WANTED = [((3, 5), torch.float32), ((7,), torch.int32), ((2, 0, 4), torch.bfloat16), ((11, 128), torch.float8_e4m3fn)]

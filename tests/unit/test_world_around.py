@@ -17,9 +17,9 @@ from moe_dist.engine.plan import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
-from moe_dist.model.routing import synthetic_routing
 from moe_dist.model.spec import QUANT_KINDS, MoESpec, ParallelSpec
-from moe_dist.model.weights import random_expert, random_weights
+from moe_dist.workloads.random_weights import random_expert, random_weights
+from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
 SIZES = {"hidden": 128, "intermediate": 256, "num_experts": 16, "top_k": 4, "scoring": "sigmoid"}
