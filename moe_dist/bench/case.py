@@ -92,6 +92,7 @@ class Case(Section):
     layers: Layers = 1
     depth: int = Field(default=0, strict=True, ge=0, lt=LARGEST_STACK)
     payload: str = "auto"
+    form: str = "auto"
     combine_dtype: str | None = None
     graph: Flag = False
     iters: Iterations = 20
@@ -120,6 +121,7 @@ class Case(Section):
             backend=self.backend,
             token_layout=self.workload.token_layout,
             payload=self.payload,
+            form=self.form,
             combine_dtype=self.combine_dtype,
             graph=self.graph,
             machine=machine,
@@ -160,6 +162,7 @@ class Experiment(Section):
     skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
     layers: Layers = 1
     payload: str = "auto"
+    form: str = "auto"
     combine_dtype: str | None = None
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] | None = None  # None: both on CUDA, eager on a CPU
     seed: Seed = 0
@@ -252,6 +255,7 @@ class Experiment(Section):
                     ),
                     layers=self.layers,
                     payload=self.payload,
+                    form=self.form,
                     combine_dtype=self.combine_dtype,
                     graph=mode == "graph",
                     iters=self.iters,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from dist.pool import fresh_processes
 
-from moe_dist import comm as comm_module
+from moe_dist.comm import group as comm_module
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.engine.layer import MoELayer

@@ -33,7 +33,7 @@ def alone(tokens: int = 20, **changes):
 def row_of(chosen, of: int = 1):
     context = RankContext(Comm.single(), "test")
     for number in range(of):
-        result = measure(context, chosen, Turn(number, of, 0))
+        result = measure(context, chosen, chosen.plan(CPU), Turn(number, of, 0))
     return make_row(chosen, chosen.plan(CPU), merge([result]), "test")
 
 
@@ -138,7 +138,7 @@ class TestStepsThatDoNotCompute:
                 return self.y
 
         context = RankContext(Comm.single(), "test")
-        measure(context, alone(), Turn(0, 2, 0))
+        measure(context, alone(), alone().plan(CPU), Turn(0, 2, 0))
         (step,) = context.memo["kept"].steps.values()
         y = step.call()
         assert max(again_errors(step, sketch(y))) < 1e-2

@@ -9,11 +9,11 @@ import psutil
 import pynvml
 import pytest
 
-from moe_dist import machine
 from moe_dist.commands import doctor
 from moe_dist.commands.cli_print import print_doctor
 from moe_dist.commands.terminal import Terminal
 from moe_dist.errors import ConfigError
+from moe_dist.machine import machine
 from moe_dist.machine.machine import Driver, Gpu, Machine, available_memory, container_memory, cpu_name, nvidia_driver
 
 
