@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_dist.bench.prepared import Prepared
 from moe_dist.bench.sketch import sketch, sketch_error
-from moe_dist.bench.step import Step
 from moe_dist.model.routing import Routing
 
 CHANGED = 1e-2  # of a token: what an input of twice the size must change its output by at the least
 
 
-def again_errors(step: Step, first: Tensor) -> tuple[float, float]:
+def again_errors(step: Prepared, first: Tensor) -> tuple[float, float]:
     """What the worst token's output on changed inputs differs by from what `first`, the sketch of the step's first
     output, lets expect; and the output on the step's own inputs after that from the first. The same on every rank;
     collective.
@@ -37,5 +37,5 @@ def again_errors(step: Step, first: Tensor) -> tuple[float, float]:
     return err_again, sketch_error(comm, _sketched(step, x_TH, routings), first)
 
 
-def _sketched(step: Step, x_TH: Tensor, routings: list[Routing]) -> Tensor:
+def _sketched(step: Prepared, x_TH: Tensor, routings: list[Routing]) -> Tensor:
     return sketch(step.added(step.on(x_TH, routings), x_TH))

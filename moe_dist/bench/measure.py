@@ -15,10 +15,10 @@ from moe_dist.bench.clock import time_steps
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.inputs import Inputs, make_inputs
 from moe_dist.bench.loading import weights_of
+from moe_dist.bench.prepared import Kept, Prepared, prepare
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
-from moe_dist.bench.step import Kept, Step, make_step
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import MoeDistError
@@ -44,7 +44,7 @@ class Ran:
     splits: str | None
 
     @classmethod
-    def by(cls, step: Step) -> Ran:
+    def by(cls, step: Prepared) -> Ran:
         layer, captured = step.layers[0], step.graph is not None
         plan, choice = layer.plan, layer.plan.choice(step.bucket)
         splits = layer.exchange.splits(step.bucket, captured=captured)
@@ -98,7 +98,7 @@ def measure(context: RankContext, case: Case, plan: Plan, turn: Turn = ALONE) ->
     return replace(result, notices=tuple(said))
 
 
-def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: Kept, key: str) -> Step:
+def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: Kept, key: str) -> Prepared:
     """Everything about a case but its times, once."""
     comm, weights = context.comm, weights_of(context, case, plan, turn)
     inputs = _inputs(context, case, plan, turn)
@@ -132,7 +132,7 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
     return step
 
 
-def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept, key: str) -> None:
+def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: Kept, key: str) -> None:
     """A round's iterations, and whether the last of them gave what the step gave first."""
     iters = turn.iters(case.iters)
     if not iters:
@@ -157,7 +157,7 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Step, kept: Kept,
     )
 
 
-def _again(context: RankContext, case: Case, step: Step, kept: Kept, key: str) -> None:
+def _again(context: RankContext, case: Case, step: Prepared, kept: Kept, key: str) -> None:
     """Whether the step that was timed computes: on changed inputs, and then on its own once more."""
     context.progress(f"{case.label}: on changed inputs")
     err_again, err_repeat = again_errors(step, kept.first[key])
@@ -175,12 +175,12 @@ def _inputs(context: RankContext, case: Case, plan: Plan, turn: Turn) -> list[In
     return make_inputs(case, plan, context.comm, [router for _, _, router in weights])
 
 
-def _step(context: RankContext, case: Case, plan: Plan, turn: Turn, inputs: list[Inputs]) -> Step:
+def _step(context: RankContext, case: Case, plan: Plan, turn: Turn, inputs: list[Inputs]) -> Prepared:
     weights = weights_of(context, case, plan, turn)
     layers = [MoELayer(plan, shard, context.comm, shared=shared) for shard, shared, _ in weights]
     bucket = max(stop - start for start, stop in inputs[0].bounds)
     x_TH, routings = inputs[0].mine()[0], [each.mine()[1] for each in inputs]
-    return make_step(context, case, layers, [shard for shard, _, _ in weights], x_TH, routings, bucket)
+    return prepare(context, case, layers, [shard for shard, _, _ in weights], x_TH, routings, bucket)
 
 
 def _work(plan: Plan, rank: int, inputs: Inputs, groups_TK: Tensor) -> tuple[int, int]:

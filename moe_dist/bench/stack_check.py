@@ -12,14 +12,14 @@ from moe_dist.bench.check import Errors, errors_of, group_error, worst_token
 from moe_dist.bench.gathered import joined
 from moe_dist.bench.inputs import Inputs
 from moe_dist.bench.loading import Weights
-from moe_dist.bench.step import Step
+from moe_dist.bench.prepared import Prepared
 from moe_dist.runtime.context import RankContext
 
 
 def step_errors(
     context: RankContext,
     case: Case,
-    step: Step,
+    step: Prepared,
     inputs: Sequence[Inputs],
     weights: Sequence[Weights],
     groups: Sequence[Tensor],

@@ -12,7 +12,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import loading
 from moe_dist.bench import measure as measuring
-from moe_dist.bench import step as steps
+from moe_dist.bench import prepared as steps
 from moe_dist.bench.measure import measure
 from moe_dist.bench.results import Outcome
 from moe_dist.bench.rounds import ROUNDS, Turn, batches, group_bytes, schedule, turns

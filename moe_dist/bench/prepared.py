@@ -27,7 +27,7 @@ SPARE = 0.25  # of a GPU's memory: with less left, steps are made anew
 
 
 @dataclass
-class Step:
+class Prepared:
     """One step on fixed inputs, of one layer or of a stack: `call` runs it eagerly or replays `graph`. Each layer has
     its shard and its routing."""
 
@@ -111,7 +111,7 @@ def routed(module: MoELayer | MoEStack, routings: Sequence[Routing]) -> Routings
     return routings if isinstance(module, MoEStack) else routings[0]
 
 
-def make_step(
+def prepare(
     context: RankContext,
     case: Case,
     layers: Sequence[MoELayer],
@@ -119,7 +119,7 @@ def make_step(
     x: Tensor,
     routings: list[Routing],
     bucket: int,
-) -> Step:
+) -> Prepared:
     """Collective, compiles what is compiled at first use."""
     context.progress(f"{case.label}: warming up")
     module = MoEStack(layers) if len(layers) > 1 else layers[0]
@@ -127,10 +127,10 @@ def make_step(
     parts = layers, shards, x, routings, bucket, module
     if not layers[0].plan.graph:
         module.warm_up(x, given, bucket)  # type: ignore[arg-type]
-        return Step(*parts, lambda: module(x, given, max_tokens_per_rank=bucket), None)
+        return Prepared(*parts, lambda: module(x, given, max_tokens_per_rank=bucket), None)
     context.progress(f"{case.label}: capturing")
     graph = StepGraph(module, bucket, x, given)
-    return Step(*parts, lambda: graph.replay()[: len(x)], graph)
+    return Prepared(*parts, lambda: graph.replay()[: len(x)], graph)
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Kept:
     was measured so far."""
 
     batch: int | None
-    steps: dict[str, Step] = field(default_factory=dict)
+    steps: dict[str, Prepared] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ class Kept:
             kept = context.memo["kept"] = Kept(batch)
         return kept
 
-    def step(self, context: RankContext, key: str, make: Callable[[], Step]) -> Step:
+    def step(self, context: RankContext, key: str, make: Callable[[], Prepared]) -> Prepared:
         """The one that is kept, or a new one if that is missing or stale on any rank: making one is collective."""
         step = self.steps.get(key)
         anew = context.comm.agree_max(int(step is None or step.stale))
@@ -166,7 +166,7 @@ class Kept:
             self.keep(key, step)
         return step
 
-    def keep(self, key: str, step: Step) -> None:
+    def keep(self, key: str, step: Prepared) -> None:
         """As long as there is room."""
         if _room(step.shards):
             self.steps[key] = step
