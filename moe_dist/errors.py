@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from moe_dist.messages.printable import printable
+
 LONGEST_VALUE = 300  # characters of a wrong value that a message repeats
 
 
@@ -27,7 +29,7 @@ class ConfigError(MoeDistError):
 
     def __init__(self, field: str, value: object, rule: str, legal: object = None) -> None:
         self.field, self.value, self.rule, self.legal = field, value, rule, legal
-        text = f"{field} = {shown(value)}: {rule}"
+        text = f"{printable(field)} = {shown(value)}: {rule}"  # a field's name may come from a file
         if legal is not None:
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
@@ -49,7 +51,7 @@ class CheckpointError(MoeDistError):
 
     def __init__(self, path: object, problem: str) -> None:
         self.path, self.problem = str(path), problem
-        super().__init__(f"checkpoint {path}: {problem}")
+        super().__init__(f"checkpoint {printable(path)}: {problem}")
 
 
 class ResourceError(MoeDistError):

@@ -227,3 +227,9 @@ def test_a_third_party_s_own_failure_is_its_answer(monkeypatch, capsys):
     assert "theirs fails when asked" in capsys.readouterr().out
     assert examine()["backends"]["careless"] == {"ok": False, "reason": "RuntimeError: theirs fails when asked"}
     assert cli.main(["plan", "--backend", "careless"]) == cli.BAD_INPUT
+
+
+def test_a_field_s_name_is_one_line_too():
+    error = errors.ConfigError("ray.\n\x1b[2J", None, "unknown key")
+    assert str(error) == "ray.\\n\\x1b[2J = None: unknown key"
+    assert str(errors.CheckpointError("a\nb", "is gone")) == "checkpoint a\\nb: is gone"

@@ -86,7 +86,8 @@ def test_a_layer_refuses_or_computes_right(given_inputs):
             LAYER(x, routing, max_tokens_per_rank=bucket)
         return
     y, right = LAYER(x, routing, max_tokens_per_rank=bucket), expected(x, routing)
-    finite = right.isfinite().all(1) & (right.abs() < 1e30).all(1)
+    # Where a product leaves float32, a weight of 0 makes NaN of it; other tokens must not notice.
+    finite = right.isfinite().all(1) & (right.abs() < 1e30).all(1) & (x.abs() < 1e15).all(1)
     assert torch.allclose(y[finite].double(), right[finite], rtol=1e-4, atol=1e-4)
     spoilt = right.isnan().any(1)  # what is not a number comes out as none
     assert not bool(y[spoilt].isfinite().all(1).any())
