@@ -1,5 +1,6 @@
 """The process group: every collective goes through `Comm`."""
 
-from moe_dist.comm.group import Comm, copied
+from moe_dist.comm.group import Comm
+from moe_dist.comm.wires import copied
 
 __all__ = ["Comm", "copied"]

@@ -3,7 +3,6 @@ fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
@@ -17,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
+from moe_dist.comm.others import backends_of, device_of, rank_in, real_group, timeout_of, with_index
+from moe_dist.comm.user import user_of
+from moe_dist.comm.wires import copied, plain, row_bytes_of, wire
 from moe_dist.errors import ConfigError, RankFailure
-from moe_dist.model.quantization import FP8
 from moe_dist.model.sizes import row_bytes
 
 R = TypeVar("R")
 
-SETTLED_AFTER_S = 5.0  # a second thread that comes later can't have been taken for the first one on another rank
 LEAST_TIMEOUT_S = 0.001  # process groups count whole milliseconds, and take none as no limit
 LONGEST_TIMEOUT_S = 1e9  # thirty years: a deadline in nanoseconds still fits into 64 bits
 
@@ -53,8 +53,8 @@ class Comm:
         """`owned`: the groups that `leave` destroys, None being the default one."""
         self.rank, self.world, self.device = rank, world, device
         self._group, self._cpu_group, self._timeout_s, self._owned = group, cpu_group, timeout_s, list(owned)
-        self._user = _user_of(group, world)
-        self._real = weakref.ref(_real(group)) if world > 1 and dist.is_initialized() else None
+        self._user = user_of(group, world)
+        self._real = weakref.ref(real_group(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
         self.bytes_sent = 0
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
@@ -62,7 +62,7 @@ class Comm:
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Comm:
         """One rank alone: no process group is needed."""
-        return cls(0, 1, _with_index(device))
+        return cls(0, 1, with_index(device))
 
     @classmethod
     def join(cls, rank: int, world: int, store: Store | None, device: torch.device, timeout_s: float) -> Comm:
@@ -101,13 +101,13 @@ class Comm:
         """
         if not dist.is_initialized():
             raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
-        rank = _rank_in(group)
-        device, backends = _device(device), _backends(group)
+        rank = rank_in(group)
+        device, backends = device_of(device), backends_of(group)
         if device.type not in backends:
             raise ConfigError("device", str(device), "the process group has no backend for it", tuple(backends))
-        device = _with_index(device)
+        device = with_index(device)
         if timeout_s is None:
-            timeout_s = _timeout_of(group, device)
+            timeout_s = timeout_of(group, device)
         elif type(timeout_s) not in (int, float) or not LEAST_TIMEOUT_S <= timeout_s <= LONGEST_TIMEOUT_S:
             legal = f"seconds, {LEAST_TIMEOUT_S} to {LONGEST_TIMEOUT_S:.0f}"
             raise ConfigError("timeout_s", timeout_s, "bounds every collective", legal)
@@ -196,7 +196,7 @@ class Comm:
             return list(parts)
         wires = self._wires(parts)
         if into is not None and len(wires) == len(parts):
-            outs, into = [_wire(target) for target in into], None
+            outs, into = [wire(target) for target in into], None
         else:
             outs = [wire.new_empty(self.world * wire.shape[0], *wire.shape[1:]) for wire in wires]
 
@@ -212,8 +212,8 @@ class Comm:
     def _wires(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The tensors that cross for these. On gloo, where each collective costs milliseconds, one of packed bytes."""
         if self.device.type == "cuda" or len(parts) == 1:
-            return [_wire(part) for part in parts]
-        return [torch.cat([_bytes(part) for part in parts], 1)]
+            return [wire(part) for part in parts]
+        return [torch.cat([row_bytes_of(part) for part in parts], 1)]
 
     def _unwired(self, outs: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         """What came across for `parts`, in their dtypes and shapes but for the number of rows."""
@@ -221,7 +221,7 @@ class Comm:
             return [out.view(part.dtype) for out, part in zip(outs, parts, strict=True)]
         pieces = torch.split(outs[0], [row_bytes(part) for part in parts], 1)
         return [
-            _plain(piece).view(part.dtype).view(len(piece), *part.shape[1:])
+            plain(piece).view(part.dtype).view(len(piece), *part.shape[1:])
             for piece, part in zip(pieces, parts, strict=True)
         ]
 
@@ -282,7 +282,7 @@ class Comm:
             return copied(parts, into)
         wires = self._wires(parts)
         if into is not None and len(wires) == len(parts):
-            outs, into = [_wire(target) for target in into], None
+            outs, into = [wire(target) for target in into], None
         else:
             outs = [wire.new_empty(sum(receive), *wire.shape[1:]) for wire in wires]
 
@@ -356,7 +356,7 @@ class Comm:
         """The default group is whichever there is now: in another one ranks may have other numbers."""
         if self._real is not None:
             with suppress(ValueError):  # of torch, for a group that was destroyed
-                if self._real() is _real(self._group) and dist.get_rank(self._group) == self.rank:
+                if self._real() is real_group(self._group) and dist.get_rank(self._group) == self.rank:
                     return
             raise RuntimeError(
                 "the process group of this Comm was destroyed; make a new Comm from the one that is there"
@@ -388,111 +388,6 @@ def _check_same(field: str, values: list[int]) -> None:
         told = "; ".join(f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))}" for group in ranks.values())
         rule = "the ranks call different layers" if field == "layer" else "must be the same on all ranks"
         raise ConfigError(field, f"{len(ranks)} different ones", f"{rule}, alike are: {told}")
-
-
-class _User:
-    """The thread that uses a process group, since when, and whether another one came as soon; how many layers were made
-    on the group and how many steps they began, through whichever Comm."""
-
-    def __init__(self) -> None:
-        self.steps = self.layers = 0
-        self.thread: int | None = None
-        self.since, self.contended = 0.0, False
-
-    def admits(self) -> bool:
-        thread, now = threading.get_ident(), time.monotonic()
-        if self.thread is None:
-            self.thread, self.since = thread, now
-        if self.thread != thread and now - self.since < SETTLED_AFTER_S:
-            self.contended = True
-        return self.thread == thread and not self.contended
-
-    def take_over(self) -> None:
-        self.thread, self.since, self.contended = threading.get_ident(), time.monotonic(), False
-
-
-_users: weakref.WeakKeyDictionary[Any, _User] = weakref.WeakKeyDictionary()
-
-
-def _user_of(group: dist.ProcessGroup | None, world: int) -> _User:
-    """One for all that use a group."""
-    if world == 1 or not dist.is_initialized():
-        return _User()
-    return _users.setdefault(dist.group.WORLD if group is None else group, _User())
-
-
-def _real(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """With None for the default one, which is not to be held: an object of it that lives until exit can abort gloo."""
-    return dist.group.WORLD if group is None else group  # type: ignore[return-value]
-
-
-def _rank_in(group: Any) -> int:
-    """Raises ConfigError where this process has none in it."""
-    legal = "a ProcessGroup that this process is in, or None for the default one"
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ConfigError("process group", "another's", "this process is not in it", legal)
-    if not (group is None or isinstance(group, dist.ProcessGroup)):
-        raise ConfigError("process group", group, f"it is of type {type(group).__name__}", legal)
-    try:
-        return dist.get_rank(group)
-    except ValueError:
-        raise ConfigError("process group", "an old one", "it was destroyed", legal) from None
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError("device", device, f"is none: {str(error).splitlines()[0]}", ("cpu", "cuda")) from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", str(found), "this process has no CUDA device", ("cpu",))
-    return found
-
-
-def _with_index(device: torch.device | str) -> torch.device:
-    """A GPU is named with its number: tensors on it are."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Device type to the name of the backend that serves it."""
-    pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
-    return {device: backend for device, _, backend in pairs}
-
-
-def _timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> float:
-    """The group's own, in seconds."""
-    real = group if group is not None else dist.group.WORLD
-    options = getattr(real._get_backend(device), "options", None)  # type: ignore[union-attr]
-    timeout: timedelta = getattr(options, "_timeout", dist.distributed_c10d.default_pg_timeout)
-    return timeout.total_seconds()
-
-
-def _wire(tensor: Tensor) -> Tensor:
-    """FP8 crosses a collective as bytes: gloo refuses it, and a refusal would poison the next barrier."""
-    tensor = tensor.contiguous()
-    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
-
-
-def copied(parts: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:
-    """`parts`, or `into` filled with them where that is given."""
-    if into is None:
-        return list(parts)
-    return [target.copy_(part) for target, part in zip(into, parts, strict=True)]
-
-
-def _bytes(part: Tensor) -> Tensor:
-    """[n, ...] as uint8 [n, bytes of a row]."""
-    return _plain(part.reshape(part.shape[0], math.prod(part.shape[1:]))).view(torch.uint8)
-
-
-def _plain(rows: Tensor) -> Tensor:
-    """A copy with ordinary strides: `contiguous` leaves odd ones on dimensions of size 0 and 1, and a change of the
-    element size trips over them."""
-    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _short(error: Exception) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from dist.pool import fresh_processes
 
 from moe_dist.comm import group as comm_module
+from moe_dist.comm.user import SETTLED_AFTER_S
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.engine.layer import MoELayer
@@ -86,10 +87,10 @@ def members_alone(rank: int) -> dict[str, Any]:
 def without_a_cpu(rank: int) -> dict[str, Any]:
     """As NCCL's groups are, which can't agree on a number on the CPU: siblings make groups of gloo for that at the same
     time, and `leave` ends them and nothing else."""
-    real, groups = comm_module._backends, [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    comm_module._backends = lambda group: {"cpu": "another"}
+    real, groups = comm_module.backends_of, [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    comm_module.backends_of = lambda group: {"cpu": "another"}
     comm = Comm.from_group("cpu", groups[rank // 2], timeout_s=20)
-    comm_module._backends = real
+    comm_module.backends_of = real
     found = {"errors": [error_of(layer_on(comm, "ag_rs"), rank)], "made": len(comm._owned)}
     comm.leave()
     total = torch.tensor(1.0)
@@ -142,7 +143,7 @@ def two_threads(rank: int) -> dict[str, Any]:
     began = in_threads([layer_on(first, "all_to_all"), layer_on(first, "ag_rs")], 200)
     layer = layer_on(second, "all_to_all")
     stepped(layer, 20, 2)
-    second._user.since -= comm_module.SETTLED_AFTER_S
+    second._user.since -= SETTLED_AFTER_S
     later = in_threads([layer], 1)
     stepped(layer, 30, 2)
 
