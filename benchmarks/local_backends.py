@@ -29,7 +29,8 @@ from moe_dist.bench.results import provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
 from moe_dist.bench.tune import FORWARDS, Sample, calls_us, draw_sample, forward_us
 from moe_dist.commands.config import find_model
-from moe_dist.engine.plan import Part, Plan, make_plan
+from moe_dist.engine.plan import Part, Plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.kernels import quantize_rows
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import BLOCK, ParallelSpec

@@ -23,7 +23,7 @@ SEEDS = 2
 
 def plans(backend: str) -> list[Any]:
     from moe_dist.commands.config import find_model
-    from moe_dist.engine.plan import make_plan
+    from moe_dist.engine.planning import make_plan
     from moe_dist.errors import MoeDistError
     from moe_dist.model.spec import ParallelSpec
 

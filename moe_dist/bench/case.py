@@ -14,7 +14,8 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 
 from moe_dist.bench.draws import draws
 from moe_dist.checkpoint.folder import folder, model_name
-from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import (

@@ -1,16 +1,14 @@
-"""Spec and machine to a plan: what will run, what it weighs, and why each other choice was not taken."""
+"""A plan: what will run, what it weighs, takes and sends; engine/planning.py makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.errors import ConfigError, UnsupportedError
-from moe_dist.exchange import EXCHANGES, Exchange
+from moe_dist.backends import BACKENDS, Problem
+from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.layout import change_of
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -20,8 +18,6 @@ from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Support, TensorSpec, bytes_of
 from moe_dist.tables import Shape, table_source
 
-PAYLOADS = ("auto", "unquantized", "fp8")
-COMBINE_DTYPES = ("bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -224,172 +220,6 @@ class Plan:
             "choices": [asdict(choice) for choice in self.choices],
             "options": [option._asdict() for option in self.options],
         }
-
-
-def make_plan(
-    spec: MoESpec,
-    parallel: ParallelSpec,
-    *,
-    exchange: str,
-    backend: str,
-    token_layout: TokenLayout = "sharded",
-    payload: str = "auto",
-    form: str = "auto",
-    combine_dtype: str | None = None,
-    graph: bool = False,
-    machine: Machine | None = None,
-) -> Plan:
-    """Check everything that can be checked before a weight is loaded or a process started.
-
-    A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced.
-    `payload` auto sends FP8 where the model is FP8 and the backend takes it. `form` auto is the one that
-    the backend likes best of those that the exchange makes. `combine_dtype` defaults to the model's.
-    With `graph`, what can't be captured in a CUDA graph is refused here.
-    """
-    machine = machine or Machine.detect()
-    if payload not in PAYLOADS:
-        raise ConfigError("payload", payload, "unknown", PAYLOADS)
-    combine = combine_dtype or spec.dtype
-    if combine not in COMBINE_DTYPES:
-        raise ConfigError("combine_dtype", combine, "unknown", COMBINE_DTYPES)
-    exchange_class, backend_class = EXCHANGES.get(exchange), BACKENDS.get(backend)
-    placement = Placement.build(spec, parallel)
-
-    travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
-    options = _options(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)
-    refused = [option for option in options if option.chosen and not option.possible]
-    if refused:
-        what = " and ".join(f"{option.kind} {option.name}" for option in refused)
-        fit = [option.name for option in options if option.possible and option.kind == refused[0].kind]
-        raise UnsupportedError(f"{what} under {parallel.label}", [option.reason for option in refused], fit or "none")
-    _check_shared(spec, exchange_class, parallel)
-    choice = Choice(exchange, backend, _form(exchange_class, backend_class, form), travels)
-    plan = Plan(
-        spec,
-        parallel,
-        placement,
-        token_layout,
-        (choice,),
-        combine,
-        machine,
-        graph,
-        tuple(options),
-    )
-    if graph and not plan.capturable.ok:
-        raise UnsupportedError(f"a CUDA graph of {exchange} with {backend}", [plan.capturable.reason])
-    return plan
-
-
-def _form(exchange: type[Exchange[Any, Any]], backend: type[Backend], form: str) -> str:
-    """Of the rows that pass from one to the other. Raises ConfigError for one that can't."""
-    common = tuple(each for each in backend.takes if each in exchange.makes)
-    if form == "auto" and common:
-        return common[0]
-    if form not in common:
-        makes, takes = ", ".join(exchange.makes), ", ".join(backend.takes)
-        rule = f"{exchange.__name__} makes {makes}, {backend.__name__} takes {takes}"
-        raise ConfigError("form", form, rule, ("auto", *common) if common else ())
-    return form
-
-
-def _travelling(
-    spec: MoESpec,
-    placement: Placement,
-    token_layout: str,
-    exchange: type[Exchange[Any, Any]],
-    backend: type[Backend],
-    payload: str,
-) -> str:
-    """The dtype that rows travel in. Raises ConfigError if the one asked for can't be."""
-    if placement.world == 1 or token_layout == exchange.token_layout == "replicated":
-        if payload == "fp8":
-            raise ConfigError("payload", payload, "no token row travels here", ("auto", "unquantized"))
-        return "none"
-    if payload == "fp8" and not spec.quantized:
-        raise ConfigError("payload", payload, "the model is not quantized", ("auto", "unquantized"))
-    takes_fp8 = spec.quantized and "fp8" in backend.payloads(spec)
-    if payload == "fp8" and not takes_fp8:
-        raise ConfigError("payload", payload, "the backend does not take rows already quantized here", ("auto",))
-    if payload != "unquantized" and takes_fp8:
-        return "fp8"
-    if spec.quant == "fp8_tensor_dynamic":
-        rule = "a dynamic per-tensor scale belongs to the source rank and travels only with FP8 rows"
-        raise ConfigError("payload", payload, rule, ("fp8",))
-    return spec.dtype
-
-
-def _options(
-    spec: MoESpec,
-    placement: Placement,
-    token_layout: str,
-    exchange: str,
-    backend: str,
-    travels: str,
-    payload: str,
-    combine: str,
-    machine: Machine,
-) -> list[Option]:
-    """Every registered exchange and backend, with what speaks against it."""
-    options = []
-    for name, candidate in EXCHANGES.usable():
-        support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement)
-        reason = support.reason
-        if support.ok and name != exchange:
-            converted = candidate.token_layout != token_layout and placement.world > 1
-            reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
-        options.append(Option("exchange", name, support.ok, name == exchange, reason))
-    for name, found in BACKENDS.usable():
-        given = (spec, placement, found, travels, payload, combine, machine)
-        support = _asked(BACKENDS.is_foreign(name), _backend_support, *given)
-        reason = "not asked for" if support.ok and name != backend else support.reason
-        options.append(Option("backend", name, support.ok, name == backend, reason))
-    return options
-
-
-def _asked(foreign: bool, question: Callable[..., Support], *given: Any) -> Support:
-    """A third party's that fails at the question can't serve; ours is a fault to be seen."""
-    try:
-        return question(*given)
-    except Exception as error:
-        if not foreign:
-            raise
-        return Support(False, f"its own code failed when asked: {type(error).__name__}: {error}")
-
-
-def _backend_support(
-    spec: MoESpec,
-    placement: Placement,
-    backend: type[Backend],
-    travels: str,
-    payload: str,
-    combine: str,
-    machine: Machine,
-) -> Support:
-    """It must run here and serve every rank's own slice."""
-    available = backend.available(machine.device)
-    if not available.ok:
-        return available
-    takes = backend.payloads(spec)
-    if travels not in takes and not (payload == "auto" and spec.dtype in takes):
-        return Support(False, f"takes rows as {', '.join(sorted(takes))}, not {travels}")
-    if combine not in backend.sums:
-        return Support(False, f"gives partial sums in {', '.join(sorted(backend.sums))}, not {combine}")
-    shapes = {(placement.width_of(rank), len(placement.experts_of(rank))) for rank in range(placement.world)}
-    for width, num_local in sorted(shapes):
-        problem = Problem(spec, width, num_local, machine.device, machine.capability, travels)
-        support = backend.supports(problem)
-        if not support.ok:
-            return support
-    return Support(True)
-
-
-def _check_shared(spec: MoESpec, exchange: type[Exchange[Any, Any]], parallel: ParallelSpec) -> None:
-    """A shared expert sliced over all ranks needs every token on every rank."""
-    if spec.shared_experts == "tp" and not exchange.every_token:
-        rule = f"its slices need every token on every rank, which {exchange.__name__} does not bring"
-        raise ConfigError("model.shared_experts", "tp", rule, ("none", "replicated"))
-    if spec.shared_experts != "none":
-        shared_placement(spec, parallel)
 
 
 def shared_placement(spec: MoESpec, parallel: ParallelSpec) -> Placement:

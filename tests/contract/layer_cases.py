@@ -16,7 +16,8 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all import AllToAll

@@ -9,7 +9,8 @@ from moe_dist.backends import BACKENDS, Backend
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan, shared_placement
+from moe_dist.engine.plan import shared_placement
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.replicated import AllReduce

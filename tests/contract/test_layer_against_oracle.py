@@ -30,7 +30,7 @@ from layer_cases import (
 from moe_dist.backends import BACKENDS, Problem
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO

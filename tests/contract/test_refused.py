@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
-from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.model.routing import route
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.workloads.random_weights import random_weights

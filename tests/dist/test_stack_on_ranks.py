@@ -12,7 +12,7 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.engine.layer import MoELayer
 from moe_dist.machine.machine import Machine
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.model.routing import Routing
 from moe_dist.workloads.skews import synthetic_routing

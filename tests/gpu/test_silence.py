@@ -15,7 +15,8 @@ from gpu.ranks import backends_here, run_on_ranks
 from moe_dist.comm import Comm
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES

@@ -16,7 +16,7 @@ from moe_dist.bench.rounds import Turn
 from moe_dist.comm import Comm
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.engine.stack import MoEStack
 from moe_dist.machine.machine import Machine

@@ -9,7 +9,7 @@ from gpu.ranks import backends_here, run_on_ranks
 from moe_dist.backends import BACKENDS
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard_from
 from moe_dist.workloads.random_weights import random_expert

@@ -12,7 +12,7 @@ from moe_dist.comm import Comm
 from moe_dist.commands.config import find_model
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard_from

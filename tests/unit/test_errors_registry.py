@@ -13,7 +13,7 @@ from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.commands import cli
 from moe_dist.commands.config import find_model
 from moe_dist.commands.doctor import examine
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import (
     CheckpointError,
     ClusterLost,

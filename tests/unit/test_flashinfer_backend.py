@@ -12,7 +12,7 @@ from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_b
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.commands import cli
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.quantization import FP8_MAX, cast

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine

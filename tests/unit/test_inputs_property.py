@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.routing import Routing

@@ -12,7 +12,7 @@ from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import tune
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard

@@ -6,7 +6,8 @@ import pytest
 
 from moe_dist.backends import BACKENDS, Problem
 from moe_dist.backends.torch_reference import TorchBackend
-from moe_dist.engine.plan import make_plan, shared_placement
+from moe_dist.engine.plan import shared_placement
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import UnsupportedError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine

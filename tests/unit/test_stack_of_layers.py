@@ -12,7 +12,8 @@ import torch
 from moe_dist.comm import Comm
 from moe_dist.engine import graph
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import Plan, make_plan
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError, UnsupportedError

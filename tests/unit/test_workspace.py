@@ -9,7 +9,7 @@ import torch
 
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.engine.plan import make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.step import Workspace, workspace, workspace_of
