@@ -84,13 +84,17 @@ class Peer:
         )  # fmt: skip
 
     def ended(self) -> str | None:
-        """How the process ended, or None while it lives. Linux 6.15 and newer know it even after it was waited for."""
+        """How its process ended, None while it lives."""
+        code = self._code()
+        if code is None and psutil.pid_exists(self.pid):
+            return None
+        code = self._code() if code is None else code  # it may have ended between the two questions
+        return "its process died" if code is None else describe_end(code)
+
+    def _code(self) -> int | None:
+        """Of a process that has ended, as far as the kernel still knows it."""
         code = _exit_code(self._pidfd)
-        if code is None:
-            code = _zombie_code(self.pid)
-        if code is not None:
-            return describe_end(code)
-        return None if psutil.pid_exists(self.pid) else "its process died"
+        return _zombie_code(self.pid) if code is None else code
 
     def close(self) -> None:
         self._memory.close()

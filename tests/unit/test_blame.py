@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.runtime import pulse as pulse_module
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, silence, unpacked
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.pulse import Peer, Pulse, Sight, describe_end
@@ -99,6 +100,16 @@ def test_a_record_outlives_its_process(ending: str, said: str) -> None:
         assert (sight.doing, sight.op, sight.sequence) == ("work", "barrier", 5)
         assert sight.ended is not None
         assert sight.ended == "its process died" or sight.ended.startswith(said)  # Linux before 6.15: no more is known
+    peer.close()
+
+
+def test_one_that_ends_while_it_is_asked_about_keeps_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives at the first question, and is gone at the second."""
+    record, answers = Pulse(), iter([None, 7 << 8])
+    peer = Peer(1, os.getpid(), record.fd)
+    monkeypatch.setattr(pulse_module, "_exit_code", lambda _: next(answers))
+    monkeypatch.setattr(pulse_module.psutil, "pid_exists", lambda _: False)
+    assert peer.ended() == "its process died with exit code 7"
     peer.close()
 
 
