@@ -43,14 +43,12 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Choice:
     """What runs for steps of up to `up_to` tokens a rank (None: of any size). `form`: of the rows that the exchange
-    hands to the backend (step.rows.FORMS). `payload`: what rows really travel as: none, bf16, fp32 or fp8.
-    `chosen_by`: who named it."""
+    hands to the backend (step.rows.FORMS). `payload`: what rows really travel as: none, bf16, fp32 or fp8."""
 
     exchange: str
     backend: str
     form: str
     payload: str
-    chosen_by: str = "name"
     up_to: int | None = None
 
 

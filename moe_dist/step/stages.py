@@ -35,14 +35,6 @@ class Stages:
         return self._stage(name) if self.on else NOTHING
 
     @contextmanager
-    def switched_on(self) -> Iterator[None]:
-        self.on = True
-        try:
-            yield
-        finally:
-            self.on = False
-
-    @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         self._mark()
         self._stack.append(name)

@@ -59,10 +59,7 @@ class Workspace:
         """A step or the replay of a graph is about to be launched, by this thread on its current stream: wait for what
         the last one has launched on another stream. A thread that replays another one's graph takes its workspace
         over, and the other one gets a new one."""
-        if (thread := threading.get_ident()) != self.thread:
-            if _by_thread.get((self.thread, self.device)) is self:
-                del _by_thread[self.thread, self.device]
-            self.thread = thread
+        self.thread = threading.get_ident()
         if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.device)
@@ -91,6 +88,8 @@ class Workspace:
         if view is None:
             return self._taken(key)
         self._next = start + cdiv(view.nbytes, ALIGNMENT) * ALIGNMENT
+        if self._next > self.high_water:
+            self.high_water = self._next
         return view
 
     def _taken(self, key: tuple[int, tuple[int, ...], torch.dtype]) -> Tensor:
@@ -127,15 +126,21 @@ class Workspace:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
-_by_thread: dict[tuple[int, torch.device], Workspace] = {}
+class _Own(threading.local):
+    """A thread's, which end with it."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, Workspace] = {}
+
+
+_own = _Own()
 
 
 def workspace_of(device: torch.device) -> Workspace:
     """This thread's on `device`. Threads have one each, because their steps may be under way at the same time."""
-    key = threading.get_ident(), device
-    workspace = _by_thread.get(key)
-    if workspace is None:
-        workspace = _by_thread[key] = Workspace(device)
+    workspace = _own.by_device.get(device)
+    if workspace is None or workspace.thread != threading.get_ident():  # another thread has taken it over
+        workspace = _own.by_device[device] = Workspace(device)
     return workspace
 
 
@@ -144,6 +149,6 @@ def fresh(device: torch.device) -> Take:
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
 
 
-def bytes_of(forms: Iterable[TensorSpec]) -> int:
+def bytes_of(specs: Iterable[TensorSpec]) -> int:
     """Of a workspace that such tensors are taken from."""
-    return sum(cdiv(math.prod(shape) * dtype.itemsize, ALIGNMENT) * ALIGNMENT for shape, dtype in forms)
+    return sum(cdiv(math.prod(shape) * dtype.itemsize, ALIGNMENT) * ALIGNMENT for shape, dtype in specs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -100,6 +101,29 @@ def test_each_thread_has_its_own():
     assert workspace_of(CPU) is not found[0]
 
 
+def test_a_thread_s_scratch_ends_with_it():
+    found = []
+
+    def step():
+        made = workspace_of(CPU)
+        made.reserve(GRAIN)
+        found.append(weakref.ref(made))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert found[0]() is None
+
+
+def test_views_that_are_known_count_too():
+    made = Workspace(CPU)
+    taken(made)
+    taken(made)
+    most, made.high_water = made.high_water, 0
+    taken(made)
+    assert made.high_water == most > 0
+
+
 def test_a_thread_that_replays_a_graph_takes_its_workspace_over():
     mine = workspace_of(CPU)
     thread = threading.Thread(target=mine.enter)
@@ -110,7 +134,7 @@ def test_a_thread_that_replays_a_graph_takes_its_workspace_over():
 
 @pytest.mark.parametrize("layout", ["sharded", "replicated"])
 def test_a_hundred_layers_need_the_scratch_of_one(layout, monkeypatch):
-    monkeypatch.setattr(workspace, "_by_thread", {})
+    monkeypatch.setattr(workspace, "_own", workspace._Own())
     spec = MoESpec(hidden=256, intermediate=256, num_experts=4, top_k=2)
     machine = Machine("cpu", 1, "a test's CPU")
     plan = make_plan(spec, ParallelSpec(), exchange="ag_rs", backend="torch", token_layout=layout, machine=machine)
