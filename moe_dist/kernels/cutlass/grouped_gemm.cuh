@@ -95,6 +95,13 @@ __device__ inline void copy_4(uint32_t to, const void *from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
+// One store of 16 bytes. As an assignment the compiler may make four of it, which took GEMM2 8 to 15 % longer.
+__device__ inline void put_16(void *to, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 __device__ inline void meet(int id) { // of the math warpgroups
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(MATH_THREADS) : "memory");
 }
@@ -579,8 +586,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 #pragma unroll
       for (int row = lane / CHUNKS; row < 16; row += 32 / CHUNKS)
         if (row < place.tokens)
-          *reinterpret_cast<uint4 *>(out + int64_t(row) * args.width) =
-              *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at);
+          put_16(out + int64_t(row) * args.width,
+                 *reinterpret_cast<const uint4 *>(place.staged + row * STAGED_ROW + at));
   }
 
   // Two quotients by one scale, rounded as division rounds: a product with the reciprocal and one correction (Markstein
@@ -623,7 +630,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (i * 4 + lane / 8 < place.tokens)
-            *reinterpret_cast<uint4 *>(to[i]) = chunks[i];
+            put_16(to[i], chunks[i]);
     }
   }
 
