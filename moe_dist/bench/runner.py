@@ -43,9 +43,8 @@ def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
     for case, plan in planned:
         work, world = case.workload, plan.placement.world
         tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k * case.layers)
-        beside = tokens + plan.scratch_bytes(
-            cdiv(work.tokens, world) if work.token_layout == "sharded" else work.tokens
-        )
+        share = cdiv(work.tokens, world) if work.token_layout == "sharded" else work.tokens
+        beside = tokens + plan.scratch_bytes(share) + plan.window_bytes(share)
         ranks = [case.layers * plan.weight_bytes(rank) + beside for rank in range(world)]
         held.append((max(ranks) if machine.device == "cuda" else sum(ranks), beside))
     largest, beside = max(held)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from moe_dist.comm.others import backends_of, device_of, rank_in, real_group, timeout_of, with_index
+from moe_dist.comm.symmetric import Symmetric
 from moe_dist.comm.user import user_of
 from moe_dist.comm.wires import copied, plain, row_bytes_of, wire
 from moe_dist.errors import ConfigError, RankFailure
@@ -57,6 +58,7 @@ class Comm:
         self._real = weakref.ref(real_group(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
         self.bytes_sent = 0
+        self.shared: Symmetric | None = None  # what `window` made last
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
     @classmethod
@@ -181,7 +183,8 @@ class Comm:
         return int(max(counts))
 
     def begin_step(self) -> None:
-        """Count a step of a layer of this process group, whatever becomes of it."""
+        """Count a step of a layer of this process group, whatever becomes of it. Raises as `check_window`."""
+        self.check_window()
         self._user.steps += 1
 
     def number_layer(self) -> int:
@@ -299,6 +302,32 @@ class Comm:
         self.bytes_sent += sum(map(row_bytes, wires)) * (sum(send) - send[self.rank])
         return copied(self._unwired(outs, parts), into)
 
+    @property
+    def timeout_s(self) -> float:
+        """What bounds every collective."""
+        return self._timeout_s
+
+    def window(self, nbytes: int) -> Symmetric:
+        """Memory of at least so many bytes on each rank, which all of them can reach. Collective where there is none or
+        it must grow, so all ranks ask for the same. Whoever has captured launches into it keeps it. Raises
+        UnsupportedError where the GPUs can't reach each other, ConfigError during a capture."""
+        if self.shared is None or self.shared.nbytes < nbytes:
+            if torch.cuda.is_current_stream_capturing():
+                raise ConfigError("window", nbytes, "can't grow while a CUDA graph is captured", "a step before it")
+            group = (self._group or dist.group.WORLD) if self.world > 1 else None
+            self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
+            self.shared = self._run("window", lambda: Symmetric(nbytes, group, self.device))
+            self.barrier()  # nobody writes into memory that is still being zeroed
+        return self.shared
+
+    def check_window(self) -> None:
+        """Raise RankFailure where a launch has given up waiting for a peer's writes; what came since is wrong."""
+        problem = self.shared and self.shared.problem()
+        if problem:
+            phase, peer, step = problem
+            operation = f"nvlink, {('rows', 'sums')[phase]}"
+            raise RankFailure(peer, operation, step, f"rank {self.rank} waited {self._timeout_s:g} s for its flag")
+
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         """Start to bring a few numbers to the host. What is returned waits for them, no longer than the timeout, and
         for nothing that was launched since."""
@@ -364,6 +393,7 @@ class Comm:
 
     def _run(self, op: str, call: Callable[[], R]) -> R:
         self.check_thread()
+        self.check_window()
         self.sequence += 1
         if self.noted:
             self.noted(op, self.sequence)

@@ -63,7 +63,8 @@ class StepGraph:
         warm_up = partial(layer.warm_up, self._x, self._routing, bucket, captured=True)
         self._workspace = workspace_of(device)
         self._graph, self._y = capture(self._step, warm_up)
-        self._arena = self._workspace.arena  # the graph writes there, though later steps may have a larger one
+        # The graph writes there, though later steps may have larger ones.
+        self._kept = self._workspace.arena, layer.comm.shared
 
     def _step(self, stages: Stages = NO_STAGES) -> Tensor:
         y_TH: Tensor = self._layer(
@@ -76,7 +77,7 @@ class StepGraph:
         costs time, so the graph in use has none. Collective."""
         stages = Stages(True, self._layer.comm.device)
         graph, _ = capture(lambda: self._step(stages), warm_up=self._step)
-        return StagedGraph(graph, stages.take(), self._workspace, self._workspace.arena)
+        return StagedGraph(graph, stages.take(), self._workspace, (self._workspace.arena, self._layer.comm.shared))
 
     def _fill(self, x_TH: Tensor, routing: Routings) -> None:
         x_TH, routing = self._layer.checked(x_TH, routing, None)
@@ -105,7 +106,9 @@ class StepGraph:
         return self.replay()[: len(x_TH)]
 
     def replay(self) -> Tensor:
-        """The step again on the inputs of the last call, with the padding's rows."""
+        """The step again on the inputs of the last call, with the padding's rows. Raises RankFailure where an earlier
+        replay has waited for a rank in vain."""
+        self._layer.comm.check_window()
         self._workspace.enter()
         self._graph.replay()
         return self._y
@@ -127,7 +130,7 @@ class StagedGraph:
     graph: torch.cuda.CUDAGraph
     marks: Marks
     workspace: Workspace
-    arena: Tensor
+    kept: Any  # the memory that it writes to
 
     def replay(self) -> None:
         self.workspace.enter()

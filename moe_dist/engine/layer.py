@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
     def _assemble(self) -> None:
         plan, (shard, shared), rank = self.plan, self._weights, self.comm.rank
         exchange = EXCHANGES.get(plan.exchange)(
-            self.comm, plan.placement, plan.spec, plan.payload, shard.a13, plan.form
+            self.comm, plan.placement, plan.spec, plan.payload, shard.a13, plan.form, plan.out_dtype
         )
         self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
         self.backend = _prepared(plan.backend, plan.problem(rank), shard)

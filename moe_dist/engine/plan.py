@@ -159,6 +159,13 @@ class Plan:
             backends += max(backend.scratch_bytes(problem, rows) for problem in map(self.shared_problem, ranks))
         return bytes_of(forms) + backends
 
+    def window_bytes(self, max_tokens_per_rank: int) -> int:
+        """What a rank shares with the others in such a step, beside its scratch; it stays as long as the group."""
+        exchange, bucket = EXCHANGES.get(self.exchange), max_tokens_per_rank
+        if change_of(self.token_layout, exchange, self.placement.world) is not None:
+            bucket = cdiv(bucket, self.placement.world)
+        return exchange.window_bytes(self.spec, self.placement, self.payload, self.out_dtype, bucket)
+
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of
         layout around it included."""

@@ -124,7 +124,7 @@ def _options(
     """Every registered exchange and backend, with what speaks against it."""
     options = []
     for name, candidate in EXCHANGES.usable():
-        support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement)
+        support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement, machine)
         reason = support.reason
         if support.ok and name != exchange:
             converted = candidate.token_layout != token_layout and placement.world > 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows, sorted_by_expert
+from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import Activations, QuantizedRows
 from moe_dist.model.routing import Routing
@@ -28,7 +29,7 @@ class Exchange(ABC, Generic[H, S]):
 
     `payload` is the dtype that token rows travel in: "fp8" quantizes them at their source, "bf16" or "fp32" sends them
     as they are, "none" where tokens are on every rank already and nothing is sent. `static_scale` is the activations'
-    scale for fp8_tensor_static.
+    scale for fp8_tensor_static. `sums_dtype`: that partial sums will have (default: the model's).
 
     `token_layout`: of the tokens that it takes and gives back. `capturable`: in a CUDA graph. `every_token`: it brings
     every token to every rank. `needs_bucket`: all ranks must pad to one agreed number of tokens. `makes`: the forms of
@@ -49,8 +50,10 @@ class Exchange(ABC, Generic[H, S]):
         payload: str,
         static_scale: Tensor | None = None,
         form: str = "token",
+        sums_dtype: torch.dtype | None = None,
     ) -> None:
         self.comm, self.placement, self.spec = comm, placement, spec
+        self.sums_dtype = sums_dtype or spec.torch_dtype
         self.payload, self.static_scale, self.form = payload, static_scale, form
 
     @classmethod
@@ -59,8 +62,8 @@ class Exchange(ABC, Generic[H, S]):
         return unknown("makes", cls.makes, FORMS) or unknown("token_layout", [cls.token_layout], TOKEN_LAYOUTS)
 
     @classmethod
-    def supports(cls, spec: MoESpec, placement: Placement) -> Support:
-        """Whether it serves this placement. Every exchange but `local` serves all of them."""
+    def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:
+        """Whether it serves this placement on such ranks. By default it serves all of them anywhere."""
         return Support(True)
 
     @classmethod
@@ -75,6 +78,11 @@ class Exchange(ABC, Generic[H, S]):
     ) -> list[TensorSpec]:
         """The most that a rank takes from the workspace in a step at this bucket; for plans. `dtype`: of partial
         sums."""
+
+    @classmethod
+    def window_bytes(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> int:
+        """Of the memory that ranks share in such a step (Comm.window), in which `scratch` is not; for plans."""
+        return 0
 
     @classmethod
     def rows_entering(cls, placement: Placement, bucket: int) -> int:

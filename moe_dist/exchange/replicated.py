@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_dist.exchange.base import Exchange
 from moe_dist.exchange.rows import sorting_specs
 from moe_dist.kernels import slots_on
+from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import Activations
 from moe_dist.model.routing import Routing
@@ -52,7 +53,7 @@ class Local(AllReduce):
     """One rank alone: no collective at all."""
 
     @classmethod
-    def supports(cls, spec: MoESpec, placement: Placement) -> Support:
+    def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:
         return Support(placement.world == 1, "" if placement.world == 1 else f"one rank only, not {placement.world}")
 
     @classmethod

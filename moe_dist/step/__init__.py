@@ -1,7 +1,7 @@
 """One forward of a layer: what every part of it is told, and what passes from part to part."""
 
 from moe_dist.step.rows import FORMS, ExpertRows, Support, TokenRows
-from moe_dist.step.sink import Added, Sink, Whole
+from moe_dist.step.sink import Added, Routes, Sink, Whole
 from moe_dist.step.stages import NO_STAGES, STAGES, Stages
 from moe_dist.step.step import Step
 from moe_dist.step.workspace import Take, TensorSpec, Workspace, bytes_of, fresh, workspace_of
@@ -12,6 +12,7 @@ __all__ = [
     "STAGES",
     "Added",
     "ExpertRows",
+    "Routes",
     "Sink",
     "Stages",
     "Step",

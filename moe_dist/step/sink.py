@@ -4,6 +4,7 @@ the backend computes the next."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,17 +12,36 @@ from torch import Tensor
 from moe_dist.step.step import Step
 
 
+@dataclass(frozen=True)
+class Routes:
+    """Where a kernel may store sums itself, instead of handing them over. Row r of the R = W · each rows belongs to
+    place r % each on rank r // each. That rank's memory begins at `addresses_W[r // each]` (int64, on the device), and
+    from `at` bytes on, a multiple of 16, it has H values in `dtype` for each place. Rows without any slot are not
+    stored. `rank`: this one, so that kernels of different ranks can begin with different targets."""
+
+    addresses_W: Tensor
+    at: int
+    each: int
+    rank: int
+    dtype: torch.dtype
+
+
 class Sink(ABC):
     """Takes [R, H] partial sums in `dtype`, exactly in the ranges of `columns()` and in their order, on every rank
     alike: what is done with a range may be collective, and is ordered behind what was launched before on the current
     stream.
 
+    With `routes`, kernels that can may store a range by them and say so with `store`.
+
     A backend that can compute a range of columns goes through `columns()`, computes each into `target(start, stop)` and
     hands it over with `put`. One that can't fills `whole(step)` and hands that over with `put_all`.
     """
 
+    routes: Routes | None = None
+
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
+        self._stored = 0  # ranges, by routes
         self._came = 0  # ranges
 
     def columns(self) -> list[tuple[int, int]]:
@@ -39,11 +59,26 @@ class Sink(ABC):
     def put(self, start: int, stop: int, y_RC: Tensor) -> None:
         """These columns are finished. `y_RC` is the target, or another contiguous [R, stop - start] in `dtype`, which
         becomes the sink's: it may be changed."""
+        self._count(start, stop)
+        self.take(start, stop, y_RC)
+
+    def store(self, start: int, stop: int) -> None:
+        """These columns are finished, and a launch has stored them by `routes`."""
+        if self.routes is None:
+            raise RuntimeError("this sink has no routes to store by")
+        self._count(start, stop)
+        self._stored += 1
+
+    @property
+    def sent(self) -> bool:
+        """Whether all columns were stored by `routes`."""
+        return self._stored == len(self.columns())
+
+    def _count(self, start: int, stop: int) -> None:
         due = self.columns()[self._came :]
         if not due or due[0] != (start, stop):
             raise RuntimeError(f"columns {start} to {stop} were put where {due[0] if due else 'nothing'} was due")
         self._came += 1
-        self.take(start, stop, y_RC)
 
     def whole(self, step: Step) -> Tensor:
         """[R, H] to fill with all columns at once, contiguous; it holds anything."""

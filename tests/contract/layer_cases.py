@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from dist.pool import group_of
+from exchanges import exchanges_here
 from torch import Tensor
 
 from moe_dist.backends import BACKENDS
@@ -285,8 +286,8 @@ HERE = tuple(name for name in BACKENDS.names() if BACKENDS.get(name).available("
 
 
 def exchanges_for(parallel: ParallelSpec) -> list[str]:
-    """All of them; `local` is for one rank alone."""
-    return [name for name in EXCHANGES.names() if name != "local" or parallel.world == 1]
+    """All that a CPU can run; `local` is for one rank alone."""
+    return [name for name in exchanges_here() if name != "local" or parallel.world == 1]
 
 
 def expected_payload(spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str, layout: str, ask: str) -> str:

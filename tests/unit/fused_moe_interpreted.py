@@ -459,6 +459,7 @@ def test_weighted_sum(dtype, split_k):
     out[:, slots.flatten() < 0] = torch.nan
     y = torch.empty(4, 1100, dtype=dtype)
     sizes = {"H": 1100, "COLUMNS": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
+    sizes |= {"AT": 0, "EACH": 1, "RANK": 0, "ROUTED": False, "WIDE": False}
     _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, 0, PLACED=False, **sizes)
     pairs = sum(part.float() for part in out).view(4, 4, 1100)
     expected = torch.zeros(4, 1100)
@@ -474,6 +475,26 @@ def test_weighted_sum(dtype, split_k):
     part = torch.full((4, 76), torch.nan, dtype=dtype)
     _weighted_sum[(4, 1, 1)](moved, slots, weights, places, part, 1024, PLACED=True, **sizes | {"COLUMNS": 76})
     assert torch.equal(part, expected[:, 1024:].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighted_sum_by_routes(dtype):
+    """Stored on two ranks, two rows each, where rank 1's places begin; what nobody asked for is not touched."""
+    slots = torch.tensor([[0, 3], [-1, -1], [2, -1], [-1, -1]], dtype=torch.int32)
+    weights, out = torch.randn(4, 2), torch.randn(1, 8, 1104).bfloat16()
+    memory = [torch.full((4, 1104), 7.0, dtype=dtype) for _ in range(2)]
+    addresses, at = torch.tensor([each.data_ptr() for each in memory]), 2 * 1104 * dtype.itemsize
+    for start, columns in ((0, 1024), (1024, 80)):
+        _weighted_sum[(4, 1, 1)](
+            out, slots, weights, slots, addresses, start, at, 2, 1, H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
+            PLACED=False, ROUTED=True, WIDE=dtype == torch.float32, BLOCK=1024, PDL=False,
+        )  # fmt: skip
+    pairs = out[0].float().view(4, 2, 1104)
+    for rank, row in ((0, 0), (1, 2)):
+        wanted = sum(weights[row, k] * pairs[row, k] for k in range(2) if slots[row, k] >= 0)
+        assert torch.equal(memory[rank][2], wanted.to(dtype))
+        assert bool((memory[rank][:2] == 7).all())
+        assert bool((memory[rank][3] == 7).all())
 
 
 @pytest.mark.parametrize("quant", ["fp8_block", "fp8_channel", "fp8_tensor_static", "none"])

@@ -28,7 +28,11 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # A library, and the only place that may import it.
 HOMES = {
     "ray": ("runtime/",),
-    "triton": ("kernels/triton/", "exchange/all_to_all/list_kernels", "exchange/all_to_all/row_kernels"),
+    "triton": (
+        "kernels/triton/",
+        *("exchange/all_to_all/list_kernels", "exchange/all_to_all/row_kernels"),
+        *("exchange/nvlink/kernels", "exchange/served"),
+    ),
     "flashinfer": ("backends/flashinfer",),
     "deep_gemm": ("backends/deep_gemm",),
     "transformers": ("integrations/",),

@@ -30,14 +30,19 @@ def test_row_kernels_in_the_interpreter():
     in_the_interpreter("kernels_interpreted.py", passed=12, timeout_s=170)
 
 
+def test_the_nvlink_exchange_in_the_interpreter():
+    in_the_interpreter("nvlink_interpreted.py", passed=20, timeout_s=170)
+
+
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
-    in_the_interpreter("fused_moe_interpreted.py", passed=160, timeout_s=390)
+    in_the_interpreter("fused_moe_interpreted.py", passed=162, timeout_s=390)
 
 
 def kernels():
     """Every kernel with the types of its arguments and values for its constants."""
     from moe_dist.exchange.all_to_all import list_kernels, row_kernels
+    from moe_dist.exchange.nvlink import kernels as nvlink
     from moe_dist.kernels.triton import padded, quantize, slots
 
     fp8 = {"H": "i32", "FP8_MAX": 448.0}
@@ -79,6 +84,19 @@ def kernels():
         "pairs": "*i32", "slots": "*i32", "weights": "*fp32", "BUCKET": "i32", "rank": "i32", "K": 8, "PLACES": 8,
         "SOURCES": 4, "BLOCK": 128,
     }  # fmt: skip
+    ends = {"header": "*i32", "failed": "*i32", "peers": "*i64", "rank": "i32", "BUCKET": "i32", "LIMIT_NS": "i64",
+            "W": 4, "LANES": 4, "WAITS": True, "BLOCK": 2048, "K": 8, "PLACES": 8}  # fmt: skip
+    yield nvlink._send_rows, {
+        **ends, "values": "*fp8e4nv", "scales": "*fp32", "weights": "*fp32", "group_table": "*i64",
+        "copy_counts": "*i64", "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),
+        **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS"), "i32"),
+        **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
+        "TP": 2, "REPLICATED": True, "SCALES": 64, "ENDS": True,
+    }  # fmt: skip
+    yield nvlink._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "SUMS_AT": "i32"}
+    yield nvlink._add_sums, {**ends, "came": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32", "H": "i32",
+                             "ENDS": True}  # fmt: skip
+    yield nvlink._meet, {**ends, "phase": 1}
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
@@ -87,13 +105,13 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(17))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     kernel, arguments = list(kernels())[index]
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
+    constants = {name: arguments[name] for name in kernel.arg_names if not isinstance(arguments[name], str)}
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000

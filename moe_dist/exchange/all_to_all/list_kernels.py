@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dist.exchange.served import choices, served_by
 from moe_dist.kernels.triton.launch import as_bits, launch
-from moe_dist.model.placement import Placement, tables_on
+from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
 from moe_dist.step.workspace import Take
@@ -47,7 +48,7 @@ def _listed(
 ) -> tuple[Tensor, Tensor]:
     """order_TW and token_WB. Fills `counts_W` and a SendLists' pairs, or without it the four tensors of even lists."""
     tokens, world = routing.tokens, placement.world
-    inputs, sizes, constants = _choices(placement, routing, rank)
+    inputs, sizes, constants = choices(placement, routing, rank)
     order_TW = take((tokens, world), torch.int32)
     token_WB = take((world, bucket), torch.int32)
     look = max(16, min(1024, 8192 // constants[-1], power_of_2(max(tokens, 1))))
@@ -62,42 +63,6 @@ def _listed(
         num_warps=8,
     )
     return order_TW, token_WB
-
-
-def _choices(
-    placement: Placement, routing: Routing, rank: int
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
-    """What tells a kernel who serves which pair: tensors, sizes, constants, each in the order of its parameters."""
-    tables = tables_on(placement, routing.ids_TK.device)
-    experts, copies, top_k = tables.slots_GE.shape[1], tables.groups_EC.shape[1], routing.ids_TK.shape[1]
-    chosen = routing.ids_TK.contiguous(), routing.weights_TK.contiguous()
-    return (
-        (*chosen, tables.slots_GE, tables.groups_EC, tables.copies_E),
-        (rank, rank // placement.tp, experts, copies),
-        (top_k, placement.tp, copies > 1, power_of_2(top_k)),
-    )
-
-
-@triton.jit
-def _served_by(
-    ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS, COPIES, K: tl.constexpr,
-    REPLICATED: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
-    """(place in [T, K], expert, whether `group` serves it) of each pair of these tokens."""
-    place = tl.arange(0, PLACES)[None, :]
-    pair = (token < T)[:, None] & (place < K)
-    at = token[:, None] * K + place
-    expert = tl.load(ids + at, mask=pair, other=-1)
-    known = pair & (expert >= 0) & (expert < EXPERTS - 1)  # the last entry is that of no expert
-    expert = tl.where(known, expert, 0)
-    if REPLICATED:
-        copy = (token[:, None] + expert) % tl.load(copy_counts + expert, mask=known, other=1).to(tl.int32)
-        serving = tl.load(group_table + expert * COPIES + copy, mask=known, other=-1).to(tl.int32)
-        own_slot = tl.load(slot_table + own_group * EXPERTS + expert, mask=known, other=-1)
-        serving = tl.where(own_slot >= 0, own_group, serving)
-    else:
-        serving = tl.load(group_table + expert, mask=known, other=-1).to(tl.int32)
-    return at, expert, known & (serving == group)
 
 
 @triton.jit(do_not_specialize=["rank", "own_group"])
@@ -118,13 +83,13 @@ def _send_lists(
     if PARTS:
         for start in range(0, T, LOOK):
             token = start + tl.arange(0, LOOK)
-            _, _, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
+            _, _, here = served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
                                     COPIES, K, REPLICATED, PLACES)  # fmt: skip
             wanted = tl.max(here.to(tl.int32), 1)
             total += tl.sum(wanted, 0)
             before += tl.sum(tl.where(token < first, wanted, 0), 0)
     token = first + tl.arange(0, BLOCK)
-    at, expert, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
+    at, expert, here = served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS,
                                   COPIES, K, REPLICATED, PLACES)  # fmt: skip
     wanted = tl.max(here.to(tl.int32), 1)
     if not PARTS:
@@ -205,7 +170,7 @@ def packed_sends(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The wire to send and to receive, and order_TW; see lists.packed_sends."""
     (tokens, top_k), world = routing.ids_TK.shape, placement.world
-    inputs, sizes, constants = _choices(placement, routing, rank)
+    inputs, sizes, constants = choices(placement, routing, rank)
     value_words, scale_words, *_ = (*(row_bytes(part) // 4 for part in parts), 0)
     row_words = value_words + scale_words + 2 * top_k
     send = take(((world - 1) * bucket, row_words), torch.int32)
@@ -234,7 +199,7 @@ def _packed_sends(
     place, part = tl.program_id(0), tl.program_id(2)
     group = target // TP
     token = tl.arange(0, TOKENS)
-    _, _, here = _served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS, COPIES, K,
+    _, _, here = served_by(ids, slot_table, group_table, copy_counts, token, T, group, own_group, EXPERTS, COPIES, K,
                             REPLICATED, PLACES)  # fmt: skip
     wanted = tl.max(here.to(tl.int32), 1)
     order = tl.cumsum(wanted, 0) - 1

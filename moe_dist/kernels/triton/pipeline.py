@@ -25,7 +25,7 @@ from moe_dist.model.quantization import FP8, FP8_MAX, TINY, QuantizedRows
 from moe_dist.model.sizes import cdiv, power_of_2
 from moe_dist.model.spec import BLOCK
 from moe_dist.model.weights import ExpertWeights
-from moe_dist.step import Sink, Step
+from moe_dist.step import Routes, Sink, Step
 from moe_dist.step.rows import ExpertRows, TokenRows, used_rows
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
@@ -37,22 +37,31 @@ ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, places, y, START, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
-    SPLIT_K: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    out, slots, weights, places, y, START, AT, EACH, RANK, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    SPLIT_K: tl.constexpr, PLACED: tl.constexpr, ROUTED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K, for COLUMNS
-    columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`."""
+    columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`. If ROUTED, `y` holds
+    the addresses of Routes, and AT, EACH and RANK are theirs; WIDE: sums are float32."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
+    if ROUTED:  # targets in turns, and every rank begins with another one
+        ranks = tl.num_programs(0) // EACH
+        target = (row + RANK + 1) % ranks
+        there = row // ranks
+        row = target * EACH + there
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < COLUMNS
     part = tl.num_programs(0).to(tl.int64) * K * H
+    most = tl.full((), -1, tl.int32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for place in tl.static_range(K):
         pair = row * K + place
         slot = tl.load(slots + pair)
+        most = tl.maximum(most, slot)
         weight = tl.load(weights + pair, mask=slot >= 0, other=0.0)  # what it holds without a slot is ignored
         place_of = tl.load(places + pair, mask=slot >= 0, other=0).to(tl.int64) if PLACED else pair
         at = out + place_of * H + START + column
@@ -60,7 +69,12 @@ def _weighted_sum(
         for number in tl.static_range(1, SPLIT_K):
             value += tl.load(at + number * part, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
         total += weight * value
-    tl.store(y + row * COLUMNS + column, total.to(y.dtype.element_ty), mask=inside)
+    if ROUTED:
+        TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
+        begin = tl.multiple_of((tl.load(y + target) + AT).to(tl.pointer_type(TYPE)), 16)
+        tl.store(begin + there * H + START + column, total.to(TYPE), mask=inside & (most >= 0))
+    else:
+        tl.store(y + row * COLUMNS + column, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -146,9 +160,12 @@ class Pipeline(ABC):
             with stages("gemm2"):
                 self.gemm2(start, stop)
             with stages("combine"):
-                y_RC = sink.target(start, stop)
-                self.weighted_sum(weights_RK, start, stop, y_RC)
-            sink.put(start, stop, y_RC)
+                y_RC = sink.target(start, stop) if sink.routes is None else None
+                self.weighted_sum(weights_RK, start, stop, y_RC, sink.routes)
+            if y_RC is None:
+                sink.store(start, stop)
+            else:
+                sink.put(start, stop, y_RC)
 
     @abstractmethod
     def gemm1(self, values: Tensor, scales: Tensor, activation: str) -> None:
@@ -188,13 +205,20 @@ class Pipeline(ABC):
         launch(_requantize, (P, 1, 1), (self.h, maxima, codes, self.hs), (), (i, wide, FP8_MAX, TINY))
         self.h = codes
 
-    def weighted_sum(self, weights_RK: Tensor, start: int, stop: int, y_RC: Tensor) -> None:
+    def weighted_sum(
+        self, weights_RK: Tensor, start: int, stop: int, y_RC: Tensor | None, routes: Routes | None
+    ) -> None:
+        """To `y_RC`, or without it by `routes`."""
         (R, K), columns = self.slots_RK.shape, stop - start
         block = min(1024, power_of_2(columns))
         placed = self.places is not None
-        tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, y_RC)
-        constants = (self.experts.hidden, columns, K, self.split_k, placed, block)
-        self.launch(_weighted_sum, (R, cdiv(columns, block), 1), tensors, (start,), constants, (4, 1))
+        target, route, wide = y_RC, (0, 1, 0), False
+        if routes is not None:
+            target, route = routes.addresses_W, (routes.at, routes.each, routes.rank)
+            wide = routes.dtype == torch.float32
+        tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, target)
+        constants = (self.experts.hidden, columns, K, self.split_k, placed, routes is not None, wide, block)
+        self.launch(_weighted_sum, (R, cdiv(columns, block), 1), tensors, (start, *route), constants, (4, 1))
 
     def _scratch(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
         """Scratch of these shapes and dtypes."""

@@ -1,0 +1,265 @@
+"""What crosses NVLink, as stores into the peers' memory, and the flags that say it is there.
+
+One window of memory on each rank (window.py) holds a header and two regions: rows that came in, and partial sums that
+came back. A phase is a launch that writes into one region of every peer, and then sets this rank's flag for that phase
+on every peer to the step's number.
+
+**Why no barrier and no second buffer are needed.** A step has two phases, and in each a rank waits for the flags of all
+ranks before it goes on.
+- A rank writes rows of step g only after it has all flags "sums" of step g - 1. A peer sets that flag after its GEMMs,
+  which were the last to read the rows of step g - 1 there: launches of a stream run one after the other.
+- A rank writes sums of step g only after it has all flags "rows" of step g. A peer sets that flag after its final sums
+  of step g - 1, which were the last to read that region there.
+**Why what a flag announces is there.** It is stored with release at system scope by a thread that comes after all of
+this rank's writes of the phase: in a later launch of the stream, or in the same one by the block that took the last
+ticket. Blocks take tickets with acquire and release after their threads met at a barrier, so the last one has seen what
+all others wrote. The peer reads flags with acquire at system scope. Its later launches see all of it, and so do threads
+that meet at a barrier afterwards. PTX's memory model orders these: causality goes from one scope to another.
+**Numbers wrap around**, after 60 hours of 100 us steps: they are compared by their difference.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_dist.exchange.nvlink import window
+from moe_dist.exchange.nvlink.window import Ends, Visit
+from moe_dist.exchange.served import choices, served_by
+from moe_dist.kernels.triton.launch import as_bits, launch
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing
+from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
+
+ROWS, SUMS = tl.constexpr(0), tl.constexpr(1)  # phases
+STEP, TICKETS = tl.constexpr(window.STEP), tl.constexpr(window.TICKETS)
+FLAGS, PHASE = tl.constexpr(window.FLAGS), tl.constexpr(window.MOST_RANKS)
+WORDS, VALUES = 2048, 1024  # of a row, of a sum, that one program moves
+FEW = 512  # thread blocks up to which the last one, or each, sees to the flags; of more a launch of its own is quicker
+
+
+def send_rows(visit: Visit, parts: list[Tensor], placement: Placement, routing: Routing, ends: Ends) -> None:
+    """This rank's tokens to where they are computed; returns when everybody's are here, as streams go. `parts`: what
+    their rows consist of."""
+    inputs, sizes, constants = choices(placement, routing, ends.rank)
+    parts = [part.contiguous() for part in parts]
+    words = [row_bytes(part) // 4 for part in parts]
+    scale_words = words[1] if len(parts) > 1 else 0
+    starts = visit.regions.row_starts
+    block = min(WORDS, power_of_2(words[0]))
+    grid = visit.bucket, cdiv(words[0], block), 1
+    at_once = grid[0] * grid[1] <= FEW
+    launch(
+        _send_rows,
+        grid,
+        (parts[0], parts[-1], *inputs, visit.served_TW, *_shared(visit)),
+        (
+            *(visit.tokens, visit.bucket, *sizes, words[0], scale_words),
+            *(starts[0], starts[1] if scale_words else 0, starts[-2], starts[-1], ends.limit_ns),
+        ),
+        (*constants, *_ranks(ends), power_of_2(max(scale_words, 1)), block, at_once, ends.waits),
+    )
+    if not at_once:
+        launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (ROWS.value, *_ranks(ends), ends.waits))
+
+
+def send_sums(visit: Visit, sums_RH: Tensor, ends: Ends) -> None:
+    """The partial sums of the rows that came, back to where they came from."""
+    (rows, top_k), words = visit.slots_RK.shape, row_bytes(sums_RH) // 4
+    block = min(WORDS, power_of_2(words))
+    launch(
+        _send_sums,
+        (rows, cdiv(words, block), 1),
+        (sums_RH, visit.slots_RK, visit.window.addresses_W),
+        (visit.bucket, ends.rank, words, visit.regions.sums_start),
+        (top_k, power_of_2(top_k), ends.world, block),
+    )
+
+
+def add_sums(visit: Visit, y_TH: Tensor, ends: Ends) -> None:
+    """This rank's finished tokens, as soon as everybody's sums are here. Its own have been sent, by `send_sums` or by
+    the backend."""
+    tokens, hidden = y_TH.shape
+    block = min(VALUES, power_of_2(hidden))
+    grid = max(1, tokens), cdiv(hidden, block), 1
+    at_once = grid[0] * grid[1] <= FEW
+    if not at_once:
+        launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (SUMS.value, *_ranks(ends), ends.waits))
+    came_PH = visit.window.view(visit.regions.sums_start, *visit.regions.sums)
+    launch(
+        _add_sums,
+        grid,
+        (came_PH, visit.served_TW, y_TH, *_shared(visit)),
+        (tokens, visit.bucket, hidden, ends.rank, ends.limit_ns),
+        (*_ranks(ends), block, at_once, ends.waits),
+    )
+
+
+def _shared(visit: Visit) -> tuple[Tensor, Tensor, Tensor]:
+    return visit.window.words, visit.window.failed, visit.window.addresses_W
+
+
+def _ranks(ends: Ends) -> tuple[int, int]:
+    return ends.world, power_of_2(ends.world)
+
+
+@triton.jit
+def _there(address, AT, TYPE: tl.constexpr):
+    """A region of a peer's memory, which begins at a multiple of 16 bytes: rows move so many at a time."""
+    return tl.multiple_of((address + AT).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def _nanoseconds():
+    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def _seen(addresses):
+    """32-bit words at these addresses; what their writers wrote before is seen from here on."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _tell(header, peers, rank, phase: tl.constexpr, number, W: tl.constexpr, LANES: tl.constexpr):
+    """This rank's flag of a phase on every rank, with all writes of this block and of those whose tickets it has
+    seen."""
+    lane = tl.arange(0, LANES)
+    theirs = tl.load(peers + lane, mask=lane < W, other=0).to(tl.pointer_type(tl.int32))
+    flags = theirs + FLAGS + phase * PHASE + rank
+    tl.atomic_xchg(flags, tl.zeros_like(lane) + number, mask=lane < W, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["rank", "LIMIT_NS"])
+def _meet(
+    header, failed, peers, rank, LIMIT_NS, phase: tl.constexpr, W: tl.constexpr, LANES: tl.constexpr,
+    WAITS: tl.constexpr,
+):  # fmt: skip
+    """A phase ends: earlier launches have written this rank's part."""
+    number = tl.load(header + STEP) + 1
+    _tell(header, peers, rank, phase, number, W, LANES)
+    if WAITS:
+        _await(header, failed, phase, number, LIMIT_NS, W, LANES)
+    if phase == SUMS:
+        tl.store(header + STEP, number)
+
+
+@triton.jit
+def _await(header, failed, phase: tl.constexpr, number, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr):
+    """Until everybody's flags of a phase are here, but no longer than LIMIT_NS: then `failed` gets the phase (from 1
+    on), the last of the peers that are missing, and the number of the step."""
+    lane = tl.arange(0, LANES)
+    own = header + FLAGS + phase * PHASE + tl.minimum(lane, W - 1)
+    missing = _seen(own) - number < 0
+    began = _nanoseconds()
+    in_time = began >= 0
+    while (tl.max(missing.to(tl.int32), 0) > 0) & in_time:
+        missing = _seen(own) - number < 0
+        in_time = _nanoseconds() - began < LIMIT_NS
+    if tl.max(missing.to(tl.int32), 0) > 0:
+        tl.store(failed + 1, tl.max(tl.where(missing, tl.minimum(lane, W - 1), -1), 0))
+        tl.store(failed + 2, number)
+        tl.store(failed, phase + 1)
+
+
+@triton.jit(do_not_specialize=["T", "rank", "own_group", "LIMIT_NS"])
+def _send_rows(
+    values, scales, ids, weights, slot_table, group_table, copy_counts, served, header, failed, peers,
+    T, BUCKET, rank, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, VALUES_AT, SCALES_AT, SLOTS_AT, WEIGHTS_AT,
+    LIMIT_NS, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
+    LANES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """One program for each of the bucket's tokens and each BLOCK words of its row. Every peer gets the token's slots
+    there and its weights, -1 and 0 for padding; its row goes to those that hold one of its experts. Row t of rank r has
+    the place r · BUCKET + t everywhere, so nobody counts. `served`[t, w]: whether rank w sends a sum back."""
+    token, part = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, PLACES)
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    beside = tl.arange(0, SCALES)
+    row = rank.to(tl.int64) * BUCKET + token
+    real = token < T
+    inside = (column < VALUE_WORDS) & real
+    words = tl.load(as_bits(values) + token.to(tl.int64) * VALUE_WORDS + column, mask=inside)
+    scaled = (beside < SCALE_WORDS) & real & (part == 0)
+    scale = tl.load(as_bits(scales) + token.to(tl.int64) * SCALE_WORDS + beside, mask=scaled)
+    tokens = token + tl.zeros((1,), tl.int32)
+    for step in tl.static_range(1, W + 1):
+        peer = (rank + step) % W  # its own memory last: others may wait
+        to = tl.load(peers + peer)
+        at, expert, here = served_by(ids, slot_table, group_table, copy_counts, tokens, T, peer // TP, own_group,
+                                     EXPERTS, COPIES, K, REPLICATED, PLACES)  # fmt: skip
+        wanted = tl.max(tl.max(here.to(tl.int32), 1), 0) > 0
+        if wanted:
+            row_there = _there(to, VALUES_AT, tl.int32) + row * VALUE_WORDS
+            tl.store(row_there + column, words, mask=inside)
+        if part == 0:
+            if wanted:
+                scales_there = _there(to, SCALES_AT, tl.int32) + row * SCALE_WORDS
+                tl.store(scales_there + beside, scale, mask=scaled)
+            slot = tl.load(slot_table + (peer // TP) * EXPERTS + expert, mask=here, other=-1)
+            weight = tl.load(weights + at, mask=here, other=0.0)
+            slots_there = _there(to, SLOTS_AT, tl.int32) + row * K
+            weights_there = _there(to, WEIGHTS_AT, tl.float32) + row * K
+            tl.store(slots_there + place[None, :], slot, mask=place[None, :] < K)
+            tl.store(weights_there + place[None, :], weight, mask=place[None, :] < K)
+            tl.store(served + token * W + peer, wanted.to(tl.int8), mask=real)
+    if ENDS:
+        tl.debug_barrier()  # the ticket speaks for all threads of the block
+        blocks = tl.num_programs(0) * tl.num_programs(1)
+        if tl.atomic_add(header + TICKETS + ROWS, 1, sem="acq_rel", scope="sys") == blocks - 1:
+            tl.store(header + TICKETS + ROWS, 0)
+            number = tl.load(header + STEP) + 1
+            _tell(header, peers, rank, ROWS, number, W, LANES)
+            if WAITS:
+                _await(header, failed, ROWS, number, LIMIT_NS, W, LANES)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _send_sums(
+    sums, slots, peers, BUCKET, rank, WORDS, SUMS_AT, K: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each computed row and each BLOCK words of its sum. They go back to where the row came from, to
+    the place [this rank, token]."""
+    source = (tl.program_id(0) + rank + 1) % W  # in turns, and every rank begins with another one
+    token = tl.program_id(0) // W
+    row = source.to(tl.int64) * BUCKET + token
+    place = tl.arange(0, PLACES)
+    slot = tl.load(slots + row * K + place, mask=place < K, other=-1)
+    if tl.max(slot, 0) >= 0:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < WORDS
+        words = tl.load(as_bits(sums) + row * WORDS + column, mask=inside)
+        there = _there(tl.load(peers + source), SUMS_AT, tl.int32) + (rank.to(tl.int64) * BUCKET + token) * WORDS
+        tl.store(there + column, words, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "rank", "LIMIT_NS"])
+def _add_sums(
+    came, served, y, header, failed, peers, T, BUCKET, H, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """y[token] = the sum of what came back for it, in float32, in the order of ranks. With ENDS the phase ends here:
+    the first program sets the flags, which say that earlier launches have sent this rank's sums, and all wait."""
+    token, part = tl.program_id(0), tl.program_id(1)
+    if ENDS:
+        number = tl.load(header + STEP) + 1
+        if token + part == 0:
+            _tell(header, peers, rank, SUMS, number, W, LANES)
+        if WAITS:
+            _await(header, failed, SUMS, number, LIMIT_NS, W, LANES)
+        tl.debug_barrier()  # every thread of the block has seen the flags
+        if tl.atomic_add(header + TICKETS + SUMS, 1, sem="relaxed") == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.store(header + TICKETS + SUMS, 0)
+            tl.store(header + STEP, number)  # all have read it
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < H) & (token < T)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for peer in tl.static_range(W):
+        if tl.load(served + token * W + peer, mask=token < T, other=0) != 0:
+            at = (peer * BUCKET + token).to(tl.int64) * H + column
+            total += tl.load(came + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token.to(tl.int64) * H + column, total.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,67 @@
+"""Where things lie in the memory that ranks share: a header, rows that came in, partial sums that came back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.comm.symmetric import Symmetric
+from moe_dist.exchange.rows import pair_specs, row_specs
+from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import MoESpec
+from moe_dist.step import TensorSpec
+from moe_dist.step.workspace import ALIGNMENT, bytes_of
+
+# The header, in 32-bit words: the number of the last step that ended here, tickets taken in each phase, and from FLAGS
+# on each phase's flags by source.
+STEP, TICKETS, FLAGS, MOST_RANKS, PHASES = 0, 8, 32, 128, 2
+HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Of a window for steps of one bucket, which all ranks agree on. `rows`: values, scales if there are any, slots and
+    weights of the [world · bucket] rows; `sums`: [world · bucket, H]. Starts are in bytes."""
+
+    rows: tuple[TensorSpec, ...]
+    row_starts: tuple[int, ...]
+    sums: TensorSpec
+    sums_start: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, spec: MoESpec, world: int, payload: str, dtype: torch.dtype, bucket: int) -> Regions:
+        """`dtype`: of partial sums."""
+        places = world * bucket
+        rows = (*row_specs(spec, payload, places), *pair_specs(spec, places))
+        sums: TensorSpec = ((places, spec.hidden), dtype)
+        starts = [cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT]
+        for each in (*rows, sums):
+            starts.append(starts[-1] + bytes_of([each]))
+        return cls(rows, tuple(starts[: len(rows)]), sums, starts[-2], starts[-1])
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Who exchanges, and how long a launch waits for the others at most. `waits`: False where one process plays all
+    ranks in turn, in tests: then nobody may wait."""
+
+    rank: int
+    world: int
+    limit_ns: int
+    waits: bool = True
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One step in a window: what lies where in it, the number of this rank's tokens, which ranks send a sum back for
+    each (`served_TW`, int8), and the slots of the rows that came."""
+
+    window: Symmetric
+    regions: Regions
+    bucket: int
+    tokens: int
+    served_TW: Tensor
+    slots_RK: Tensor

@@ -1,0 +1,119 @@
+"""The nvlink exchange on GPUs: its rows and sums are those of all_to_all, in steps that follow each other at once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from gpu.ranks import run_on_ranks
+
+from moe_dist.engine.graph import StepGraph
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.planning import make_plan
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.model.weights import shard_from
+from moe_dist.oracle.reference import relative_error
+from moe_dist.workloads.random_weights import random_expert
+from moe_dist.workloads.skews import synthetic_routing
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+SPEC = MoESpec(name="of tests", hidden=1024, intermediate=512, num_experts=16, top_k=4)
+SKEWS = ("uniform", "zipf:1.2", "single", "hot:2")
+MOST = 700  # tokens a rank
+ROUNDING = 6e-3  # of sums in bf16 that were added in another order
+
+
+def layers_of(context, parallel: ParallelSpec, backend: str, quant: str, exchanges=("nvlink", "all_to_all")):
+    """One layer for each exchange, of the same weights."""
+    spec, comm = SPEC.with_changes(quant=quant), context.comm
+    plans = [
+        make_plan(spec, parallel, exchange=name, backend=backend, machine=Machine.detect("cuda")) for name in exchanges
+    ]
+    shard = shard_from(lambda e: random_expert(spec, e, 1, comm.device), plans[0].placement, comm.rank)
+    return [MoELayer(plan, shard, comm) for plan in plans]
+
+
+def tokens(context, count: int, seed: int, skew: str):
+    device, own = context.comm.device, 100 * seed + context.comm.rank
+    x = torch.randn(count, SPEC.hidden, device=device, generator=torch.Generator(device).manual_seed(own)).bfloat16()
+    return x, synthetic_routing(SPEC, count, skew, own).to(device)
+
+
+def draws(seed: int, world: int, count: int) -> list[tuple[int, list[int], str]]:
+    """(bucket, tokens of each rank, skew) of steps in a row, the same on all ranks: nobody, one token, many."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(count):
+        bucket = chance.choice((1, 2, 8, 64, 300, MOST))
+        counts = [chance.choice((0, 1, bucket, chance.randint(0, bucket))) for _ in range(world)]
+        found.append((bucket, counts, chance.choice(SKEWS)))
+    return found
+
+
+def steps_in_a_row(context, parallel: ParallelSpec, backend: str, quant: str, count: int):
+    """Labels of steps whose result is not that of all_to_all; nothing waits for the device between steps."""
+    nvlink, other = layers_of(context, parallel, backend, quant)
+    nvlink(*tokens(context, 1, 0, "uniform"), max_tokens_per_rank=MOST)  # the window is as large as it will be
+    found = []
+    for number, (bucket, counts, skew) in enumerate(draws(7, context.comm.world, count)):
+        x, routing = tokens(context, counts[context.comm.rank], number, skew)
+        y = nvlink(x, routing, max_tokens_per_rank=bucket)
+        z = nvlink(x, routing, max_tokens_per_rank=bucket)
+        found.append((f"{number} {bucket} {counts} {skew}", x, routing, bucket, y, z))
+    wrong = []
+    for label, x, routing, bucket, y, z in found:
+        expected = other(x, routing, max_tokens_per_rank=bucket)
+        if not torch.equal(y, z):
+            wrong.append(f"{label}: two runs differ")
+        if len(x) and relative_error(y, expected) > ROUNDING:
+            wrong.append(f"{label}: {relative_error(y, expected)}")
+    return wrong
+
+
+GRIDS = [(1, ParallelSpec()), (2, ParallelSpec(ep=2)), (2, ParallelSpec(tp=2)), (4, ParallelSpec(ep=4)),
+         (4, ParallelSpec(tp=4)), (4, ParallelSpec(tp=2, ep=2)),
+         (4, ParallelSpec(ep=4, replicas={0: (1, 3), 5: (0,)}))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "parallel"), GRIDS, ids=lambda each: getattr(each, "label", each))
+@pytest.mark.parametrize(("backend", "quant"), [("triton", "fp8_block"), ("torch", "none")])
+def test_steps_in_a_row_give_what_all_to_all_gives(world, parallel, backend, quant):
+    _needs(world)
+    for wrong in run_on_ranks(world, steps_in_a_row, parallel, backend, quant, 60 if backend == "triton" else 12):
+        assert not wrong
+
+
+def graphs_in_turn(context, parallel: ParallelSpec, replays: int):
+    """Two graphs of two layers and eager steps between them, in one window; then a larger window for later steps."""
+    layers = layers_of(context, parallel, "triton", "fp8_block", ("nvlink", "nvlink", "all_to_all"))
+    inputs = {bucket: tokens(context, bucket, bucket, "zipf:1.2") for bucket in (4, 96, 500)}
+    expected = {bucket: layers[2](*given, max_tokens_per_rank=bucket).clone() for bucket, given in inputs.items()}
+    graphs = {bucket: StepGraph(layers[bucket == 96], bucket, *inputs[bucket]) for bucket in (4, 96)}
+    chance, found = random.Random(3), []
+    for _ in range(replays):
+        bucket = chance.choice((4, 96, 500))
+        if bucket == 500:  # the first one needs a larger window than the graphs have
+            found.append((bucket, layers[0](*inputs[500], max_tokens_per_rank=500)))
+        else:
+            found.append((bucket, graphs[bucket].replay().clone()))
+    torch.cuda.synchronize()
+    first = {bucket: next(y for other, y in found if other == bucket) for bucket in inputs}
+    wrong = [f"{bucket}: differs from its first run" for bucket, y in found if not torch.equal(y, first[bucket])]
+    errors = {bucket: relative_error(first[bucket], expected[bucket]) for bucket in inputs}
+    return wrong + [f"{bucket}: {error}" for bucket, error in errors.items() if error > ROUNDING]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kind", ["tp", "ep"])
+def test_graphs_and_eager_steps_share_windows(world, kind):
+    _needs(world)
+    for wrong in run_on_ranks(world, graphs_in_turn, ParallelSpec(**{kind: world}), 400):
+        assert not wrong
+
+
+def _needs(world: int) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} are here")
