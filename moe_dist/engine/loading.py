@@ -1,0 +1,120 @@
+"""A layer of a checkpoint in one call: the plan, this rank's slices, the router, the shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.backends import BACKENDS
+from moe_dist.checkpoint import check_layer, load_router, load_shard, load_shared_shard
+from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan, shared_placement
+from moe_dist.engine.planning import make_plan
+from moe_dist.engine.router import Router
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.machine.machine import Machine
+from moe_dist.messages.notices import notice
+from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
+
+FASTEST, EVERYWHERE = "triton", "torch"  # backends, where nobody names one
+
+
+def load_layer(
+    checkpoint: str | Path,
+    layer: int,
+    *,
+    tp: int = 1,
+    ep: int | None = None,
+    exchange: str | None = None,
+    backend: str | None = None,
+    token_layout: TokenLayout = "sharded",
+    shared_experts: str | None = None,
+    comm: Comm | None = None,
+    progress: Callable[[], None] | None = None,
+) -> MoELayer:
+    """The MoE layer number `layer` of a Hugging Face checkpoint as this rank's part of a distributed one, with its own
+    router and, where the model has one, its shared expert. Every rank calls it; each reads its own slices only.
+
+    `ep` defaults to what the ranks leave beside `tp`. `comm` defaults to the process's default group, on this rank's
+    GPU under NCCL, or to one rank alone where there is no group. `exchange` defaults to ag_rs where ranks exchange
+    tokens, to all_reduce where all have them; `backend` to triton on a GPU that it can serve, else to torch. The plan
+    says what was taken: `layer.plan`. `shared_experts`: replicated (the default where the model has one), tp or none.
+    `progress` is called after each expert.
+
+    Raises ConfigError where tp · ep is not the number of ranks, or for what the checkpoint doesn't have;
+    CheckpointError for files that are missing, damaged or contradictory; UnsupportedError for what can't run here.
+    """
+    comm = _comm() if comm is None else comm
+    parallel = _parallel(tp, ep, comm.world)
+    spec = _spec(str(checkpoint), layer, shared_experts)
+    machine = Machine.detect(comm.device.type)
+    if exchange is None:
+        exchange = "local" if comm.world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
+    plan = plan_for(spec, parallel, exchange, backend, token_layout, machine)
+    shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress)
+    shared = None
+    if spec.shared_experts != "none":
+        columns = shared_placement(spec, parallel).slice_of(comm.rank)
+        shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device)
+    stored = load_router(str(checkpoint), layer, comm.device)
+    return MoELayer(plan, shard, comm, router=Router(plan, stored.gate_EH, stored.bias_E), shared=shared)
+
+
+def _spec(checkpoint: str, layer: int, shared_experts: str | None) -> MoESpec:
+    """Of the layer, with its shared expert as asked for."""
+    spec = check_layer(checkpoint, layer).spec
+    has_one = spec.shared_intermediate > 0
+    if shared_experts is None:
+        shared_experts = "replicated" if has_one else "none"
+    elif shared_experts != "none" and not has_one:
+        raise ConfigError("shared_experts", shared_experts, f"{checkpoint} has no shared expert", "none")
+    if has_one and shared_experts != "none":
+        check_layer(checkpoint, layer, shared=True)
+    return spec.with_changes(shared_experts=shared_experts)
+
+
+def plan_for(
+    spec: MoESpec,
+    parallel: ParallelSpec,
+    exchange: str,
+    backend: str | None,
+    token_layout: TokenLayout,
+    machine: Machine,
+) -> Plan:
+    """With the backend that goes with the machine where None is named: on a GPU that triton can't serve there is a
+    notice why it is torch. A named one that can't serve is refused."""
+    plan = partial(make_plan, spec, parallel, exchange=exchange, token_layout=token_layout, machine=machine)
+    if backend is not None or machine.device != "cuda":
+        return plan(backend=backend or EVERYWHERE)
+    available = BACKENDS.get(FASTEST).available(machine.device)
+    reason = available.reason
+    if available.ok:
+        try:
+            return plan(backend=FASTEST)
+        except UnsupportedError as error:
+            reason = str(error)
+    made = plan(backend=EVERYWHERE)
+    notice(f"backend {EVERYWHERE} by default, which is slow: {reason}")
+    return made
+
+
+def _comm() -> Comm:
+    if not dist.is_initialized():
+        return Comm.single("cuda" if torch.cuda.is_available() else "cpu")
+    return Comm.from_group("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _parallel(tp: int, ep: int | None, world: int) -> ParallelSpec:
+    if ep is None:
+        ep = max(1, world // max(1, tp))
+    parallel = ParallelSpec(tp=tp, ep=ep)
+    if parallel.world != world:
+        rule = f"tp · ep must be the number of ranks in the process group, {world}"
+        alone = "; start several with torchrun and torch.distributed.init_process_group" if world == 1 else ""
+        raise ConfigError("tp · ep", parallel.world, rule, f"{world}{alone}")
+    return parallel

@@ -1,0 +1,98 @@
+"""The front door: a checkpoint's layer in one call gives on any grid what it gives on one rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dist.pool import Pool
+
+import moe_dist
+from moe_dist import Comm, load_layer
+from moe_dist.checkpoint import make_checkpoint
+from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
+from moe_dist.oracle.reference import relative_error
+
+CLOSE = 1e-2  # partial sums cross in bf16
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    sizes = {"hidden": 256, "intermediate": 512, "num_experts": 8, "top_k": 2}
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {kind: make_checkpoint(folder / kind, model_type=kind, **sizes) for kind in ("qwen3_moe", "deepseek_v3")}
+
+
+def tokens(count: int, start: int = 0) -> torch.Tensor:
+    return torch.randn(20, 256, generator=torch.Generator().manual_seed(3)).bfloat16()[start : start + count]
+
+
+def output(comm: Comm, checkpoint: Path, options: dict[str, Any]) -> torch.Tensor:
+    """All tokens' results, or this rank's share of them where they are sharded: 3 on rank 0, 4 on rank 1 and so on."""
+    layer = load_layer(checkpoint, LAYER, comm=comm, **options)
+    if layer.plan.token_layout == "replicated":
+        return layer(tokens(20))
+    return layer(tokens(3 + comm.rank, 3 * comm.rank + comm.rank * (comm.rank - 1) // 2))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, {}),
+        (2, {"tp": 2}),
+        (4, {"tp": 2, "ep": 2, "exchange": "all_to_all"}),
+        (3, {"ep": 3, "token_layout": "replicated"}),
+    ],
+    ids=lambda each: " ".join(f"{k}={v}" for k, v in each.items()) if isinstance(each, dict) else None,
+)
+def test_every_grid_gives_what_one_rank_gives(
+    pool: Pool, checkpoints: dict[str, Path], kind: str, world: int, options: dict[str, Any]
+) -> None:
+    found = pool.run(world, output, checkpoints[kind], options)
+    alone = load_layer(checkpoints[kind], LAYER)(tokens(20))
+    if options.get("token_layout") == "replicated":
+        assert all(relative_error(y, alone) < CLOSE for y in found)
+    else:
+        y = torch.cat(found)
+        assert relative_error(y, alone[: len(y)]) < CLOSE
+
+
+def test_the_shared_expert_comes_with_the_model(checkpoints: dict[str, Path]) -> None:
+    whole = load_layer(checkpoints["deepseek_v3"], LAYER)
+    assert whole.plan.spec.shared_experts == "replicated"
+    routed = load_layer(checkpoints["deepseek_v3"], LAYER, shared_experts="none")
+    assert relative_error(routed(tokens(9)), whole(tokens(9))) > 10 * CLOSE
+    assert load_layer(checkpoints["qwen3_moe"], LAYER).plan.spec.shared_experts == "none"
+
+
+def test_what_is_named_is_taken_or_refused(checkpoints: dict[str, Path]) -> None:
+    given = checkpoints["qwen3_moe"], LAYER
+    assert load_layer(*given).plan.backend == "torch"
+    with pytest.raises(UnsupportedError, match="backend triton"):
+        load_layer(*given, backend="triton")
+    with pytest.raises(ConfigError, match=r"tp · ep = 4: .* number of ranks in the process group, 1 .*torchrun"):
+        load_layer(*given, tp=2, ep=2)
+    with pytest.raises(ConfigError, match="layer"):
+        load_layer(checkpoints["qwen3_moe"], 99)
+    with pytest.raises(ConfigError, match="has no shared expert"):
+        load_layer(*given, shared_experts="tp")
+    with pytest.raises((CheckpointError, ConfigError), match="nowhere"):
+        load_layer("nowhere", 0)
+
+
+def test_the_names_of_the_package_are_there_and_wait_until_they_are_asked_for() -> None:
+    code = (
+        "import sys, moe_dist; assert 'torch' not in sys.modules and len(dir(moe_dist)) > 10;"
+        "[getattr(moe_dist, name) for name in moe_dist.__all__]; assert 'torch' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(moe_dist._HOMES) == set(moe_dist.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = moe_dist.nothing
