@@ -83,7 +83,7 @@ def main() -> None:
             del shard, backend
             torch.cuda.empty_cache()
             with open(path, "w") as file:
-                json.dump(provenance(machine) | {"rows": rows}, file, indent=1, allow_nan=False)
+                json.dump(provenance(machine).model_dump() | {"rows": rows}, file, indent=1, allow_nan=False)
 
 
 def measured(

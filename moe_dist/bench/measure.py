@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.check import Errors
 from moe_dist.bench.clock import time_steps
 from moe_dist.bench.collectives import prove_collectives
+from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
 from moe_dist.bench.loading import weights_of
 from moe_dist.bench.prepared import Kept, Prepared, prepare
@@ -21,62 +21,11 @@ from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
-from moe_dist.errors import MoeDistError
 from moe_dist.machine.machine import check_machine
 from moe_dist.messages.notices import collecting
 from moe_dist.runtime.context import RankContext
 
 ALONE = Turn()
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a rank's layers ran, by their own word: a row's labels. `splits`: see Exchange.splits."""
-
-    placement: str
-    token_layout: str
-    exchange: str
-    backend: str
-    form: str
-    payload_dtype: str
-    combine_dtype: str
-    graph: bool
-    splits: str | None
-
-    @classmethod
-    def by(cls, step: Prepared) -> Ran:
-        layer, captured = step.layers[0], step.graph is not None
-        plan, choice = layer.plan, layer.plan.choice(step.bucket)
-        splits = layer.exchange.splits(step.bucket, captured=captured)
-        names = choice.exchange, choice.backend, choice.form, choice.payload
-        return cls(plan.parallel.label, plan.token_layout, *names, plan.combine_dtype, captured, splits)
-
-
-@dataclass(frozen=True)
-class RankResult:
-    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `stages_us`: medians. Errors
-    are the whole group's, see bench/check.py; `err_repeat` is what the worst token of a later output differs by from
-    that of the first, `err_again` the same of an output on changed inputs. `max_memory`: bytes of a GPU, the weights
-    and the most that making and running the step took beside them. `rows` are those of all layers, `active_experts`
-    the most of any layer, and `by_layer` has both of each. `config`: see Backend.config_sources. `notices`: what this
-    rank had to say in this turn."""
-
-    rounds_us: list[list[float]]
-    stages_us: dict[str, float]
-    bytes_sent: int
-    rows: int
-    active_experts: int
-    err_oracle: float | None
-    err_exact: float | None
-    err_whole: float | None
-    err_token: float | None
-    max_memory: int | None
-    ran: Ran
-    by_layer: tuple[tuple[int, int], ...] = ()
-    err_repeat: float | None = None
-    err_again: float | None = None
-    config: tuple[str, ...] = ()
-    notices: tuple[str, ...] = ()
 
 
 def measure(context: RankContext, case: Case, plan: Plan, turn: Turn = ALONE) -> RankResult:
@@ -117,9 +66,11 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
         context.progress(f"{case.label}: checking against the oracle")
         errors = step_errors(context, case, step, inputs, weights, groups, y_TH)
     by_layer = [_work(plan, comm.rank, each, groups_TK) for each, groups_TK in zip(inputs, groups, strict=True)]
+    stages_us, unstaged_us = step.staged(case.iters)
     kept.found[key] = RankResult(
         rounds_us=[],
-        stages_us=step.staged(case.iters),
+        stages_us=stages_us,
+        unstaged_us=unstaged_us,
         bytes_sent=step.sent(),
         rows=sum(rows for rows, _ in by_layer),
         active_experts=max(active for _, active in by_layer),
@@ -202,41 +153,3 @@ def _serving_groups(layer: MoELayer, plan: Plan, inputs: Inputs) -> Tensor:
     device = inputs.x_TH.device
     sources = None if sources is None else sources.to(device)
     return plan.placement.serving_groups(inputs.routing.ids_TK, rows.to(device), sources)
-
-
-def merge(results: list[RankResult]) -> dict[str, Any]:
-    """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank. Raises
-    MoeDistError where ranks ran different things: no label would be true."""
-    if others := [f"rank {rank}: {result.ran}" for rank, result in enumerate(results) if result.ran != results[0].ran]:
-        raise MoeDistError("; ".join([f"ranks ran different things: rank 0: {results[0].ran}", *others]))
-    rounds = zip(*(result.rounds_us for result in results), strict=True)
-    by_layer = [result.by_layer or ((result.rows, result.active_experts),) for result in results]
-    slowest = max(results, key=lambda result: sum(result.stages_us.values()))
-    first = results[0]
-    return {
-        "rounds_us": [[max(times) for times in zip(*ranks, strict=True)] for ranks in rounds],
-        "stages_us": slowest.stages_us,
-        "bytes_sent": max(result.bytes_sent for result in results),
-        "rows_per_rank": [result.rows for result in results],
-        "active_experts": max(result.active_experts for result in results),
-        "by_layer": [tuple(map(list, zip(*ranks, strict=True))) for ranks in zip(*by_layer, strict=True)],
-        "err_oracle": first.err_oracle,
-        "err_exact": first.err_exact,
-        "err_whole": first.err_whole,
-        "err_token": first.err_token,
-        "max_memory": max((result.max_memory or 0) for result in results) or None,
-        "ran": vars(first.ran),
-        "err_repeat": first.err_repeat,
-        "err_again": first.err_again,
-        "config": ", ".join(dict.fromkeys(source for result in results for source in result.config)) or None,
-        "notices": said_by(results),
-    }
-
-
-def said_by(results: list[RankResult]) -> dict[str, list[int]]:
-    """Each notice once, with the ranks that gave it."""
-    found: dict[str, list[int]] = {}
-    for rank, result in enumerate(results):
-        for text in result.notices:
-            found.setdefault(text, []).append(rank)
-    return found

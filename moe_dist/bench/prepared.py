@@ -59,20 +59,22 @@ class Prepared:
         self._eagerly()
         return self.comm.bytes_sent - before
 
-    def staged(self, iters: int) -> dict[str, float]:
-        """Median microseconds of each stage over a few of `iters` further steps, run as the timed ones are."""
+    def staged(self, iters: int) -> tuple[dict[str, float], float | None]:
+        """Median microseconds of each stage, and in none, over a few of `iters` further steps, run as the timed ones
+        are; nothing and None without any. A step's time and its stages are taken in that same step: stamps cost time,
+        so other steps' time less these stages would say nothing."""
         totals: list[dict[str, float]] = []
+        unstaged: list[float] = []
+        stages = Stages(True, self.comm.device)
         graph = self.graph.with_stages() if self.graph and iters else None
+        step = graph.replay if graph else lambda: self._eagerly(stages)
         for _ in range(min(iters, STAGE_ITERS)):
-            if graph:
-                time_steps(self.comm, graph.replay, 1, queued=True)
-                totals.append(graph.totals_us())
-                continue
-            self.comm.barrier()
-            stages = Stages(True, self.comm.device)
-            self._eagerly(stages)
-            totals.append(stages.totals_us())
-        return {name: median(total[name] for total in totals) for name in totals[0]} if totals else {}
+            (whole,) = time_steps(self.comm, step, 1, queued=graph is not None)
+            totals.append(graph.totals_us() if graph else stages.totals_us())
+            unstaged.append(whole - sum(totals[-1].values()))
+        if not totals:
+            return {}, None
+        return {name: median(total[name] for total in totals) for name in totals[0]}, median(unstaged)
 
     def on(self, x: Tensor, routings: Sequence[Routing]) -> Tensor:
         """The step on these inputs, of as many tokens as its own; a graph keeps them for its next replays. What a

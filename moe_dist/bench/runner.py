@@ -7,9 +7,11 @@ from contextlib import closing
 from itertools import groupby
 
 from moe_dist.bench.case import Case, Experiment
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import Outcome, make_row
 from moe_dist.bench.rounds import schedule
+from moe_dist.bench.row import Refused
 from moe_dist.bench.source import check_stored
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
@@ -20,14 +22,15 @@ from moe_dist.runtime.context import Group
 Shown = Callable[[str], None]
 
 
-def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case, Plan]], list[dict[str, str]]]:
+def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case, Plan]], list[Refused]]:
     """Everything that can be checked before a process starts. What can't run comes back with its reason."""
-    planned, refused = [], []
+    planned: list[tuple[Case, Plan]] = []
+    refused: list[Refused] = []
     for case in cases:
         try:
             planned.append((case, case.plan(machine)))
         except (UnsupportedError, ConfigError) as error:
-            refused.append({"case": case.label, "reason": str(error)})
+            refused.append(Refused(case=case.label, reason=str(error)))
     for case in {(case.source, case.model, case.layers): case for case, _ in planned}.values():
         if case.source.checkpoint is not None and case.source.layer is not None:
             check_stored(case)
@@ -79,14 +82,14 @@ def run_cases(
             outcome.places[world] = list(group.describe())
             for index, turn in schedule(cases, cases[0][1].machine.room):
                 case, plan = cases[index]
-                merged = merge(group.run(measure, case, plan, turn, timeout_s=timeout_s, shown=shown))
-                row = make_row(case, plan, merged, group.runtime)
+                found = merge(group.run(measure, case, plan, turn, timeout_s=timeout_s, shown=shown))
+                row = make_row(case, plan, found, group.runtime)
                 if index in rows:
                     outcome.rows[rows[index]] = row
                 else:
                     rows[index] = len(outcome.rows)
                     outcome.rows.append(row)
-                for line in outcome.add_notices(merged["notices"]):
+                for line in outcome.add_notices(found.notices):
                     said(line)
                 turn_done()
 

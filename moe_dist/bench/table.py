@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from math import hypot, isfinite
+from math import hypot
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from moe_dist.bench.results import WHOLE_TOLERANCE, Row
+from moe_dist.bench.row import Refused, Row
+from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.bench.tune import Found, Tuned, config_text
 from moe_dist.messages.printable import printable
 
@@ -25,7 +26,7 @@ def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
     shape = ("model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts")
     keys = (*shape, "source", "layer", "world", "token_layout", "global_tokens", "skew", "seed")
-    return tuple(row[key] for key in keys)
+    return tuple(getattr(row, key) for key in keys)
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
@@ -34,7 +35,8 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def _speed(row: Row) -> float:
-    return row["p50_us"] if row["p50_us"] is not None else float("inf")
+    """Microseconds; a row without times comes last."""
+    return row.p50_us if row.p50_us is not None else float("inf")
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
@@ -44,23 +46,23 @@ def tables(rows: Iterable[Row]) -> list[Table]:
 def _table(rows: list[Row]) -> Table:
     first = rows[0]
     title = (
-        f"{first['model']} {first['quant']} (hidden {first['hidden']}, intermediate {first['intermediate']}, "
-        f"{first['num_experts']} experts, top-{first['top_k']}) · {first['world']} ranks · "
-        f"{first['global_tokens']} {first['token_layout']} tokens · routing {first['skew']}"
+        f"{first.model} {first.quant} (hidden {first.hidden}, intermediate {first.intermediate}, "
+        f"{first.num_experts} experts, top-{first.top_k}) · {first.world} ranks · "
+        f"{first.global_tokens} {first.token_layout} tokens · routing {first.skew}"
     )
-    if first["shared_experts"] != "none":
-        title += f" · shared expert {first['shared_experts']}"
-    if first["source"].startswith("checkpoint:"):
-        title += f" · {first['source']}"
+    if first.shared_experts != "none":
+        title += f" · shared expert {first.shared_experts}"
+    if first.source.startswith("checkpoint:"):
+        title += f" · {first.source}"
     if stacked := _stacked(first):
         title += f" ·{stacked}"
     table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
-    converts = any(row["stages_us"].get("convert") for row in rows)
-    floors = any(row["floor_us"] is not None for row in rows)
+    converts = any(row.stages_us.get("convert") for row in rows)
+    floors = any(row.floor_us is not None for row in rows)
     for name in ("placement", "exchange", "backend", "mode", "payload"):
         table.add_column(name)
     numbers = ["p50 µs", *["µs/layer"] * bool(stacked), "±", "p99 µs"]
-    numbers += ["dispatch", *["convert"] * converts, "compute", "combine"]
+    numbers += ["dispatch", *["convert"] * converts, "compute", "combine", "unstaged"]
     for name in [*numbers, *["floor", "×floor"] * floors, "rows max/mean", "sent/rank", "err oracle", "err exact"]:
         table.add_column(name, justify="right")
     table.add_column("ok")
@@ -70,36 +72,38 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
-    stages = row["stages_us"]
-    mode = "graph" if row["graph"] else "eager"
-    cells: list[str | Text] = [row["placement"], *map(printable, (row["exchange"], row["backend"])), mode]
-    cells.append(row["payload_dtype"])
-    cells.append(_number(row["p50_us"]))
+    stages = row.stages_us
+    mode = "graph" if row.graph else "eager"
+    cells: list[str | Text] = [row.placement, *map(printable, (row.exchange, row.backend)), mode]
+    cells.append(row.payload_dtype)
+    cells.append(_number(row.p50_us))
     if _stacked(row):
-        cells.append(_number(row["per_layer_us"]))
-    cells += [_scatter(row), _number(row["p99_us"]), _number(stages.get("dispatch"))]
+        cells.append(_number(row.per_layer_us))
+    cells += [_scatter(row), _number(row.p99_us), _number(stages.get("dispatch"))]
     if converts:
         cells.append(_number(stages.get("convert") or None))
     cells += [_number(sum(stages[name] for name in COMPUTE) if stages else None), _number(stages.get("combine"))]
+    cells.append(_number(row.unstaged_us))
     if floors:
-        floor = row["floor_us"]
-        cells += [_number(floor), f"{row['p50_us'] / floor:.2f}" if floor and row["p50_us"] else "-"]
-    cells += [f"{row['imbalance']:.2f}", size(row["bytes_sent"])]
+        floor = row.floor_us
+        cells += [_number(floor), f"{row.p50_us / floor:.2f}" if floor and row.p50_us else "-"]
+    cells += [f"{row.imbalance:.2f}", size(row.bytes_sent)]
     cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
     return [*cells, _verdict(row)]
 
 
 def _stacked(row: Row) -> str:
     """What rows of stacks are said to be; nothing of a single layer."""
-    layers = row["layer"].removeprefix("stack:")
-    return "" if layers == row["layer"] else f" stack of {layers} layers"
+    layers = row.layer.removeprefix("stack:")
+    return "" if layers == row.layer else f" stack of {layers} layers"
 
 
 def _verdict(row: Row) -> Text:
-    if row["ok"] is False and row["err_whole"] is not None and not row["err_whole"] <= WHOLE_TOLERANCE:
-        finite = isfinite(row["err_whole"])  # what isn't, on either side or on both, says nothing of the weights
-        return Text("NO, infinite or NaN" if not finite else "NO, other weights than its source's", "bold red")
-    return {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row["ok"]]
+    if "err_whole" in row.not_finite:  # on either side or on both, which says nothing of the weights
+        return Text("NO, infinite or NaN", "bold red")
+    if row.ok is False and row.err_whole is not None and row.err_whole > WHOLE_TOLERANCE:
+        return Text("NO, other weights than its source's", "bold red")
+    return {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row.ok]
 
 
 def _number(value: float | None) -> str:
@@ -107,11 +111,12 @@ def _number(value: float | None) -> str:
 
 
 def _scatter(row: Row) -> str:
-    return "-" if row["scatter_us"] is None else f"{row['scatter_us'] / row['p50_us']:.1%}"
+    return "-" if row.scatter_us is None or not row.p50_us else f"{row.scatter_us / row.p50_us:.1%}"
 
 
-def _error(row: Row, key: str) -> str:
-    return "-" if row[key] is None else f"{row[key]:.1e}"
+def _error(row: Row, name: str) -> str:
+    error: float | None = getattr(row, name)
+    return f"{error:.1e}" if error is not None else "inf or NaN" if name in row.not_finite else "-"
 
 
 def size(count: float) -> str:
@@ -123,14 +128,14 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def refused_table(refused: list[dict[str, str]]) -> Table:
+def refused_table(refused: list[Refused]) -> Table:
     table = Table(title="Not run, and why", title_justify="left", title_style="bold", header_style="bold")
     table.add_column("cases", justify="right")
     table.add_column("the first of them")
     table.add_column("reason")
     by_reason: dict[str, list[str]] = {}
     for item in refused:
-        by_reason.setdefault(item["reason"], []).append(item["case"])
+        by_reason.setdefault(item.reason, []).append(item.case)
     for reason, cases in by_reason.items():
         table.add_row(str(len(cases)), printable(cases[0]), printable(reason))
     return table
@@ -163,9 +168,9 @@ def _tuned_cells(found: Found) -> list[str]:
 
 
 def family(row: Row) -> str:
-    if row["tp"] > 1 and row["ep"] > 1:
+    if row.tp > 1 and row.ep > 1:
         return "TPxEP"
-    return "TP" if row["tp"] > 1 else "EP" if row["ep"] > 1 else "single"
+    return "TP" if row.tp > 1 else "EP" if row.ep > 1 else "single"
 
 
 def verdict(rows: Iterable[Row]) -> list[str]:
@@ -177,45 +182,45 @@ def verdict(rows: Iterable[Row]) -> list[str]:
 
 
 def _sentence(rows: list[Row]) -> str | None:
-    sound = [row for row in rows if row["ok"] is not False and row["p50_us"] is not None]
+    sound = [row for row in rows if row.ok is not False and row.p50_us is not None]
     best: dict[str, Row] = {}
     for row in sound:
         best.setdefault(family(row), row)
     if len(best) < 2:
         return None
     winner, *others = best.values()
-    where = f"{winner['model']}, {winner['world']} ranks, {winner['global_tokens']} {winner['token_layout']} tokens"
+    where = f"{winner.model}, {winner.world} ranks, {winner.global_tokens} {winner.token_layout} tokens"
     where += f",{stacked}" if (stacked := _stacked(winner)) else ""
-    rivals = [f"{_who(row)} {row['p50_us'] / winner['p50_us']:.2f}x" for row in others]
+    rivals = [f"{_who(row)} {_speed(row) / _speed(winner):.2f}x" for row in others]
     said = "no clear winner, within scatter:" if tied(winner, others[0]) else "fastest"
-    return f"{where}, {winner['skew']}: {said} {_who(winner)} ({winner['p50_us']:,.0f} µs); " + ", ".join(rivals)
+    return f"{where}, {winner.skew}: {said} {_who(winner)} ({_speed(winner):,.0f} µs); " + ", ".join(rivals)
 
 
 def tied(first: Row, second: Row) -> bool:
     """Whether two medians differ by no more than scatter explains: that of both rows' rounds, and that of another start
     of the ranks. Of a row with too few rounds nothing is known, so nothing is claimed."""
-    scatters = first["scatter_us"], second["scatter_us"]
-    if None in scatters:
+    if first.scatter_us is None or second.scatter_us is None:
         return True
-    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(first["p50_us"], second["p50_us"]))
-    return bool(abs(second["p50_us"] - first["p50_us"]) <= explained)
+    times = _speed(first), _speed(second)
+    explained = max(SCATTERS * hypot(first.scatter_us, second.scatter_us), ANOTHER_START * min(times))
+    return abs(times[1] - times[0]) <= explained
 
 
 def _who(row: Row) -> str:
-    return f"{row['placement']} {row['exchange']} {row['backend']}" + (" in a graph" if row["graph"] else "")
+    return f"{row.placement} {row.exchange} {row.backend}" + (" in a graph" if row.graph else "")
 
 
 def last_line(rows: list[Row]) -> str:
     """Which family won where, in one line."""
     wins: dict[str, list[str]] = {}
     for group in groups(rows):
-        sound = [row for row in group if row["ok"] is not False and row["p50_us"] is not None]
+        sound = [row for row in group if row.ok is not False and row.p50_us is not None]
         rivals = {family(row): row for row in reversed(sound)}
         if len(rivals) < 2:
             continue
         first, second = sorted(rivals.values(), key=_speed)[:2]
         name = "a tie" if tied(first, second) else family(first)
-        place = f"{first['world']} ranks × {first['global_tokens']} {first['token_layout']} {first['skew']}"
+        place = f"{first.world} ranks × {first.global_tokens} {first.token_layout} {first.skew}"
         place += _stacked(first)
         wins.setdefault(name, []).append(place)
     if not wins:

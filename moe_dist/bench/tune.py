@@ -17,8 +17,9 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
-from moe_dist.bench.results import margin, provenance
+from moe_dist.bench.results import provenance
 from moe_dist.bench.roofline import PEAKS, rank_floor_us
+from moe_dist.bench.tolerance import margin
 from moe_dist.comm import Comm
 from moe_dist.engine.graph import capture
 from moe_dist.engine.plan import Part, Plan
@@ -137,7 +138,7 @@ def tune_shape(
     backend.use_config(None)
     entries = {found.rows: found.entry for found in tuned.found if found.entry is not None}
     if entries:
-        about = provenance(plan.machine)
+        about = provenance(plan.machine).model_dump()
         tuned.table = TuningTable(shape=part.shape, revision=backend.table_revision, entries=entries, **about)
     return tuned
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.gathered import summed, told
-from moe_dist.bench.results import WHOLE_TOLERANCE
+from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.checkpoint.whole import WholeExperts
 from moe_dist.comm import Comm
 from moe_dist.model.placement import Placement

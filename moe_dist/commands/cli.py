@@ -16,6 +16,7 @@ from moe_dist.bench.case import default_experiment
 from moe_dist.bench.output import Output, open_descriptors, open_output, rows_in, said
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.rounds import turns
+from moe_dist.bench.row import Provenance
 from moe_dist.bench.runner import check_fits, group_starter, plan_cases, run_cases
 from moe_dist.bench.source import with_source
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
@@ -225,7 +226,7 @@ def _measure(asked: Asked, args: argparse.Namespace, sweep: bool) -> int:
                 backend.build()
     planned, refused = plan_cases(experiment.cases(machine.device, asked.chosen_by), machine)
     if not planned or (refused and not sweep):
-        reasons = list(dict.fromkeys(item["reason"] for item in refused))
+        reasons = list(dict.fromkeys(item.reason for item in refused))
         raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
     if not args.out and closed_from_the_start(sys.stdout) and speaks():
         raise ConfigError("out", None, "standard output is closed, so results would go nowhere", "a file")
@@ -272,9 +273,7 @@ def _print_chosen(asked: Asked) -> None:
         _print_line(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})")
 
 
-def _keep_what_there_is(
-    outcome: Outcome, about: dict[str, Any], output: Output | None, args: argparse.Namespace
-) -> None:
+def _keep_what_there_is(outcome: Outcome, about: Provenance, output: Output | None, args: argparse.Namespace) -> None:
     """After a failure or an interruption: in the file, or where there is none on standard output."""
     if not outcome.rows or not speaks():
         return
@@ -292,9 +291,7 @@ def _keep_what_there_is(
                 print_rows(_console(), outcome)
 
 
-def _finish(
-    outcome: Outcome, about: dict[str, Any], output: Output | None, args: argparse.Namespace, sweep: bool
-) -> int:
+def _finish(outcome: Outcome, about: Provenance, output: Output | None, args: argparse.Namespace, sweep: bool) -> int:
     document = results_document(about, outcome)
     if output:
         sys.stdout.flush()  # it may be where results go

@@ -76,14 +76,14 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
 
 def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: bool) -> None:
     print_rows(console, outcome)
-    failed = [row for row in outcome.rows if row["ok"] is False]
+    failed = [row for row in outcome.rows if row.ok is False]
     if failed:
         console.print(f"{len(failed)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
     if out:
         console.print(f"results: {printable(out)}", soft_wrap=True)
-    timed = [row for row in outcome.rows if row["p50_us"] is not None]
+    timed = [row for row in outcome.rows if row.p50_us is not None]
     if not timed:
-        passed = sum(row["ok"] is True for row in outcome.rows)
+        passed = sum(row.ok is True for row in outcome.rows)
         console.print(f"{passed} of {len(outcome.rows)} cases agree with the oracle.")
     elif sweep:
         for sentence in verdict(timed):

@@ -16,7 +16,7 @@ from rich.segment import Segment
 from moe_dist.errors import OutputError
 from moe_dist.messages.printable import one_line, printable
 
-WIDTH = 210  # of tables where no terminal says how wide it is
+WIDTH = 230  # of tables where no terminal says how wide it is: that of all columns
 
 
 class Terminal(Console):

@@ -67,7 +67,7 @@ def load_layer(
 
 def _spec(checkpoint: str, layer: int, shared_experts: str | None) -> MoESpec:
     """Of the layer, with its shared expert as asked for."""
-    spec = check_layer(checkpoint, layer).spec
+    spec: MoESpec = check_layer(checkpoint, layer).spec
     has_one = spec.shared_intermediate > 0
     if shared_experts is None:
         shared_experts = "replicated" if has_one else "none"
@@ -75,7 +75,8 @@ def _spec(checkpoint: str, layer: int, shared_experts: str | None) -> MoESpec:
         raise ConfigError("shared_experts", shared_experts, f"{checkpoint} has no shared expert", "none")
     if has_one and shared_experts != "none":
         check_layer(checkpoint, layer, shared=True)
-    return spec.with_changes(shared_experts=shared_experts)
+    asked: MoESpec = spec.with_changes(shared_experts=shared_experts)
+    return asked
 
 
 def plan_for(

@@ -11,8 +11,10 @@ from dist.pool import Pool
 from moe_dist.bench.case import Case
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.gathered import joined, summed, told
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
+from moe_dist.bench.row import Row
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
 from moe_dist.machine.machine import Machine
@@ -28,7 +30,7 @@ def case(model: MoESpec = SPEC, tokens: int = 40, exchange: str = "ag_rs", layou
     return Case(model=model, parallel=ParallelSpec(**grid), exchange=exchange, backend="torch", workload=workload, iters=0)
 
 
-def row_of(pool: Pool, chosen: Case, function: Any = None, *arguments: Any) -> dict[str, Any]:
+def row_of(pool: Pool, chosen: Case, function: Any = None, *arguments: Any) -> Row:
     results = pool.run(chosen.parallel.world, function or measured, chosen, *arguments)
     return make_row(chosen, chosen.plan(MACHINE), merge(results), "torchrun")
 
@@ -59,21 +61,21 @@ def test_a_shared_expert_s_dynamic_scale_is_each_rank_s_own(
     pool: Pool, model: MoESpec, exchange: str, layout: str
 ) -> None:
     row = row_of(pool, case(model, 16, exchange, layout, ep=2))
-    assert row["err_oracle"] < 1e-2
-    assert row["ok"] is True
+    assert row.err_oracle < 1e-2
+    assert row.ok is True
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["sharded", "replicated"])
 @pytest.mark.parametrize("model", [SPEC, SHARED[0]], ids=["routed", "shared"])
 def test_few_tokens_and_none_pass(pool: Pool, model: MoESpec, layout: str, tokens: int) -> None:
-    assert row_of(pool, case(model, tokens, "ag_rs", layout, ep=2))["ok"] is True
+    assert row_of(pool, case(model, tokens, "ag_rs", layout, ep=2)).ok is True
 
 
 def test_copies_of_experts_pass_in_another_order(pool: Pool) -> None:
     for quant in ("fp8_tensor_dynamic", "fp8_block"):
         chosen = case(SPEC.with_changes(quant=quant), 40, "all_reduce", ep=2, replicas={0: [1], 7: [0]})
-        assert row_of(pool, chosen)["ok"] is True
+        assert row_of(pool, chosen).ok is True
 
 
 # Collectives that do wrong, on every rank
@@ -110,8 +112,8 @@ def measured_broken(comm: Comm, chosen: Case, kind: str, proven: bool) -> Any:
 @pytest.mark.parametrize("layout", ["sharded", "replicated"])
 def test_an_all_reduce_that_is_wrong_does_not_make_the_expectation(pool: Pool, kind: str, layout: str) -> None:
     row = row_of(pool, case(SPEC, 64, "all_reduce", layout, ep=2), measured_broken, kind, False)
-    assert row["err_token"] > 0.9
-    assert row["ok"] is False
+    assert row.err_token > 0.9
+    assert row.ok is False
 
 
 def proof(comm: Comm, kind: str) -> tuple[str, int, str] | None:

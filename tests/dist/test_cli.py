@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moe_dist.commands import cli
-from moe_dist.bench import results
+from moe_dist.bench import tolerance
 from moe_dist.commands.cli import main
 from moe_dist.commands.config import model_names
 from moe_dist.errors import ClusterLost
@@ -224,7 +224,7 @@ class TestWithRanks:
         assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
 
     def test_a_number_out_of_tolerance(self, command, monkeypatch):
-        monkeypatch.setitem(results.EXACT_TOLERANCE, "fp8_block", 0.0)
+        monkeypatch.setitem(tolerance.EXACT_TOLERANCE, "fp8_block", 0.0)
         found = command("run", "--tokens", "4", "--iters", "1", *SMALL)
         assert found.code == 1
         assert next(line for line in found.out.splitlines() if "single" in line).rstrip(" │").endswith("NO")

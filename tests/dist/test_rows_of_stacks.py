@@ -14,8 +14,10 @@ from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.case import Case, SourceSpec
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
+from moe_dist.bench.row import Row
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.runner import plan_cases
 from moe_dist.checkpoint import layer_spec, make_checkpoint
@@ -52,7 +54,7 @@ def measured(comm: Comm, chosen: Case, turns: int = 1, wrong: Any = None) -> Any
     return result
 
 
-def row_of(pool: Pool, chosen: Case, *arguments: Any) -> dict[str, Any]:
+def row_of(pool: Pool, chosen: Case, *arguments: Any) -> Row:
     results = pool.run(chosen.parallel.world, measured, chosen, *arguments)
     return make_row(chosen, chosen.plan(MACHINE), merge(results), "torchrun")
 
@@ -74,22 +76,22 @@ def row_of(pool: Pool, chosen: Case, *arguments: Any) -> dict[str, Any]:
 )
 def test_right_stacks_pass(pool: Pool, chosen: Case) -> None:
     row = row_of(pool, chosen, 2)
-    assert row["ok"] is True
-    assert row["layer"] == f"stack:{chosen.layers}"
-    assert row["per_layer_us"] == pytest.approx(row["p50_us"] / chosen.layers)
-    assert row["err_repeat"] == 0.0
-    assert row["err_again"] < 5e-2
-    assert len(row["round_p50_us"]) == 2
-    assert row["pairs"] == chosen.workload.tokens * SPEC.top_k
+    assert row.ok is True
+    assert row.layer == f"stack:{chosen.layers}"
+    assert row.per_layer_us == pytest.approx(row.p50_us / chosen.layers)
+    assert row.err_repeat == 0.0
+    assert row.err_again < 5e-2
+    assert len(row.round_p50_us) == 2
+    assert row.pairs == chosen.workload.tokens * SPEC.top_k
 
 
 def test_a_stack_of_one_layer_is_that_layer(pool: Pool) -> None:
     row = row_of(pool, case(1))
-    assert (row["layer"], row["per_layer_us"]) == ("whole", row["p50_us"])
+    assert (row.layer, row.per_layer_us) == ("whole", row.p50_us)
     three = row_of(pool, case(3))
-    assert three["bytes_sent"] == 3 * row["bytes_sent"]
-    assert sum(three["rows_per_rank"]) == 3 * sum(row["rows_per_rank"])
-    assert three["pairs"] == row["pairs"]
+    assert three.bytes_sent == 3 * row.bytes_sent
+    assert sum(three.rows_per_rank) == 3 * sum(row.rows_per_rank)
+    assert three.pairs == row.pairs
 
 
 # What goes wrong, on every rank; each gives back how to undo it
@@ -168,8 +170,8 @@ def a_token_is_lost_in_the_second_layer() -> Any:
 )  # fmt: skip
 def test_wrong_stacks_do_not_pass(pool: Pool, wrong: Any, field: str) -> None:
     row = row_of(pool, case(3, 40), 1, wrong)
-    assert row[field] > 0.09
-    assert row["ok"] is False
+    assert getattr(row, field) > 0.09
+    assert row.ok is False
 
 
 # Checkpoints
@@ -202,7 +204,7 @@ def test_a_checkpoint_s_layers_with_their_own_routers(pool: Pool, tmp_path: Path
     plan_cases([chosen], MACHINE)
     found = pool.run(2, routers_seen, chosen)
     row = make_row(chosen, chosen.plan(MACHINE), merge([result for result, _ in found]), "torchrun")
-    assert (row["ok"], row["layer"], row["source"]) == (True, "stack:3", "checkpoint:model layer 1")
+    assert (row.ok, row.layer, row.source) == (True, "stack:3", "checkpoint:model layer 1")
     for _, seen in found:
         assert len({gate for gate, _ in seen}) == 3
         assert len({tokens for _, tokens in seen}) == 1  # the step's own

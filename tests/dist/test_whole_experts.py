@@ -17,9 +17,12 @@ from dist.pool import Pool
 from moe_dist.model import weights
 from moe_dist.workloads import random_weights
 from moe_dist.bench.case import Case, SourceSpec
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.rounds import Turn
-from moe_dist.bench.results import WHOLE_TOLERANCE, make_row
+from moe_dist.bench.results import make_row
+from moe_dist.bench.row import Row
+from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.bench.whole_experts import compared_tokens
 from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
@@ -129,7 +132,7 @@ def measured(comm: Comm, chosen: Case, fault: Fault | None) -> Any:
         setattr(owner, name, before)
 
 
-def row_of(pool: Pool, chosen: Case, fault: Fault | None = None) -> dict[str, Any]:
+def row_of(pool: Pool, chosen: Case, fault: Fault | None = None) -> Row:
     results = pool.run(chosen.parallel.world, measured, chosen, fault)
     return make_row(chosen, chosen.plan(MACHINE), merge(results), "torchrun")
 
@@ -149,9 +152,9 @@ RANDOM = [
 @pytest.mark.parametrize("chosen", RANDOM, ids=lambda chosen: f"{chosen.model.quant_label} {chosen.label}")
 def test_random_weights_agree_with_whole_experts(pool: Pool, chosen: Case) -> None:
     row = row_of(pool, chosen)
-    assert row["source"] == "random:5"
-    assert 0 < row["err_whole"] < WHOLE_TOLERANCE / 10
-    assert row["ok"] is True
+    assert row.source == "random:5"
+    assert 0 < row.err_whole < WHOLE_TOLERANCE / 10
+    assert row.ok is True
 
 
 @pytest.mark.parametrize(
@@ -170,9 +173,9 @@ def test_checkpoints_agree_with_whole_experts(
     pool: Pool, tmp_path: Path, options: Any, shared: str, parallel: Any
 ) -> None:
     row = row_of(pool, of(checkpoint(tmp_path / "model", **options), shared, **parallel))
-    assert row["source"] == "checkpoint:model layer 1"
-    assert 0 < row["err_whole"] < WHOLE_TOLERANCE / 10
-    assert row["ok"] is True
+    assert row.source == "checkpoint:model layer 1"
+    assert 0 < row.err_whole < WHOLE_TOLERANCE / 10
+    assert row.ok is True
 
 
 @pytest.mark.parametrize(
@@ -188,18 +191,18 @@ def test_checkpoints_agree_with_whole_experts(
 )
 def test_a_checkpoint_loaded_wrong_does_not_pass(pool: Pool, tmp_path: Path, fault: Fault, fused: bool) -> None:
     row = row_of(pool, of(checkpoint(tmp_path / "model", fused=fused), tp=2), fault)
-    assert row["err_oracle"] < 1e-2  # the oracle has the same wrong weights
-    assert row["err_whole"] > 0.1
-    assert row["ok"] is False
+    assert row.err_oracle < 1e-2  # the oracle has the same wrong weights
+    assert row.err_whole > 0.1
+    assert row.ok is False
 
 
 @pytest.mark.parametrize("shared", ["tp", "replicated"])
 @pytest.mark.parametrize("fault", [first_slice_everywhere, gate_for_up])
 def test_the_shared_expert_is_compared_too(pool: Pool, tmp_path: Path, fault: Fault, shared: str) -> None:
     row = row_of(pool, of(checkpoint(tmp_path / "model", model_type="deepseek_v3"), shared, ep=2), fault)
-    assert row["ok"] is (shared == "replicated" and fault is first_slice_everywhere)  # whole there: nothing to move
-    if not row["ok"]:
-        assert row["err_whole"] > 10 * WHOLE_TOLERANCE
+    assert row.ok is (shared == "replicated" and fault is first_slice_everywhere)  # whole there: nothing to move
+    if not row.ok:
+        assert row.err_whole > 10 * WHOLE_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -212,9 +215,9 @@ def test_the_shared_expert_is_compared_too(pool: Pool, tmp_path: Path, fault: Fa
 )
 def test_random_shards_made_wrong_do_not_pass(pool: Pool, fault: Fault, chosen: Case) -> None:
     row = row_of(pool, chosen, fault)
-    assert row["err_oracle"] < 1e-2
-    assert row["err_whole"] > 10 * WHOLE_TOLERANCE
-    assert row["ok"] is False
+    assert row.err_oracle < 1e-2
+    assert row.err_whole > 10 * WHOLE_TOLERANCE
+    assert row.ok is False
 
 
 def test_every_copy_of_every_expert_is_compared_once() -> None:
@@ -273,8 +276,8 @@ def zero_weights(comm: Comm, chosen: Case, spoilt: int | None) -> Any:
 def test_an_expert_that_is_used_with_weight_0_only_is_compared_alone(pool: Pool, spoilt: int | None) -> None:
     chosen = case(SPEC, ep=2).with_changes(workload=WorkloadSpec(tokens=64, seed=3))
     row = make_row(chosen, chosen.plan(MACHINE), merge(pool.run(2, zero_weights, chosen, spoilt)), "torchrun")
-    assert row["ok"] is (spoilt is None)
-    assert row["err_oracle"] < 1e-2
+    assert row.ok is (spoilt is None)
+    assert row.err_oracle < 1e-2
 
 
 def changed_between(comm: Comm, first: Case, second: Case) -> Any:
@@ -293,8 +296,8 @@ def test_experts_that_changed_since_are_compared_again(pool: Pool) -> None:
     for seed in range(3):
         one, two = (case(spec, ep=2).with_changes(workload=WorkloadSpec(tokens=256, seed=s)) for s in (100, seed))
         row = make_row(two, two.plan(MACHINE), merge(pool.run(2, changed_between, one, two)), "torchrun")
-        assert row["err_oracle"] < 1e-2
-        assert row["ok"] is False
+        assert row.err_oracle < 1e-2
+        assert row.ok is False
 
 
 def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
@@ -327,8 +330,8 @@ def test_a_checkpoint_s_router_is_compared(pool: Pool, tmp_path: Path, model_typ
     chosen = of(directory, ep=2).with_changes(workload=workload)
     row = make_row(chosen, chosen.plan(MACHINE), merge(pool.run(2, routed_wrong, chosen, how)), "torchrun")
     right = how == "right" or (how == "bias" and model_type == "qwen3_moe")  # which has none
-    assert row["ok"] is right
-    assert (row["err_whole"] < 1e-5) is right
+    assert row.ok is right
+    assert (row.err_whole < 1e-5) is right
 
 
 def test_ranks_that_route_each_in_its_own_way_are_named(pool: Pool, tmp_path: Path) -> None:

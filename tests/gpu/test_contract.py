@@ -13,8 +13,10 @@ import torch
 from gpu.ranks import backends_here, run_on_ranks
 
 from moe_dist.bench.case import Case, Experiment
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
+from moe_dist.bench.row import Row
 from moe_dist.bench.runner import plan_cases
 from moe_dist.commands.config import find_model
 from moe_dist.engine.plan import Plan
@@ -87,7 +89,7 @@ def test_exact_splits(world):
         for experiment in (experiments(world)["small"], experiments(world)["formats"])
     ]
     rows = check(world, wanted, "_exact", measure_with_exact_splits)
-    assert {row["splits"] for row in rows} == {"exact"}
+    assert {row.splits for row in rows} == {"exact"}
 
 
 @pytest.mark.parametrize("world", [3, 4])
@@ -101,7 +103,7 @@ def test_ranks_that_share_gpus(world):
 
 def check(
     world: int, wanted: list[Experiment], suffix: str = "", function: Callable[..., Any] = measure_all
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     machine = Machine.detect("cuda")
     planned, refused = [], []
     for experiment in wanted:
@@ -116,20 +118,22 @@ def check(
     ]
     if out := os.environ.get("GPU_TEST_ROWS"):
         Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / f"contract_{world}{suffix}.json").write_text(json.dumps({"rows": rows, "refused": refused}))
+        (Path(out) / f"contract_{world}{suffix}.json").write_text(
+            json.dumps({"rows": [row.model_dump() for row in rows], "refused": [each.model_dump() for each in refused]})
+        )
     bad = [
-        f"{case.label}: {row['err_oracle']} {row['err_exact']}"
+        f"{case.label}: {row.err_oracle} {row.err_exact}"
         for row, (case, _) in zip(rows, planned, strict=True)
-        if not row["ok"]
+        if not row.ok
     ]
     assert not bad, f"seed {SEED}, {len(bad)} of {len(rows)}:\n" + "\n".join(bad)
     blocks = any(experiment.models[0].quant == "fp8_block" for experiment in wanted)
-    assert {row["backend"] for row in rows} == set(backends_here()) - (set() if blocks else {"deep_gemm"})
+    assert {row.backend for row in rows} == set(backends_here()) - (set() if blocks else {"deep_gemm"})
     # What is refused is refused for a reason that is known here, not by accident.
     known = (
         *("is not capturable", "computes swiglu, relu2", "takes bf16, fp8_block", "travels only with FP8"),
         *("computes FP8 layers, not bf16", "computes fp8_block, not", "in whole blocks of 128"),
     )
-    strange = [item for item in refused if not any(words in item["reason"] for words in known)]
+    strange = [item for item in refused if not any(words in item.reason for words in known)]
     assert not strange, strange
     return rows

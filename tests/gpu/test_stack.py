@@ -10,7 +10,8 @@ from gpu.ranks import backends_here, run_on_ranks
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn
 from moe_dist.comm import Comm
@@ -200,7 +201,7 @@ def test_rows_of_stacks(world):
     machine, wrong = Machine.detect("cuda"), []
     for case, results in zip(cases, zip(*run_on_ranks(world, rows_of, cases), strict=True), strict=True):
         row = make_row(case, case.plan(machine), merge(list(results)), "test")
-        errors = {name: value for name, value in row.items() if name.startswith("err_")}
-        if row["ok"] is not True or row["layer"] != f"stack:{LAYERS}" or not row["stages_us"]["gemm1"] > 0:
-            wrong.append(f"{case.label}: {errors} {row['stages_us']}")
+        errors = {name: value for name, value in row if name.startswith("err_")}
+        if row.ok is not True or row.layer != f"stack:{LAYERS}" or not row.stages_us["gemm1"] > 0:
+            wrong.append(f"{case.label}: {errors} {row.stages_us}")
     assert wrong == []

@@ -15,20 +15,13 @@ from rich.console import Console
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import results
 from moe_dist.bench.case import Case, Experiment, parse_placement
-from moe_dist.bench.measure import Ran, RankResult, merge
+from moe_dist.bench.findings import Ran, RankResult, merge
 from moe_dist.bench.output import open_output
-from moe_dist.bench.results import (
-    EXACT_TOLERANCE,
-    Outcome,
-    commit,
-    make_row,
-    margin,
-    provenance,
-    quantile,
-    results_document,
-)
+from moe_dist.bench.results import Outcome, commit, make_row, provenance, quantile, results_document
+from moe_dist.bench.row import Refused, Row
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
+from moe_dist.bench.tolerance import EXACT_TOLERANCE, margin
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -65,7 +58,8 @@ def case(**changes) -> Case:
 
 def rank_result(**changes) -> RankResult:
     defaults = {
-        "rounds_us": [[100.0], [300.0], [200.0]], "stages_us": STAGES, "bytes_sent": 1000, "rows": 40,
+        "rounds_us": [[100.0], [300.0], [200.0]], "stages_us": STAGES, "unstaged_us": 6.04,
+        "bytes_sent": 1000, "rows": 40,
         "active_experts": 4, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.05,
         "max_memory": None,
         "ran": Ran("EP2", "sharded", "ag_rs", "torch", "token", "fp8", "bf16", False, None),
@@ -73,7 +67,7 @@ def rank_result(**changes) -> RankResult:
     return RankResult(**(defaults | changes))
 
 
-def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> dict:
+def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> Row:
     """Of ranks that ran what was planned."""
     plan = chosen.plan(machine)
     return make_row(chosen, plan, merge([replace(rank, ran=ran_by(plan)) for rank in ranks]), "ray")
@@ -84,18 +78,21 @@ def ran_by(plan) -> Ran:
     return Ran(plan.parallel.label, plan.token_layout, *names, plan.graph, None)
 
 
-def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> dict:
-    """A row as the tables take it."""
+def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> Row:
+    """A row with a value for every key."""
     defaults = {
         "model": "m", "source": "random:0", "hidden": 8, "intermediate": 8, "num_experts": 4, "top_k": 2,
         "quant": "fp8_block", "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
-        "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "graph": False,
-        "payload_dtype": "fp8", "token_layout": "sharded", "global_tokens": 64, "skew": "uniform", "seed": 0,
-        "layer": "whole", "p50_us": p50, "scatter_us": 1.0, "p99_us": None, "floor_us": None, "stages_us": STAGES,
-        "imbalance": 1.25, "bytes_sent": 2048, "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6,
-        "err_token": 0.1, "ok": True,
+        "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "form": "token",
+        "graph": False, "splits": None, "payload_dtype": "fp8", "combine_dtype": "bf16", "token_layout": "sharded",
+        "global_tokens": 64, "tokens_per_rank": 32, "skew": "uniform", "seed": 0, "layer": "whole", "iters": 3,
+        "runtime": "ray", "config": None, "p50_us": p50, "per_layer_us": p50, "round_p50_us": (), "scatter_us": 1.0,
+        "p99_us": None, "floor_us": None, "stages_us": STAGES, "unstaged_us": 6.0, "imbalance": 1.25,
+        "active_experts": 4, "rows_per_rank": (64, 64), "pairs": 128, "bytes_sent": 2048, "max_memory": None,
+        "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.1, "err_repeat": 0.0, "err_again": 0.0,
+        "not_finite": (), "tflops": None, "hbm_gbps": None, "link_gbps": None, "chosen_by": "name", "ok": True,
     }  # fmt: skip
-    return defaults | changes
+    return Row(**(defaults | changes))
 
 
 def printed(*things: object) -> str:
@@ -165,32 +162,32 @@ class TestStages:
 class TestMakeRow:
     def test_holds_every_name_of_the_design(self):
         made = row_of(case(), rank_result(), rank_result())
-        assert [name for name in DESIGNED if name not in made] == []
+        assert [name for name in DESIGNED if name not in made.model_dump()] == []
 
     def test_an_iteration_is_as_long_as_its_slowest_rank(self):
         slow_start = rank_result(rounds_us=[[500.0, 10.0, 10.0]])
         slow_end = rank_result(rounds_us=[[10.0, 10.0, 900.0]])
         made = row_of(case(), slow_start, slow_end)
-        assert made["p50_us"] == 500.0  # of 500, 10 and 900: no rank alone has this median
-        assert made["iters"] == 3
+        assert made.p50_us == 500.0  # of 500, 10 and 900: no rank alone has this median
+        assert made.iters == 3
 
     def test_p99_needs_a_hundred_iterations(self):
         times = [float(n) for n in range(1, 101)]
         for given, expected in ((times[:99], None), (times, 99.0)):
             ranks = [rank_result(rounds_us=[given[:40], given[40:]])] * 2
-            assert row_of(case(), *ranks)["p99_us"] == expected
+            assert row_of(case(), *ranks).p99_us == expected
 
     def test_rounds_say_how_far_the_median_scatters(self):
         """Of medians of 100, 120 and 140 the standard deviation is 20, that of their middle 20 / sqrt(3)."""
         fast = rank_result(rounds_us=[[100.0, 1.0, 120.0], [120.0] * 3, [140.0] * 3])
         slow = rank_result(rounds_us=[[1.0, 100.0, 1.0], [1.0] * 3, [1.0] * 3])
         made = row_of(case(), fast, slow)
-        assert made["round_p50_us"] == [100.0, 120.0, 140.0]
-        assert made["scatter_us"] == pytest.approx(20.0 / 3**0.5)
-        assert made["p50_us"] == 120.0
-        assert made["iters"] == 9
+        assert made.round_p50_us == (100.0, 120.0, 140.0)
+        assert made.scatter_us == pytest.approx(20.0 / 3**0.5)
+        assert made.p50_us == 120.0
+        assert made.iters == 9
         two = row_of(case(), *[rank_result(rounds_us=[[100.0], [120.0]])] * 2)
-        assert two["scatter_us"] is None  # two say too little
+        assert two.scatter_us is None  # two say too little
 
     @pytest.mark.parametrize(
         ("repeat", "checked", "expected"),
@@ -200,13 +197,15 @@ class TestMakeRow:
     def test_an_output_that_changes_while_it_is_timed_is_wrong(self, repeat, checked, expected):
         errors = {} if checked else {"err_oracle": None, "err_exact": None}
         made = row_of(case(), *[rank_result(err_repeat=repeat, **errors)] * 2)
-        assert made["ok"] is expected
-        assert made["err_repeat"] == repeat
+        assert made.ok is expected
+        assert (made.err_repeat, made.not_finite) == ((None, ("err_repeat",)) if repeat == math.inf else (repeat, ()))
 
     @pytest.mark.parametrize(("again", "expected"), [(None, True), (0.2, True), (0.21, False), (math.inf, False)])
     def test_an_output_that_does_not_follow_its_inputs_is_wrong(self, again, expected):
         made = row_of(case(), *[rank_result(err_again=again)] * 2)
-        assert (made["ok"], made["err_again"]) == (expected, again)
+        finite = again is None or math.isfinite(again)
+        assert (made.ok, made.err_again) == (expected, again if finite else None)
+        assert made.not_finite == (() if finite else ("err_again",))
 
     @pytest.mark.parametrize(
         ("rounds", "most"), [({}, 0.1), ({"reciprocal": True}, 0.15), ({"bf16_maximum": True}, 0.15)]
@@ -214,68 +213,73 @@ class TestMakeRow:
     def test_the_tolerance_of_a_token_follows_that_of_all(self, rounds, most, monkeypatch):
         monkeypatch.setattr(TorchBackend, "numerics_of", classmethod(lambda cls, spec: Numerics(**rounds)))
         for error, ok in ((most, True), (1.01 * most, False)):
-            assert row_of(case(), *[rank_result(err_token=error)] * 2)["ok"] is ok
+            assert row_of(case(), *[rank_result(err_token=error)] * 2).ok is ok
 
     def test_without_rounding_a_token_is_exact(self):
         chosen = case(model=SPEC.with_changes(quant="none", dtype="fp32"), combine_dtype="fp32")
         for error, ok in ((9e-4, True), (2e-3, False)):
             errors = {"err_oracle": 0.0, "err_exact": 0.0, "err_token": error}
-            assert row_of(chosen, *[rank_result(**errors)] * 2)["ok"] is ok
+            assert row_of(chosen, *[rank_result(**errors)] * 2).ok is ok
 
     def test_a_backend_of_other_bits_may_repeat_itself_as_well_as_it_computes(self, monkeypatch):
         monkeypatch.setattr(TorchBackend, "deterministic", False)
         for repeat, ok in ((0.2, True), (0.21, False)):
-            assert row_of(case(), *[rank_result(err_repeat=repeat)] * 2)["ok"] is ok
+            assert row_of(case(), *[rank_result(err_repeat=repeat)] * 2).ok is ok
 
     def test_configs_are_named_by_what_ran(self):
-        assert row_of(case(), rank_result(), rank_result())["config"] is None
+        assert row_of(case(), rank_result(), rank_result()).config is None
         tuned, other = rank_result(config=("tuned",)), rank_result(config=("nearest:128", "tuned"))
-        assert row_of(case(), tuned, tuned)["config"] == "tuned"
-        assert row_of(case(), tuned, other)["config"] == "tuned, nearest:128"
+        assert row_of(case(), tuned, tuned).config == "tuned"
+        assert row_of(case(), tuned, other).config == "tuned, nearest:128"
 
     def test_figures_come_from_the_busiest_rank(self):
-        idle = rank_result(rows=10, active_experts=1, bytes_sent=5, stages_us=dict.fromkeys(STAGES, 0.0))
+        idle = rank_result(
+            rows=10, active_experts=1, bytes_sent=5, stages_us=dict.fromkeys(STAGES, 0.0), unstaged_us=99.0
+        )
         made = row_of(case(), idle, rank_result(rows=30, active_experts=3, bytes_sent=50))
-        assert made["active_experts"] == 3
-        assert made["imbalance"] == 1.5
-        assert made["rows_per_rank"] == [10, 30]
-        assert made["bytes_sent"] == 50
-        assert made["stages_us"]["dispatch"] == 10.0  # rounded to a tenth
+        assert made.active_experts == 3
+        assert made.imbalance == 1.5
+        assert made.rows_per_rank == (10, 30)
+        assert made.bytes_sent == 50
+        assert (made.stages_us["dispatch"], made.unstaged_us) == (10.0, 6.0)  # rounded to a tenth
         flops = 2 * 30 * SPEC.hidden * 3 * SPEC.intermediate
-        assert made["tflops"] == pytest.approx(flops / 200.0 / 1e6)
-        assert made["hbm_gbps"] == pytest.approx(3 * SPEC.hidden * 3 * SPEC.intermediate / 200.0 / 1e3)
-        assert made["link_gbps"] == pytest.approx(50 / 200.0 / 1e3)
+        assert made.tflops == pytest.approx(flops / 200.0 / 1e6)
+        assert made.hbm_gbps == pytest.approx(3 * SPEC.hidden * 3 * SPEC.intermediate / 200.0 / 1e3)
+        assert made.link_gbps == pytest.approx(50 / 200.0 / 1e3)
 
     @pytest.mark.parametrize(("ranks", "expected"), [((None, None), None), ((5, 7), 7), ((7, 5), 7)])
     def test_memory_is_that_of_the_rank_with_most(self, ranks, expected):
-        assert row_of(case(), *(rank_result(max_memory=most) for most in ranks))["max_memory"] == expected
+        assert row_of(case(), *(rank_result(max_memory=most) for most in ranks)).max_memory == expected
 
     def test_labels_are_those_of_what_ran(self):
         made = row_of(case(parallel={"tp": 2}, exchange="all_reduce"), rank_result(), rank_result())
-        labels = {name: made[name] for name in ("tp", "ep", "world", "placement", "exchange", "backend", "quant")}
+        labels = {
+            name: getattr(made, name) for name in ("tp", "ep", "world", "placement", "exchange", "backend", "quant")
+        }
         assert labels == {
             "tp": 2, "ep": 1, "world": 2, "placement": "TP2", "exchange": "all_reduce", "backend": "torch",
             "quant": "fp8_block",
         }  # fmt: skip
-        assert (made["payload_dtype"], made["combine_dtype"], made["layer"]) == ("fp8", "bf16", "whole")
+        assert made.model_dump(include=set(labels)) == labels
+        assert (made.payload_dtype, made.combine_dtype, made.layer) == ("fp8", "bf16", "whole")
 
     @pytest.mark.parametrize(("layout", "per_rank"), [("sharded", 17), ("replicated", 33)])
     def test_tokens_per_rank_follow_the_layout(self, layout, per_rank):
         exchange = "ag_rs" if layout == "sharded" else "all_reduce"
         made = row_of(case(exchange=exchange, workload={"token_layout": layout}), rank_result(), rank_result())
-        assert (made["global_tokens"], made["tokens_per_rank"], made["token_layout"]) == (33, per_rank, layout)
+        assert (made.global_tokens, made.tokens_per_rank, made.token_layout) == (33, per_rank, layout)
 
     def test_without_iterations_there_are_no_times_and_no_rates(self):
-        made = row_of(case(iters=0), *[rank_result(rounds_us=[], stages_us={})] * 2)
-        for name in ("p50_us", "p99_us", "scatter_us", "tflops", "hbm_gbps", "link_gbps"):
-            assert made[name] is None
-        assert made["ok"] is True
+        made = row_of(case(iters=0), *[rank_result(rounds_us=[], stages_us={}, unstaged_us=None)] * 2)
+        for name in ("p50_us", "p99_us", "scatter_us", "unstaged_us", "tflops", "hbm_gbps", "link_gbps"):
+            assert getattr(made, name) is None
+        assert made.ok is True
 
     def test_a_floor_is_given_only_where_it_was_measured(self):
         ranks = rank_result(rows=40, active_experts=4), rank_result(rows=20, active_experts=2)
-        assert row_of(case(), *ranks)["floor_us"] is None
+        assert row_of(case(), *ranks).floor_us is None
         weights = 4 * SPEC.hidden * 3 * SPEC.intermediate
-        assert row_of(case(), *ranks, machine=H200)["floor_us"] == pytest.approx(1e6 * weights / 4.29e12)
+        assert row_of(case(), *ranks, machine=H200).floor_us == pytest.approx(1e6 * weights / 4.29e12)
 
     @pytest.mark.parametrize(
         ("oracle", "exact", "expected"),
@@ -290,7 +294,7 @@ class TestMakeRow:
     )
     def test_tolerance(self, oracle, exact, expected):
         made = row_of(case(), *[rank_result(err_oracle=oracle, err_exact=exact)] * 2)
-        assert made["ok"] is expected
+        assert made.ok is expected
 
     @pytest.mark.parametrize(
         ("quant", "allowed"),
@@ -300,7 +304,7 @@ class TestMakeRow:
     def test_every_format_has_the_tolerance_of_the_design(self, quant, allowed):
         chosen = case(model=SPEC.with_changes(quant=quant))
         for error, ok in ((allowed, True), (1.01 * allowed, False)):
-            assert row_of(chosen, *[rank_result(err_exact=error)] * 2)["ok"] is ok
+            assert row_of(chosen, *[rank_result(err_exact=error)] * 2).ok is ok
 
     @pytest.mark.parametrize(
         ("pairs", "hidden", "factor"),
@@ -331,26 +335,30 @@ class TestMakeRow:
         for oracle, exact, ok in ((1e-2, 5e-2, True), (1.01e-2, 0.0, False), (0.0, 5.05e-2, False)):
             few = rank_result(rows=5, err_oracle=factor * oracle, err_exact=factor * exact)
             made = row_of(case(), few, rank_result(rows=7))
-            assert (made["pairs"], made["ok"]) == (12, ok)
+            assert (made.pairs, made.ok) == (12, ok)
 
     def test_a_backend_that_declares_where_it_rounds_is_judged_by_that(self, monkeypatch):
         ranks = [rank_result(err_oracle=2e-2)] * 2
-        assert row_of(case(), *ranks)["ok"] is False
+        assert row_of(case(), *ranks).ok is False
         declared = classmethod(lambda cls, spec: Numerics(bf16_maximum=True))  # 3e-2
         monkeypatch.setattr(TorchBackend, "numerics_of", declared)
-        assert row_of(case(), *ranks)["ok"] is True
+        assert row_of(case(), *ranks).ok is True
 
     def test_slices_of_one_pair_are_one_pair(self):
         made = row_of(case(parallel={"tp": 2}), *[rank_result(rows=10, err_oracle=0.999e-2 * margin(SPEC, 10))] * 2)
-        assert (made["pairs"], made["ok"]) == (10, True)
+        assert (made.pairs, made.ok) == (10, True)
 
     def test_weights_that_are_not_the_sources_fail_a_row_and_it_says_so(self):
         for wrong in (1.1e-4, math.inf, math.nan):
             made = row_of(case(), *[rank_result(err_whole=wrong)] * 2)
-            assert made["ok"] is False
+            assert made.ok is False
             said = "NO, other weights than its source's" if math.isfinite(wrong) else "NO, infinite or NaN"
-            assert said in printed(*tables([row() | {"ok": False, "err_whole": wrong}]))
-        assert row_of(case(), *[rank_result(err_whole=9e-5)] * 2)["ok"] is True
+            text = printed(*tables([made]))
+            assert said in text
+            assert ("inf or NaN" in text) is False  # that column is another error's
+        lost = row_of(case(), *[rank_result(err_oracle=math.inf, err_exact=math.nan)] * 2)
+        assert printed(*tables([lost])).count("inf or NaN") == 2
+        assert row_of(case(), *[rank_result(err_whole=9e-5)] * 2).ok is True
         assert "other weights" not in printed(*tables([row(ok=False, err_whole=None), row(ok=False)]))
 
     def test_rows_of_a_checkpoint_say_so_in_their_title(self):
@@ -359,8 +367,8 @@ class TestMakeRow:
 
     def test_unquantized_rows_have_a_tolerance_of_their_own(self):
         plain = case(model=SPEC.with_changes(quant="none"))
-        assert row_of(plain, *[rank_result(err_exact=EXACT_TOLERANCE["none"])] * 2)["ok"] is True
-        assert row_of(plain, *[rank_result(err_exact=2e-2)] * 2)["ok"] is False
+        assert row_of(plain, *[rank_result(err_exact=EXACT_TOLERANCE["none"])] * 2).ok is True
+        assert row_of(plain, *[rank_result(err_exact=2e-2)] * 2).ok is False
 
     def test_ok_needs_rows_and_no_failure(self):
         assert not Outcome().ok
@@ -387,22 +395,24 @@ class TestTables:
         together = groups(rows)
         assert sorted(len(group) for group in together) == [2, 2]
         for group in together:
-            assert len({tuple(one[name] for name in other) for one in group}) == 1
+            assert len({tuple(getattr(one, name) for name in other) for one in group}) == 1
         assert len(tables(rows)) == 2
         assert len(verdict(rows)) == 2
 
     def test_the_fastest_row_comes_first_and_untimed_rows_last(self):
         (group,) = groups([row(p50=None), row(p50=3.0), row(p50=1.0), row(p50=2.0)])
-        assert [one["p50_us"] for one in group] == [1.0, 2.0, 3.0, None]
+        assert [one.p50_us for one in group] == [1.0, 2.0, 3.0, None]
 
     def test_groups_are_ordered_by_number_of_tokens_not_by_their_digits(self):
         found = groups([row(global_tokens=tokens) for tokens in (1024, 8, 64)])
-        assert [group[0]["global_tokens"] for group in found] == [8, 64, 1024]
+        assert [group[0].global_tokens for group in found] == [8, 64, 1024]
 
     def test_cells(self):
         text = printed(*tables([row(ep=2, p50=1234.5), row(tp=2, ok=False, err_oracle=0.5), row(tp=2, ok=None)]))
         assert "m fp8_block (hidden 8, intermediate 8, 4 experts, top-2) · 2 ranks · 64 sharded tokens" in text
         first = next(line for line in text.splitlines() if "EP2" in line)
+        assert "combine ┃ unstaged" in text
+        assert "7.0 │      6.0" in first
         for cell in ("ag_rs", "torch", "fp8", "1,23", "1.25", "2.0 KiB", "1.0e-03", "2.0e-02", "yes"):
             assert cell in first
         assert " 11 " in first  # compute: quantize + gemm1 + activation + gemm2
@@ -419,7 +429,7 @@ class TestTables:
         assert "2.00" in next(line for line in text.splitlines() if "EP2" in line)
 
     def test_refused_cases_are_grouped_by_their_reason(self):
-        refused = [{"case": f"case {n}", "reason": "too wide" if n < 3 else "no such thing"} for n in range(4)]
+        refused = [Refused(case=f"case {n}", reason="too wide" if n < 3 else "no such thing") for n in range(4)]
         lines = printed(refused_table(refused)).splitlines()
         wide = next(line for line in lines if "too wide" in line)
         assert "3" in wide
@@ -490,8 +500,8 @@ class TestVerdict:
 class TestFile:
     def test_has_the_form_of_the_design(self, tmp_path: Path):
         path = tmp_path / "new" / "results.json"
-        refused = [{"case": "c", "reason": "r"}]
-        outcome = Outcome([row(err_oracle=math.inf, ok=False)], refused, {2: ["rank 0"]})
+        wrong = row_of(case(), *[rank_result(err_oracle=math.inf)] * 2)
+        outcome = Outcome([wrong], [Refused(case="c", reason="r")], {2: ["rank 0"]})
         open_output(path, pytest.fail).update(results_document(provenance(CPU), outcome))
         document = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
         assert set(document) == {"date", "commit", "command", "machine", "ranks", "notices", "rows", "refused"}
@@ -499,7 +509,8 @@ class TestFile:
         assert document["machine"]["gpu"] is None
         assert document["rows"][0]["err_oracle"] is None
         assert document["rows"][0]["ok"] is False
-        assert document["refused"] == refused
+        assert document["rows"][0]["not_finite"] == ["err_oracle"]
+        assert document["refused"] == [{"case": "c", "reason": "r"}]
         assert document["ranks"] == {"2": ["rank 0"]}
         assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
 
@@ -540,7 +551,7 @@ class TestExperiment:
         assert [one.exchange for one, _ in planned] == ["ag_rs"]
         assert len(refused) == 3
         for item, reason in zip(refused, ("no exchange has this name", "1 to 3", "payload"), strict=True):
-            assert reason in item["reason"]
+            assert reason in item.reason
 
     def test_too_large_a_model_is_refused_before_anything_starts(self):
         huge = MoESpec(name="huge", hidden=1 << 16, intermediate=1 << 16, num_experts=4096, top_k=2)

@@ -11,6 +11,7 @@ from unit.asked import HOPPER, problem
 from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_build
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
+from moe_dist.bench.row import Refused
 from moe_dist.commands import cli
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import UnsupportedError
@@ -131,7 +132,7 @@ def test_what_cannot_run_here_is_not_built(monkeypatch):
 def test_nothing_is_built_unless_asked_for(monkeypatch):
     built = []
     monkeypatch.setattr(TorchBackend, "build", classmethod(lambda cls: built.append(cls)))
-    monkeypatch.setattr(cli, "plan_cases", lambda *_: ([], [{"case": "c", "reason": "stop here"}]))
+    monkeypatch.setattr(cli, "plan_cases", lambda *_: ([], [Refused(case="c", reason="stop here")]))
     assert cli.main(["run"]) == cli.BAD_INPUT
     assert built == []
     assert cli.main(["run", "--build"]) == cli.BAD_INPUT

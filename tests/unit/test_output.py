@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from unit.test_bench import row
 
 from moe_dist.bench import output as module
 from moe_dist.bench.output import open_output
@@ -354,10 +355,12 @@ class TestThrough:
         ],
     )
     def test_the_command_prints_one_document(self, tmp_path, place, end, code):
+        measured = row().model_dump_json()
         program = (
-            "import sys; from moe_dist.commands import cli; from moe_dist.errors import RankFailure\n"
+            "import sys; from moe_dist.bench.row import Row; from moe_dist.commands import cli\n"
+            "from moe_dist.errors import RankFailure\n"
             "def run_cases(planned, start, timeout_s, outcome, *rest):\n"
-            f"    outcome.rows.append({{'ok': True}})\n    {end}\n"
+            f"    outcome.rows.append(Row.model_validate_json({measured!r}))\n    {end}\n"
             "cli.run_cases = run_cases; sys.exit(cli.main())"
         )
         command = [sys.executable, "-c", program, "run", "--device", "cpu", "--json", "--out", place]
@@ -365,7 +368,7 @@ class TestThrough:
             ["bash", "-c", 'exec "$@" 3>&1', "bash", *command], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == code, done.stderr
-        assert json.loads(done.stdout)["rows"] == [{"ok": True}]
+        assert json.loads(done.stdout)["rows"] == [json.loads(measured)]
 
     def test_standard_output_that_is_closed_keeps_no_results(self, tmp_path):
         program = "import sys; from moe_dist.commands import cli; "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from sinks import Scaled
 from unit.test_bench import CPU, H200, SPEC, case, ran_by, rank_result
 
@@ -147,6 +150,30 @@ class TestOnARank:
             assert sum(results[0].stages_us.values()) > 0
         assert context.memo["kept"].steps == {}  # after the last turn nothing is
 
+    def test_time_in_no_stage_is_told(self, context, monkeypatch):
+        forward = MoELayer.forward
+
+        def late(self, *arguments, **options):
+            time.sleep(0.02)
+            return forward(self, *arguments, **options)
+
+        before = measured(context, alone())
+        monkeypatch.setattr(MoELayer, "forward", late)
+        after = measured(context, alone())
+        assert 0 < before.unstaged_us < 20_000 < after.unstaged_us
+        assert sum(after.stages_us.values()) < 20_000
+
+    def test_a_step_and_its_stages_are_of_one_run(self, monkeypatch):
+        """The median of the differences, not the difference of medians, and less than nothing where that was found."""
+        for staged, expected in (([90.0, 50.0, 310.0], 10.0), ([104.0, 201.0, 310.0], -4.0)):
+            wholes, stages = iter([100.0, 200.0, 300.0]), iter(staged)
+            monkeypatch.setattr(steps, "time_steps", lambda *_, wholes=wholes, **__: [next(wholes)])
+            graph = SimpleNamespace(replay=None, totals_us=lambda stages=stages: {"gemm1": next(stages)})
+            captured = SimpleNamespace(with_stages=lambda graph=graph: graph)
+            module = SimpleNamespace(comm=SimpleNamespace(device=torch.device("cpu")))
+            step = steps.Prepared([], [], torch.zeros(1), [], 1, module, lambda: None, captured)
+            assert step.staged(3) == ({"gemm1": sorted(staged)[1]}, expected)
+
     @pytest.mark.parametrize("why", ["large", "turned"])
     def test_a_step_that_was_not_kept_is_made_again_and_gives_the_same(self, context, made, monkeypatch, why):
         """Another backend turns the weights that the first one was prepared with."""
@@ -194,7 +221,7 @@ class TestOnARank:
 
     def test_without_times_nothing_is_timed(self, context, made):
         result = measured(context, alone(iters=0))
-        assert (result.rounds_us, result.stages_us, result.err_repeat) == ([], {}, 0.0)
+        assert (result.rounds_us, result.stages_us, result.unstaged_us, result.err_repeat) == ([], {}, None, 0.0)
         assert result.err_oracle < 1e-2
         assert len(made) == 1
 
@@ -234,7 +261,7 @@ class TestRun:
         try:
             run_cases(
                 planned(*self.CASES), lambda world: FakeGroup(world, calls, said or {}, fails_after), 1.0, outcome,
-                lambda _: None, lines.append, lambda: seen.append([dict(row) for row in outcome.rows]),
+                lambda _: None, lines.append, lambda: seen.append(list(outcome.rows)),
             )  # fmt: skip
         except RankFailure:
             lines.append("failed")
@@ -243,18 +270,18 @@ class TestRun:
     def test_a_case_has_one_row_which_grows(self):
         calls, outcome, _, seen = self.run()
         assert len(calls) == 2 * ROUNDS + 1
-        assert [row["exchange"] for row in outcome.rows] == ["ag_rs", "all_to_all"]
+        assert [row.exchange for row in outcome.rows] == ["ag_rs", "all_to_all"]
         for row in outcome.rows:
-            assert row["round_p50_us"] == [100.0, 200.0, 300.0, 400.0, 500.0]
-        assert [[len(row["round_p50_us"]) for row in rows] for rows in seen[:4]] == [[1], [1, 1], [2, 1], [2, 2]]
+            assert row.round_p50_us == (100.0, 200.0, 300.0, 400.0, 500.0)
+        assert [[len(row.round_p50_us) for row in rows] for rows in seen[:4]] == [[1], [1, 1], [2, 1], [2, 2]]
         assert len(seen) == 2 * ROUNDS
 
     def test_what_was_measured_before_a_failure_is_kept(self):
         calls, outcome, lines, _ = self.run(fails_after=3)
         assert calls[-1] == "closed"
         assert lines == ["failed"]
-        assert sorted(len(row["round_p50_us"]) for row in outcome.rows) == [1, 2]
-        assert {row["iters"] for row in outcome.rows} == {1, 2}
+        assert sorted(len(row.round_p50_us) for row in outcome.rows) == [1, 2]
+        assert {row.iters for row in outcome.rows} == {1, 2}
 
     def test_ranks_are_heard_once(self):
         _, outcome, lines, _ = self.run(said={0: ("a",), 1: ("a", "b")})

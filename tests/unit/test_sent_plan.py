@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_dist.bench.case import Case
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.findings import merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, MoeDistError
@@ -34,8 +35,8 @@ def test_a_row_is_labelled_by_what_ran_and_not_by_what_was_asked_for():
     other = replace(asked, choices=(replace(asked.choice(), exchange="ag_rs", form="expert"),))
     result = measured(other)
     row = make_row(CASE, asked, merge([result]), "test")
-    assert (row["exchange"], row["form"], row["backend"]) == ("ag_rs", "expert", "torch")
-    assert row["ok"]
+    assert (row.exchange, row.form, row.backend) == ("ag_rs", "expert", "torch")
+    assert row.ok
 
 
 def test_ranks_that_ran_different_things_have_no_row():

@@ -12,8 +12,9 @@ from unit.test_bench import CPU, H200, SPEC, case, printed, rank_result, row, ro
 
 from moe_dist.bench.case import Experiment, SourceSpec
 from moe_dist.bench.draws import draws
+from moe_dist.bench.findings import merge
 from moe_dist.bench.loading import weights_of
-from moe_dist.bench.measure import measure, merge
+from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn, batches, group_bytes
 from moe_dist.bench.runner import plan_cases
@@ -120,11 +121,11 @@ class TestWeights:
 class TestRow:
     def test_names_the_stack_and_the_time_of_a_layer(self):
         made = row_of(case(layers=8), rank_result(), rank_result())
-        assert (made["layer"], made["p50_us"], made["per_layer_us"]) == ("stack:8", 200.0, 25.0)
+        assert (made.layer, made.p50_us, made.per_layer_us) == ("stack:8", 200.0, 25.0)
         single = row_of(case(), rank_result(), rank_result())
-        assert (single["layer"], single["per_layer_us"]) == ("whole", 200.0)
-        untimed = row_of(case(layers=8, iters=0), *[rank_result(rounds_us=[], stages_us={})] * 2)
-        assert untimed["per_layer_us"] is None
+        assert (single.layer, single.per_layer_us) == ("whole", 200.0)
+        untimed = row_of(case(layers=8, iters=0), *[rank_result(rounds_us=[], stages_us={}, unstaged_us=None)] * 2)
+        assert untimed.per_layer_us is None
 
     def test_figures_are_sums_over_its_layers(self):
         """Another rank is the busy one in each."""
@@ -133,14 +134,14 @@ class TestRow:
             rank_result(rows=70, active_experts=4, by_layer=((20, 2), (50, 4))),
         )
         made = row_of(case(layers=2), *ranks, machine=H200)
-        assert made["rows_per_rank"] == [50, 70]
-        assert made["pairs"] == 60
-        assert made["active_experts"] == 4
-        assert made["imbalance"] == pytest.approx((40 + 50) / 60)
+        assert made.rows_per_rank == (50, 70)
+        assert made.pairs == 60
+        assert made.active_experts == 4
+        assert made.imbalance == pytest.approx((40 + 50) / 60)
         weights = (4 + 4) * SPEC.hidden * 3 * SPEC.intermediate
-        assert made["floor_us"] == pytest.approx(1e6 * weights / 4.29e12)
-        assert made["hbm_gbps"] == pytest.approx(weights / 200.0 / 1e3)
-        assert made["tflops"] == pytest.approx(2 * 90 * SPEC.hidden * 3 * SPEC.intermediate / 200.0 / 1e6)
+        assert made.floor_us == pytest.approx(1e6 * weights / 4.29e12)
+        assert made.hbm_gbps == pytest.approx(weights / 200.0 / 1e3)
+        assert made.tflops == pytest.approx(2 * 90 * SPEC.hidden * 3 * SPEC.intermediate / 200.0 / 1e6)
 
     def test_few_pairs_are_those_of_a_layer(self):
         """A stack's error is its worst layer's, so more layers average nothing out."""
@@ -148,7 +149,7 @@ class TestRow:
         by_layer = {"rows": 8, "by_layer": ((1, 1),) * 8}
         for error, ok in ((2.0e-2, True), (2.2e-2, False)):
             made = row_of(case(model=small, layers=8), *[rank_result(**by_layer, err_oracle=error)] * 2)
-            assert (made["ok"], made["pairs"]) == (ok, 2)
+            assert (made.ok, made.pairs) == (ok, 2)
 
     @pytest.mark.parametrize("tokens", [1, 5])
     def test_measured_in_rounds(self, tokens):
@@ -157,8 +158,8 @@ class TestRow:
         for number in range(5):
             result = measure(context, chosen, chosen.plan(CPU), Turn(number, 5, 0))
         made = make_row(chosen, chosen.plan(CPU), merge([result]), "test")
-        assert made["ok"] is True
-        assert (made["err_repeat"], made["iters"]) == (0.0, 5)
+        assert made.ok is True
+        assert (made.err_repeat, made.iters) == (0.0, 5)
 
 
 class TestTable:

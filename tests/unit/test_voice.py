@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from unit.test_bench import row
 
 from moe_dist.commands import cli
 from moe_dist.errors import RankFailure
@@ -137,7 +138,7 @@ def test_a_rank_that_was_passed_over_says_nothing(monkeypatch, tmp_path):
     ("rows", "kept"),
     [
         ([], "no row is in {}"),
-        ([{"ok": True}], "1 row is on standard output; {} has those that the lost rank wrote"),
+        ([row()], "1 row is on standard output; {} has those that the lost rank wrote"),
     ],
 )
 def test_who_speaks_for_a_lost_rank_says_what_that_one_has_kept(rows, kept, monkeypatch, capsys, tmp_path):
@@ -154,7 +155,7 @@ def test_who_speaks_for_a_lost_rank_says_what_that_one_has_kept(rows, kept, monk
     found = capsys.readouterr()
     document = json.loads(found.out)
     assert document["kept"] == kept.format(path)
-    assert document.get("results", {}).get("rows", []) == rows
+    assert document.get("results", {}).get("rows", []) == [each.model_dump(mode="json") for each in rows]
     assert not path.exists()
 
 
