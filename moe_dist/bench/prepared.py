@@ -57,7 +57,7 @@ class Prepared:
         """The bytes that this rank sends in a step, counted in one more."""
         before = self.comm.bytes_sent
         self._eagerly()
-        return self.comm.bytes_sent - before
+        return self.comm.bytes_sent - before + sum(layer.exchange.stored_bytes() for layer in self.layers)
 
     def staged(self, iters: int) -> tuple[dict[str, float], float | None]:
         """Median microseconds of each stage, and in none, over a few of `iters` further steps, run as the timed ones

@@ -107,6 +107,11 @@ class Exchange(ABC, Generic[H, S]):
         """Partial sums of the computed rows to this rank's finished tokens [T, H], in the sink's dtype. The result is
         no scratch: it stays when the step has ended."""
 
+    def stored_bytes(self) -> int:
+        """Bytes that the last step has stored in other ranks' memory, which no collective counts. Waits for the
+        device."""
+        return 0
+
     def splits(self, bucket: int, captured: bool) -> str | None:
         """How such a step cuts what it sends, where there is a choice."""
         return None

@@ -76,6 +76,9 @@ class ShardedToReplicated(Exchange[Shard[H], S]):
         y = self.inner.combine(step, sink, handle.inner)
         return y[handle.start : handle.start + handle.tokens]
 
+    def stored_bytes(self) -> int:
+        return self.inner.stored_bytes()
+
     def splits(self, bucket: int, captured: bool) -> str | None:
         return self.inner.splits(bucket, captured)
 
@@ -146,6 +149,9 @@ class ReplicatedToSharded(Exchange[Share[H], S]):
             (gathered,) = self.comm.all_gather([padded], into=room_for(step, [padded], world * most))
             pieces = [gathered[rank * most :][: stop - start] for rank, (start, stop) in enumerate(bounds)]
             return torch.cat(pieces)
+
+    def stored_bytes(self) -> int:
+        return self.inner.stored_bytes()
 
     def splits(self, bucket: int, captured: bool) -> str | None:
         return self.inner.splits(cdiv(bucket, self.comm.world), captured)

@@ -140,3 +140,35 @@ def test_rows_and_sums_arrive(parallel, payload, dtype, few, monkeypatch):
             flags = words[window.FLAGS : window.HEADER_BYTES // 4].view(window.PHASES, window.MOST_RANKS)
             assert bool((flags[:, : ranks.world] == seed + 1).all())
             assert not flags[:, ranks.world :].any()
+
+
+def test_the_exchange_counts_what_it_stores_elsewhere(monkeypatch):
+    """By hand: rows, sums, and every token's slots and weights, to other ranks only."""
+    from moe_dist.exchange.nvlink import Nvlink
+    from moe_dist.step import Step, Workspace
+
+    ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6)
+    steps, exchanges = ranks.begin([4, 6, 0], 6, 1), []
+    for step in steps:
+        comm = SimpleNamespace(
+            rank=step.rank,
+            world=3,
+            timeout_s=1.0,
+            device=torch.device("cpu"),
+            window=lambda nbytes, rank=step.rank: ranks.windows[rank],
+        )
+        exchange = Nvlink(comm, ranks.placement, ranks.spec, "fp8", None, "token", torch.bfloat16)
+        assert exchange.stored_bytes() == 0
+        exchange._ends = ranks.ends[step.rank]
+        exchange.dispatch(Step(Workspace(torch.device("cpu")), bucket=6), step.rows, step.routing)
+        exchanges.append(exchange)
+    row, pairs, total = HIDDEN + 4 * 2, 8 * TOP_K, HIDDEN * 2
+    slots = [
+        torch.stack([ranks.placement.slots_on(target, step.routing.ids_TK, 6).ge(0).any(1) for target in range(3)])
+        for step in steps
+    ]
+    for rank, exchange in enumerate(exchanges):
+        others = [other for other in range(3) if other != rank]
+        leaving = int(slots[rank][others].sum())
+        returning = sum(int(slots[other][rank].sum()) for other in others)
+        assert exchange.stored_bytes() == 2 * 6 * pairs + leaving * row + returning * total

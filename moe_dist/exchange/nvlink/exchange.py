@@ -43,6 +43,7 @@ class Nvlink(Exchange[Visit, Returning]):
         super().__init__(*given, **named)
         self._ends = Ends(self.comm.rank, self.comm.world, int(self.comm.timeout_s * 1e9))
         self._known: dict[int, Regions] = {}
+        self._last: Visit | None = None
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:
@@ -87,7 +88,23 @@ class Nvlink(Exchange[Visit, Returning]):
                 from moe_dist.exchange.nvlink import kernels
 
                 kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends)
+            self._last = visit
             return TokenRows(activations_of(x, came[:-2]), *came[-2:]), visit
+
+    def stored_bytes(self) -> int:
+        """A token's slots and weights go to every other rank, its row to those that compute it, whose sums come from
+        there; this rank's sums go to the others' tokens."""
+        visit, rank, world = self._last, self.comm.rank, self.comm.world
+        if visit is None:
+            return 0
+        others = [other for other in range(world) if other != rank]
+        leaving = int(visit.served_TW[:, others].sum())
+        computed = (visit.slots_RK >= 0).any(1).view(world, visit.bucket)
+        returning = int(computed[others].sum())
+        pairs = 8 * self.spec.top_k
+        row = payload_row_bytes(self.spec, self.payload) - pairs
+        everyone = visit.bucket * pairs * len(others)
+        return everyone + leaving * row + returning * self.spec.hidden * self.sums_dtype.itemsize
 
     def _regions(self, bucket: int) -> Regions:
         found = self._known.get(bucket)
