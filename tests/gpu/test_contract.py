@@ -36,7 +36,9 @@ def experiments(world: int, shared: bool = False) -> dict[str, Experiment]:
     """By part: real shapes; few tokens and more, even and skewed routing, both token layouts. `shared`: ranks share
     GPUs, where nothing can be captured and everything takes longer."""
     large_tokens, tokens = ((37,), (130,)) if shared else ((37, 1024), (1, 130))
-    exchanges = ("local",) if world == 1 else ("all_reduce", "ag_rs", "all_to_all")
+    exchanges = ("local",) if world == 1 else ("all_reduce", "ag_rs", "all_to_all", "nvlink")
+    if shared:  # two ranks on one GPU have no memory that both call a peer's
+        exchanges = exchanges[:-1]
     common = {
         "worlds": (world,),
         "placements": PLACEMENTS,
