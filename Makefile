@@ -5,6 +5,7 @@
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
 #   make nightly                            the property tests with 2,000 examples each
+#   make docs                               docs/performance.md from the recorded files
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
 
@@ -19,7 +20,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test nightly lint kernels-check gpu-test clean
+.PHONY: compare test nightly lint docs kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
 ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
@@ -47,6 +48,9 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror moe_dist/kernels/cutlass/*.cu moe_dist/kernels/cutlass/*.cuh
+
+docs: $(VENV)/.ready
+	$(BIN)/python benchmarks/make_tables.py
 
 # Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
 # CUTLASS's headers wants others for its Python part, which is not used.
