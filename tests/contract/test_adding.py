@@ -1,4 +1,4 @@
-"""The how-to of docs/architecture.md, tried: backends and exchanges of one's own, whole ones and changed ones."""
+"""The how-to of CONTRIBUTING.md, tried: backends and exchanges of one's own, whole ones and changed ones."""
 
 import itertools
 
