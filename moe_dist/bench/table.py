@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from math import hypot
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +22,7 @@ SCATTERS = 3  # standard errors: where there is nothing but scatter, two differe
 # Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
 # of the 16 rows that benchmarks/2026-11-22-h200x2-backends.json and 2026-11-23-h200x2.json have in common.
 ANOTHER_START = 0.02
+ROOMY = Console(width=1000)  # in which tables are as wide as they want
 COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 
 
@@ -39,12 +43,50 @@ def _speed(row: Row) -> float:
     return row.p50_us if row.p50_us is not None else float("inf")
 
 
-def tables(rows: Iterable[Row]) -> list[Table]:
-    return [_table(group) for group in groups(rows)]
+def tables(rows: Iterable[Row], width: int | None = None) -> list[Table]:
+    """One for each group that may be compared, with the columns that fit into `width` characters, the most important
+    first (None: all). No cell is ever cut."""
+    return [_table(group, width) for group in groups(rows)]
 
 
-def _table(rows: list[Row]) -> Table:
-    first = rows[0]
+@dataclass(frozen=True)
+class Column:
+    """`rank`: the lower, the longer it stays where there is little room; 0 stays always."""
+
+    name: str
+    rank: int
+    cell: Callable[[Row], str | Text]
+    right: bool = True
+
+
+def _table(rows: list[Row], width: int | None) -> Table:
+    columns = _columns(rows)
+    for most in sorted({column.rank for column in columns}, reverse=True):
+        table = _laid_out(rows, [column for column in columns if column.rank <= most])
+        if width is None or ROOMY.measure(table).maximum <= width:
+            break
+    table.title = title_of(rows[0])
+    return table
+
+
+def _laid_out(rows: list[Row], columns: list[Column]) -> Table:
+    table = plain_table()
+    for column in columns:
+        table.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in columns))
+    return table
+
+
+def plain_table(title: str | None = None) -> Table:
+    """Without frames: as readable in a file, and narrow."""
+    return Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, show_edge=False,
+        pad_edge=False,
+    )  # fmt: skip
+
+
+def title_of(first: Row) -> str:
     title = (
         f"{first.model} {first.quant} (hidden {first.hidden}, intermediate {first.intermediate}, "
         f"{first.num_experts} experts, top-{first.top_k}) · {first.world} ranks · "
@@ -56,40 +98,46 @@ def _table(rows: list[Row]) -> Table:
         title += f" · {first.source}"
     if stacked := _stacked(first):
         title += f" ·{stacked}"
-    table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
+    return printable(title)
+
+
+def _columns(rows: list[Row]) -> list[Column]:
+    """All that there are for these rows."""
     converts = any(row.stages_us.get("convert") for row in rows)
     floors = any(row.floor_us is not None for row in rows)
-    for name in ("placement", "exchange", "backend", "mode", "payload"):
-        table.add_column(name)
-    numbers = ["p50 µs", *["µs/layer"] * bool(stacked), "±", "p99 µs"]
-    numbers += ["dispatch", *["convert"] * converts, "compute", "combine", "unstaged"]
-    for name in [*numbers, *["floor", "×floor"] * floors, "rows max/mean", "sent/rank", "err oracle", "err exact"]:
-        table.add_column(name, justify="right")
-    table.add_column("ok")
-    for row in rows:
-        table.add_row(*_cells(row, converts, floors))
-    return table
+    stacked = bool(_stacked(rows[0]))
+
+    def stage(*names: str) -> Callable[[Row], str]:
+        return lambda row: _number(sum(row.stages_us[name] for name in names) if row.stages_us else None)
+
+    wanted: list[Column | None] = [
+        Column("placement", 0, lambda row: row.placement, right=False),
+        Column("exchange", 0, lambda row: printable(row.exchange), right=False),
+        Column("backend", 0, lambda row: printable(row.backend), right=False),
+        Column("mode", 0, lambda row: "graph" if row.graph else "eager", right=False),
+        Column("payload", 5, lambda row: row.payload_dtype, right=False),
+        Column("p50 µs", 0, lambda row: _number(row.p50_us)),
+        Column("µs/layer", 1, lambda row: _number(row.per_layer_us)) if stacked else None,
+        Column("±", 2, _scatter),
+        Column("p99 µs", 8, lambda row: _number(row.p99_us)),
+        Column("dispatch", 4, stage("dispatch")),
+        Column("convert", 4, lambda row: _number(row.stages_us.get("convert") or None)) if converts else None,
+        Column("compute", 4, stage(*COMPUTE)),
+        Column("combine", 4, stage("combine")),
+        Column("unstaged", 8, lambda row: _number(row.unstaged_us)),
+        Column("floor", 7, lambda row: _number(row.floor_us)) if floors else None,
+        Column("×floor", 1, _times_floor) if floors else None,
+        Column("rows max/mean", 6, lambda row: f"{row.imbalance:.2f}"),
+        Column("sent/rank", 6, lambda row: size(row.bytes_sent)),
+        Column("err oracle", 3, lambda row: _error(row, "err_oracle")),
+        Column("err exact", 8, lambda row: _error(row, "err_exact")),
+        Column("ok", 0, _verdict, right=False),
+    ]
+    return [column for column in wanted if column is not None]
 
 
-def _cells(row: Row, converts: bool, floors: bool) -> list[str | Text]:
-    stages = row.stages_us
-    mode = "graph" if row.graph else "eager"
-    cells: list[str | Text] = [row.placement, *map(printable, (row.exchange, row.backend)), mode]
-    cells.append(row.payload_dtype)
-    cells.append(_number(row.p50_us))
-    if _stacked(row):
-        cells.append(_number(row.per_layer_us))
-    cells += [_scatter(row), _number(row.p99_us), _number(stages.get("dispatch"))]
-    if converts:
-        cells.append(_number(stages.get("convert") or None))
-    cells += [_number(sum(stages[name] for name in COMPUTE) if stages else None), _number(stages.get("combine"))]
-    cells.append(_number(row.unstaged_us))
-    if floors:
-        floor = row.floor_us
-        cells += [_number(floor), f"{row.p50_us / floor:.2f}" if floor and row.p50_us else "-"]
-    cells += [f"{row.imbalance:.2f}", size(row.bytes_sent)]
-    cells += [_error(row, "err_oracle"), _error(row, "err_exact")]
-    return [*cells, _verdict(row)]
+def _times_floor(row: Row) -> str:
+    return f"{row.p50_us / row.floor_us:.2f}" if row.floor_us and row.p50_us else "-"
 
 
 def _stacked(row: Row) -> str:
@@ -129,7 +177,7 @@ def size(count: float) -> str:
 
 
 def refused_table(refused: list[Refused]) -> Table:
-    table = Table(title="Not run, and why", title_justify="left", title_style="bold", header_style="bold")
+    table = plain_table("Not run, and why")
     table.add_column("cases", justify="right")
     table.add_column("the first of them")
     table.add_column("reason")
@@ -147,7 +195,7 @@ def tuned_table(tuned: Tuned) -> Table:
         f"{tuned.part.problem.spec.name} {shape.quant} {shape.activation} (hidden {shape.hidden}, slice {shape.width}, "
         f"{shape.experts} experts, top-{shape.top_k}) · {shape.backend} on {shape.device}"
     )
-    table = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
+    table = plain_table(printable(title))
     table.add_column("rows", justify="right")
     table.add_column("config")
     for name in ("µs", "default µs", "×floor", "err oracle", "tried", "raised", "wrong"):
