@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         function, bound, left = parse(words)
-        if function.__name__ == "help_print":
+        if isinstance(getattr(function, "__self__", None), App):  # the library's own: --help
             with to_standard_output():
                 function(*bound.args, **bound.kwargs)
             return OK
