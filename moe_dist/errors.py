@@ -62,6 +62,14 @@ class ResourceError(MoeDistError):
         super().__init__(f"not enough {resource}: {needed} needed, {available} available. {hint}")
 
 
+class InstallationError(MoeDistError):
+    """A library that moe_dist needs is missing or broken."""
+
+    def __init__(self, problem: object) -> None:
+        self.problem = str(problem)
+        super().__init__(f"this installation lacks something: {problem}")
+
+
 class RankFailure(MoeDistError):
     """A rank failed, died or did not answer in time. `seq` counts that rank's collectives; -1 if none was running."""
 

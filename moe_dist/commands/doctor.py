@@ -1,89 +1,47 @@
-"""What this machine has, and which backends and exchanges can run on it."""
+"""`moe-dist doctor`."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
 from typing import Any
 
-import torch.distributed as dist
+from rich.table import Table
+from rich.text import Text
 
-from moe_dist.backends import BACKENDS, Backend
-from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.exchange import EXCHANGES, Exchange
-from moe_dist.kernels.cutlass.library import find_nvcc
-from moe_dist.machine.machine import Machine, cores, nvidia_driver
-from moe_dist.messages.printable import one_line
-from moe_dist.registry import Registry
-
-PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
+from moe_dist.commands.examined import examine
+from moe_dist.commands.flags import Json
+from moe_dist.commands.printing import console, print_json
+from moe_dist.commands.terminal import Terminal, to_standard_output
+from moe_dist.exits.exit_codes import OK
+from moe_dist.messages.printable import printable
 
 
-def examine() -> dict[str, Any]:
-    """Looks, starts nothing: no Ray, no process group, no compilation."""
-    machine, driver = Machine.detect(), nvidia_driver()
-    return {
-        "python": platform.python_version(),
-        "machine": {
-            "device": machine.device,
-            "name": machine.name,
-            "devices": machine.devices if machine.device == "cuda" else 0,
-            "capability": machine.capability,
-            "memory_gib": _gib(machine.memory),
-            "cores": cores(),
-        },
-        "driver": {
-            "version": driver.version if driver else None,
-            "gpus": [{"name": gpu.name, "memory_gib": _gib(gpu.memory)} for gpu in (driver.gpus if driver else ())],
-        },
-        "packages": {package: _version(package) for package in PACKAGES},
-        "nvcc": _nvcc(),
-        "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
-        "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
-        "exchanges": {name: _asked(EXCHANGES, name, _exchange) for name in EXCHANGES.names()},
-    }
+def doctor(*, json: Json = False) -> int:
+    found = examine()
+    if json:
+        print_json(found, indent=1)
+    else:
+        with to_standard_output():
+            print_doctor(console(), found)
+    return OK
 
 
-def _gib(size: int | None) -> float | None:
-    return size and round(size / 2**30, 1)
+def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
+    machine = found["machine"]
+    console.print(f"{machine['name']}, {machine['cores']} cores, {machine['devices']} CUDA devices")
+    if (driver := found["driver"])["version"]:
+        console.print(f"NVIDIA driver {driver['version']} with {_gpus(driver['gpus'])}")
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
+    console.print(f"Python {found['python']}, {versions}, nvcc {'yes' if found['nvcc'] else 'no'}")
+    for kind in ("backends", "exchanges"):
+        table = Table(kind[:-1], "usable here", "what to know", header_style="bold")
+        for name, answer in found[kind].items():
+            usable = Text("yes", "green") if answer["ok"] else Text("no", "red")
+            table.add_row(printable(name), usable, printable(answer["reason"]))
+        console.print(table)
 
 
-def _asked(
-    registry: Registry[Any], name: str, question: Callable[..., tuple[bool, str]], *given: str
-) -> dict[str, Any]:
-    """A third party's that can't be used is an answer too."""
-    try:
-        ok, reason = question(registry.get(name), *given)
-    except Exception as error:
-        if not isinstance(error, ImportError) and not registry.is_foreign(name):
-            raise
-        said = error.rule if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        ok, reason = False, one_line(said)
-    return {"ok": ok, "reason": reason}
-
-
-def _backend(cls: type[Backend], device: str) -> tuple[bool, str]:
-    ok, reason = cls.available(device)
-    return ok, reason
-
-
-def _exchange(cls: type[Exchange[Any, Any]]) -> tuple[bool, str]:
-    if cls is not EXCHANGES.get("local") and not dist.is_available():
-        return False, "this torch was built without torch.distributed"
-    return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
-
-
-def _nvcc() -> bool:
-    try:
-        find_nvcc()
-    except MoeDistError:
-        return False
-    return True
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _gpus(gpus: list[dict[str, Any]]) -> str:
+    """Alike ones once. They are the driver's, so that one which torch can't use shows."""
+    names = Counter(f"{gpu['name']} of {gpu['memory_gib']} GiB" if gpu["memory_gib"] else gpu["name"] for gpu in gpus)
+    return ", ".join(f"{count} × " * (count > 1) + printable(name) for name, count in names.items()) or "no GPU"

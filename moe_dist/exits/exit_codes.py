@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_dist.errors import ClusterLost, MoeDistError, OutputError, RankFailure, ResourceError
+from moe_dist.errors import ClusterLost, InstallationError, MoeDistError, OutputError, RankFailure, ResourceError
 
 OK = 0
 OUT_OF_TOLERANCE = 1
@@ -35,6 +35,7 @@ MEANINGS = {
 
 _OF_ERRORS = {
     ResourceError: TOO_SMALL,
+    InstallationError: TOO_SMALL,
     RankFailure: RANK_FAILED,
     ClusterLost: CLUSTER_LOST,
     OutputError: NOT_WRITTEN,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from moe_dist.commands import cli
 from moe_dist.bench import tolerance
-from moe_dist.commands.cli import main
+from moe_dist.commands import measuring
+from moe_dist.commands.cli import COMMANDS, main
 from moe_dist.commands.config import model_names
 from moe_dist.errors import ClusterLost
 
@@ -35,10 +35,7 @@ class Done:
 def command(capsys: pytest.CaptureFixture[str]):
     def call(*arguments: str | Path) -> Done:
         capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stopped:  # argparse
-            code = int(stopped.code or 0)
+        code = main([str(argument) for argument in arguments])
         return Done(code, *capsys.readouterr())
 
     return call
@@ -146,15 +143,54 @@ class TestWithoutRanks:
     def test_a_command_that_is_none(self, command):
         found = command("nosuch")
         assert found.code == 2
+        assert "command = 'nosuch'" in found.err
         for name in ("doctor", "plan", "run", "compare", "check", "tune", "demo-checkpoint"):
             assert name in found.err
 
-    @pytest.mark.parametrize("strange", [["--nosuch"], ["--nosuch=1"], ["file.yaml"]])
-    def test_arguments_that_are_none(self, command, strange):
-        found = command("run", "iters=1", "--ep", "2", *strange)
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["run", "iters=1", "--ep", "2", "--nosuch"], ["option = '--nosuch'", "moe-dist run", "--tokens"]),
+            (["run", "iters=1", "--ep", "2", "--nosuch=1"], ["option = '--nosuch=1'", "moe-dist run", "--tokens"]),
+            (["run", "iters=1", "--ep", "2", "-x"], ["option = '-x'", "moe-dist run", "--tokens"]),
+            (["run", "iters=1", "--ep", "2", "--no-json"], ["option = '--no-json'", "--json"]),
+            (["run", "iters=1", "--ep", "2", "file.yaml"], ["'file.yaml'", "not an assignment", "key=value"]),
+            (["run", "--tokens"], ["--tokens = None", "has no value", "a whole number"]),
+            (["run", "--device", "gpu"], ["--device = 'gpu'", "auto, cpu, cuda"]),
+            (["plan", "--token-layout", "even"], ["--token-layout = 'even'", "replicated, sharded"]),
+            (["run", "--json=perhaps"], ["--json = 'perhaps'"]),
+            (["run", "--ep", "2", "--ep=2"], ["--ep = '2'", "is given twice"]),
+            (["run", "--model", "tiny", "--checkpoint", "c"], ["--checkpoint = 'c'", "--model tiny", "one of the two"]),
+            (["doctor", "a=1"], ["argument = 'a=1'", "moe-dist doctor"]),
+            (["build"], ["backend = None", "is missing", "torch, triton"]),
+            (["build", "nosuch"], ["backend = 'nosuch'", "torch, triton"]),
+            (["build", "torch", "triton"], ["argument = 'triton'", "moe-dist build"]),
+            (["demo-checkpoint"], ["directory = None", "is missing"]),
+            (["demo-checkpoint", "d", "--model-type", "llama"], ["--model-type = 'llama'", "qwen3_moe, deepseek_v3"]),
+            (["--json"], ["command = '--json'", "doctor"]),
+            (["--version"], ["command = '--version'", "doctor"]),
+            (["__complete"], ["command = '__complete'", "doctor"]),
+            ([], ["command = None", "is missing", "doctor", "--help"]),
+        ],
+        ids=" ".join,
+    )  # fmt: skip
+    def test_a_command_line_that_is_none(self, command, arguments, said):
+        found = command(*arguments)
         assert found.code == 2
-        assert f"unrecognized arguments: {strange[0]}" in found.err
-        assert "unrecognized arguments: a=1" in command("doctor", "a=1").err
+        for text in said:
+            assert text in found.err
+        assert found.err.startswith("moe-dist: ")
+        assert len(found.err.strip().splitlines()) == 1
+        assert "--call" not in found.err  # which is no flag
+        if arguments:
+            assert command(*arguments, "--json").document["message"] in found.err
+
+    def test_an_experiment_s_file_may_be_named_as_an_assignment(self, command, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("a=1.yaml").write_text("nosuch: 1\n")
+        assert "experiment.nosuch" in command("compare", "a=1.yaml").err
+        assert "experiment.a" in command("compare", "a=2.yaml").err  # no file: an override
+        assert "experiment.b" in command("compare", "--device", "cpu", "b=2", "a=1.yaml").err  # in any order
 
     def test_bad_yaml(self, command, tmp_path: Path):
         path = tmp_path / "bad.yaml"
@@ -191,7 +227,22 @@ class TestWithoutRanks:
     def test_help_names_the_models(self, command):
         found = command("run", "--help")
         assert found.code == 0
-        assert all(name in found.out.replace("\n", "") for name in model_names()[:2])
+        assert all(name in found.out for name in model_names())
+
+    @pytest.mark.parametrize("name", [None, *COMMANDS])
+    def test_help_fits_a_terminal_and_lists_the_exit_codes(self, command, monkeypatch, name):
+        monkeypatch.setenv("COLUMNS", "80")
+        found = command(*([name] if name else []), "--help")
+        assert (found.code, found.err) == (0, "")
+        assert max(map(len, found.out.splitlines())) <= 80
+        assert "2    bad input" in found.out
+        for other in COMMANDS if name is None else ():
+            assert other in found.out
+
+    def test_help_says_what_is_taken_without_a_flag(self, command):
+        said = " ".join(command("check", "--help").out.replace("│", " ").split())
+        for text in ("[default: 1 16]", "[default: uniform single]", "[choices: auto, cpu, cuda]", "(default ray)"):
+            assert text in said
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -276,13 +327,13 @@ class TestWithRanks:
 
     @pytest.mark.parametrize(("error", "code"), [(ClusterLost("a:1", "measuring", "gone"), 5), (KeyboardInterrupt(), 130)])
     def test_what_was_measured_before_the_end_is_kept(self, command, tmp_path: Path, monkeypatch, error, code):
-        measured = cli.run_cases
+        measured = measuring.run_cases
 
         def run_cases(planned, *rest):
             measured(planned[:1], *rest)
             raise error
 
-        monkeypatch.setattr(cli, "run_cases", run_cases)
+        monkeypatch.setattr(measuring, "run_cases", run_cases)
         two = ["compare", "worlds=[1]", "exchanges=[local]", "skews=[uniform]", "tokens=[4, 8]", "iters=1", *SMALL]
         path = tmp_path / "out.json"
         found = command(*two, "--out", path)

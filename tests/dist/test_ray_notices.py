@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from moe_dist.commands import cli
+from moe_dist.commands import cli, measuring
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.measure import measure
@@ -65,7 +65,7 @@ def on_rank(context, *arguments):
 @pytest.fixture
 def speaking(monkeypatch):
     BACKENDS.register("speaking", Speaking)
-    monkeypatch.setattr(cli, "group_starter", lambda *_: SpeakingGroup)
+    monkeypatch.setattr(measuring, "group_starter", lambda *_: SpeakingGroup)
     yield
     BACKENDS.unregister("speaking")
 

@@ -7,9 +7,10 @@ import pytest
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.bench.case import Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
-from moe_dist.commands import cli, cli_config
-from moe_dist.commands.cli_options import parse
+from moe_dist.commands import cli
+from moe_dist.commands.asked import Asked, single
 from moe_dist.commands.config import find_model
+from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import Machine
 from moe_dist.step.rows import Support
 
@@ -36,9 +37,11 @@ def experiment(**changes) -> Experiment:
     return Experiment(**{"models": (find_model("tiny"),), "worlds": (2,), "exchanges": ("ag_rs",)} | changes)
 
 
-def asked(*arguments: str) -> cli_config.Asked:
+def asked(*arguments: str) -> Asked:
     """What `run` with these arguments would measure."""
-    return cli_config.single(parse(["run", *arguments], cli.COMMANDS))
+    _, bound, _ = cli.parse(["run", *arguments])
+    given = bound.arguments
+    return single(given["overrides"], given["source"], given["grid"])
 
 
 @pytest.mark.parametrize(("machine", "name"), [(CPU, "torch"), (AMPERE, "torch"), (HOPPER, "triton")])
@@ -107,7 +110,7 @@ class TestRun:
 
 
 def test_plan_says_who_chose(capsys):
-    assert cli.main(["plan"]) == cli.OK
+    assert cli.main(["plan"]) == OK
     assert "backend torch (default on this machine)" in capsys.readouterr().out
-    assert cli.main(["plan", "--backend", "torch"]) == cli.OK
+    assert cli.main(["plan", "--backend", "torch"]) == OK
     assert "backend torch, rows" in capsys.readouterr().out

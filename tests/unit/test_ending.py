@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.commands import cli
+from moe_dist.commands.call import ThisCall
+from moe_dist.commands.flags import Json
 from moe_dist.errors import (
     CheckpointError,
     ClusterLost,
@@ -38,10 +40,10 @@ def ends(monkeypatch, capsys):
     """`doctor` raises what is given; returns (exit code, standard output, lines of standard error)."""
 
     def run(error: BaseException, *arguments: str):
-        def fail(args):
+        def fail():
             raise error
 
-        monkeypatch.setitem(cli.COMMANDS, "doctor", fail)
+        monkeypatch.setattr("moe_dist.commands.doctor.examine", fail)
         code = cli.main(["doctor", *arguments])
         found = capsys.readouterr()
         return code, found.out, found.err.splitlines()
@@ -108,11 +110,11 @@ def test_without_a_place_for_it_the_traceback_is_shown(ends, monkeypatch):
 
 
 def test_what_was_measured_so_far_is_said(monkeypatch, capsys):
-    def fail(args):
-        args.ending.kept = "3 rows are in o.json"
+    def fail(*, json: Json = False, call: ThisCall):
+        call.ending.kept = "3 rows are in o.json"
         raise RankFailure(1, "gemm", 7, "died")
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", fail)
+    monkeypatch.setattr("moe_dist.commands.doctor.doctor", fail)
     assert cli.main(["doctor", "--json"]) == 4
     found = capsys.readouterr()
     assert found.err.strip().endswith("died; 3 rows are in o.json")
@@ -384,25 +386,25 @@ class TestOptions:
         ],
     )
     def test_an_override_behind_several_values(self, arguments, key, value, overrides):
-        args = cli.parse(["check", *arguments], cli.COMMANDS)
-        assert getattr(args, key) == value
-        assert sorted(args.overrides) == overrides
+        _, bound, _ = cli.parse(["check", *arguments])
+        assert bound.arguments[key] == value
+        assert sorted(bound.arguments["overrides"]) == overrides
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--skew", "a=1"], "argument --skew: expected at least one value"),
-            (["--tokens", "8", "--tokens", "9"], "argument --tokens: is given twice"),
-            (["--world", "2", "--world", "2"], "argument --world: is given twice"),
+            (["--skew", "a=1"], "--skew = None: has no value"),
+            (["--tokens", "8", "--tokens", "9"], "--tokens = '9': is given twice"),
+            (["--world", "2", "--world", "2"], "--world = '2': is given twice"),
             (
                 ["seed=1", "--skew", "single", "seed=2"],
                 "override = 'seed=2': sets what seed=1 sets too (legal: each key once)",
             ),
             (["--out", "seed=1", "seed=2", "seed=1"], "override = 'seed=1': sets what seed=2 sets too"),
-            (["--tokens", "many"], "argument --tokens: invalid integer values: many"),
-            (["--nosuch\x1b[31m"], r"unrecognized arguments: --nosuch\x1b[31m"),
+            (["--tokens", "many"], "--tokens = 'many': is no legal value (legal: a whole number)"),
+            (["--nosuch\x1b[31m"], r"option = '--nosuch\x1b[31m'"),
         ],
     )
     def test_what_is_none(self, arguments, said, capsys):
-        assert cli.main(["check", *arguments]) == cli.BAD_INPUT
+        assert cli.main(["check", *arguments]) == exit_codes.BAD_INPUT
         assert said in capsys.readouterr().err

@@ -12,12 +12,13 @@ from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.commands import cli
 from moe_dist.commands.config import find_model
-from moe_dist.commands.doctor import examine
+from moe_dist.commands.examined import examine
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import (
     CheckpointError,
     ClusterLost,
     ConfigError,
+    InstallationError,
     MoeDistError,
     OutputError,
     RankFailure,
@@ -26,6 +27,7 @@ from moe_dist.errors import (
     listed,
 )
 from moe_dist.exchange import Exchange
+from moe_dist.exits.exit_codes import BAD_INPUT
 from moe_dist.model.spec import ParallelSpec
 from moe_dist.registry import Registry
 
@@ -42,6 +44,7 @@ EXAMPLES = [
         ClusterLost("10.0.0.1:6379", "timing", "no answer"),
         {"address": "10.0.0.1:6379", "doing": "timing", "cause": "no answer"},
     ),
+    (InstallationError("libcudart.so is missing"), {"problem": "libcudart.so is missing"}),
     (OutputError("out.json", "no space left"), {"path": "out.json", "problem": "no space left"}),
     (RankFailure(3, "combine", 17, "died"), {"rank": 3, "op": "combine", "seq": 17, "cause": "died"}),
 ]
@@ -226,7 +229,7 @@ def test_a_third_party_s_own_failure_is_its_answer(monkeypatch, capsys):
     assert cli.main(["plan"]) == 0
     assert "theirs fails when asked" in capsys.readouterr().out
     assert examine()["backends"]["careless"] == {"ok": False, "reason": "RuntimeError: theirs fails when asked"}
-    assert cli.main(["plan", "--backend", "careless"]) == cli.BAD_INPUT
+    assert cli.main(["plan", "--backend", "careless"]) == BAD_INPUT
 
 
 def test_a_field_s_name_is_one_line_too():

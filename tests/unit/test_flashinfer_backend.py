@@ -12,9 +12,10 @@ from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_b
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.row import Refused
-from moe_dist.commands import cli
+from moe_dist.commands import cli, measuring
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import UnsupportedError
+from moe_dist.exits.exit_codes import BAD_INPUT, TOO_SMALL
 from moe_dist.machine.machine import Machine
 from moe_dist.model.quantization import FP8_MAX, cast
 from moe_dist.model.spec import MoESpec, ParallelSpec
@@ -120,22 +121,22 @@ def test_building_says_so_and_shows_how_far_it_is(monkeypatch, tmp_path, capfd):
 
 def test_building_without_the_package_says_so(monkeypatch, capsys):
     monkeypatch.setattr(flashinfer_build, "find_spec", lambda name: None)
-    assert cli.main(["build", "flashinfer_cutlass"]) == cli.TOO_SMALL
+    assert cli.main(["build", "flashinfer_cutlass"]) == TOO_SMALL
     assert "flashinfer-python needed, none available. pip install 'moe_dist[gpu]'" in capsys.readouterr().err
 
 
 def test_what_cannot_run_here_is_not_built(monkeypatch):
     monkeypatch.setattr(FlashInferCutlass, "build", classmethod(lambda cls: pytest.fail("built")))
-    assert cli.main(["run", "--backend", "flashinfer_cutlass", "--device", "cpu", "--build"]) == cli.BAD_INPUT
+    assert cli.main(["run", "--backend", "flashinfer_cutlass", "--device", "cpu", "--build"]) == BAD_INPUT
 
 
 def test_nothing_is_built_unless_asked_for(monkeypatch):
     built = []
     monkeypatch.setattr(TorchBackend, "build", classmethod(lambda cls: built.append(cls)))
-    monkeypatch.setattr(cli, "plan_cases", lambda *_: ([], [Refused(case="c", reason="stop here")]))
-    assert cli.main(["run"]) == cli.BAD_INPUT
+    monkeypatch.setattr(measuring, "plan_cases", lambda *_: ([], [Refused(case="c", reason="stop here")]))
+    assert cli.main(["run"]) == BAD_INPUT
     assert built == []
-    assert cli.main(["run", "--build"]) == cli.BAD_INPUT
+    assert cli.main(["run", "--build"]) == BAD_INPUT
     assert built == [TorchBackend]
 
 

@@ -42,6 +42,7 @@ HOMES = {
     "psutil": ("machine", "runtime/"),
     "pynvml": ("machine",),
     "rich": ("bench/table", "commands/"),
+    "cyclopts": ("commands/",),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
@@ -123,7 +124,17 @@ def test_importing_the_layer_is_fast_and_loads_little():
     assert seconds < 0.6  # 0.2 on two cores; of CPU time, so a busy machine is no excuse
 
 
-@pytest.mark.parametrize("module", ["moe_dist.engine.layer", "moe_dist.bench.runner", "moe_dist.commands.cli"])
+def test_help_waits_for_no_command():
+    """Nor does a slip of the keyboard: torch alone takes seconds to import."""
+    code = "import sys; from moe_dist.commands.cli import main; main(sys.argv[1:]); print(*sorted(sys.modules))"
+    for arguments in (["--help"], ["nosuch"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        names = done.stdout.split()
+        assert "cyclopts" in names
+        assert {"torch", "pydantic", "yaml", "numpy"} & set(names) == set()
+
+
+@pytest.mark.parametrize("module", ["moe_dist.engine.layer", "moe_dist.bench.runner", "moe_dist.commands.measuring"])
 def test_libraries_wait_until_they_are_chosen(module):
     names, _ = modules_after(f"import {module}")
     chosen_later = {"ray", "triton", "flashinfer", "deep_gemm", "transformers", "sglang", "vllm"}

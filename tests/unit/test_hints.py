@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ import pytest
 import moe_dist
 from moe_dist.bench.case import Experiment, SourceSpec
 from moe_dist.commands import cli
-from moe_dist.commands.cli_options import _parser
+from moe_dist.exits.exit_codes import BAD_INPUT, OK
 from moe_dist.model.spec import MoESpec
 from moe_dist.runtime.context import RaySpec
 
 ROOT = Path(moe_dist.__file__).parent
-ERRORS = {"ConfigError", "UnsupportedError", "ResourceError", "CheckpointError", "RankFailure", "ClusterLost",
-          "OutputError", "Support"}  # fmt: skip
+ERRORS = {"ConfigError", "UnsupportedError", "ResourceError", "CheckpointError", "InstallationError", "RankFailure",
+          "ClusterLost", "OutputError", "Support"}  # fmt: skip
 SECTIONS = {"model": MoESpec, "ray": RaySpec, "source": SourceSpec}
 NOT_KEYS = ("experiment", "parallel", "workload", "case")  # sections of the code, not of the command
 
@@ -66,9 +65,10 @@ def test_every_key_in_a_hint_is_one_that_the_command_takes():
 
 
 def test_every_flag_in_a_hint_is_there():
-    parser = _parser(cli.COMMANDS)
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    flags = {flag for sub in commands.choices.values() for flag in sub._option_string_actions}
+    app = cli.application()
+    arguments = [argument for name in cli.COMMANDS for argument in app[name].assemble_argument_collection()]
+    arguments = [argument for argument in arguments if argument.parse]
+    flags = {"--help", *(name for argument in arguments for name in argument.names)}
     texts = [(place, flag) for place, text in advice() for flag in re.findall(r"(?<!\w)--[a-z][a-z-]+", text)]
     assert [f"{place}: {flag}" for place, flag in texts if flag not in flags] == []
     assert any(flag == "--runtime" for _, flag in texts)
@@ -77,7 +77,7 @@ def test_every_flag_in_a_hint_is_there():
 @pytest.mark.parametrize(("size", "most"), [("tp", 6), ("ep", 11)])
 def test_the_hint_about_empty_shards_works(size, most, capsys):
     arguments = ["plan", f"--{size}", str(most)]
-    assert cli.main(arguments) == cli.BAD_INPUT
+    assert cli.main(arguments) == BAD_INPUT
     hint = re.search(r"(allow_empty_shards=true)", capsys.readouterr().err)
     assert hint
-    assert cli.main([*arguments, hint[1]]) == cli.OK
+    assert cli.main([*arguments, hint[1]]) == OK

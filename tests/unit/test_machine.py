@@ -9,8 +9,8 @@ import psutil
 import pynvml
 import pytest
 
-from moe_dist.commands import doctor
-from moe_dist.commands.cli_print import print_doctor
+from moe_dist.commands import examined
+from moe_dist.commands.doctor import print_doctor
 from moe_dist.commands.terminal import Terminal
 from moe_dist.errors import ConfigError
 from moe_dist.machine import machine
@@ -114,7 +114,7 @@ class TestDriver:
 
     def test_doctor_says_what_it_has(self, monkeypatch, capsys):
         Nvml(monkeypatch)
-        found = doctor.examine()
+        found = examined.examine()
         assert found["driver"]["version"] == "580.159.04"
         assert [gpu["memory_gib"] for gpu in found["driver"]["gpus"]] == [141.0, 141.0, None]
         print_doctor(Terminal(), found)

@@ -6,7 +6,6 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +16,9 @@ from profiles import examples
 
 from moe_dist.bench.case import MOST_CASES, Experiment
 from moe_dist.bench.runner import plan_cases
-from moe_dist.commands.cli_config import asked_for
+from moe_dist.commands.asked import asked_for
 from moe_dist.commands.config import override, read_yaml
+from moe_dist.commands.flags import Source
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec
@@ -131,10 +131,9 @@ def mutated(draw: st.DrawFn) -> dict[Any, Any]:
 
 def planned_or_refused(config: dict[str, Any], *overrides: str) -> None:
     """As `compare` does it, up to the plan."""
-    args = SimpleNamespace(checkpoint=None, model=None, layer=None, runtime=None, device="cpu")
     start = time.monotonic()
     try:
-        asked = asked_for(override(config, overrides), args, sweep=True)
+        asked = asked_for(override(config, overrides), Source(device="cpu"), sweep=True)
         cases = list(asked.experiment.cases("cpu"))
         planned, refused = plan_cases(cases, MACHINE)
     except MoeDistError as error:
@@ -231,19 +230,17 @@ def test_sections_take_any_keys(data):
     ids=lambda text: text[:40],
 )
 def test_refused_by_name(assignment, field):
-    args = SimpleNamespace(checkpoint=None, model=None, layer=None, runtime=None, device="cpu")
     start = time.monotonic()
     with pytest.raises(ConfigError) as caught:
-        asked_for(override({"models": ["tiny"]}, [assignment]), args, sweep=True)
+        asked_for(override({"models": ["tiny"]}, [assignment]), Source(device="cpu"), sweep=True)
     assert caught.value.field == field
     assert len(str(caught.value)) < 1500
     assert time.monotonic() - start < 5
 
 
 def test_a_value_that_stands_twice_counts_once_and_that_is_said(capsys):
-    args = SimpleNamespace(checkpoint=None, model=None, layer=None, runtime=None, device="cpu")
     lists = ["worlds=[2, 2]", "exchanges=[ag_rs, ag_rs, all_reduce]", "models=[tiny, TINY]", "tokens=[8]"]
-    asked = asked_for(override({}, lists), args, sweep=True)
+    asked = asked_for(override({}, lists), Source(device="cpu"), sweep=True)
     found = asked.experiment
     assert (found.worlds, found.exchanges, len(found.models)) == ((2,), ("ag_rs", "all_reduce"), 1)
     assert capsys.readouterr().err.splitlines() == [

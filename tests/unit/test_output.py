@@ -339,7 +339,8 @@ class TestThrough:
                 assert isinstance(open_output(path, said.append, everything), module.Through)
 
     def test_the_command_takes_no_descriptor_of_its_own(self, tmp_path):
-        code = "import sys; from moe_dist.commands import cli; cli.group_starter = None; sys.exit(cli.main())"
+        code = "import sys; from moe_dist.commands import cli, measuring; "
+        code += "measuring.group_starter = None; sys.exit(cli.main())"
         command = [sys.executable, "-c", code, "run", "--device", "cpu", "--out", "/dev/fd/4"]  # signals use a pipe
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
@@ -357,11 +358,11 @@ class TestThrough:
     def test_the_command_prints_one_document(self, tmp_path, place, end, code):
         measured = row().model_dump_json()
         program = (
-            "import sys; from moe_dist.bench.row import Row; from moe_dist.commands import cli\n"
+            "import sys; from moe_dist.bench.row import Row; from moe_dist.commands import cli, measuring\n"
             "from moe_dist.errors import RankFailure\n"
             "def run_cases(planned, start, timeout_s, outcome, *rest):\n"
             f"    outcome.rows.append(Row.model_validate_json({measured!r}))\n    {end}\n"
-            "cli.run_cases = run_cases; sys.exit(cli.main())"
+            "measuring.run_cases = run_cases; sys.exit(cli.main())"
         )
         command = [sys.executable, "-c", program, "run", "--device", "cpu", "--json", "--out", place]
         done = subprocess.run(
@@ -371,8 +372,8 @@ class TestThrough:
         assert json.loads(done.stdout)["rows"] == [json.loads(measured)]
 
     def test_standard_output_that_is_closed_keeps_no_results(self, tmp_path):
-        program = "import sys; from moe_dist.commands import cli; "
-        program += "cli.run_cases = lambda *_: sys.exit(9); sys.exit(cli.main())"
+        program = "import sys; from moe_dist.commands import cli, measuring; "
+        program += "measuring.run_cases = lambda *_: sys.exit(9); sys.exit(cli.main())"
         for given in ("--json", ""):
             command = f"exec {sys.executable} -c '{program}' run --device cpu {given} >&-"
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from unit.test_bench import row
 
-from moe_dist.commands import cli
+from moe_dist.commands import cli, measuring
 from moe_dist.errors import RankFailure
 from moe_dist.runtime import pulse, voice
 
@@ -63,7 +63,7 @@ def test_what_a_rank_of_another_program_starts_speaks(monkeypatch, capsys):
 
 @pytest.mark.parametrize("word", [["--runtime", "torchrun"], ["runtime=torchrun"]])
 def test_of_torchrun_s_ranks_one_speaks(word, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(measuring, "group_starter", lambda *_: pytest.fail("started"))
     environment(monkeypatch)
     assert cli.main(["run", *word, "--backend", "nosuch"]) == 2
     assert capsys.readouterr().err == ""
@@ -89,7 +89,7 @@ def test_of_torchrun_s_ranks_one_speaks(word, monkeypatch, capsys):
     ],
 )
 def test_half_of_torchrun_s_environment_is_bad_input(name, value, said, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "group_starter", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(measuring, "group_starter", lambda *_: pytest.fail("started"))
     environment(monkeypatch, **{name: value})
     assert cli.main(["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu"]) == 2
     assert said in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_who_speaks_for_a_lost_rank_says_what_that_one_has_kept(rows, kept, monk
         voice.mute([0])
         raise RankFailure(0, "o", 2, "died")
 
-    monkeypatch.setattr(cli, "run_cases", run_cases)
+    monkeypatch.setattr(measuring, "run_cases", run_cases)
     environment(monkeypatch)
     path = tmp_path / "out.json"
     command = ["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu", "--json", "--out", str(path)]

@@ -1,0 +1,97 @@
+"""Arguments and files to the experiment that a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from moe_dist import checkpoint
+from moe_dist.bench.case import LISTS, ChosenBy, Experiment
+from moe_dist.bench.defaults import default_backend, default_modes
+from moe_dist.bench.source import check_models, with_source
+from moe_dist.commands.config import override, resolve_models
+from moe_dist.commands.flags import Grid, Source
+from moe_dist.commands.terminal import say
+from moe_dist.machine.machine import Machine
+from moe_dist.runtime.voice import speaks, together
+
+
+class Asked(NamedTuple):
+    """An experiment with what nobody named filled in. `why`: who chose the backend, `mode_why`: the mode; empty where
+    they were named."""
+
+    experiment: Experiment
+    machine: Machine
+    chosen_by: ChosenBy = "name"
+    why: str = ""
+    mode_why: str = ""
+
+
+def single(
+    overrides: Iterable[str], source: Source, grid: Grid, runtime: str | None = None, layers: int | None = None
+) -> Asked:
+    """The experiment of one configuration, for `plan` and `run`."""
+    config = one_placement(grid.tp, grid.ep, grid.backend) | {
+        "name": "run",
+        "tokens": [grid.tokens],
+        "token_layouts": [grid.token_layout],
+        "skews": [grid.skew],
+        "payload": grid.payload,
+        "iters": grid.iters,
+    }
+    if grid.exchange:
+        config["exchanges"] = [grid.exchange]
+    return asked_for(override(config, overrides), source, sweep=False, runtime=runtime, layers=layers)
+
+
+def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:
+    world = tp * ep
+    return {
+        "worlds": [world],
+        "placements": [f"tp{tp}xep{ep}"],
+        "exchanges": ["local" if world == 1 else "ag_rs"],
+    } | ({"backends": [backend]} if backend else {})
+
+
+def asked_for(
+    config: dict[str, Any], source: Source, *, sweep: bool, runtime: str | None = None, layers: int | None = None
+) -> Asked:
+    """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared."""
+    config = _with_flags(config, source, {"runtime": runtime, "device": source.device, "layers": layers})
+    together(config.get("runtime") == "torchrun")
+    experiment = Experiment(**config)
+    stored = experiment.source
+    if stored.checkpoint is not None and stored.layer is not None:
+        check_models(experiment.models, stored, checkpoint.layer_spec(stored.checkpoint, stored.layer))
+    for key in LISTS:
+        given, taken = config.get(key), getattr(experiment, key)
+        if isinstance(given, (list, tuple)) and len(taken) < len(given) and speaks():
+            say(f"{key}: {len(given) - len(taken)} of {len(given)} values stand there already; each is measured once")
+    machine = Machine.detect(experiment.device)
+    chosen_by: ChosenBy = "name"
+    why = mode_why = ""
+    if "backends" not in config:
+        backend, why = default_backend(experiment, machine)
+        experiment, chosen_by = experiment.with_changes(backends=(backend,)), "default"
+    if experiment.modes is None and machine.device == "cuda" and (why or not sweep):
+        modes, mode_why = default_modes(experiment, machine)
+        if mode_why:
+            experiment = experiment.with_changes(modes=modes)
+    return Asked(experiment, machine, chosen_by, why, mode_why)
+
+
+def _with_flags(config: dict[str, Any], source: Source, flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that are given, over the file's keys. Without any model the small embedded default is taken."""
+    config = with_source(config, source.checkpoint, source.layer)
+    if source.model:
+        config["models"] = [source.model]
+    elif "models" not in config:
+        config["models"] = ["tiny"]
+    return resolve_models(config | {key: value for key, value in flags.items() if value is not None})
+
+
+def files_read(experiment: Experiment, file: str | None = None) -> list[str]:
+    """Files and folders that `--out` must not write over; `file` is the experiment's. A model's file is one that holds
+    no results."""
+    traces = [skew.removeprefix("file:") for skew in experiment.skews if skew.startswith("file:")]
+    return [*(path for path in (file, experiment.source.checkpoint) if path is not None), *traces]

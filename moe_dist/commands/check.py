@@ -1,0 +1,64 @@
+"""`moe-dist check`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from moe_dist.commands.asked import asked_for
+from moe_dist.commands.call import ThisCall
+from moe_dist.commands.config import override
+from moe_dist.commands.flags import (
+    BACKEND_HELP,
+    NO_SOURCE,
+    NOT_KEPT,
+    NUMBER,
+    SEVERAL,
+    SKEWS_HELP,
+    Json,
+    Measuring,
+    Overrides,
+    Runtime,
+    Source,
+    numbers,
+)
+from moe_dist.commands.measuring import measure
+from moe_dist.errors import ConfigError
+
+World = Annotated[int, NUMBER, Parameter(help="Ranks.")]
+Tokens = Annotated[list[int], SEVERAL, Parameter(converter=numbers, help="Global tokens of a step.")]
+Backends = Annotated[list[str] | None, SEVERAL, Parameter(show_default=False, help=BACKEND_HELP)]
+Skews = Annotated[list[str], SEVERAL, Parameter(help=SKEWS_HELP)]
+FEW_TOKENS, TWO_SKEWS = [1, 16], ["uniform", "single"]
+
+
+def check(
+    *overrides: Overrides,
+    source: Source = NO_SOURCE,
+    runtime: Runtime = None,
+    world: World = 2,
+    tokens: Tokens = FEW_TOKENS,
+    backend: Backends = None,
+    skew: Skews = TWO_SKEWS,
+    measuring: Measuring = NOT_KEPT,
+    json: Json = False,
+    call: ThisCall,
+) -> int:
+    """Every placement and exchange of one model at its real shapes, numbers only."""
+    config: dict[str, Any] = {
+        "name": "check",
+        "placements": ["tp", "ep"],
+        "worlds": [world],
+        "exchanges": ["local"] if world == 1 else ["all_reduce", "ag_rs", "all_to_all"],
+        "tokens": tokens,
+        "skews": skew,
+        "iters": 0,
+        "warmup": 0,
+    }
+    if backend:
+        config["backends"] = backend
+    asked = asked_for(override(config, overrides), source, sweep=True, runtime=runtime)
+    if not asked.experiment.check:
+        raise ConfigError("check", False, "contradicts the command, which does nothing but check", "run or compare")
+    return measure(asked, measuring, call, as_json=json, sweep=True)

@@ -1,0 +1,40 @@
+"""`moe-dist compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import default_experiment
+from moe_dist.bench.source import with_source
+from moe_dist.commands.asked import asked_for
+from moe_dist.commands.call import ThisCall
+from moe_dist.commands.config import override, read_yaml
+from moe_dist.commands.flags import NO_SOURCE, NOT_KEPT, Json, Layers, Measuring, Overrides, Runtime, Source
+from moe_dist.commands.measuring import measure
+from moe_dist.machine.machine import Machine
+
+File = Annotated[str | None, Parameter(help="Experiment file (YAML); without one, the small embedded default.")]
+
+
+def compare(
+    file: File = None,
+    /,
+    *overrides: Overrides,
+    source: Source = NO_SOURCE,
+    runtime: Runtime = None,
+    layers: Layers = None,
+    measuring: Measuring = NOT_KEPT,
+    json: Json = False,
+    call: ThisCall,
+) -> int:
+    machine = Machine.detect(source.device or "auto")
+    config = override(read_yaml(file) if file else {}, overrides)
+    config = with_source(config, source.checkpoint, source.layer)
+    if not file:
+        router = config["source"].get("checkpoint") is not None
+        config = default_experiment(machine, tuple(name for name, _ in BACKENDS.usable()), router) | config
+    asked = asked_for(config, source, sweep=True, runtime=runtime, layers=layers)
+    return measure(asked, measuring, call, as_json=json, sweep=True, file=file)

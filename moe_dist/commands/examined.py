@@ -1,0 +1,89 @@
+"""What this machine has, and which backends and exchanges can run on it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_dist.backends import BACKENDS, Backend
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.exchange import EXCHANGES, Exchange
+from moe_dist.kernels.cutlass.library import find_nvcc
+from moe_dist.machine.machine import Machine, cores, nvidia_driver
+from moe_dist.messages.printable import one_line
+from moe_dist.registry import Registry
+
+PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
+
+
+def examine() -> dict[str, Any]:
+    """Looks, starts nothing: no Ray, no process group, no compilation."""
+    machine, driver = Machine.detect(), nvidia_driver()
+    return {
+        "python": platform.python_version(),
+        "machine": {
+            "device": machine.device,
+            "name": machine.name,
+            "devices": machine.devices if machine.device == "cuda" else 0,
+            "capability": machine.capability,
+            "memory_gib": _gib(machine.memory),
+            "cores": cores(),
+        },
+        "driver": {
+            "version": driver.version if driver else None,
+            "gpus": [{"name": gpu.name, "memory_gib": _gib(gpu.memory)} for gpu in (driver.gpus if driver else ())],
+        },
+        "packages": {package: _version(package) for package in PACKAGES},
+        "nvcc": _nvcc(),
+        "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
+        "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
+        "exchanges": {name: _asked(EXCHANGES, name, _exchange) for name in EXCHANGES.names()},
+    }
+
+
+def _gib(size: int | None) -> float | None:
+    return size and round(size / 2**30, 1)
+
+
+def _asked(
+    registry: Registry[Any], name: str, question: Callable[..., tuple[bool, str]], *given: str
+) -> dict[str, Any]:
+    """A third party's that can't be used is an answer too."""
+    try:
+        ok, reason = question(registry.get(name), *given)
+    except Exception as error:
+        if not isinstance(error, ImportError) and not registry.is_foreign(name):
+            raise
+        said = error.rule if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        ok, reason = False, one_line(said)
+    return {"ok": ok, "reason": reason}
+
+
+def _backend(cls: type[Backend], device: str) -> tuple[bool, str]:
+    ok, reason = cls.available(device)
+    return ok, reason
+
+
+def _exchange(cls: type[Exchange[Any, Any]]) -> tuple[bool, str]:
+    if cls is not EXCHANGES.get("local") and not dist.is_available():
+        return False, "this torch was built without torch.distributed"
+    return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
+
+
+def _nvcc() -> bool:
+    try:
+        find_nvcc()
+    except MoeDistError:
+        return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,73 @@
+"""`moe-dist plan`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from moe_dist import checkpoint
+from moe_dist.bench.table import size
+from moe_dist.commands.asked import single
+from moe_dist.commands.flags import NO_SOURCE, ONE, Grid, Json, Overrides, Runtime, Source
+from moe_dist.commands.printing import console, print_json
+from moe_dist.commands.terminal import Terminal, say, to_standard_output
+from moe_dist.engine.plan import Plan
+from moe_dist.errors import ConfigError
+from moe_dist.exits.exit_codes import OK
+from moe_dist.messages.printable import printable
+from moe_dist.model.sizes import cdiv
+
+
+def plan(
+    *overrides: Overrides, source: Source = NO_SOURCE, runtime: Runtime = None, grid: Grid = ONE, json: Json = False
+) -> int:
+    asked = single(overrides, source, grid, runtime)
+    cases = list(asked.experiment.cases("cpu" if asked.experiment.modes is None else asked.machine.device))
+    if len(cases) != 1:
+        rule = "plan is for one configuration; compare takes lists"
+        raise ConfigError("overrides", " ".join(overrides), rule, "one world of tp·ep ranks, one value a key")
+    (case,) = cases
+    made = case.plan(asked.machine)
+    if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
+        say(f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says")
+    sent = {"layers": case.layers, "wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
+    if json:
+        print_json(made.as_dict() | sent, indent=1)
+    else:
+        with to_standard_output():
+            print_plan(console(), made, case.workload.tokens, asked.why, case.layers)
+    return OK
+
+
+def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: int = 1) -> None:
+    """`chosen`: who chose the backend, if nobody named it. `layers`: of the stack."""
+    spec, world = made.spec, made.placement.world
+    shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
+    console.print(
+        f"{printable(spec.name)} {spec.quant_label}{shared}, as {made.parallel.label}, {made.token_layout} tokens:"
+        f" exchange {made.exchange}, backend {made.backend}{f' ({chosen})' if chosen else ''}, rows travel as"
+        f" {made.payload}, partial sums as {made.combine_dtype}"
+        + (", rows are handed over sorted by expert" if made.form == "expert" else "")
+        + (", with a change of token layout around it" if made.converts_layout else ""),
+    )
+    ranks = Table("rank", "experts", "slice of intermediate", "weights", header_style="bold")
+    for rank in range(world):
+        start, stop = made.placement.slice_of(rank)
+        experts = len(made.placement.experts_of(rank))
+        ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
+    console.print(ranks)
+    share = cdiv(tokens, world) if made.token_layout == "sharded" else tokens
+    console.print(
+        f"{tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
+        f" {size(made.scratch_bytes(share))} of scratch on a rank, at most {size(made.wire_bytes(tokens))} sent by one;"
+        " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
+    )
+    if layers > 1:
+        console.print(f"a stack of {layers} layers: {layers} times these weights and bytes, and the same scratch")
+    for name, source in made.tables().items():
+        console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})", soft_wrap=True)
+    options = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
+    for option in made.options:
+        taken = "yes" if option.chosen else ""
+        possible = "yes" if option.possible else "no"
+        options.add_row(option.kind, printable(option.name), possible, taken, printable(option.reason))
+    console.print(options)

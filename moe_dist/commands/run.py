@@ -1,0 +1,32 @@
+"""`moe-dist run`."""
+
+from __future__ import annotations
+
+from moe_dist.commands.asked import single
+from moe_dist.commands.call import ThisCall
+from moe_dist.commands.flags import (
+    NO_SOURCE,
+    NOT_KEPT,
+    ONE,
+    Grid,
+    Json,
+    Layers,
+    Measuring,
+    Overrides,
+    Runtime,
+    Source,
+)
+from moe_dist.commands.measuring import measure
+
+
+def run(
+    *overrides: Overrides,
+    source: Source = NO_SOURCE,
+    runtime: Runtime = None,
+    layers: Layers = None,
+    grid: Grid = ONE,
+    measuring: Measuring = NOT_KEPT,
+    json: Json = False,
+    call: ThisCall,
+) -> int:
+    return measure(single(overrides, source, grid, runtime, layers), measuring, call, as_json=json, sweep=False)
