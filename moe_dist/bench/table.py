@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from math import hypot
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,10 +17,6 @@ from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.bench.tune import Found, Tuned, config_text
 from moe_dist.messages.printable import printable
 
-SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
-# Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
-# of the 16 rows that benchmarks/2026-11-22-h200x2-backends.json and 2026-11-23-h200x2.json have in common.
-ANOTHER_START = 0.02
 ROOMY = Console(width=1000)  # in which tables are as wide as they want
 COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 
@@ -35,10 +30,10 @@ def comparable(row: Row) -> tuple[Any, ...]:
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
     ordered = sorted(rows, key=lambda row: [str(part).zfill(12) for part in comparable(row)])
-    return [sorted(group, key=_speed) for _, group in groupby(ordered, key=comparable)]
+    return [sorted(group, key=speed) for _, group in groupby(ordered, key=comparable)]
 
 
-def _speed(row: Row) -> float:
+def speed(row: Row) -> float:
     """Microseconds; a row without times comes last."""
     return row.p50_us if row.p50_us is not None else float("inf")
 
@@ -60,12 +55,16 @@ class Column:
 
 
 def _table(rows: list[Row], width: int | None) -> Table:
-    columns = _columns(rows)
+    return fitting(rows, _columns(rows), width, title_of(rows[0]))
+
+
+def fitting(rows: list[Row], columns: list[Column], width: int | None, title: str | None = None) -> Table:
+    """A line for each row, with as many of the columns as have room."""
     for most in sorted({column.rank for column in columns}, reverse=True):
         table = _laid_out(rows, [column for column in columns if column.rank <= most])
         if width is None or ROOMY.measure(table).maximum <= width:
             break
-    table.title = title_of(rows[0])
+    table.title = title
     return table
 
 
@@ -96,7 +95,7 @@ def title_of(first: Row) -> str:
         title += f" · shared expert {first.shared_experts}"
     if first.source.startswith("checkpoint:"):
         title += f" · {first.source}"
-    if stacked := _stacked(first):
+    if stacked := stack_of(first):
         title += f" ·{stacked}"
     return printable(title)
 
@@ -105,10 +104,10 @@ def _columns(rows: list[Row]) -> list[Column]:
     """All that there are for these rows."""
     converts = any(row.stages_us.get("convert") for row in rows)
     floors = any(row.floor_us is not None for row in rows)
-    stacked = bool(_stacked(rows[0]))
+    stacked = bool(stack_of(rows[0]))
 
     def stage(*names: str) -> Callable[[Row], str]:
-        return lambda row: _number(sum(row.stages_us[name] for name in names) if row.stages_us else None)
+        return lambda row: number(sum(row.stages_us[name] for name in names) if row.stages_us else None)
 
     wanted: list[Column | None] = [
         Column("placement", 0, lambda row: row.placement, right=False),
@@ -116,17 +115,17 @@ def _columns(rows: list[Row]) -> list[Column]:
         Column("backend", 0, lambda row: printable(row.backend), right=False),
         Column("mode", 0, lambda row: "graph" if row.graph else "eager", right=False),
         Column("payload", 5, lambda row: row.payload_dtype, right=False),
-        Column("p50 µs", 0, lambda row: _number(row.p50_us)),
-        Column("µs/layer", 1, lambda row: _number(row.per_layer_us)) if stacked else None,
+        Column("p50 µs", 0, lambda row: number(row.p50_us)),
+        Column("µs/layer", 1, lambda row: number(row.per_layer_us)) if stacked else None,
         Column("±", 2, _scatter),
-        Column("p99 µs", 8, lambda row: _number(row.p99_us)),
+        Column("p99 µs", 8, lambda row: number(row.p99_us)),
         Column("dispatch", 4, stage("dispatch")),
-        Column("convert", 4, lambda row: _number(row.stages_us.get("convert") or None)) if converts else None,
+        Column("convert", 4, lambda row: number(row.stages_us.get("convert") or None)) if converts else None,
         Column("compute", 4, stage(*COMPUTE)),
         Column("combine", 4, stage("combine")),
-        Column("unstaged", 8, lambda row: _number(row.unstaged_us)),
-        Column("floor", 7, lambda row: _number(row.floor_us)) if floors else None,
-        Column("×floor", 1, _times_floor) if floors else None,
+        Column("unstaged", 8, lambda row: number(row.unstaged_us)),
+        Column("floor", 7, lambda row: number(row.floor_us)) if floors else None,
+        Column("×floor", 1, times_floor) if floors else None,
         Column("rows max/mean", 6, lambda row: f"{row.imbalance:.2f}"),
         Column("sent/rank", 6, lambda row: size(row.bytes_sent)),
         Column("err oracle", 3, lambda row: _error(row, "err_oracle")),
@@ -136,11 +135,11 @@ def _columns(rows: list[Row]) -> list[Column]:
     return [column for column in wanted if column is not None]
 
 
-def _times_floor(row: Row) -> str:
+def times_floor(row: Row) -> str:
     return f"{row.p50_us / row.floor_us:.2f}" if row.floor_us and row.p50_us else "-"
 
 
-def _stacked(row: Row) -> str:
+def stack_of(row: Row) -> str:
     """What rows of stacks are said to be; nothing of a single layer."""
     layers = row.layer.removeprefix("stack:")
     return "" if layers == row.layer else f" stack of {layers} layers"
@@ -154,7 +153,7 @@ def _verdict(row: Row) -> Text:
     return {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("unchecked")}[row.ok]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
@@ -213,65 +212,3 @@ def _tuned_cells(found: Found) -> list[str]:
     floor = f"{entry.us / entry.floor_us:.2f}" if entry.floor_us else "-"
     times = [f"{entry.us:,.1f}", f"{entry.default_us:,.1f}", floor]
     return [str(found.rows), config_text(entry.config), *times, f"{entry.err_oracle:.1e}", *counts]
-
-
-def family(row: Row) -> str:
-    if row.tp > 1 and row.ep > 1:
-        return "TPxEP"
-    return "TP" if row.tp > 1 else "EP" if row.ep > 1 else "single"
-
-
-def verdict(rows: Iterable[Row]) -> list[str]:
-    """For each comparable group: the fastest row of the fastest family against the best of every other family.
-
-    Rows that failed their check don't compete.
-    """
-    return [sentence for group in groups(rows) if (sentence := _sentence(group))]
-
-
-def _sentence(rows: list[Row]) -> str | None:
-    sound = [row for row in rows if row.ok is not False and row.p50_us is not None]
-    best: dict[str, Row] = {}
-    for row in sound:
-        best.setdefault(family(row), row)
-    if len(best) < 2:
-        return None
-    winner, *others = best.values()
-    where = f"{winner.model}, {winner.world} ranks, {winner.global_tokens} {winner.token_layout} tokens"
-    where += f",{stacked}" if (stacked := _stacked(winner)) else ""
-    rivals = [f"{_who(row)} {_speed(row) / _speed(winner):.2f}x" for row in others]
-    said = "no clear winner, within scatter:" if tied(winner, others[0]) else "fastest"
-    return f"{where}, {winner.skew}: {said} {_who(winner)} ({_speed(winner):,.0f} µs); " + ", ".join(rivals)
-
-
-def tied(first: Row, second: Row) -> bool:
-    """Whether two medians differ by no more than scatter explains: that of both rows' rounds, and that of another start
-    of the ranks. Of a row with too few rounds nothing is known, so nothing is claimed."""
-    if first.scatter_us is None or second.scatter_us is None:
-        return True
-    times = _speed(first), _speed(second)
-    explained = max(SCATTERS * hypot(first.scatter_us, second.scatter_us), ANOTHER_START * min(times))
-    return abs(times[1] - times[0]) <= explained
-
-
-def _who(row: Row) -> str:
-    return f"{row.placement} {row.exchange} {row.backend}" + (" in a graph" if row.graph else "")
-
-
-def last_line(rows: list[Row]) -> str:
-    """Which family won where, in one line."""
-    wins: dict[str, list[str]] = {}
-    for group in groups(rows):
-        sound = [row for row in group if row.ok is not False and row.p50_us is not None]
-        rivals = {family(row): row for row in reversed(sound)}
-        if len(rivals) < 2:
-            continue
-        first, second = sorted(rivals.values(), key=_speed)[:2]
-        name = "a tie" if tied(first, second) else family(first)
-        place = f"{first.world} ranks × {first.global_tokens} {first.token_layout} {first.skew}"
-        place += _stacked(first)
-        wins.setdefault(name, []).append(place)
-    if not wins:
-        return "Verdict: nothing to compare; it takes rows of two placements with equal tokens and layout."
-    parts = [f"{name} in {len(places)} ({'; '.join(places)})" for name, places in sorted(wins.items())]
-    return f"Verdict: of {sum(map(len, wins.values()))} comparisons, fastest was " + ", ".join(parts) + "."

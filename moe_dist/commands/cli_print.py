@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from moe_dist.bench.answer import answer_table, answers, last_line
 from moe_dist.bench.results import Outcome
-from moe_dist.bench.table import last_line, refused_table, tables, verdict
+from moe_dist.bench.table import ROOMY, refused_table, tables
 from moe_dist.commands.terminal import Terminal
 from moe_dist.messages.printable import printable
 
 
-def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: bool) -> None:
-    print_rows(console, outcome)
+def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: bool, wide: bool) -> None:
+    """`sweep`: what it comes to, and every row only with `wide` or where there is nothing to compare."""
+    found = answers(outcome.rows) if sweep else []
+    if wide or not found:
+        print_rows(console, outcome, wide)
+    if found:
+        console.print(answer_table(found, console.width))
+        if outcome.refused and not wide:
+            console.print(refused_table(outcome.refused))
     failed = [row for row in outcome.rows if row.ok is False]
     if failed:
         console.print(f"{len(failed)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
@@ -20,13 +28,16 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
         passed = sum(row.ok is True for row in outcome.rows)
         console.print(f"{passed} of {len(outcome.rows)} cases agree with the oracle.")
     elif sweep:
-        for sentence in verdict(timed):
-            console.print(f"- {printable(sentence)}", soft_wrap=True)
-        console.print(printable(last_line(timed)), style="bold", soft_wrap=True)
+        if found and not wide:
+            console.print(f"{len(outcome.rows)} rows measured and checked; --wide shows all, --out FILE keeps them.")
+        console.print(last_line(found), style="bold")
 
 
-def print_rows(console: Terminal, outcome: Outcome) -> None:
-    for table in tables(outcome.rows):
+def print_rows(console: Terminal, outcome: Outcome, wide: bool = False) -> None:
+    """In tables as wide as the console, or with all columns."""
+    for table in tables(outcome.rows, None if wide else console.width):
+        if wide:
+            console.width = max(console.width, ROOMY.measure(table).maximum)
         console.print(table)
     if outcome.refused:
         console.print(refused_table(outcome.refused))

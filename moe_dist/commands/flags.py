@@ -110,6 +110,7 @@ class Measuring:
         str | None,
         Parameter(help="Keep results in this file, written after every row; a device or a pipe gets them last."),
     ] = None
+    wide: Annotated[bool, Parameter(show_default=False, help="Show every row with all columns.")] = False
 
 
 NO_SOURCE, ONE, NOT_KEPT = Source(), Grid(), Measuring()  # what commands have where no such flag is given

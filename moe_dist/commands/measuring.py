@@ -51,7 +51,9 @@ def measure(
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
     if not as_json:
         _print_chosen(asked)
-    results = _Results(ending, measuring.out, output, as_json, provenance(machine), Outcome(refused=refused))
+    results = _Results(
+        ending, measuring.out, output, as_json, measuring.wide, provenance(machine), Outcome(refused=refused)
+    )
     start = group_starter(experiment, machine)
 
     def started(world: int) -> Group:
@@ -109,6 +111,7 @@ class _Results:
     out: str | None
     output: Output | None
     as_json: bool
+    wide: bool
     about: Provenance
     outcome: Outcome = field(default_factory=Outcome)
 
@@ -140,7 +143,7 @@ class _Results:
             self.ending.results = document
             if not self.as_json:
                 with to_standard_output():
-                    print_rows(console(), self.outcome)
+                    print_rows(console(), self.outcome, self.wide)
 
     def finish(self, sweep: bool) -> int:
         """Write and print them all, and return the exit code."""
@@ -155,7 +158,7 @@ class _Results:
         else:
             written = self.out if self.output and not self.output.problem else None
             with to_standard_output():
-                print_outcome(console(), self.outcome, written, sweep)
+                print_outcome(console(), self.outcome, written, sweep, self.wide)
         if self.output and self.output.problem:
             self.ending.kept = ""  # the error says it
             raise self.output.problem

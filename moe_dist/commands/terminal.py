@@ -16,7 +16,7 @@ from rich.segment import Segment
 from moe_dist.errors import OutputError
 from moe_dist.messages.printable import one_line, printable
 
-WIDTH = 230  # of tables where no terminal says how wide it is: that of all columns
+WIDTH = 80  # of tables where neither a terminal nor COLUMNS says how wide they may be
 
 
 class Terminal(Console):
@@ -41,7 +41,8 @@ class Terminal(Console):
 def terminal(quiet: bool = False) -> Terminal:
     """For tables on standard output."""
     console = Terminal(quiet=quiet)
-    return console if console.is_terminal else Terminal(width=WIDTH, quiet=quiet)
+    told = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return console if told else Terminal(width=WIDTH, quiet=quiet)
 
 
 def say(text: object, style: str | None = None) -> None:

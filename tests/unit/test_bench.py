@@ -14,13 +14,14 @@ from rich.console import Console
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import results
+from moe_dist.bench.answer import answer_table, answers, family, last_line
 from moe_dist.bench.case import Case, Experiment, parse_placement
 from moe_dist.bench.findings import Ran, RankResult, merge
 from moe_dist.bench.output import open_output
 from moe_dist.bench.results import Outcome, commit, make_row, provenance, quantile, results_document
 from moe_dist.bench.row import Refused, Row
 from moe_dist.bench.runner import plan_cases
-from moe_dist.bench.table import family, groups, last_line, refused_table, tables, verdict
+from moe_dist.bench.table import groups, refused_table, tables
 from moe_dist.bench.tolerance import EXACT_TOLERANCE, margin
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.machine.machine import Machine
@@ -95,9 +96,9 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> Row:
     return Row(**(defaults | changes))
 
 
-def printed(*things: object) -> str:
+def printed(*things: object, width: int = 250) -> str:
     out = StringIO()
-    console = Console(file=out, width=250)
+    console = Console(file=out, width=width)
     for thing in things:
         console.print(thing)
     return out.getvalue()
@@ -397,7 +398,7 @@ class TestTables:
         for group in together:
             assert len({tuple(getattr(one, name) for name in other) for one in group}) == 1
         assert len(tables(rows)) == 2
-        assert len(verdict(rows)) == 2
+        assert len(answers(rows)) == 2
 
     def test_the_fastest_row_comes_first_and_untimed_rows_last(self):
         (group,) = groups([row(p50=None), row(p50=3.0), row(p50=1.0), row(p50=2.0)])
@@ -411,14 +412,14 @@ class TestTables:
         text = printed(*tables([row(ep=2, p50=1234.5), row(tp=2, ok=False, err_oracle=0.5), row(tp=2, ok=None)]))
         assert "m fp8_block (hidden 8, intermediate 8, 4 experts, top-2) · 2 ranks · 64 sharded tokens" in text
         first = next(line for line in text.splitlines() if "EP2" in line)
-        assert "combine ┃ unstaged" in text
-        assert "7.0 │      6.0" in first
+        assert "combine   unstaged" in text
+        assert "7.0        6.0" in first
         for cell in ("ag_rs", "torch", "fp8", "1,23", "1.25", "2.0 KiB", "1.0e-03", "2.0e-02", "yes"):
             assert cell in first
         assert " 11 " in first  # compute: quantize + gemm1 + activation + gemm2
         assert "convert" not in text
         assert "floor" not in text
-        assert next(line for line in text.splitlines() if "5.0e-01" in line).rstrip(" │").endswith("NO")
+        assert next(line for line in text.splitlines() if "5.0e-01" in line).rstrip().endswith("NO")
         assert "unchecked" in text
 
     def test_columns_that_only_some_need(self):
@@ -427,6 +428,19 @@ class TestTables:
         assert "convert" in text
         assert "×floor" in text
         assert "2.00" in next(line for line in text.splitlines() if "EP2" in line)
+
+    @pytest.mark.parametrize("width", [80, 100, 120, 160, 230])
+    def test_columns_go_before_a_cell_is_cut(self, width):
+        long = {"exchange": "all_to_all", "backend": "flashinfer_cutlass", "graph": True, "p50": 123_456.0}
+        rows = [row(tp=2, ep=2, **long, floor_us=40.0), row(ep=2, **long, layer="stack:8", per_layer_us=15_432.0)]
+        for table in tables(rows, width):
+            text = printed(table, width=width)
+            assert max(map(len, text.splitlines())) <= width
+            for cell in ("TP2xEP2", "EP2"), ("all_to_all",), ("flashinfer_cutlass",), ("123,456",), ("yes",):
+                assert any(one in text for one in cell)
+            assert "…" not in text
+            assert ("err exact" in text) is (width == 230)
+            assert ("dispatch" in text) is (width >= 160)
 
     def test_refused_cases_are_grouped_by_their_reason(self):
         refused = [Refused(case=f"case {n}", reason="too wide" if n < 3 else "no such thing") for n in range(4)]
@@ -448,11 +462,21 @@ class TestVerdict:
 
     def test_the_best_of_each_family_is_compared(self):
         rows = [row(tp=2, p50=300.0), row(tp=2, p50=200.0, exchange="all_reduce"), row(ep=2, p50=100.0)]
-        (sentence,) = verdict(rows)
-        assert sentence == (
-            "m, 2 ranks, 64 sharded tokens, uniform: fastest EP2 ag_rs torch (100 µs); TP2 all_reduce torch 2.00x"
-        )
-        assert last_line(rows) == "Verdict: of 1 comparisons, fastest was EP in 1 (2 ranks × 64 sharded uniform)."
+        (answer,) = answers(rows)
+        assert [(one.placement, one.exchange) for one in answer.best] == [("EP2", "ag_rs"), ("TP2", "all_reduce")]
+        assert last_line([answer]) == "Verdict: of 1 comparisons, fastest was EP in 1."
+        lines = printed(answer_table([answer])).splitlines()
+        assert lines[0].strip() == "m fp8_block · 2 ranks · backend torch · eager"
+        assert lines[-2].split() == ["64", "uniform", "EP2", "ag_rs", "100", "fastest"]
+        assert lines[-1].split() == ["TP2", "all_reduce", "200", "2.00x"]
+
+    def test_what_differs_between_steps_names_them(self):
+        steps = [{"world": 4}, {"model": "other"}, {"layer": "stack:3"}, {"token_layout": "replicated"}]
+        rows = [row(tp=2), row(ep=2, p50=50.0, graph=True, backend="triton", floor_us=40.0)]
+        rows += [row(**{kind: 2}, **step) for step in steps for kind in ("tp", "ep")]
+        heads = printed(answer_table(answers(rows))).splitlines()[-2 * len(steps) - 4].split()
+        assert heads == ["model", "ranks", "layers", "tokens", "layout", "routing", "best", "of", "exchange", "backend",
+                         "mode", "µs", "×floor"]  # fmt: skip
 
     @pytest.mark.parametrize(
         ("difference", "scatters", "tie"),
@@ -470,31 +494,31 @@ class TestVerdict:
     )
     def test_a_tie_is_what_scatter_explains(self, difference, scatters, tie):
         rows = [row(tp=2, p50=100.0 + difference, scatter_us=scatters[0]), row(ep=2, scatter_us=scatters[1])]
-        assert ("no clear winner" in verdict(rows)[0]) is tie
-        assert ("fastest EP2" in verdict(rows)[0]) is not tie
-        assert ("a tie in 1" in last_line(rows)) is tie
-        assert ("EP in 1" in last_line(rows)) is not tie
+        (answer,) = answers(rows)
+        assert answer.tie is tie
+        assert answer.best[0].placement == "EP2"
+        assert ("a tie in 1" in last_line([answer])) is tie
+        assert ("EP in 1" in last_line([answer])) is not tie
+        assert printed(answer_table([answer])).splitlines()[-2].split()[-1] == ("tie" if tie else "fastest")
 
     def test_wrong_and_untimed_rows_do_not_compete(self):
         wrong = [row(tp=2, p50=1.0, ok=False), row(ep=2, p50=100.0), row(tp=2, p50=200.0)]
-        assert "fastest EP2" in verdict(wrong)[0]
-        assert "EP in 1" in last_line(wrong)
-        assert verdict([row(tp=2, p50=None), row(ep=2)]) == []
-        assert last_line([row(tp=2, ok=False), row(ep=2)]).startswith("Verdict: nothing to compare")
+        assert [one.p50_us for one in answers(wrong)[0].best] == [100.0, 200.0]
+        assert "EP in 1" in last_line(answers(wrong))
+        assert answers([row(tp=2, p50=None), row(ep=2)]) == []
+        assert answers([row(tp=2, ok=False), row(ep=2)]) == []
+        assert last_line([]).startswith("Verdict: nothing to compare")
 
     def test_rows_of_different_layouts_are_never_compared(self):
         apart = [row(tp=2, p50=1.0, token_layout="replicated"), row(ep=2, p50=100.0)]
-        assert verdict(apart) == []
-        assert last_line(apart).startswith("Verdict: nothing to compare")
+        assert answers(apart) == []
 
     def test_every_comparison_is_counted_once(self):
         rows = [
             *(row(tp=2, p50=100.0, global_tokens=tokens) for tokens in (8, 64, 512)),
             *(row(ep=2, p50=50.0 if tokens > 8 else 200.0, global_tokens=tokens) for tokens in (8, 64, 512)),
         ]
-        said = last_line(rows)
-        assert said.startswith("Verdict: of 3 comparisons, fastest was EP in 2 (")
-        assert "TP in 1 (2 ranks × 8 sharded uniform)" in said
+        assert last_line(answers(rows)) == "Verdict: of 3 comparisons, fastest was EP in 2, TP in 1."
 
 
 class TestFile:

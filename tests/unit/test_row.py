@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from rich.console import Console
 from unit.test_bench import CPU, STAGES, row
 
 from moe_dist.bench.findings import ERRORS
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.row import Document, Hardware, Notice, Refused, Row
-from moe_dist.bench.table import tables
-from moe_dist.commands.terminal import WIDTH
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -125,14 +122,3 @@ def test_recorded_keys_still_mean_what_they_did(path):
         for key, value in recorded.items():
             allowed = TypeAdapter(Row.model_fields[key].rebuild_annotation(), config={"strict": True})
             assert allowed.dump_python(allowed.validate_json(json.dumps(value)), mode="json") == value, key
-
-
-def test_the_widest_table_fits_where_no_terminal_says_how_wide_it_is():
-    stages = dict.fromkeys(STAGES, 12_345.0)
-    widest = row(
-        tp=2, ep=2, p50=13_457.0, p99_us=13_457.0, per_layer_us=1_234.0, floor_us=12_345.0, stages_us=stages,
-        unstaged_us=2_222.0, backend="flashinfer_cutlass", exchange="all_to_all", graph=True, payload_dtype="bf16",
-        layer="stack:8", bytes_sent=123 << 10,
-    )  # fmt: skip
-    (table,) = tables([widest])
-    assert Console(width=1000).measure(table).maximum <= WIDTH

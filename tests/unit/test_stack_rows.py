@@ -10,6 +10,7 @@ import pytest
 import torch
 from unit.test_bench import CPU, H200, SPEC, case, printed, rank_result, row, row_of
 
+from moe_dist.bench.answer import answer_table, answers
 from moe_dist.bench.case import Experiment, SourceSpec
 from moe_dist.bench.draws import draws
 from moe_dist.bench.findings import merge
@@ -18,7 +19,7 @@ from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn, batches, group_bytes
 from moe_dist.bench.runner import plan_cases
-from moe_dist.bench.table import groups, last_line, tables, verdict
+from moe_dist.bench.table import groups, tables
 from moe_dist.comm import Comm
 from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError, ResourceError
@@ -169,8 +170,8 @@ class TestTable:
     def test_shows_the_time_of_a_layer_beside_the_stack_s(self):
         text = printed(*tables(self.ROWS))
         assert "· stack of 8 layers" in text
-        assert "p50 µs ┃ µs/layer" in text
-        assert "1,640 │      205" in text
+        assert "p50 µs   µs/layer" in text
+        assert "1,640        205" in text
 
     def test_a_layer_s_table_is_as_ever(self):
         text = printed(*tables([row(tp=2), row(ep=2)]))
@@ -179,8 +180,9 @@ class TestTable:
 
     def test_is_not_compared_with_a_layer(self):
         assert [len(group) for group in groups([*self.ROWS, row(tp=2), row(ep=2)])] == [2, 2]
-        assert "sharded tokens, stack of 8 layers, uniform: fastest EP2" in verdict(self.ROWS)[0]
-        assert "2 ranks × 64 sharded uniform stack of 8 layers" in last_line(list(self.ROWS))
+        (answer,) = answers(self.ROWS)
+        assert answer.best[0].placement == "EP2"
+        assert "stack of 8 layers" in " ".join(printed(answer_table([answer])).split())
 
 
 class TestCommand:

@@ -1,0 +1,126 @@
+"""What a comparison says: the fastest placement for each step, against the best of every other family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import hypot
+
+from rich.table import Table
+from rich.text import Text
+
+from moe_dist.bench.row import Row
+from moe_dist.bench.table import Column, fitting, groups, number, speed, stack_of, times_floor
+from moe_dist.messages.printable import printable
+
+SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
+# Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
+# of the 16 rows that benchmarks/2026-11-22-h200x2-backends.json and 2026-11-23-h200x2.json have in common.
+ANOTHER_START = 0.02
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of rows that may be compared. `best`: the fastest of each family, the fastest family first. `tie`: scatter
+    explains its lead."""
+
+    best: list[Row]
+    tie: bool
+
+    @property
+    def family(self) -> str:
+        return "a tie" if self.tie else family(self.best[0])
+
+
+def answers(rows: Iterable[Row]) -> list[Answer]:
+    """One for each group of rows that may be compared and has several families. Rows that failed their check don't
+    compete, nor do those without times."""
+    found = []
+    for group in groups(rows):
+        best: dict[str, Row] = {}
+        for row in group:  # the fastest first
+            if row.ok is not False and row.p50_us is not None:
+                best.setdefault(family(row), row)
+        if len(best) > 1:
+            first, second, *_ = ranked = list(best.values())
+            found.append(Answer(ranked, tied(first, second)))
+    return found
+
+
+def family(row: Row) -> str:
+    if row.tp > 1 and row.ep > 1:
+        return "TPxEP"
+    return "TP" if row.tp > 1 else "EP" if row.ep > 1 else "single"
+
+
+def tied(first: Row, second: Row) -> bool:
+    """Whether two medians differ by no more than scatter explains: that of both rows' rounds, and that of another start
+    of the ranks. Of a row with too few rounds nothing is known, so nothing is claimed."""
+    if first.scatter_us is None or second.scatter_us is None:
+        return True
+    times = speed(first), speed(second)
+    explained = max(SCATTERS * hypot(first.scatter_us, second.scatter_us), ANOTHER_START * min(times))
+    return abs(times[1] - times[0]) <= explained
+
+
+def answer_table(found: list[Answer], width: int | None = None) -> Table:
+    """The best row of each placement family, by step; what differs between steps names them."""
+    lines = {id(row): answer for answer in found for row in answer.best}
+    rows = [row for answer in found for row in answer.best]
+    firsts = {id(answer.best[0]) for answer in found}
+
+    def of_step(text: str | None, row: Row) -> str:
+        return (text or "") if id(row) in firsts else ""
+
+    def several(key: str) -> bool:
+        return len({getattr(row, key) for row in rows}) > 1
+
+    def against(row: Row) -> str | Text:
+        answer = lines[id(row)]
+        if id(row) in firsts:
+            return Text("tie" if answer.tie else "fastest", "bold")
+        return f"{speed(row) / speed(answer.best[0]):.2f}x"
+
+    wanted: list[Column | None] = [
+        Column("model", 0, lambda row: of_step(printable(row.model), row), right=False) if several("model") else None,
+        Column("ranks", 0, lambda row: of_step(str(row.world), row)) if several("world") else None,
+        Column("layers", 0, lambda row: of_step(row.layer.removeprefix("stack:"), row)) if several("layer") else None,
+        Column("tokens", 0, lambda row: of_step(f"{row.global_tokens:,}", row)),
+        Column("layout", 0, lambda row: of_step(row.token_layout, row)) if several("token_layout") else None,
+        Column("routing", 0, lambda row: of_step(printable(row.skew), row), right=False),
+        Column("best of", 0, lambda row: row.placement, right=False),
+        Column("exchange", 0, lambda row: printable(row.exchange), right=False),
+        Column("backend", 0, lambda row: printable(row.backend), right=False) if several("backend") else None,
+        Column("mode", 0, lambda row: "graph" if row.graph else "eager", right=False) if several("graph") else None,
+        Column("µs", 0, lambda row: number(row.p50_us)),
+        Column("×floor", 1, times_floor) if any(row.floor_us for row in rows) else None,
+        Column("", 0, against, right=False),
+    ]
+    return fitting(rows, [column for column in wanted if column is not None], width, title_of(rows))
+
+
+def title_of(rows: list[Row]) -> str:
+    """What all of these steps have in common."""
+    first = rows[0]
+    models = {row.model for row in rows}
+    parts = [printable(first.model) + f" {first.quant}"] if len(models) == 1 else []
+    if len({row.world for row in rows}) == 1:
+        parts.append(f"{first.world} ranks")
+    for key, text in (("backend", f"backend {printable(first.backend)}"),
+                      ("graph", "in a CUDA graph" if first.graph else "eager")):  # fmt: skip
+        if len({getattr(row, key) for row in rows}) == 1:
+            parts.append(text)
+    if len({row.layer for row in rows}) == 1 and (stacked := stack_of(first)):
+        parts.append(stacked.strip())
+    return " · ".join(parts)
+
+
+def last_line(found: list[Answer]) -> str:
+    """Which family won how often, in one line."""
+    if not found:
+        return "Verdict: nothing to compare; it takes rows of two placements with equal tokens and layout."
+    wins: dict[str, int] = {}
+    for answer in found:
+        wins[answer.family] = wins.get(answer.family, 0) + 1
+    parts = [f"{name} in {count}" for name, count in sorted(wins.items())]
+    return f"Verdict: of {len(found)} comparisons, fastest was " + ", ".join(parts) + "."
