@@ -43,6 +43,7 @@ class Backend(ABC):
     capturable: ClassVar[bool]
     deterministic: ClassVar[bool]
     table_revision: ClassVar[int] = 0
+    quick_build: ClassVar[bool] = False  # `build` takes a minute at most: some commands do it unasked
     sums: ClassVar[frozenset[str]] = frozenset({"bf16", "fp32"})
     takes: ClassVar[tuple[str, ...]] = ("token",)
 

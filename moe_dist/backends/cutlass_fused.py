@@ -22,6 +22,7 @@ class CutlassFused(OwnKernels["Config"]):
 
     name = "cutlass"
     table_revision = 1
+    quick_build = True
 
     @classmethod
     def available(cls, device: str) -> Support:

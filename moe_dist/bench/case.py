@@ -283,23 +283,6 @@ def check_step(tokens: int, model: MoESpec) -> None:
         raise ConfigError("experiment.tokens", tokens, rule, f"at most {LARGEST_STEP:,}")
 
 
-def default_experiment(machine: Machine, backends: tuple[str, ...], router: bool) -> dict[str, Any]:
-    """What `compare` does without a file. On a CPU it is small enough for two minutes on two cores; on GPUs it takes
-    every backend (one that is not built is listed with its reason). `router`: the weights come with one."""
-    skews = ["router"] * router + ["uniform", "zipf:1.2"]
-    if machine.device == "cpu":
-        return {"models": ["tiny"], "worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
-    return {
-        "models": ["Qwen3-30B-A3B"],
-        "worlds": [world for world in (2, 4, 8) if world <= machine.devices] or [1],
-        "exchanges": ["all_reduce", "ag_rs", "all_to_all"] if machine.devices > 1 else ["local"],
-        "backends": list(backends),
-        "tokens": [32, 1024],
-        "skews": skews,
-        "iters": 100,
-    }
-
-
 def parse_placement(text: str, world: int) -> ParallelSpec | None:
     """`tp`, `ep`: all of the world one way. `tp2xep2`: that grid, None where its size is not the world's."""
     if text in ("tp", "ep"):

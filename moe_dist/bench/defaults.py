@@ -2,13 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.rounds import ROOM
 from moe_dist.engine.plan import Plan
-from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec
+from moe_dist.model.weights import ExpertWeights
+
+HOPPER = (9, 0)
 
 FASTEST, EVERYWHERE = "triton", "torch"
+OURS = ("triton", "cutlass")  # what `compare` without a file takes on a Hopper GPU
+MODELS = ("DeepSeek-V3", "Qwen3-30B-A3B")  # whose shape it takes there, the first that fits
+DECODE, PREFILL = 16, 2048  # its tokens a rank
+
+
+def default_experiment(machine: Machine, find: Callable[[str], MoESpec], router: bool) -> dict[str, Any]:
+    """What `compare` does without a file. On a CPU it is small enough for two minutes on two cores; on GPUs it is a
+    real model's shape over all of them, decode and prefill. `find`: a known model by its name. `router`: the weights
+    come with one."""
+    skews = ["router"] * router + ["uniform", "zipf:1.2"]
+    if machine.device == "cpu":
+        return {"models": ["tiny"], "worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
+    world = machine.devices
+    ours = {"backends": list(OURS), "modes": ["graph"]}
+    return {
+        "models": [next((name for name in MODELS if _fits(find(name), world, machine)), MODELS[-1])],
+        "worlds": [world],
+        "exchanges": ["ag_rs", "all_to_all", "nvlink"] if world > 1 else ["local"],
+        "tokens": [DECODE * world, PREFILL * world],
+        "skews": skews,
+        "iters": 50,
+        **(ours if machine.capability == HOPPER else {"backends": [EVERYWHERE]}),
+    }
+
+
+def build_quickly(names: Iterable[str], machine: Machine, say: Callable[[str], None]) -> None:
+    """Those backends that are built within a minute, so that an answer has the fastest ones in it. `say` is told which
+    could not be built and why; they are left out with that reason."""
+    for name in names:
+        backend = BACKENDS.get(name)
+        if backend.quick_build and not backend.available(machine.device).ok:
+            try:
+                backend.build()
+            except MoeDistError as error:
+                say(f"goes on without backend {name}: {error}")
+
+
+def _fits(spec: MoESpec, world: int, machine: Machine) -> bool:
+    """Whether a rank's share under TP and under EP have room beside each other, as they take turns."""
+    whole = ExpertWeights.bytes_of(spec, spec.num_experts, spec.intermediate)
+    return 2 * whole <= ROOM * world * (machine.memory or 0)
 
 
 def default_backend(experiment: Experiment, machine: Machine) -> tuple[str, str]:

@@ -77,11 +77,11 @@ def _laid_out(rows: list[Row], columns: list[Column]) -> Table:
     return table
 
 
-def plain_table(title: str | None = None) -> Table:
+def plain_table(title: str | None = None, columns: Iterable[str] = ()) -> Table:
     """Without frames: as readable in a file, and narrow."""
     return Table(
-        title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, show_edge=False,
-        pad_edge=False,
+        *columns, title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD,
+        show_edge=False, pad_edge=False,
     )  # fmt: skip
 
 

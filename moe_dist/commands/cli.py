@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from inspect import BoundArguments
 from typing import Any
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "plan": "What would run, and why not something else; loads no weights.",
     "run": "Measure one configuration.",
     "compare": "Placements × exchanges × backends × tokens × skews, side by side.",
+    "diff": "Two results files, row by row: what became slower or faster.",
     "check": "Numbers against the oracle at a model's real shapes.",
     "build": "Compile what a backend needs, once; can take many minutes.",
     "tune": "Find a backend's fastest configs for a model's shapes (random weights), for its tables.",
@@ -66,7 +68,7 @@ def application() -> App:
         help="Compare distributed FP8 MoE layers.",
         help_format="plaintext",
         help_epilogue=f"exit codes:\n{codes}",
-        version_flags=(),
+        version=_version,
         config=_check_given,
         console=Terminal(quiet=not speaks()),
         default_parameter=Parameter(negative=(), allow_repeating=False, json_list=False, json_dict=False),
@@ -77,11 +79,18 @@ def application() -> App:
     return app
 
 
+def _version() -> str:
+    """The package's, and the commit where there is a checkout."""
+    from moe_dist.bench.results import commit
+
+    return f"moe-dist {version('moe_dist')}, commit {commit()}"
+
+
 def parse(words: Sequence[str]) -> tuple[Any, BoundArguments, dict[str, Any]]:
     """The command's function, its arguments, and those that are not on the command line, by name. Raises ConfigError
     for what is wrong with them, and InstallationError where the command can't be imported."""
     app = application()
-    if not words or words[0] not in (*COMMANDS, *app.help_flags):
+    if not words or words[0] not in (*COMMANDS, *app.help_flags, *app.version_flags):
         first, rule = (words[0], "is none") if words else (None, "is missing")
         raise ConfigError("command", first, rule, [*COMMANDS, "--help"])
     try:

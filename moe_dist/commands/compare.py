@@ -6,17 +6,18 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moe_dist.backends import BACKENDS
-from moe_dist.bench.case import default_experiment
+from moe_dist.bench.defaults import build_quickly, default_experiment
 from moe_dist.bench.source import with_source
 from moe_dist.commands.asked import asked_for
 from moe_dist.commands.call import ThisCall
-from moe_dist.commands.config import override, read_yaml
+from moe_dist.commands.config import find_model, override, read_yaml
 from moe_dist.commands.flags import NO_SOURCE, NOT_KEPT, Json, Layers, Measuring, Overrides, Runtime, Source
 from moe_dist.commands.measuring import measure
+from moe_dist.commands.terminal import say
 from moe_dist.machine.machine import Machine
 
-File = Annotated[str | None, Parameter(help="Experiment file (YAML); without one, the small embedded default.")]
+FILE_HELP = "Experiment file (YAML). Without one: a small layer on a CPU, a real model's on GPUs."
+File = Annotated[str | None, Parameter(help=FILE_HELP)]
 
 
 def compare(
@@ -34,7 +35,9 @@ def compare(
     config = override(read_yaml(file) if file else {}, overrides)
     config = with_source(config, source.checkpoint, source.layer)
     if not file:
-        router = config["source"].get("checkpoint") is not None
-        config = default_experiment(machine, tuple(name for name, _ in BACKENDS.usable()), router) | config
+        default = default_experiment(machine, find_model, router=config["source"].get("checkpoint") is not None)
+        if machine.device == "cuda" and "backends" not in config:
+            build_quickly(default["backends"], machine, say)
+        config = default | config
     asked = asked_for(config, source, sweep=True, runtime=runtime, layers=layers)
     return measure(asked, measuring, call, as_json=json, sweep=True, file=file)

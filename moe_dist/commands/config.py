@@ -11,7 +11,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
 from moe_dist.model.spec import MoESpec
 
-CONFIGS = Path(__file__).parents[2] / "configs"  # beside the package in a checkout
+KNOWN = Path(__file__).parents[1] / "model" / "known"  # which a checkout has as configs/models too
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def model_names() -> list[str]:
 
 
 def find_model(name: str) -> MoESpec:
-    """A model by the name of its file in configs/models (any case), or by the path of a YAML file."""
+    """A model by the name of its file in the working directory's configs/models or among those that come with the
+    package (any case), or by the path of a YAML file."""
     if name.endswith((".yaml", ".yml")):
         return MoESpec(**read_yaml(name))
     for folder in _model_folders():
@@ -69,8 +70,8 @@ def find_model(name: str) -> MoESpec:
 
 
 def _model_folders() -> list[Path]:
-    """The working directory's first, then the checkout's."""
-    folders = [Path("configs/models"), CONFIGS / "models"]
+    """The working directory's first, then the package's."""
+    folders = [Path("configs/models"), KNOWN]
     return [folder for folder in folders if folder.is_dir()]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
+from moe_dist.bench.table import plain_table
 from moe_dist.commands.examined import examine
 from moe_dist.commands.flags import Json
 from moe_dist.commands.printing import console, print_json
@@ -34,7 +34,7 @@ def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     console.print(f"Python {found['python']}, {versions}, nvcc {'yes' if found['nvcc'] else 'no'}")
     for kind in ("backends", "exchanges"):
-        table = Table(kind[:-1], "usable here", "what to know", header_style="bold")
+        table = plain_table(columns=(kind[:-1], "usable here", "what to know"))
         for name, answer in found[kind].items():
             usable = Text("yes", "green") if answer["ok"] else Text("no", "red")
             table.add_row(printable(name), usable, printable(answer["reason"]))

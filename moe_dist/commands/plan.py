@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from moe_dist import checkpoint
-from moe_dist.bench.table import size
+from moe_dist.bench.table import plain_table, size
 from moe_dist.commands.asked import single
 from moe_dist.commands.flags import NO_SOURCE, ONE, Grid, Json, Overrides, Runtime, Source
 from moe_dist.commands.printing import console, print_json
@@ -49,23 +47,26 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
         + (", rows are handed over sorted by expert" if made.form == "expert" else "")
         + (", with a change of token layout around it" if made.converts_layout else ""),
     )
-    ranks = Table("rank", "experts", "slice of intermediate", "weights", header_style="bold")
+    ranks = plain_table(columns=("rank", "experts", "slice of intermediate", "weights"))
     for rank in range(world):
         start, stop = made.placement.slice_of(rank)
         experts = len(made.placement.experts_of(rank))
         ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
     console.print(ranks)
     share = cdiv(tokens, world) if made.token_layout == "sharded" else tokens
+    window = made.window_bytes(share)
+    shared_memory = f" and {size(window)} that ranks share" if window else ""
     console.print(
         f"{tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
-        f" {size(made.scratch_bytes(share))} of scratch on a rank, at most {size(made.wire_bytes(tokens))} sent by one;"
+        f" {size(made.scratch_bytes(share))} of scratch{shared_memory} on a rank, at most"
+        f" {size(made.wire_bytes(tokens))} sent by one;"
         " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
     )
     if layers > 1:
         console.print(f"a stack of {layers} layers: {layers} times these weights and bytes, and the same scratch")
     for name, source in made.tables().items():
         console.print(f"tuned: {source} {name}" if source else f"tuned: none, defaults (no {name})", soft_wrap=True)
-    options = Table("choice", "name", "possible", "taken", "why not", header_style="bold")
+    options = plain_table(columns=("choice", "name", "possible", "taken", "why not"))
     for option in made.options:
         taken = "yes" if option.chosen else ""
         possible = "yes" if option.possible else "no"

@@ -11,6 +11,7 @@ TOO_SMALL = 3
 RANK_FAILED = 4
 CLUSTER_LOST = 5
 NOT_WRITTEN = 6
+SLOWER = 7
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 HUNG_UP = 129  # 128 + the signal's number, as shells have it
 INTERRUPTED = 130
@@ -26,6 +27,7 @@ MEANINGS = {
     RANK_FAILED: "a rank failed",
     CLUSTER_LOST: "the Ray cluster was lost",
     NOT_WRITTEN: "results were measured and could not be written where they were asked for",
+    SLOWER: "a row of `diff` became slower by more than scatter explains",
     UNEXPECTED: "an unexpected error, a fault of moe_dist: please report it",
     HUNG_UP: "the terminal was closed (SIGHUP)",
     INTERRUPTED: "interrupted (Ctrl-C)",

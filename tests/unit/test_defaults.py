@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from moe_dist.backends.cutlass_fused import CutlassFused
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.bench.case import Experiment
-from moe_dist.bench.defaults import default_backend, default_modes
+from moe_dist.bench.defaults import build_quickly, default_backend, default_experiment, default_modes
+from moe_dist.bench.runner import plan_cases
 from moe_dist.commands import cli
 from moe_dist.commands.asked import Asked, single
 from moe_dist.commands.config import find_model
+from moe_dist.errors import ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import Machine
 from moe_dist.step.rows import Support
@@ -114,3 +117,52 @@ def test_plan_says_who_chose(capsys):
     assert "backend torch (default on this machine)" in capsys.readouterr().out
     assert cli.main(["plan", "--backend", "torch"]) == OK
     assert "backend torch, rows" in capsys.readouterr().out
+
+
+class TestCompareWithoutAFile:
+    def test_a_real_models_shape_decode_and_prefill_by_our_kernels(self, on, monkeypatch):
+        on(HOPPER)
+        monkeypatch.setattr(CutlassFused, "available", classmethod(lambda cls, device: Support(True)))
+        config = default_experiment(HOPPER, find_model, router=False)
+        models = tuple(find_model(name) for name in config.pop("models"))
+        made = Experiment(models=models, **config)
+        assert models[0].name == "DeepSeek-V3"
+        assert made.tokens == (64, 8192)
+        assert made.worlds == (4,)
+        planned, refused = plan_cases(made.cases("cuda"), HOPPER)
+        assert refused == []
+        assert len(planned) == 48  # 2 placements, 3 exchanges, 2 backends, 2 sizes, 2 routings
+        assert {case.backend for case, _ in planned} == {"triton", "cutlass"}
+        assert all(case.graph for case, _ in planned)
+
+    @pytest.mark.parametrize(("devices", "memory", "model"), [(1, 80, "DeepSeek-V3"), (1, 24, "Qwen3-30B-A3B"),
+                                                              (2, 24, "Qwen3-30B-A3B"), (4, 24, "DeepSeek-V3"),
+                                                              (1, 2, "Qwen3-30B-A3B")])  # fmt: skip
+    def test_the_largest_of_two_models_that_fits(self, devices, memory, model):
+        machine = Machine("cuda", devices, "NVIDIA H200", (9, 0), memory << 30)
+        assert default_experiment(machine, find_model, router=True)["models"] == [model]
+
+    def test_other_gpus_and_cpus_take_the_reference(self):
+        assert default_experiment(AMPERE, find_model, router=False)["backends"] == ["torch"]
+        assert default_experiment(CPU, find_model, router=True)["skews"] == ["router", "uniform", "zipf:1.2"]
+
+    def test_what_is_built_within_a_minute_is_built(self, monkeypatch):
+        built, said, there = [], [], Support(False, "not built yet")
+        for backend in (CutlassFused, TritonFused):
+            monkeypatch.setattr(backend, "available", classmethod(lambda cls, device: there))
+            monkeypatch.setattr(backend, "build", classmethod(lambda cls: built.append(cls)))
+        build_quickly(["triton", "cutlass"], HOPPER, said.append)
+        assert (built, said) == ([CutlassFused], [])
+        there = Support(True)
+        build_quickly(["cutlass"], HOPPER, said.append)
+        assert built == [CutlassFused]
+
+    def test_what_can_not_be_built_is_left_out_and_told(self, monkeypatch):
+        def fails(cls):
+            raise ResourceError("nvcc", "12.4 or newer", "none", "Install CUDA.")
+
+        said = []
+        monkeypatch.setattr(CutlassFused, "available", classmethod(lambda cls, device: Support(False, "not built")))
+        monkeypatch.setattr(CutlassFused, "build", classmethod(fails))
+        build_quickly(["cutlass"], HOPPER, said.append)
+        assert ["goes on without backend cutlass" in text and "nvcc" in text for text in said] == [True]

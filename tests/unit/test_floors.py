@@ -41,7 +41,7 @@ HOMES = {
     "safetensors": ("checkpoint/",),
     "psutil": ("machine", "runtime/"),
     "pynvml": ("machine",),
-    "rich": ("bench/table", "commands/"),
+    "rich": ("bench/answer", "bench/diff", "bench/table", "commands/"),
     "cyclopts": ("commands/",),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

@@ -1,0 +1,130 @@
+"""Two results files, row by row: what became slower or faster by more than scatter explains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import hypot
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from moe_dist.bench.answer import ANOTHER_START, SCATTERS
+from moe_dist.bench.table import number, plain_table
+from moe_dist.errors import ConfigError
+from moe_dist.files import read_small_text
+from moe_dist.messages.printable import printable
+
+LARGEST_FILE = 256 << 20  # bytes
+# What names a row. A key that an older file does not have is left out of the comparison, for all rows.
+KEYS = (
+    "model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts", "source",
+    "layer", "world", "placement", "exchange", "backend", "graph", "token_layout", "global_tokens", "skew", "seed",
+    "payload_dtype", "combine_dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of both files. `explained_us`: what scatter explains of the difference."""
+
+    label: str
+    old_us: float
+    new_us: float
+    explained_us: float
+
+    @property
+    def verdict(self) -> str:
+        """`slower`, `faster`, or `same` where scatter explains the difference."""
+        if abs(self.new_us - self.old_us) <= self.explained_us:
+            return "same"
+        return "slower" if self.new_us > self.old_us else "faster"
+
+
+@dataclass(frozen=True)
+class Diff:
+    """`alone`: rows with times that only one of the files has. `machines`: what they were measured on, where it is not
+    one machine's kind: then a difference says little about moe_dist."""
+
+    changes: list[Change]
+    alone: int
+    machines: tuple[str, ...]
+
+    @property
+    def slower(self) -> int:
+        return sum(change.verdict == "slower" for change in self.changes)
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """The document of a results file of any version. Raises ConfigError for another file, or one without rows."""
+    try:
+        document: Any = json.loads(read_small_text(Path(path), LARGEST_FILE))
+    except OSError as error:
+        raise ConfigError("file", path, f"can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError("file", path, f"is no JSON: {error}", "what --out or --json gave") from None
+    found: dict[str, Any] = document if isinstance(document, dict) else {}
+    rows = found.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError("file", path, "holds no rows of results", "what --out or --json gave")
+    return found
+
+
+def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Diff:
+    """Rows of the same configuration. Raises ConfigError where a file has two rows of one, or both share none."""
+    both = [_timed(document) for document in (old, new)]
+    keys = [key for key in KEYS if all(key in row for rows in both for row in rows)]
+    before, after = ({_key(row, keys): row for row in rows} for rows in both)
+    for rows, found in zip(both, (before, after), strict=True):
+        if len(found) < len(rows):
+            raise ConfigError("rows", len(rows), "a file has several rows of one configuration", len(found))
+    shared = [key for key in before if key in after]
+    if not shared:
+        raise ConfigError("rows", 0, "no configuration has times in both files", "one at least")
+    varying = [name for place, name in enumerate(keys) if len({key[place] for key in shared}) > 1]
+    changes = [_change(before[key], after[key], varying or ["placement", "exchange", "backend"]) for key in shared]
+    machines = dict.fromkeys(map(_machine, (old, new)))
+    return Diff(changes, len(before) + len(after) - 2 * len(shared), tuple(machines) if len(machines) > 1 else ())
+
+
+def _timed(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in document["rows"] if isinstance(row.get("p50_us"), (int, float))]
+
+
+def _key(row: dict[str, Any], keys: list[str]) -> tuple[str, ...]:
+    return tuple(json.dumps(row[key]) for key in keys)
+
+
+def _change(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> Change:
+    times = float(old["p50_us"]), float(new["p50_us"])
+    scatters = [float(row.get("scatter_us") or 0.0) for row in (old, new)]
+    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(times))
+    return Change(" ".join(_shown(name, old[name]) for name in names), *times, explained)
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "graph":
+        return "graph" if value else "eager"
+    return f"{value} tokens" if name == "global_tokens" else printable(str(value))
+
+
+def _machine(document: dict[str, Any]) -> str:
+    machine = document.get("machine") or {}
+    return printable(f"{machine.get('count')} x {machine.get('gpu') or machine.get('cpu')}")
+
+
+def diff_table(diff: Diff, everything: bool = False) -> Table:
+    """The largest changes first; without `everything` those that scatter does not explain."""
+    shown = [change for change in diff.changes if everything or change.verdict != "same"]
+    table = plain_table()
+    table.add_column("row")
+    for name in ("old µs", "new µs", "new/old"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for change in sorted(shown, key=lambda each: each.old_us / each.new_us):
+        style = {"slower": "bold red", "faster": "green", "same": ""}[change.verdict]
+        ratio = f"{change.new_us / change.old_us:.3f}"
+        table.add_row(change.label, number(change.old_us), number(change.new_us), ratio, Text(change.verdict, style))
+    return table

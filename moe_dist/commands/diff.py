@@ -1,0 +1,36 @@
+"""`moe-dist diff`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moe_dist.bench.diff import compare_results, diff_table, read_results
+from moe_dist.commands.flags import Json
+from moe_dist.commands.printing import console, print_json
+from moe_dist.commands.terminal import say, to_standard_output
+from moe_dist.exits.exit_codes import OK, SLOWER
+
+Old = Annotated[str, Parameter(help="Results file of --out, the earlier one.")]
+New = Annotated[str, Parameter(help="The later one.")]
+Wide = Annotated[bool, Parameter(show_default=False, help="Show rows that are the same too.")]
+
+
+def diff(old: Old, new: New, /, *, wide: Wide = False, json: Json = False) -> int:
+    found = compare_results(read_results(old), read_results(new))
+    if found.machines:
+        say(f"measured on different machines: {', '.join(found.machines)}")
+    if json:
+        changes = [asdict(change) | {"verdict": change.verdict} for change in found.changes]
+        print_json({"changes": changes, "alone": found.alone, "machines": list(found.machines)})
+    else:
+        with to_standard_output():
+            faster = sum(change.verdict == "faster" for change in found.changes)
+            same = len(found.changes) - faster - found.slower
+            if wide or same < len(found.changes):
+                console().print(diff_table(found, wide))
+            alone = f"; {found.alone} are in one file only" if found.alone else ""
+            console().print(f"{found.slower} rows are slower, {faster} faster, {same} the same within scatter{alone}.")
+    return SLOWER if found.slower else OK

@@ -1,0 +1,105 @@
+"""`moe-dist diff`: which rows of two results files became slower or faster by more than scatter explains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from unit.test_bench import printed
+
+from moe_dist.bench.diff import Diff, compare_results, diff_table, read_results
+from moe_dist.commands.cli import main
+from moe_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+ROW = {"model": "m", "placement": "EP2", "exchange": "ag_rs", "backend": "torch", "graph": True, "global_tokens": 64,
+       "p50_us": 100.0, "scatter_us": 1.0}  # fmt: skip
+
+
+def document(*changes: dict[str, Any], **machine: Any) -> dict[str, Any]:
+    return {"rows": [ROW | change for change in changes], "machine": {"count": 2, "gpu": "NVIDIA H200"} | machine}
+
+
+def verdicts(diff: Diff) -> list[str]:
+    return [change.verdict for change in diff.changes]
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict"),
+    [
+        ({"p50_us": 104.0}, "same"),  # three times the two rows' 1.4
+        ({"p50_us": 105.0}, "slower"),
+        ({"p50_us": 95.0}, "faster"),
+        ({"p50_us": 105.0, "scatter_us": 2.0}, "same"),
+        ({"p50_us": 101.9, "scatter_us": 0.0}, "same"),
+    ],
+)
+def test_what_scatter_explains_is_the_same(new, verdict):
+    assert verdicts(compare_results(document({}), document(new))) == [verdict]
+
+
+def test_of_rows_without_scatter_two_per_cent_are_the_same():
+    old, new = document({"scatter_us": None}), document({"scatter_us": None, "p50_us": 102.1})
+    assert verdicts(compare_results(old, new)) == ["slower"]
+    assert verdicts(compare_results(old, document({"scatter_us": None, "p50_us": 101.9}))) == ["same"]
+
+
+def test_rows_meet_whatever_their_order_and_untimed_ones_do_not_count():
+    old = document({"exchange": "ag_rs"}, {"exchange": "all_to_all", "p50_us": 50.0}, {"exchange": "nvlink"})
+    new = document({"exchange": "all_to_all", "p50_us": 60.0}, {"exchange": "ag_rs"}, {"exchange": "x", "p50_us": None})
+    found = compare_results(old, new)
+    assert {change.label: change.verdict for change in found.changes} == {"ag_rs": "same", "all_to_all": "slower"}
+    assert (found.alone, found.slower) == (1, 1)
+    lines = printed(diff_table(found)).splitlines()
+    assert lines[-1].split() == ["all_to_all", "50", "60", "1.200", "slower"]
+    assert len(printed(diff_table(found, everything=True)).splitlines()) == len(lines) + 1
+
+
+def test_other_machines_are_told():
+    assert compare_results(document({}), document({})).machines == ()
+    other = compare_results(document({}), document({}, gpu="NVIDIA H100"))
+    assert other.machines == ("2 x NVIDIA H200", "2 x NVIDIA H100")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        (document({}, {}), document({}), "several rows of one configuration"),
+        (document({}), document({"exchange": "other"}), "no configuration has times in both"),
+        (document({}), document({"p50_us": None}), "no configuration has times in both"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(old, new, rule):
+    with pytest.raises(ConfigError, match=rule):
+        compare_results(old, new)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 3}', '{"rows": [3]}'])
+def test_files_without_results_are_refused(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"file\.json"):
+        read_results(str(path))
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_results(str(tmp_path / "none.json"))
+
+
+def test_the_command(tmp_path, capsys):
+    for name, change in (("old", {}), ("new", {"p50_us": 120.0})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(document(change)))
+    old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+    assert main(["diff", old, new]) == 7
+    assert "1 rows are slower, 0 faster, 0 the same within scatter." in capsys.readouterr().out
+    assert main(["diff", new, old]) == 0
+    assert main(["diff", old, old, "--json"]) == 0
+    captured = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(captured)["changes"][0]["verdict"] == "same"
+    assert main(["diff", old, str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*h200x*.json")), ids=lambda path: path.name)
+def test_recorded_files_are_like_themselves(path):
+    found = compare_results(read_results(str(path)), read_results(str(path)))
+    assert found.slower == found.alone == 0
