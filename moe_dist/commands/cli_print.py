@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moe_dist.bench.answer import answer_table, answers, last_line
+from moe_dist.bench.answer import Answer, answer_table, answers, last_line
 from moe_dist.bench.results import Outcome
+from moe_dist.bench.serving import python, sglang, vllm
 from moe_dist.bench.table import ROOMY, refused_table, tables
 from moe_dist.commands.terminal import Terminal
 from moe_dist.messages.printable import printable
@@ -31,6 +32,22 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
         if found and not wide:
             console.print(f"{len(outcome.rows)} rows measured and checked; --wide shows all, --out FILE keeps them.")
         console.print(last_line(found), style="bold")
+        print_next(console, found)
+
+
+def print_next(console: Terminal, found: list[Answer]) -> None:
+    """How to use the fastest of the largest step, and of the smallest where that is another placement."""
+    if not found:
+        return
+    if found[0].best[0].floor_us is None:
+        console.print("On a CPU microseconds compare code paths, not hardware: the answer is your GPUs'.")
+        return
+    winners = {found[number].best[0].placement: found[number].best[0] for number in (0, -1)}
+    for row in winners.values():
+        console.print(f"To use {row.placement}, the fastest at {row.global_tokens:,} tokens:")
+        for name, text in (("SGLang", sglang(row)), ("vLLM", vllm(row)), ("Python", python(row))):
+            if text:
+                console.print(f"  {name:<7} {printable(text)}", soft_wrap=True)
 
 
 def print_rows(console: Terminal, outcome: Outcome, wide: bool = False) -> None:
