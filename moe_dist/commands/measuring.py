@@ -19,7 +19,7 @@ from moe_dist.commands.call import Call
 from moe_dist.commands.cli_print import print_outcome, print_rows
 from moe_dist.commands.ending import Ending
 from moe_dist.commands.flags import Measuring
-from moe_dist.commands.printing import console, print_json, print_line
+from moe_dist.commands.printing import console, print_csv, print_json, print_line
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -35,6 +35,8 @@ def measure(
     """The exit code. `sweep`: a case that can't run is a row of why; without, it is an error. `file`: the experiment's,
     which results must not go over."""
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
+    if measuring.csv and as_json:
+        raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
     _check_names_and_launcher(asked)
     if measuring.build:  # here, before any rank is there: one process compiles, and the user sees how far it is
         for backend in map(BACKENDS.get, experiment.backends):
@@ -49,10 +51,17 @@ def measure(
     output = None
     if measuring.out and speaks():
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
-    if not as_json:
+    if not as_json and not measuring.csv:
         _print_chosen(asked)
     results = _Results(
-        ending, measuring.out, output, as_json, measuring.wide, provenance(machine), Outcome(refused=refused)
+        ending,
+        measuring.out,
+        output,
+        as_json,
+        measuring.csv,
+        measuring.wide,
+        provenance(machine),
+        Outcome(refused=refused),
     )
     start = group_starter(experiment, machine)
 
@@ -111,6 +120,7 @@ class _Results:
     out: str | None
     output: Output | None
     as_json: bool
+    as_csv: bool
     wide: bool
     about: Provenance
     outcome: Outcome = field(default_factory=Outcome)
@@ -155,6 +165,8 @@ class _Results:
             if speaks() and not (self.output and self.output.on_standard_output):
                 print_json(document)
             self.ending.as_json = False  # one document was printed
+        elif self.as_csv:
+            print_csv(self.outcome.rows)
         else:
             written = self.out if self.output and not self.output.problem else None
             with to_standard_output():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+from moe_dist.bench.row import Row
 from moe_dist.commands.terminal import Terminal, terminal, to_standard_output
 from moe_dist.messages.printable import one_line
 from moe_dist.runtime.voice import speaks
@@ -18,6 +22,18 @@ def console() -> Terminal:
 def print_json(document: Any, indent: int | None = None) -> None:
     with to_standard_output():
         print(json.dumps(document, allow_nan=False, indent=indent))
+
+
+def print_csv(rows: Sequence[Row]) -> None:
+    """A line for each row, under the keys of docs/results.md; lists and stages as JSON. Only the rank that speaks."""
+    if not speaks():
+        return
+    with to_standard_output():
+        writer = csv.DictWriter(sys.stdout, list(Row.model_fields), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = row.model_dump(mode="json")
+            writer.writerow({k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in values.items()})
 
 
 def print_line(text: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import os
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +89,17 @@ class TestWithoutRanks:
         chosen = {(choice["kind"], choice["name"]) for choice in document["options"] if choice["chosen"]}
         assert chosen == {("exchange", "all_to_all"), ("backend", "torch")}
         assert all(choice["reason"] for choice in document["options"] if not choice["chosen"])
-        text = command(*arguments, "--device", "cpu").out
+        text = " ".join(command(*arguments, "--device", "cpu").out.split())
         assert (
             "DeepSeek-V3 fp8_block, no shared expert, as TP2xEP2, sharded tokens: exchange all_to_all, backend torch"
             in text
         )
         assert "not asked for" in text
+
+    def test_the_version_names_the_commit(self, command):
+        found = command("--version")
+        assert found.code == 0
+        assert re.fullmatch(r"moe-dist \d+\.\d+\.\d+, commit (unknown|[0-9a-f]{7,40}(\+changes)?)\n", found.out)
 
     def test_demo_checkpoint(self, command, tmp_path: Path):
         path = tmp_path / "made"
@@ -168,7 +176,7 @@ class TestWithoutRanks:
             (["demo-checkpoint"], ["directory = None", "is missing"]),
             (["demo-checkpoint", "d", "--model-type", "llama"], ["--model-type = 'llama'", "qwen3_moe, deepseek_v3"]),
             (["--json"], ["command = '--json'", "doctor"]),
-            (["--version"], ["command = '--version'", "doctor"]),
+            (["--versions"], ["command = '--versions'", "doctor"]),
             (["__complete"], ["command = '__complete'", "doctor"]),
             ([], ["command = None", "is missing", "doctor", "--help"]),
         ],
@@ -298,18 +306,35 @@ class TestWithRanks:
         assert all(row["ok"] for row in rows)
         assert len({tuple(row["rows_per_rank"]) for row in rows if row["ep"] == 2}) > 1  # the router is not even
 
-        titles = [line for line in found.out.splitlines() if "· routing router" in line]
+        lines = found.out.splitlines()
+        assert max(map(len, lines)) <= 80 or all(str(path) in line for line in lines if len(line) > 80)
+        assert sum(line.split()[-1:] in (["tie"], ["fastest"]) for line in lines) == 4
+        assert sum(bool(re.match(r"\s+[TE]P2 .*\d\.\d\dx\s*$", line)) for line in lines) == 4
+        assert any(line.startswith("Verdict: of 4 comparisons, fastest was") for line in lines)
+        assert "8 rows measured and checked; --wide shows all" in found.out
+        wide = command("compare", experiment, "--checkpoint", demo, "--layer", "1", "--wide", *FEW).out
+        titles = [line for line in wide.splitlines() if "· routing router" in line]
         for tokens in (8, 24):
             for layout in ("sharded", "replicated"):
                 assert sum(f"2 ranks · {tokens} {layout} tokens" in title for title in titles) == 1
         assert len(titles) == 4
-        assert found.out.count("fastest TP2") + found.out.count("fastest EP2") + found.out.count("no clear winner") == 4
-        assert "Verdict: of 4 comparisons, fastest was" in found.out.splitlines()[-1]
+        assert wide.count("err exact") == 4
 
         assert len(document["refused"]) == 8
         assert all("exchange local" in item["reason"] for item in document["refused"])
         assert "Not run, and why" in found.out
         assert f"results: {path}" in found.out
+
+    def test_rows_as_csv(self, command):
+        found = command("run", "--ep", "2", "--tokens", "8", "--csv", *FEW)
+        assert found.code == 0
+        (line,) = csv.DictReader(StringIO(found.out))
+        assert (line["placement"], line["global_tokens"], line["ok"]) == ("EP2", "8", "True")
+        assert set(json.loads(line["stages_us"])) >= {"dispatch", "combine"}
+        both = command("run", "--csv", "--json", *FEW)
+        assert both.code == 2
+        assert "--csv" in both.err
+        assert "--json" in both.err
 
     def test_check(self, command):
         found = command("check", "--tokens", "5", "--skew", "single", "--json", *SMALL)

@@ -199,7 +199,9 @@ class TestParts:
 
 class TestCommand:
     @pytest.fixture
-    def command(self, capsys):
+    def command(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")  # where a config stands in one line
+
         def call(*arguments: object):
             capsys.readouterr()
             code = main([str(argument) for argument in arguments])
