@@ -53,16 +53,7 @@ def measure(
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
     if not as_json and not measuring.csv:
         _print_chosen(asked)
-    results = _Results(
-        ending,
-        measuring.out,
-        output,
-        as_json,
-        measuring.csv,
-        measuring.wide,
-        provenance(machine),
-        Outcome(refused=refused),
-    )
+    results = _Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
     start = group_starter(experiment, machine)
 
     def started(world: int) -> Group:
@@ -113,20 +104,20 @@ def _print_chosen(asked: Asked) -> None:
 
 @dataclass
 class _Results:
-    """What is measured, and where it goes. `out` is where it was asked for, `output` that place, open; None without
-    one, and in torchrun's ranks that don't speak."""
+    """What is measured, and where it goes. `measuring.out` is where it was asked for, `output` that place, open; None
+    without one, and in torchrun's ranks that don't speak."""
 
     ending: Ending
-    out: str | None
+    measuring: Measuring
     output: Output | None
     as_json: bool
-    as_csv: bool
-    wide: bool
     about: Provenance
     outcome: Outcome = field(default_factory=Outcome)
 
     def __post_init__(self) -> None:
-        self.ending.kept = self.output.kept if self.output else rows_in(0, f"in {self.out}") if self.out else ""
+        self.ending.kept = (
+            self.output.kept if self.output else rows_in(0, f"in {self.measuring.out}") if self.measuring.out else ""
+        )
 
     def document(self) -> dict[str, Any]:
         return results_document(self.about, self.outcome)
@@ -147,13 +138,13 @@ class _Results:
             self.ending.kept = self.output.kept
             self.ending.as_json &= not self.output.on_standard_output  # one document was printed
         if self.output is None or self.output.problem:
-            lost = f"on standard output; {self.out} has those that the lost rank wrote"
-            there = lost if self.out and not self.output else ""
+            lost = f"on standard output; {self.measuring.out} has those that the lost rank wrote"
+            there = lost if self.measuring.out and not self.output else ""
             self.ending.kept = rows_in(len(self.outcome.rows), there or "on standard output, in no file")
             self.ending.results = document
             if not self.as_json:
                 with to_standard_output():
-                    print_rows(console(), self.outcome, self.wide)
+                    print_rows(console(), self.outcome, self.measuring.wide)
 
     def finish(self, sweep: bool) -> int:
         """Write and print them all, and return the exit code."""
@@ -165,12 +156,12 @@ class _Results:
             if speaks() and not (self.output and self.output.on_standard_output):
                 print_json(document)
             self.ending.as_json = False  # one document was printed
-        elif self.as_csv:
+        elif self.measuring.csv:
             print_csv(self.outcome.rows)
         else:
-            written = self.out if self.output and not self.output.problem else None
+            written = self.measuring.out if self.output and not self.output.problem else None
             with to_standard_output():
-                print_outcome(console(), self.outcome, written, sweep, self.wide)
+                print_outcome(console(), self.outcome, written, sweep, self.measuring.wide)
         if self.output and self.output.problem:
             self.ending.kept = ""  # the error says it
             raise self.output.problem
