@@ -18,7 +18,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
 
-# The README and `moe-dist --help` list these.
+# docs/usage.md and `moe-dist --help` list these.
 MEANINGS = {
     OK: "fine",
     OUT_OF_TOLERANCE: "a number is out of tolerance",

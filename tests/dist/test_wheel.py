@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from moe_dist.commands.cli import COMMANDS, parse
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(400)
@@ -51,15 +55,58 @@ def test_it_is_the_wheel_that_is_tried(installed: Path, tmp_path: Path) -> None:
     assert Path(done.stdout.strip()).is_relative_to(installed)
 
 
-def test_every_command_outside_of_a_checkout(installed: Path, tmp_path: Path) -> None:
-    assert json.loads(moe_dist(installed, tmp_path, "doctor", "--json"))
-    plan = json.loads(moe_dist(installed, tmp_path, "plan", "--model", "DeepSeek-V3", "--ep", "4", "--json"))
-    assert plan["model"]["num_experts"] == 256
+def commands() -> list[list[str]]:
+    """Those that docs/usage.md begins with, as they stand there."""
+    lines = (ROOT / "docs" / "usage.md").read_text().split("\n\n")[2].splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_every_command_of_the_docs_outside_of_a_checkout(installed: Path, tmp_path: Path) -> None:
+    experiment = "configs/experiments/cpu.yaml"
+    (tmp_path / experiment).parent.mkdir(parents=True)
+    (tmp_path / experiment).write_text((ROOT / experiment).read_text())
+    (tmp_path / "results").mkdir()
+    few = {
+        "run": ["--device", "cpu", "iters=2"],
+        "compare": ["--device", "cpu", "iters=6", "worlds=[2]", "skews=[uniform]", "tokens=[8]"],
+        "check": ["--device", "cpu", "--tokens", "1"],
+    }
+    printed = {}
+    for program, command, *arguments in commands():
+        assert program == "moe-dist"
+        printed[command] = moe_dist(installed, tmp_path, command, *arguments, *few.get(command, []))
+    assert set(printed) == {*COMMANDS} - {"tune"}  # which needs a GPU to have something to choose from
+    assert "Verdict: " in printed["compare"]
+    assert "0 rows are slower" in printed["diff"]
+    assert "agree with the oracle" in printed["check"]
+    assert "torch: ready" in printed["build"]
+    for command, text in printed.items():
+        assert max(map(len, text.splitlines())) <= 80, command
+
+
+def test_the_program_of_the_readme(installed: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "program.py").write_text(code)
     moe_dist(installed, tmp_path, "demo-checkpoint", "demo")
-    few, one = ("--device", "cpu", "iters=2"), ("exchanges=[ag_rs]", "skews=[uniform]", "tokens=[8]")
-    measured = moe_dist(installed, tmp_path, "run", "--ep", "2", "--tokens", "8", *few, "--json")
-    assert json.loads(measured)["rows"][0]["ok"] is True
-    answer = moe_dist(installed, tmp_path, "compare", "--checkpoint", "demo", "worlds=[2]", *few, *one)
-    assert "Verdict: " in answer
-    assert "agree with the oracle" in moe_dist(installed, tmp_path, "check", "--world", "1", "--device", "cpu", "--tokens", "1")
-    assert "torch: ready" in moe_dist(installed, tmp_path, "build", "torch")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    environment = os.environ | {"PYTHONPATH": str(installed), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"rank {rank}: EP2 ag_rs (5, 256)" in done.stdout
+
+
+def lines_of(page: str) -> list[str]:
+    """Every line of a page's code blocks that calls the command."""
+    found = re.findall(r"^    moe-dist (.*)$", (ROOT / page).read_text(), re.M)
+    return [line for line in found if not line.startswith("·")]
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "launch/README.md"]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_other_command_line_of_the_docs_is_one(page: str) -> None:
+    for line in lines_of(page):
+        if not line.startswith("compare nvl.yaml"):  # recorded as it was typed
+            parse(shlex.split(line, comments=True))

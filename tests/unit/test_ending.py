@@ -32,7 +32,7 @@ from moe_dist.exits import exit_codes
 from moe_dist.exits.exit_codes import MEANINGS
 from moe_dist.messages.printable import one_line, printable
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -121,8 +121,9 @@ def test_what_was_measured_so_far_is_said(monkeypatch, capsys):
     assert json.loads(found.out)["kept"] == "3 rows are in o.json"
 
 
-def test_the_readme_and_the_help_list_the_same_codes(capsys):
-    documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| ([^|]+?) \|$", README.read_text(), re.M)}
+def test_the_docs_and_the_help_list_the_same_codes(capsys):
+    page = (ROOT / "docs" / "usage.md").read_text()
+    documented = {int(code): text for code, text in re.findall(r"^\| (\d+) \| ([^|]+?) \|$", page, re.M)}
     assert documented == MEANINGS
     assert cli.main(["--help"]) == 0
     helped = {int(c): text for c, text in re.findall(r"^  (\d+) +(\S.*)$", capsys.readouterr().out, re.M)}
@@ -289,7 +290,7 @@ def test_a_reader_that_has_gone():
 def test_before_there_is_a_command(tmp_path, fault, code, said, rank):
     """Importing torch takes seconds, and a broken installation fails there."""
     (tmp_path / "torch.py").write_text(f"raise {fault}")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{README.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     if rank is not None:  # of torchrun's, of whom one speaks
         environment |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "a", "MASTER_PORT": "1", "MOE_DIST_EXIT_CODE_FILE": str(tmp_path / "code")}
