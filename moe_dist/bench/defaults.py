@@ -9,6 +9,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.rounds import ROOM
 from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import available_on
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec
@@ -64,7 +65,7 @@ def default_backend(experiment: Experiment, machine: Machine) -> tuple[str, str]
     """The name, and why. On a Hopper GPU ours, if it serves every case that could run here at all; else plain torch."""
     if machine.device == "cpu":
         return EVERYWHERE, "default on this machine"
-    available = BACKENDS.get(FASTEST).available(machine.device)
+    available = available_on(BACKENDS.get(FASTEST), machine)
     if not available.ok:
         return EVERYWHERE, f"default on this machine; {FASTEST}: {available.reason}"
     for case in experiment.with_changes(modes=("eager",), backends=(EVERYWHERE,)).cases(machine.device):

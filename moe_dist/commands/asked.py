@@ -28,9 +28,14 @@ class Asked(NamedTuple):
 
 
 def single(
-    overrides: Iterable[str], source: Source, grid: Grid, runtime: str | None = None, layers: int | None = None
+    overrides: Iterable[str],
+    source: Source,
+    grid: Grid,
+    runtime: str | None = None,
+    layers: int | None = None,
+    machine: Machine | None = None,
 ) -> Asked:
-    """The experiment of one configuration, for `plan` and `run`."""
+    """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one."""
     config = one_placement(grid.tp, grid.ep, grid.backend) | {
         "name": "run",
         "tokens": [grid.tokens],
@@ -41,7 +46,8 @@ def single(
     }
     if grid.exchange:
         config["exchanges"] = [grid.exchange]
-    return asked_for(override(config, overrides), source, sweep=False, runtime=runtime, layers=layers)
+    config = override(config, overrides)
+    return asked_for(config, source, sweep=False, runtime=runtime, layers=layers, machine=machine)
 
 
 def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:
@@ -54,7 +60,13 @@ def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:
 
 
 def asked_for(
-    config: dict[str, Any], source: Source, *, sweep: bool, runtime: str | None = None, layers: int | None = None
+    config: dict[str, Any],
+    source: Source,
+    *,
+    sweep: bool,
+    runtime: str | None = None,
+    layers: int | None = None,
+    machine: Machine | None = None,
 ) -> Asked:
     """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared."""
     config = _with_flags(config, source, {"runtime": runtime, "device": source.device, "layers": layers})
@@ -67,7 +79,7 @@ def asked_for(
         given, taken = config.get(key), getattr(experiment, key)
         if isinstance(given, (list, tuple)) and len(taken) < len(given) and speaks():
             say(f"{key}: {len(given) - len(taken)} of {len(given)} values stand there already; each is measured once")
-    machine = Machine.detect(experiment.device)
+    machine = machine or Machine.detect(experiment.device)
     chosen_by: ChosenBy = "name"
     why = mode_why = ""
     if "backends" not in config:

@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import CoercionError, Parameter, Token
 
+from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import Experiment
 from moe_dist.commands.config import model_names
 from moe_dist.commands.yaml_loader import integer
 from moe_dist.engine.planning import PAYLOADS
 from moe_dist.errors import ConfigError
+from moe_dist.exchange import EXCHANGES
 from moe_dist.model.spec import TOKEN_LAYOUTS
 
 # Flags, and the lists of an experiment that they set. Those of KEYS are called as their keys are.
@@ -48,10 +51,13 @@ SEVERAL = Parameter(consume_multiple=(1, None), show_default=shown)
 SKEWS_HELP = """How the router spreads tokens: balanced, uniform, zipf:S, hot:N, limited:GxN, single, router (the
 checkpoint's own), or file:PATH, a trace saved by torch.save({"ids": ids, "weights": weights}, PATH): whole-number ids
 [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape.""".replace("\n", " ")
-BACKEND_HELP = "Default: triton on a Hopper GPU that it can serve, else torch."
+BACKEND_HELP = f"Of {', '.join(BACKENDS.names())}. Default: triton on a Hopper GPU that it can serve, else torch."
+EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}. Default: local on one rank, ag_rs on more."
+KEYS_HELP = f"""Keys of the experiment ({", ".join(Experiment.model_fields)}), or of the model in it:
+model.quant=none.""".replace("\n", " ")
 
 Json = Annotated[bool, Parameter(show_default=False, help="Print JSON instead of tables.")]
-Overrides = Annotated[str, Parameter(name="key=value", help="Keys of the experiment: model.quant=none.")]
+Overrides = Annotated[str, Parameter(name="key=value", help=KEYS_HELP)]
 Runtime = Annotated[Literal["ray", "torchrun"] | None, Parameter(help="Who starts the ranks (default ray).")]
 Layers = Annotated[
     int | None, NUMBER, Parameter(help="A stack of so many layers with residuals as one step (default 1: one layer).")
@@ -87,7 +93,7 @@ class Grid:
 
     tp: Tp = 1
     ep: Ep = 1
-    exchange: Annotated[str | None, Parameter(help="Default: local on one rank, ag_rs on more.")] = None
+    exchange: Annotated[str | None, Parameter(help=EXCHANGE_HELP)] = None
     backend: Annotated[str | None, Parameter(help=BACKEND_HELP)] = None
     tokens: Annotated[int, NUMBER, Parameter(help="Global tokens of a step.")] = 64
     token_layout: Annotated[

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from moe_dist import checkpoint
 from moe_dist.bench.table import plain_table, size
 from moe_dist.commands.asked import single
@@ -9,22 +13,36 @@ from moe_dist.commands.flags import NO_SOURCE, ONE, Grid, Json, Overrides, Runti
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import Terminal, say, to_standard_output
 from moe_dist.engine.plan import Plan
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.exits.exit_codes import OK
+from moe_dist.machine.machine import GPUS, Machine
 from moe_dist.messages.printable import printable
 from moe_dist.model.sizes import cdiv
 
+MACHINE_HELP = f"A machine that is not this one: {', '.join(f'{name}x4' for name in GPUS)} or other numbers of GPUs."
+Elsewhere = Annotated[str | None, Parameter(help=MACHINE_HELP)]
+
 
 def plan(
-    *overrides: Overrides, source: Source = NO_SOURCE, runtime: Runtime = None, grid: Grid = ONE, json: Json = False
+    *overrides: Overrides,
+    source: Source = NO_SOURCE,
+    runtime: Runtime = None,
+    grid: Grid = ONE,
+    machine: Elsewhere = None,
+    json: Json = False,
 ) -> int:
-    asked = single(overrides, source, grid, runtime)
+    elsewhere = Machine.named(machine) if machine else None
+    if elsewhere and source.device not in (None, "cuda"):
+        raise ConfigError("--device", source.device, f"contradicts --machine {machine}", "one of the two")
+    asked = single(overrides, source, grid, runtime, machine=elsewhere)
     cases = list(asked.experiment.cases("cpu" if asked.experiment.modes is None else asked.machine.device))
     if len(cases) != 1:
         rule = "plan is for one configuration; compare takes lists"
         raise ConfigError("overrides", " ".join(overrides), rule, "one world of tp·ep ranks, one value a key")
     (case,) = cases
     made = case.plan(asked.machine)
+    if elsewhere and made.placement.world > elsewhere.devices:
+        raise ResourceError("GPUs", made.placement.world, elsewhere.devices, "Name a machine with more of them.")
     if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
         say(f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says")
     sent = {"layers": case.layers, "wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}

@@ -148,6 +148,11 @@ def _asked(foreign: bool, question: Callable[..., Support], *given: Any) -> Supp
         return Support(False, f"its own code failed when asked: {type(error).__name__}: {error}")
 
 
+def available_on(backend: type[Backend], machine: Machine) -> Support:
+    """Whether it can run there at all; of a machine that is not here, what is installed is taken for granted."""
+    return Support(True) if machine.elsewhere else backend.available(machine.device)
+
+
 def _backend_support(
     spec: MoESpec,
     placement: Placement,
@@ -158,7 +163,7 @@ def _backend_support(
     machine: Machine,
 ) -> Support:
     """It must run here and serve every rank's own slice."""
-    available = backend.available(machine.device)
+    available = available_on(backend, machine)
     if not available.ok:
         return available
     takes = backend.payloads(spec)

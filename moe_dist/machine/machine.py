@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from moe_dist.errors import ConfigError, ResourceError
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
+# GPUs by short names: torch's name, as tuning tables have it, and memory in GiB.
+GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 79), "h200": ("NVIDIA H200", 139)}
 CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -21,13 +24,15 @@ CGROUP_FILES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What the ranks run on: `device` cpu or cuda, the GPUs' compute capability and memory in bytes each."""
+    """What the ranks run on: `device` cpu or cuda, the GPUs' compute capability and memory in bytes each. `elsewhere`:
+    one that is only planned for, of which nobody can ask what is installed there."""
 
     device: str
     devices: int
     name: str
     capability: tuple[int, int] | None = None
     memory: int | None = None
+    elsewhere: bool = False
 
     @property
     def device_name(self) -> str:
@@ -38,6 +43,15 @@ class Machine:
     def room(self) -> int:
         """Bytes that tensors may take: a GPU's memory, or what is left of the CPU's for all ranks together."""
         return (self.memory or 0) if self.device == "cuda" else available_memory()
+
+    @classmethod
+    def named(cls, text: str) -> Machine:
+        """One that is not here: h200x4 is a host with four NVIDIA H200s."""
+        kind, _, count = text.lower().rpartition("x")
+        if kind not in GPUS or not re.fullmatch("[1-9][0-9]{0,2}", count):
+            raise ConfigError("machine", text, "is no machine that is known", [f"{each}xN" for each in GPUS])
+        name, gib = GPUS[kind]
+        return cls("cuda", int(count), name, (9, 0), gib << 30, elsewhere=True)
 
     @classmethod
     def detect(cls, device: str = "auto") -> Machine:

@@ -96,6 +96,27 @@ class TestWithoutRanks:
         )
         assert "not asked for" in text
 
+    def test_plan_for_a_machine_that_is_not_here(self, command):
+        arguments = ["plan", "--model", "DeepSeek-V3", "--ep", "4", "--exchange", "nvlink"]
+        document = command(*arguments, "--machine", "h200x4", "--json").document
+        assert (document["backend"], document["exchange"], document["capturable"]["ok"]) == ("triton", "nvlink", True)
+        assert document["machine"]["name"] == "NVIDIA H200"
+        assert set(document["tables"].values()) == {"shipped"}
+        assert command(*arguments, "--machine", "h100x8").code == 0
+        assert command(*arguments).code == 2  # a CPU has no NVLink
+        for machine, code, said in (
+            ("h300x4", 2, "h100xN, h200xN"),
+            ("h200", 2, "h100xN, h200xN"),
+            ("h200x0", 2, "h100xN, h200xN"),
+            ("h200x2", 3, "not enough GPUs: 4 needed, 2 available"),
+        ):
+            found = command(*arguments, "--machine", machine)
+            assert found.code == code
+            assert said in found.err, found.err
+        found = command(*arguments, "--machine", "h200x4", "--device", "cpu")
+        assert found.code == 2
+        assert "contradicts --machine h200x4" in found.err
+
     def test_the_version_names_the_commit(self, command):
         found = command("--version")
         assert found.code == 0
