@@ -316,7 +316,7 @@ class Comm:
                 raise ConfigError("window", nbytes, "can't grow while a CUDA graph is captured", "a step before it")
             group = (self._group or dist.group.WORLD) if self.world > 1 else None
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
-            self.shared = self._run("window", lambda: Symmetric(nbytes, group, self.device))
+            self.shared = Symmetric(nbytes, group, self.device)
             self.barrier()  # nobody writes into memory that is still being zeroed
         return self.shared
 

@@ -1,0 +1,47 @@
+"""What a rank learns of a launch that has waited for a peer in vain, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_dist.comm import Comm
+from moe_dist.errors import ConfigError, RankFailure
+
+
+def lost(phase: int, peer: int, step: int) -> SimpleNamespace:
+    return SimpleNamespace(problem=lambda: (phase, peer, step), nbytes=1 << 30)
+
+
+@pytest.mark.parametrize(("phase", "name"), [(0, "rows"), (1, "sums")])
+def test_the_peer_that_did_not_come_is_named_with_phase_and_step(phase, name):
+    comm = Comm.single()
+    comm.check_window()  # nothing is shared yet
+    comm.shared = SimpleNamespace(problem=lambda: None)
+    comm.begin_step()
+    comm.shared = lost(phase, 3, 41)
+    for call in (comm.check_window, comm.begin_step, comm.check_thread):
+        if call == comm.check_thread:
+            call()  # which says nothing of the device
+            continue
+        with pytest.raises(RankFailure, match=rf"rank 3 .*nvlink, {name}.*41.*waited") as failure:
+            call()
+        assert failure.value.rank == 3
+
+
+def test_every_collective_that_comes_after_it_says_so():
+    comm = Comm(0, 2, torch.device("cpu"))
+    comm.shared = lost(0, 1, 7)
+    with pytest.raises(RankFailure, match="rank 1"):
+        comm._run("all_reduce", lambda: pytest.fail("nothing may be launched"))
+
+
+def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
+    comm = Comm.single()
+    comm.shared = SimpleNamespace(problem=lambda: None, nbytes=1 << 20)
+    assert comm.window(1 << 20) is comm.shared
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ConfigError, match="can't grow while a CUDA graph is captured"):
+        comm.window((1 << 20) + 1)
