@@ -65,7 +65,7 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
 
 def run_cases(
     planned: list[tuple[Case, Plan]],
-    start_group: Callable[[int], Group],
+    start_group: Callable[[int, Shown], Group],
     timeout_s: float,
     outcome: Outcome,
     shown: Shown,
@@ -78,7 +78,7 @@ def run_cases(
         shown(f"starting {world} ranks")
         cases = list(share)
         rows: dict[int, int] = {}  # where a case's row stands
-        with closing(start_group(world)) as group:
+        with closing(start_group(world, shown)) as group:
             outcome.places[world] = list(group.describe())
             for index, turn in schedule(cases, cases[0][1].machine.room):
                 case, plan = cases[index]
@@ -94,10 +94,10 @@ def run_cases(
                 turn_done()
 
 
-def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], Group]:
+def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int, Shown], Group]:
     """How this experiment's ranks are started. The runtime's library is imported only when it is chosen."""
 
-    def start(world: int) -> Group:
+    def start(world: int, shown: Shown) -> Group:
         if experiment.runtime == "torchrun":
             from moe_dist.runtime.torchrun_group import TorchrunGroup
 
@@ -105,6 +105,6 @@ def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int], G
             return TorchrunGroup(world, machine.device, *limits)
         from moe_dist.runtime.ray_group import RayGroup
 
-        return RayGroup(world, machine.device, experiment.ray)
+        return RayGroup(world, machine.device, experiment.ray, shown)
 
     return start

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ def measure(
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
     if measuring.csv and as_json:
         raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
+    if measuring.verbose:
+        experiment = experiment.with_changes(ray=experiment.ray.with_changes(verbose=True))
     _check_names_and_launcher(asked)
     if measuring.build:  # here, before any rank is there: one process compiles, and the user sees how far it is
         for backend in map(BACKENDS.get, experiment.backends):
@@ -56,9 +59,9 @@ def measure(
     results = _Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
     start = group_starter(experiment, machine)
 
-    def started(world: int) -> Group:
+    def started(world: int, shown: Callable[[str], None]) -> Group:
         try:
-            return start(world)
+            return start(world, shown)
         finally:
             if experiment.runtime == "ray":  # ray.init has set a handler of its own; torchrun's ranks need theirs
                 ending.signals.install()

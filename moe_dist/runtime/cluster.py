@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,11 +59,16 @@ def connect(spec: RaySpec) -> None:
         raise ConfigError("ray", ray.__version__, "this release has no token authentication", "2.52 and newer")
     _require_text()
     address = spec.address or os.environ.get("RAY_ADDRESS")
-    with _quiet(), _kept_signal(signal.SIGTERM):
+    with nullcontext() if spec.verbose else _quiet(), _kept_signal(signal.SIGTERM):
         if address and address != "local":
-            _join(address, spec.start_timeout_s)
+            _join(address, spec)
         else:
-            _start(spec.start_timeout_s)
+            _start(spec)
+
+
+def _logging(spec: RaySpec) -> dict[str, Any]:
+    """Nothing that the user can't act on, unless it is asked for."""
+    return {"logging_level": logging.INFO if spec.verbose else logging.ERROR, "log_to_driver": spec.verbose}
 
 
 def _require_text() -> None:
@@ -75,7 +80,8 @@ def _require_text() -> None:
             require_text(field, value)
 
 
-def _join(address: str, timeout_s: float) -> None:
+def _join(address: str, spec: RaySpec) -> None:
+    timeout_s = spec.start_timeout_s
     for name, value in _users_own.items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     _users_own.clear()
@@ -87,14 +93,14 @@ def _join(address: str, timeout_s: float) -> None:
     legal = "host:port of a running head, or auto"
     try:
         with _limit(timeout_s / 2):
-            ray.init(address=found.address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=found.address, **_logging(spec))
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
         raise ConfigError("ray.address", address, f"can't be joined: {first_line(error)}", legal) from error
 
 
-def _start(timeout_s: float) -> None:
+def _start(spec: RaySpec) -> None:
     for name in AUTHENTICATION:
         _users_own.setdefault(name, os.environ.pop(name, None))
         os.environ.pop(name, None)
@@ -102,11 +108,11 @@ def _start(timeout_s: float) -> None:
     _reread_authentication()
     folder = _short_folder()
     try:
-        with _limit(timeout_s), _loopback_only():
+        with _limit(spec.start_timeout_s), _loopback_only():
             ray.init(
                 address="local",  # without it Ray would join any cluster that `ray start` left a note of here
-                include_dashboard=False, object_store_memory=100 << 20, logging_level=logging.ERROR,
-                log_to_driver=False, configure_logging=False, _temp_dir=folder, _node_ip_address=LOOPBACK,
+                include_dashboard=False, object_store_memory=100 << 20, configure_logging=spec.verbose,
+                _temp_dir=folder, _node_ip_address=LOOPBACK, **_logging(spec),
             )  # fmt: skip
     except MoeDistError:
         raise

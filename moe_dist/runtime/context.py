@@ -14,7 +14,7 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import cores
 from moe_dist.messages.printable import encodable
-from moe_dist.model.spec import Name, Seconds, Section
+from moe_dist.model.spec import Flag, Name, Seconds, Section
 from moe_dist.runtime.pulse import Pulse
 
 RankFunction = Callable[..., Any]
@@ -63,6 +63,7 @@ class RaySpec(Section):
     start_timeout_s: Seconds = 60.0
     collective_timeout_s: Annotated[Seconds, Field(ge=0.1)] = 60.0  # process groups count whole milliseconds
     silence_timeout_s: Seconds = 30.0  # a rank without a sign of life for so long is given up
+    verbose: Flag = False  # shows what Ray and the ranks write to their logs
 
     @field_validator("cpus_per_rank")
     @classmethod

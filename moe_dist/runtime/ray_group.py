@@ -52,8 +52,12 @@ class RayGroup:
 
     runtime = "ray"
 
-    def __init__(self, world: int, device: str = "cpu", spec: RaySpec | None = None) -> None:
+    def __init__(
+        self, world: int, device: str = "cpu", spec: RaySpec | None = None, shown: Callable[[str], None] | None = None
+    ) -> None:
+        """`shown` is told what is waited for."""
         self.world, self.device, self.spec = world, device, spec or RaySpec()
+        self._shown = shown or (lambda _: None)
         self._actors: list[Any] = []
         self._bundles: Any = None
         self._beats: list[tuple[str, float, int]] = [("starting", 0.0, 0)] * world
@@ -79,7 +83,8 @@ class RayGroup:
     def _place(self) -> None:
         bundle = {"CPU": self.spec.cpus_per_rank} | ({"GPU": 1} if self.device == "cuda" else {})
         self._bundles = placement_group([bundle] * self.world, strategy=self.spec.strategy)
-        if not self._patiently(self._bundles.wait, self.spec.start_timeout_s):
+        wanted = " and ".join(f"{self.world * count:g} {name}s" for name, count in bundle.items())
+        if not self._patiently(self._bundles.wait, self.spec.start_timeout_s, f"{wanted} of the Ray cluster"):
             free = {name: f"{ray.available_resources().get(name, 0):g}" for name in bundle}
             hint = f"{self.world} bundles of {bundle} were not free within {self.spec.start_timeout_s:g} s."
             raise ResourceError("free resources in the Ray cluster", bundle, free, hint)
@@ -107,14 +112,16 @@ class RayGroup:
         here = max(sum(place["node"] == own["node"] for place in self.places) for own in self.places)
         self._ask("join", host, port, here, timeout_s, timeout_s=self.spec.start_timeout_s + timeout_s)
 
-    def _patiently(self, wait: Callable[[float], Any], timeout_s: float) -> Any:
+    def _patiently(self, wait: Callable[[float], Any], timeout_s: float, what: str) -> Any:
         """`wait(seconds)` again and again until it finds something or time is up; raises ClusterLost in between."""
-        deadline = time.monotonic() + timeout_s
+        begin = time.monotonic()
+        deadline = begin + timeout_s
         while True:
             remaining = deadline - time.monotonic()
             if (found := wait(max(0.0, min(1.0, remaining)))) or remaining <= 0:
                 return found
             self._watch_cluster.check("starting ranks")
+            self._shown(f"waiting for {what}, {time.monotonic() - begin:.0f} of {timeout_s:.0f} s")
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
         """Call a method on all ranks and wait for all."""
@@ -130,7 +137,7 @@ class RayGroup:
             self._raise_first_failure(done, futures)
             return not pending
 
-        if not self._patiently(one, timeout_s):
+        if not self._patiently(one, timeout_s, f"{self.world} ranks ({op})"):
             rank = next(rank for rank, future in enumerate(futures) if future in pending)
             raise RankFailure(rank, f"starting ({op})", -1, f"no answer within {timeout_s:g} s")
         results: list[Any] = ray.get(list(futures))

@@ -198,13 +198,14 @@ def test_results_collectives_and_a_config_error() -> None:
 
 def busy_cluster_is_refused() -> None:
     """1.8 of the 2 CPUs are taken: a second group could run later, but nobody waits for ever."""
-    begin = time.monotonic()
+    begin, said = time.monotonic(), []
     with pytest.raises(ResourceError) as raised:
-        RayGroup(2, "cpu", RaySpec(cpus_per_rank=0.5, start_timeout_s=2.0))
+        RayGroup(2, "cpu", RaySpec(cpus_per_rank=0.5, start_timeout_s=2.0), said.append)
     assert 1.5 < time.monotonic() - begin < 10.0
     assert "free resources in the Ray cluster" in str(raised.value)
     assert "2 bundles of {'CPU': 0.5} were not free within 2 s" in str(raised.value)
     assert raised.value.available == {"CPU": "0.2"}
+    assert "waiting for 1 CPUs of the Ray cluster, 1 of 2 s" in said
     states = [entry["state"] for entry in placement_group_table().values()]
     assert states.count("CREATED") == 1  # the first group's
     assert "PENDING" not in states

@@ -39,7 +39,7 @@ class Speaking(TorchBackend):
 class SpeakingGroup:
     """A group of ranks that know this backend: they are other processes."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, shown: object) -> None:
         self._ranks = RayGroup(world, "cpu", RaySpec())
         self.world, self.runtime = world, "ray"
 

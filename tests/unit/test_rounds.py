@@ -260,7 +260,7 @@ class TestRun:
         calls, outcome, lines, seen = [], Outcome(), [], []
         try:
             run_cases(
-                planned(*self.CASES), lambda world: FakeGroup(world, calls, said or {}, fails_after), 1.0, outcome,
+                planned(*self.CASES), lambda world, _: FakeGroup(world, calls, said or {}, fails_after), 1.0, outcome,
                 lambda _: None, lines.append, lambda: seen.append(list(outcome.rows)),
             )  # fmt: skip
         except RankFailure:
