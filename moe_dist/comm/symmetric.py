@@ -1,8 +1,12 @@
-"""Memory of the same size on every rank of a host, which each of them reads and writes through NVLink."""
+"""Memory of the same size on every rank of a host, which each of them reads and writes through NVLink, and copies into
+it beside the current stream."""
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +17,8 @@ from moe_dist.errors import UnsupportedError
 from moe_dist.model.sizes import cdiv
 
 GRAIN = 1 << 20  # bytes: steps of slightly more tokens don't need new memory each time
+MOST_VIEWS = 4096  # of a window that are kept: steps of ever new sizes would otherwise collect them
+STREAMS = 8  # that a thread's copies are spread over; with as many peers or fewer, each has one to itself
 
 
 class Symmetric:
@@ -27,10 +33,14 @@ class Symmetric:
         with torch.inference_mode(False):
             if group is None:
                 self.local = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-                addresses = [self.local.data_ptr()]
+                everyone, addresses = [self.local], [self.local.data_ptr()]
             else:
                 self.local, self._handle = _met(nbytes, group, device)
+                peers = range(len(self._handle.buffer_ptrs))
+                everyone = [self._handle.get_buffer(peer, (nbytes,), torch.uint8) for peer in peers]
                 addresses = [int(pointer) for pointer in self._handle.buffer_ptrs]
+            self._everyone = everyone
+            self._views: dict[tuple[Any, ...], Tensor] = {}
             self.words = self.local.view(torch.int32)
             self.failed = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=True)
             self.addresses_W = torch.tensor(addresses, dtype=torch.int64, device=device)
@@ -41,15 +51,75 @@ class Symmetric:
 
     def view(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """This rank's bytes from `start` on, which must be a multiple of the dtype's size."""
-        count = dtype.itemsize
-        for size in shape:
-            count *= size
-        return self.local[start : start + count].view(dtype).view(shape)
+        return self._cut(self.local, -1, start, shape, dtype)
+
+    def peer_view(self, peer: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Those of rank `peer`, through NVLink."""
+        return self._cut(self._everyone[peer], peer, start, shape, dtype)
+
+    def _cut(self, memory: Tensor, peer: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Kept, since making one takes the host microseconds in each step."""
+        key = peer, start, shape, dtype
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            with torch.inference_mode(False):  # what is made in it could be filled in it only
+                found = memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            self._views[key] = found
+        return found
 
     def problem(self) -> tuple[int, int, int] | None:
         """(phase, peer, step) of a wait that was given up, phases counted from 0. What was computed since is wrong."""
         phase, peer, step, _ = self.failed.tolist()
         return (phase - 1, peer, step) if phase else None
+
+
+class Aside:
+    """Copies of one step beside what its stream computes. Contiguous ones between GPUs are done by copy engines, which
+    take no multiprocessor from the computation. On a CPU they are done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._busy: dict[torch.cuda.Stream, None] = {}
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Each (target, source), when all that was launched before on the current stream is done. Until `join`, nothing
+        may write to the sources, and their memory may not go back to the allocator."""
+        if self._device.type == "cpu":
+            for target, source in pairs:
+                target.copy_(source)
+            return
+        ready, streams = torch.cuda.current_stream(self._device).record_event(), _streams_of(self._device)
+        for number, (target, source) in enumerate(pairs):
+            stream = streams[number % STREAMS]
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            self._busy[stream] = None
+
+    def join(self) -> None:
+        """What is launched on the current stream from here on comes after all of them. A capture can't end without."""
+        for stream in self._busy:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._busy.clear()
+
+
+class _Own(threading.local):
+    """A thread's streams: while one thread captures, another one's copies must not get into its graph."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
+_own = _Own()
+
+
+def _streams_of(device: torch.device) -> list[torch.cuda.Stream]:
+    streams = _own.by_device.get(device)
+    if streams is None:
+        streams = _own.by_device[device] = [torch.cuda.Stream(device, priority=-1) for _ in range(STREAMS)]
+    return streams
 
 
 def _met(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Any]:

@@ -11,6 +11,7 @@ from gpu.ranks import run_on_ranks
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.planning import make_plan
+from moe_dist.exchange.nvlink import engines
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard_from
@@ -53,21 +54,30 @@ def draws(seed: int, world: int, count: int) -> list[tuple[int, list[int], str]]
     return found
 
 
+def use_engines(world: int, sums: int, rows: int) -> None:
+    """Sums travel in chunks of 256 columns, and rows by copy engines, in steps of so many tokens a rank and more; 0: in
+    none. All ranks call it alike."""
+    engines.CHUNKED_FROM = sums * (world - 1) * SPEC.hidden * 2
+    engines.COPIED_FROM = rows * (world - 1) * SPEC.hidden
+
+
 def steps_in_a_row(context, parallel: ParallelSpec, backend: str, quant: str, count: int):
-    """Labels of steps whose result is not that of all_to_all; nothing waits for the device between steps."""
+    """Labels of steps whose result is not that of all_to_all, or not the same bits by copy engines and by kernels;
+    nothing waits for the device between steps."""
     nvlink, other = layers_of(context, parallel, backend, quant)
     nvlink(*tokens(context, 1, 0, "uniform"), max_tokens_per_rank=MOST)  # the window is as large as it will be
     found = []
     for number, (bucket, counts, skew) in enumerate(draws(7, context.comm.world, count)):
         x, routing = tokens(context, counts[context.comm.rank], number, skew)
-        y = nvlink(x, routing, max_tokens_per_rank=bucket)
-        z = nvlink(x, routing, max_tokens_per_rank=bucket)
-        found.append((f"{number} {bucket} {counts} {skew}", x, routing, bucket, y, z))
+        runs = []
+        for sums, rows in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0)):
+            use_engines(context.comm.world, sums, rows)
+            runs.append(nvlink(x, routing, max_tokens_per_rank=bucket))
+        found.append((f"{number} {bucket} {counts} {skew}", x, routing, bucket, *runs))
     wrong = []
-    for label, x, routing, bucket, y, z in found:
+    for label, x, routing, bucket, y, *again in found:
         expected = other(x, routing, max_tokens_per_rank=bucket)
-        if not torch.equal(y, z):
-            wrong.append(f"{label}: two runs differ")
+        wrong += [f"{label}: run {number} differs" for number, z in enumerate(again, 1) if not torch.equal(y, z)]
         if len(x) and relative_error(y, expected) > ROUNDING:
             wrong.append(f"{label}: {relative_error(y, expected)}")
     return wrong
@@ -86,8 +96,10 @@ def test_steps_in_a_row_give_what_all_to_all_gives(world, parallel, backend, qua
         assert not wrong
 
 
-def graphs_in_turn(context, parallel: ParallelSpec, replays: int):
-    """Two graphs of two layers and eager steps between them, in one window; then a larger window for later steps."""
+def graphs_in_turn(context, parallel: ParallelSpec, replays: int, sums: int, rows: int):
+    """Two graphs of two layers and eager steps between them, in one window; then a larger window for later steps.
+    `sums`, `rows`: see use_engines."""
+    use_engines(context.comm.world, sums, rows)
     layers = layers_of(context, parallel, "triton", "fp8_block", ("nvlink", "nvlink", "all_to_all"))
     inputs = {bucket: tokens(context, bucket, bucket, "zipf:1.2") for bucket in (4, 96, 500)}
     expected = {bucket: layers[2](*given, max_tokens_per_rank=bucket).clone() for bucket, given in inputs.items()}
@@ -108,9 +120,10 @@ def graphs_in_turn(context, parallel: ParallelSpec, replays: int):
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["tp", "ep"])
-def test_graphs_and_eager_steps_share_windows(world, kind):
+@pytest.mark.parametrize(("sums", "rows"), [(0, 0), (96, 96)])
+def test_graphs_and_eager_steps_share_windows(world, kind, sums, rows):
     _needs(world)
-    for wrong in run_on_ranks(world, graphs_in_turn, ParallelSpec(**{kind: world}), 400):
+    for wrong in run_on_ranks(world, graphs_in_turn, ParallelSpec(**{kind: world}), 400, sums, rows):
         assert not wrong
 
 

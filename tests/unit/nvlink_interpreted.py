@@ -9,57 +9,61 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
-from moe_dist.exchange.nvlink import kernels, window
+from moe_dist.comm.symmetric import Symmetric
+from moe_dist.exchange.nvlink import Nvlink, engines, kernels, window
 from moe_dist.exchange.nvlink.window import Ends, Regions, Visit
-from moe_dist.exchange.rows import parts_of
+from moe_dist.exchange.rows import parts_of, payload_row_bytes
 from moe_dist.kernels import quantize_rows
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.step import Step, Workspace
+from moe_dist.step.workspace import bytes_of
 
-HIDDEN, EXPERTS, TOP_K = 256, 7, 3
+EXPERTS, TOP_K = 7, 3
+CPU = torch.device("cpu")
 
 
-class Window:
-    """Of one rank; `addresses_W` come when all are there."""
+class Window(Symmetric):
+    """Of one rank; `addresses_W` and what peers call theirs come when all are there."""
 
     def __init__(self, nbytes: int) -> None:
         self.local = torch.full((nbytes,), 0x5A, dtype=torch.uint8)  # what lies there is of no account
         self.words = self.local.view(torch.int32)
         self.words[: window.HEADER_BYTES // 4] = 0
         self.failed = torch.zeros(4, dtype=torch.int32)
-
-    def view(self, start, shape, dtype):
-        count = torch.Size(shape).numel() * dtype.itemsize
-        return self.local[start : start + count].view(dtype).view(shape)
+        self._views = {}
 
 
 class Ranks:
     """All of them in this process, in turns: nobody waits."""
 
-    def __init__(self, parallel: ParallelSpec, payload: str, dtype: torch.dtype, most: int) -> None:
-        self.spec = MoESpec(hidden=HIDDEN, intermediate=256, num_experts=EXPERTS, top_k=TOP_K)
+    def __init__(self, parallel: ParallelSpec, payload: str, dtype: torch.dtype, most: int, hidden: int = 256) -> None:
+        self.hidden = hidden
+        self.spec = MoESpec(hidden=hidden, intermediate=256, num_experts=EXPERTS, top_k=TOP_K)
         self.placement = Placement.build(self.spec, parallel)
         self.payload, self.dtype, self.world = payload, dtype, self.placement.world
         nbytes = Regions.of(self.spec, self.world, payload, dtype, most).nbytes
         self.windows = [Window(nbytes) for _ in range(self.world)]
         for each in self.windows:
             each.addresses_W = torch.tensor([other.local.data_ptr() for other in self.windows])
+            each._everyone = [other.local for other in self.windows]
         self.ends = [Ends(rank, self.world, 10**9, waits=False) for rank in range(self.world)]
 
     def begin(self, counts: list[int], bucket: int, seed: int) -> list[SimpleNamespace]:
         """Each rank's tokens, its visit, and no row sent yet."""
         regions = Regions.of(self.spec, self.world, self.payload, self.dtype, bucket)
+        width = engines.chunk_width(self.world, bucket, self.hidden, self.dtype.itemsize)
         steps = []
         for rank, tokens in enumerate(counts):
             generator = torch.Generator().manual_seed(1000 * seed + rank)
-            x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+            x = torch.randn(tokens, self.hidden, generator=generator).bfloat16()
             ids = torch.randint(-1, EXPERTS, (tokens, TOP_K), generator=generator, dtype=torch.int32)
             routing = Routing(ids, torch.rand(tokens, TOP_K, generator=generator))
             rows = quantize_rows(x, "fp8_block") if self.payload == "fp8" else x
             served = torch.full((tokens, self.world), 7, dtype=torch.int8)
             slots = self.windows[rank].view(regions.row_starts[-2], *regions.rows[-2])
-            visit = Visit(self.windows[rank], regions, bucket, tokens, served, slots)
+            visit = Visit(self.windows[rank], regions, bucket, width, tokens, served, slots)
             steps.append(SimpleNamespace(rank=rank, x=x, rows=rows, routing=routing, visit=visit))
         return steps
 
@@ -90,25 +94,46 @@ class Ranks:
                 sent = there[first : first + tokens].view(torch.uint8).flatten(1)
                 assert torch.equal(sent[used], part.contiguous().view(torch.uint8).flatten(1)[used])
 
-    def compute(self, step: SimpleNamespace) -> None:
-        """Partial sums that say which rank made them of which row, and garbage where none is wanted."""
-        rows, rank = self.world * step.visit.bucket, step.rank
-        row = torch.arange(rows)[:, None] % 50
-        step.sums = (row + (rank + 1) * 0.25 + torch.arange(HIDDEN) % 3).to(self.dtype)
+    def compute(self, step: SimpleNamespace, seed: int) -> None:
+        """Partial sums of this rank's own, and garbage where none is wanted."""
+        generator = torch.Generator().manual_seed(1000 * seed + step.rank)
+        step.sums = torch.randn(self.world * step.visit.bucket, self.hidden, generator=generator).to(self.dtype)
         step.sums[(step.visit.slots_RK < 0).all(1)] = float("nan")
 
     def send_sums(self, step: SimpleNamespace) -> None:
         kernels.send_sums(step.visit, step.sums, self.ends[step.rank])
 
     def finish(self, steps: list[SimpleNamespace], rank: int) -> None:
-        step, bucket = steps[rank], steps[rank].visit.bucket
-        y = torch.full((step.visit.tokens, HIDDEN), -1.0).to(self.dtype)
-        kernels.add_sums(step.visit, y, self.ends[rank])
-        expected = torch.zeros(step.visit.tokens, HIDDEN)
+        step = steps[rank]
+        y = torch.full((step.visit.tokens, self.hidden), -1.0).to(self.dtype)
+        kernels.add_sums(step.visit, None, y, self.ends[rank])
+        assert torch.equal(y, self.expected(steps, rank))
+
+    def expected(self, steps: list[SimpleNamespace], rank: int) -> torch.Tensor:
+        """A rank's tokens: added in float32 in the order of ranks, so every way of sending gives these bits."""
+        visit = steps[rank].visit
+        total = torch.zeros(visit.tokens, self.hidden)
         for other in steps:
-            theirs = other.sums[rank * bucket : rank * bucket + step.visit.tokens].float()
-            expected += torch.where(step.visit.served_TW[:, other.rank, None] != 0, theirs, 0)
-        assert torch.equal(y, expected.to(self.dtype))
+            theirs = other.sums[rank * visit.bucket : rank * visit.bucket + visit.tokens].float()
+            total += torch.where(visit.served_TW[:, other.rank, None] != 0, theirs, 0)
+        return total.to(self.dtype)
+
+    def exchange(self, rank: int) -> Nvlink:
+        comm = SimpleNamespace(
+            rank=rank, world=self.world, timeout_s=1.0, device=CPU, window=lambda nbytes: self.windows[rank]
+        )
+        exchange = Nvlink(comm, self.placement, self.spec, self.payload, None, "token", self.dtype)
+        exchange._ends = self.ends[rank]
+        return exchange
+
+    def check_flags(self, ended: int) -> None:
+        """After so many steps."""
+        for each in self.windows:
+            assert each.words[window.STEP] == ended
+            assert not each.words[window.TICKETS : window.TICKETS + 2].any()
+            flags = each.words[window.FLAGS : window.HEADER_BYTES // 4].view(window.PHASES, window.MOST_RANKS)
+            assert bool((flags[:, : self.world] == ended).all())
+            assert not flags[:, self.world :].any()
 
 
 COPIES = ParallelSpec(ep=3, replicas={0: (1,), 5: (0, 1)})
@@ -129,46 +154,132 @@ def test_rows_and_sums_arrive(parallel, payload, dtype, few, monkeypatch):
         for rank in range(ranks.world):
             ranks.check_rows(steps, rank)
         for step in steps:
-            ranks.compute(step)
+            ranks.compute(step, seed)
             ranks.send_sums(step)
         for rank in range(ranks.world):
             ranks.finish(steps, rank)
-        for rank in range(ranks.world):
-            words = ranks.windows[rank].words
-            assert words[window.STEP] == seed + 1
-            assert not words[window.TICKETS : window.TICKETS + 2].any()
-            flags = words[window.FLAGS : window.HEADER_BYTES // 4].view(window.PHASES, window.MOST_RANKS)
-            assert bool((flags[:, : ranks.world] == seed + 1).all())
-            assert not flags[:, ranks.world :].any()
+        ranks.check_flags(seed + 1)
 
 
-def test_the_exchange_counts_what_it_stores_elsewhere(monkeypatch):
-    """By hand: rows, sums, and every token's slots and weights, to other ranks only."""
-    from moe_dist.exchange.nvlink import Nvlink
-    from moe_dist.step import Step, Workspace
+def in_chunks(sink, sums: torch.Tensor) -> None:
+    for start, stop in sink.columns():
+        sink.put(start, stop, sink.target(start, stop).copy_(sums[:, start:stop]))
 
-    ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6)
-    steps, exchanges = ranks.begin([4, 6, 0], 6, 1), []
-    for step in steps:
-        comm = SimpleNamespace(
-            rank=step.rank,
-            world=3,
-            timeout_s=1.0,
-            device=torch.device("cpu"),
-            window=lambda nbytes, rank=step.rank: ranks.windows[rank],
-        )
-        exchange = Nvlink(comm, ranks.placement, ranks.spec, "fp8", None, "token", torch.bfloat16)
+
+def in_chunks_of_its_own(sink, sums: torch.Tensor) -> None:
+    """A backend may hand over memory that is not the sink's."""
+    for start, stop in sink.columns():
+        sink.put(start, stop, sums[:, start:stop].contiguous())
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelSpec(ep=3), ParallelSpec(tp=2, ep=2), COPIES], ids=lambda each: each.label
+)
+@pytest.mark.parametrize(("payload", "dtype"), [("fp8", torch.bfloat16), ("bf16", torch.float32)])
+@pytest.mark.parametrize(("chunks", "widths"), [(2, [512, 256]), (3, [256, 256, 256]), (2, [512, 272])])
+def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeypatch):
+    """Steps of all kinds in one window: from 4 tokens a rank on, sums go in chunks, and from 5 on, rows are copied."""
+    hidden = sum(widths)
+    ranks = Ranks(parallel, payload, dtype, 6, hidden)
+    monkeypatch.setattr(engines, "CHUNKS", chunks)
+    monkeypatch.setattr(engines, "CHUNKED_FROM", 4 * (ranks.world - 1) * hidden * dtype.itemsize)
+    row_bytes = payload_row_bytes(ranks.spec, payload) - 8 * TOP_K
+    monkeypatch.setattr(engines, "COPIED_FROM", 5 * (ranks.world - 1) * row_bytes)
+    exchanges = [ranks.exchange(rank) for rank in range(ranks.world)]
+    for seed, bucket in enumerate((6, 2, 4, 5, 1)):
+        monkeypatch.setattr(kernels, "FEW", (512, 0)[seed % 3 % 2])
+        counts = [random.Random(seed + rank).choice((0, bucket, random.Random(seed * rank).randint(0, bucket)))
+                  for rank in range(ranks.world)]  # fmt: skip
+        steps = ranks.begin(counts, bucket, seed)
+        assert steps[0].visit.width == (widths[0] if bucket >= 4 else hidden)
+        for step, exchange in zip(steps, exchanges, strict=True):
+            step.step = Step(Workspace(CPU), bucket)
+            step.taken, step.visit = exchange.dispatch(step.step, step.rows, step.routing)
+        for step, exchange in zip(steps, exchanges, strict=True):
+            ranks.check_rows(steps, step.rank)
+            ranks.compute(step, seed)
+            if bucket < 4:
+                ranks.send_sums(step)
+                continue
+            step.sink = exchange.sink(step.step, step.taken, step.visit, dtype)
+            assert [stop - start for start, stop in step.sink.columns()] == widths
+            (in_chunks, in_chunks_of_its_own)[seed % 2](step.sink, step.sums)
+            used = step.step.workspace.high_water
+            assert used <= bytes_of(exchange.scratch(ranks.spec, ranks.placement, payload, dtype, bucket))
+        for step, exchange in zip(steps, exchanges, strict=True):
+            if bucket < 4:
+                ranks.finish(steps, step.rank)
+            else:
+                y = exchange.combine(step.step, step.sink, step.visit)
+                assert torch.equal(y, ranks.expected(steps, step.rank))
+        ranks.check_flags(seed + 1)
+
+
+@pytest.mark.parametrize("few", [0, 512])
+def test_ranks_may_differ_in_how_they_send(few, monkeypatch):
+    """In a step of chunks, rank 0 goes through them, rank 1 has all columns at once. Rank 2 holds nothing and adds
+    zeros."""
+    ranks = Ranks(ParallelSpec(tp=3, allow_empty_shards=True), "fp8", torch.bfloat16, 6, 768)
+    monkeypatch.setattr(kernels, "FEW", few)
+    monkeypatch.setattr(engines, "CHUNKED_FROM", 1)
+    exchanges, steps = [ranks.exchange(rank) for rank in range(3)], ranks.begin([5, 0, 6], 6, 1)
+    for step, exchange in zip(steps, exchanges, strict=True):
+        step.step = Step(Workspace(CPU), 6)
+        step.taken, step.visit = exchange.dispatch(step.step, step.rows, step.routing)
+    for step, exchange in zip(steps, exchanges, strict=True):
+        ranks.compute(step, 1)
+        step.sink = exchange.sink(step.step, step.taken, step.visit, torch.bfloat16)
+        assert len(step.sink.columns()) == 3
+    in_chunks(steps[0].sink, steps[0].sums)
+    steps[1].sink.put_all(steps[1].sink.whole(steps[1].step).copy_(steps[1].sums))
+    unsent, _ = steps[1].sink.finish()
+    kernels.send_sums(steps[1].visit, unsent, ranks.ends[1])  # `combine` does it too, after rank 0's here
+    steps[2].sink.put_zeros()
+    steps[2].sums.zero_()
+    for step, exchange in zip(steps, exchanges, strict=True):
+        y = exchange.combine(step.step, step.sink, step.visit)
+        assert torch.equal(y, ranks.expected(steps, step.rank))
+    ranks.check_flags(1)
+
+
+def test_only_large_steps_are_cut(monkeypatch):
+    """DeepSeek-V3 on four ranks: 2,048 tokens a rank send 88 MB of sums. By hand."""
+    assert engines.chunk_width(4, 1024, 7168, 2) == 7168
+    assert engines.chunk_width(4, 2048, 7168, 2) == 1792
+    assert engines.chunk_width(1, 1 << 20, 7168, 2) == 7168
+    assert engines.chunk_width(4, 8192, 2880, 2) == 768  # the last one has 576
+    spec = MoESpec(hidden=512, intermediate=256, num_experts=EXPERTS, top_k=1)
+    placement, (row, pairs, total) = Placement.build(spec, ParallelSpec(ep=3)), (512 + 4 * 4, 8, 512 * 2)
+    for cut, copied in ((0, 0), (1, 0), (0, 1)):
+        monkeypatch.setattr(engines, "CHUNKED_FROM", cut)
+        monkeypatch.setattr(engines, "COPIED_FROM", copied)
+        sent = 4 * (2 * pairs + row * (1 + copied) + total * (1 + cut))
+        assert Nvlink.wire_bytes(spec, placement, 12, "fp8", 2) == sent
+
+
+@pytest.mark.parametrize(("chunked", "copied"), [(0, 0), (1, 0), (1, 1)])
+def test_the_exchange_counts_what_it_stores_elsewhere(chunked, copied, monkeypatch):
+    """By hand: rows, sums, and every token's slots and weights, to other ranks only. Copies have no gaps."""
+    monkeypatch.setattr(engines, "CHUNKED_FROM", chunked)
+    monkeypatch.setattr(engines, "COPIED_FROM", copied)
+    ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6, 512)
+    steps, exchanges = ranks.begin([4, 6, 0], 6, 1), [ranks.exchange(rank) for rank in range(3)]
+    for step, exchange in zip(steps, exchanges, strict=True):
         assert exchange.stored_bytes() == 0
-        exchange._ends = ranks.ends[step.rank]
-        exchange.dispatch(Step(Workspace(torch.device("cpu")), bucket=6), step.rows, step.routing)
-        exchanges.append(exchange)
-    row, pairs, total = HIDDEN + 4 * 2, 8 * TOP_K, HIDDEN * 2
+        step.step = Step(Workspace(CPU), bucket=6)
+        step.taken, step.visit = exchange.dispatch(step.step, step.rows, step.routing)
+    for step, exchange in zip(steps, exchanges, strict=True):
+        sink = exchange.sink(step.step, step.taken, step.visit, torch.bfloat16)
+        sink.put_zeros()
+        exchange.combine(step.step, sink, step.visit)
+    row, pairs, total = 512 + 4 * 4, 8 * TOP_K, 512 * 2
     slots = [
         torch.stack([ranks.placement.slots_on(target, step.routing.ids_TK, 6).ge(0).any(1) for target in range(3)])
         for step in steps
     ]
     for rank, exchange in enumerate(exchanges):
         others = [other for other in range(3) if other != rank]
-        leaving = int(slots[rank][others].sum())
-        returning = sum(int(slots[other][rank].sum()) for other in others)
-        assert exchange.stored_bytes() == 2 * 6 * pairs + leaving * row + returning * total
+        leaving = 2 * (4, 6, 0)[rank] if copied else int(slots[rank][others].sum())
+        returning = 2 * 6 if chunked else sum(int(slots[other][rank].sum()) for other in others)
+        stored = 2 * 6 * pairs + leaving * row + returning * total
+        assert exchange.stored_bytes() == stored <= Nvlink.wire_bytes(ranks.spec, ranks.placement, 18, "fp8", 2)

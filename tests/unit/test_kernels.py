@@ -31,7 +31,7 @@ def test_row_kernels_in_the_interpreter():
 
 
 def test_the_nvlink_exchange_in_the_interpreter():
-    in_the_interpreter("nvlink_interpreted.py", passed=21, timeout_s=170)
+    in_the_interpreter("nvlink_interpreted.py", passed=44, timeout_s=170)
 
 
 @pytest.mark.timeout(400)
@@ -93,9 +93,10 @@ def kernels():
         **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
         "TP": 2, "REPLICATED": True, "SCALES": 64, "ENDS": True,
     }  # fmt: skip
-    yield nvlink._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "SUMS_AT": "i32"}
-    yield nvlink._add_sums, {**ends, "came": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32", "H": "i32",
-                             "ENDS": True}  # fmt: skip
+    yield nvlink._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "WIDTH": "i32",
+                              "SUMS_AT": "i32"}  # fmt: skip
+    yield nvlink._add_sums, {**ends, "came": "*bf16", "own": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32",
+                             "H": "i32", "WIDTH": "i32", "APART": True, "ENDS": True}  # fmt: skip
     yield nvlink._meet, {**ends, "phase": 1}
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.exchange.base import Exchange
+from moe_dist.exchange.nvlink.engines import chunk_width, rows_are_copied
+from moe_dist.exchange.nvlink.sinks import Chunked, Returning
 from moe_dist.exchange.nvlink.window import MOST_RANKS, Ends, Regions, Visit
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes, row_specs, sorting_specs
 from moe_dist.machine.machine import Machine
@@ -16,20 +18,10 @@ from moe_dist.model.quantization import Activations
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec, TokenLayout
-from moe_dist.step import Routes, Step, Support, TensorSpec, TokenRows, Whole
+from moe_dist.step import Routes, Step, Support, TensorSpec, TokenRows
 
 
-class Returning(Whole):
-    """Takes sums that a backend has sent back by itself, or keeps them until `combine` sends them."""
-
-    def __init__(
-        self, step: Step, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, routes: Routes
-    ) -> None:
-        super().__init__(step, shape, dtype, device)
-        self.routes = routes
-
-
-class Nvlink(Exchange[Visit, Returning]):
+class Nvlink(Exchange[Visit, Returning | Chunked]):
     """For GPUs of one host. A token's row goes once to each rank that holds one of its experts, to a place that nobody
     needs to count, and one partial sum comes back from each. Flags in the peers' memory say that they are there."""
 
@@ -44,6 +36,8 @@ class Nvlink(Exchange[Visit, Returning]):
         self._ends = Ends(self.comm.rank, self.comm.world, int(self.comm.timeout_s * 1e9))
         self._known: dict[int, Regions] = {}
         self._last: Visit | None = None
+        self._row_bytes = payload_row_bytes(self.spec, self.payload) - 8 * self.spec.top_k
+        self._gapless = False  # the last step's sums went in chunks
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:
@@ -57,11 +51,16 @@ class Nvlink(Exchange[Visit, Returning]):
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
-        """The worst case: every token goes to every other rank that top-k can reach."""
+        """The worst case: every token goes to every other rank that top-k can reach, or copies go to all."""
         shard, others = cdiv(tokens, placement.world), placement.world - 1
+        pairs, sums = 8 * spec.top_k, spec.hidden * combine_itemsize
+        row = payload_row_bytes(spec, payload) - pairs
         reached = min(others, spec.top_k * placement.tp)
-        row = payload_row_bytes(spec, payload) - 8 * spec.top_k + spec.hidden * combine_itemsize
-        return shard * (row * reached + 8 * spec.top_k * others)
+        leaving = others if rows_are_copied(placement.world, shard, row) else reached
+        returning = (
+            others if chunk_width(placement.world, shard, spec.hidden, combine_itemsize) < spec.hidden else reached
+        )
+        return shard * (pairs * others + row * leaving + sums * returning)
 
     @classmethod
     def scratch(
@@ -83,28 +82,32 @@ class Nvlink(Exchange[Visit, Returning]):
             window = self.comm.window(regions.nbytes)
             served_TW = step.workspace.take((routing.tokens, self.comm.world), torch.int8)
             came = [window.view(at, *form) for at, form in zip(regions.row_starts, regions.rows, strict=True)]
-            visit = Visit(window, regions, bucket, routing.tokens, served_TW, came[-2])
+            width = chunk_width(self.comm.world, bucket, self.spec.hidden, self.sums_dtype.itemsize)
+            visit = Visit(window, regions, bucket, width, routing.tokens, served_TW, came[-2])
             if bucket:
                 from moe_dist.exchange.nvlink import kernels
 
-                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends)
-            self._last = visit
+                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, self._copies(bucket))
+            self._last, self._gapless = visit, False
             return TokenRows(activations_of(x, came[:-2]), *came[-2:]), visit
+
+    def _copies(self, bucket: int) -> bool:
+        return rows_are_copied(self.comm.world, bucket, self._row_bytes)
 
     def stored_bytes(self) -> int:
         """A token's slots and weights go to every other rank, its row to those that compute it, whose sums come from
-        there; this rank's sums go to the others' tokens."""
+        there; this rank's sums go to the others' tokens. Copies go to all others."""
         visit, rank, world = self._last, self.comm.rank, self.comm.world
         if visit is None:
             return 0
         others = [other for other in range(world) if other != rank]
-        leaving = int(visit.served_TW[:, others].sum())
-        computed = (visit.slots_RK >= 0).any(1).view(world, visit.bucket)
-        returning = int(computed[others].sum())
-        pairs = 8 * self.spec.top_k
-        row = payload_row_bytes(self.spec, self.payload) - pairs
-        everyone = visit.bucket * pairs * len(others)
-        return everyone + leaving * row + returning * self.spec.hidden * self.sums_dtype.itemsize
+        leaving, returning = visit.tokens * len(others), visit.bucket * len(others)
+        if not self._copies(visit.bucket):
+            leaving = int(visit.served_TW[:, others].sum())
+        if not self._gapless:
+            returning = int((visit.slots_RK >= 0).any(1).view(world, visit.bucket)[others].sum())
+        everyone = visit.bucket * 8 * self.spec.top_k * len(others)
+        return everyone + leaving * self._row_bytes + returning * self.spec.hidden * self.sums_dtype.itemsize
 
     def _regions(self, bucket: int) -> Regions:
         found = self._known.get(bucket)
@@ -113,18 +116,23 @@ class Nvlink(Exchange[Visit, Returning]):
             found = self._known[bucket] = Regions.of(*given)
         return found
 
-    def sink(self, step: Step, rows: TokenRows, handle: Visit, dtype: torch.dtype) -> Returning:
+    def sink(self, step: Step, rows: TokenRows, handle: Visit, dtype: torch.dtype) -> Returning | Chunked:
+        shape = len(rows), self.spec.hidden
+        if handle.width < self.spec.hidden:
+            return Chunked(step, shape, dtype, handle, self.comm.rank)
         at = handle.regions.sums_start + self.comm.rank * handle.bucket * self.spec.hidden * dtype.itemsize
         routes = Routes(handle.window.addresses_W, at, handle.bucket, self.comm.rank, dtype)
-        return Returning(step, (len(rows), self.spec.hidden), dtype, self.comm.device, routes)
+        return Returning(step, shape, dtype, self.comm.device, routes)
 
-    def combine(self, step: Step, sink: Returning, handle: Visit) -> Tensor:
+    def combine(self, step: Step, sink: Returning | Chunked, handle: Visit) -> Tensor:
         from moe_dist.exchange.nvlink import kernels
 
         with step.stages("combine"):
             y_TH = torch.empty(handle.tokens, self.spec.hidden, dtype=sink.dtype, device=self.comm.device)
             if handle.bucket:
-                if not sink.sent:
-                    kernels.send_sums(handle, sink.y, self._ends)
-                kernels.add_sums(handle, y_TH, self._ends)
+                unsent, own = sink.finish()
+                self._gapless = own is not None
+                if unsent is not None:
+                    kernels.send_sums(handle, unsent, self._ends)
+                kernels.add_sums(handle, own, y_TH, self._ends)
             return y_TH

@@ -1,8 +1,8 @@
 """What crosses NVLink, as stores into the peers' memory, and the flags that say it is there.
 
 One window of memory on each rank (window.py) holds a header and two regions: rows that came in, and partial sums that
-came back. A phase is a launch that writes into one region of every peer, and then sets this rank's flag for that phase
-on every peer to the step's number.
+came back. In a phase, launches or copies write into one region of every peer. A launch then sets this rank's flag for
+that phase on every peer to the step's number.
 
 **Why no barrier and no second buffer are needed.** A step has two phases, and in each a rank waits for the flags of all
 ranks before it goes on.
@@ -10,11 +10,15 @@ ranks before it goes on.
   which were the last to read the rows of step g - 1 there: launches of a stream run one after the other.
 - A rank writes sums of step g only after it has all flags "rows" of step g. A peer sets that flag after its final sums
   of step g - 1, which were the last to read that region there.
+- Copies run on streams of their own, behind an event of the step's stream, which has waited for the other phase's
+  flags by then. Before it sets the flag of the copies' phase it waits for them. So they too lie between flags, and no
+  step begins while a copy still reads its scratch.
 **Why what a flag announces is there.** It is stored with release at system scope by a thread that comes after all of
 this rank's writes of the phase: in a later launch of the stream, or in the same one by the block that took the last
 ticket. Blocks take tickets with acquire and release after their threads met at a barrier, so the last one has seen what
 all others wrote. The peer reads flags with acquire at system scope. Its later launches see all of it, and so do threads
-that meet at a barrier afterwards. PTX's memory model orders these: causality goes from one scope to another.
+that meet at a barrier afterwards. PTX's memory model orders these: causality goes from one scope to another. A copy is
+done, and its writes are where they belong, before a launch begins whose stream has waited for its event.
 **Numbers wrap around**, after 60 hours of 100 us steps: they are compared by their difference.
 """
 
@@ -24,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dist.comm.symmetric import Aside
 from moe_dist.exchange.nvlink import window
 from moe_dist.exchange.nvlink.window import Ends, Visit
 from moe_dist.exchange.served import choices, served_by
@@ -39,17 +44,22 @@ WORDS, VALUES = 2048, 1024  # of a row, of a sum, that one program moves
 FEW = 512  # thread blocks up to which the last one, or each, sees to the flags; of more a launch of its own is quicker
 
 
-def send_rows(visit: Visit, parts: list[Tensor], placement: Placement, routing: Routing, ends: Ends) -> None:
+def send_rows(
+    visit: Visit, parts: list[Tensor], placement: Placement, routing: Routing, ends: Ends, copied: bool = False
+) -> None:
     """This rank's tokens to where they are computed; returns when everybody's are here, as streams go. `parts`: what
-    their rows consist of."""
+    their rows consist of; `copied`: by copy engines, to all ranks, and a kernel sends the rest."""
     inputs, sizes, constants = choices(placement, routing, ends.rank)
     parts = [part.contiguous() for part in parts]
-    words = [row_bytes(part) // 4 for part in parts]
+    words = [0 if copied else row_bytes(part) // 4 for part in parts]
     scale_words = words[1] if len(parts) > 1 else 0
     starts = visit.regions.row_starts
-    block = min(WORDS, power_of_2(words[0]))
-    grid = visit.bucket, cdiv(words[0], block), 1
-    at_once = grid[0] * grid[1] <= FEW
+    block = min(WORDS, power_of_2(max(words[0], 1)))
+    grid = visit.bucket, max(1, cdiv(words[0], block)), 1
+    at_once = grid[0] * grid[1] <= FEW and not copied
+    aside = Aside(visit.window.local.device)
+    if copied:
+        aside.copy(_row_copies(visit, parts, ends))
     launch(
         _send_rows,
         grid,
@@ -60,39 +70,50 @@ def send_rows(visit: Visit, parts: list[Tensor], placement: Placement, routing: 
         ),
         (*constants, *_ranks(ends), power_of_2(max(scale_words, 1)), block, at_once, ends.waits),
     )
+    aside.join()
     if not at_once:
         launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (ROWS.value, *_ranks(ends), ends.waits))
 
 
+def _row_copies(visit: Visit, parts: list[Tensor], ends: Ends) -> list[tuple[Tensor, Tensor]]:
+    """(place, part) of this rank's rows on every rank, its own last."""
+    pairs = []
+    for part, start in zip(parts, visit.regions.row_starts[:-2], strict=True):
+        at = start + ends.rank * visit.bucket * row_bytes(part)
+        peers = [(ends.rank + step) % ends.world for step in range(1, ends.world + 1)]
+        pairs += [(visit.window.peer_view(peer, at, tuple(part.shape), part.dtype), part) for peer in peers]
+    return pairs
+
+
 def send_sums(visit: Visit, sums_RH: Tensor, ends: Ends) -> None:
     """The partial sums of the rows that came, back to where they came from."""
-    (rows, top_k), words = visit.slots_RK.shape, row_bytes(sums_RH) // 4
-    block = min(WORDS, power_of_2(words))
+    (rows, top_k), words, width = visit.slots_RK.shape, row_bytes(sums_RH) // 4, visit.width * sums_RH.itemsize // 4
+    block = min(WORDS, power_of_2(width))
     launch(
         _send_sums,
-        (rows, cdiv(words, block), 1),
+        (rows, cdiv(words, width) * cdiv(width, block), 1),
         (sums_RH, visit.slots_RK, visit.window.addresses_W),
-        (visit.bucket, ends.rank, words, visit.regions.sums_start),
+        (visit.bucket, ends.rank, words, width, visit.regions.sums_start),
         (top_k, power_of_2(top_k), ends.world, block),
     )
 
 
-def add_sums(visit: Visit, y_TH: Tensor, ends: Ends) -> None:
-    """This rank's finished tokens, as soon as everybody's sums are here. Its own have been sent, by `send_sums` or by
-    the backend."""
+def add_sums(visit: Visit, own: Tensor | None, y_TH: Tensor, ends: Ends) -> None:
+    """This rank's finished tokens, as soon as everybody's sums are here. `own`: sums of all rows, chunk after chunk, of
+    which this rank takes its own; None: they lie in its window like everybody's."""
     tokens, hidden = y_TH.shape
-    block = min(VALUES, power_of_2(hidden))
-    grid = max(1, tokens), cdiv(hidden, block), 1
+    block = min(VALUES, power_of_2(visit.width))
+    grid = max(1, tokens), cdiv(hidden, visit.width) * cdiv(visit.width, block), 1
     at_once = grid[0] * grid[1] <= FEW
     if not at_once:
         launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (SUMS.value, *_ranks(ends), ends.waits))
-    came_PH = visit.window.view(visit.regions.sums_start, *visit.regions.sums)
+    came = visit.window.view(visit.regions.sums_start, *visit.regions.sums)
     launch(
         _add_sums,
         grid,
-        (came_PH, visit.served_TW, y_TH, *_shared(visit)),
-        (tokens, visit.bucket, hidden, ends.rank, ends.limit_ns),
-        (*_ranks(ends), block, at_once, ends.waits),
+        (came, came if own is None else own, visit.served_TW, y_TH, *_shared(visit)),
+        (tokens, visit.bucket, hidden, visit.width, ends.rank, ends.limit_ns),
+        (*_ranks(ends), block, own is not None, at_once, ends.waits),
     )
 
 
@@ -217,33 +238,45 @@ def _send_rows(
                 _await(header, failed, ROWS, number, LIMIT_NS, W, LANES)
 
 
+@triton.jit
+def _columns(H, WIDTH, BLOCK: tl.constexpr):
+    """A program's part of a row in chunks of WIDTH columns, by its second number: the chunk's first column, its width,
+    and BLOCK columns counted from there. A chunk of a region begins at its first column times the region's rows."""
+    parts = tl.cdiv(WIDTH, BLOCK)
+    first = tl.program_id(1) // parts * WIDTH
+    width = tl.multiple_of(tl.minimum(WIDTH, H - first), 8)  # 16 bytes or more, whatever is counted
+    return first.to(tl.int64), width, tl.program_id(1) % parts * BLOCK + tl.arange(0, BLOCK)
+
+
 @triton.jit(do_not_specialize=["rank"])
 def _send_sums(
-    sums, slots, peers, BUCKET, rank, WORDS, SUMS_AT, K: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
+    sums, slots, peers, BUCKET, rank, WORDS, WIDTH, SUMS_AT, K: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each computed row and each BLOCK words of its sum. They go back to where the row came from, to
-    the place [this rank, token]."""
+    """One program for each computed row and each BLOCK words of a chunk of its sum. They go back to where the row came
+    from, to the place [this rank, chunk, token]."""
     source = (tl.program_id(0) + rank + 1) % W  # in turns, and every rank begins with another one
     token = tl.program_id(0) // W
     row = source.to(tl.int64) * BUCKET + token
     place = tl.arange(0, PLACES)
     slot = tl.load(slots + row * K + place, mask=place < K, other=-1)
     if tl.max(slot, 0) >= 0:
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < WORDS
-        words = tl.load(as_bits(sums) + row * WORDS + column, mask=inside)
-        there = _there(tl.load(peers + source), SUMS_AT, tl.int32) + (rank.to(tl.int64) * BUCKET + token) * WORDS
+        first, width, column = _columns(WORDS, WIDTH, BLOCK)
+        inside = column < width
+        words = tl.load(as_bits(sums) + row * WORDS + first + column, mask=inside)
+        there = _there(tl.load(peers + source), SUMS_AT, tl.int32)
+        there += (rank.to(tl.int64) * WORDS + first) * BUCKET + token.to(tl.int64) * width
         tl.store(there + column, words, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "rank", "LIMIT_NS"])
 def _add_sums(
-    came, served, y, header, failed, peers, T, BUCKET, H, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+    came, own, served, y, header, failed, peers, T, BUCKET, H, WIDTH, rank, LIMIT_NS, W: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, APART: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """y[token] = the sum of what came back for it, in float32, in the order of ranks. With ENDS the phase ends here:
-    the first program sets the flags, which say that earlier launches have sent this rank's sums, and all wait."""
+    """y[token] = the sum of what came back for it, in float32, in the order of ranks. If APART, what this rank has for
+    itself lies in `own`, among the sums of all rows. With ENDS the phase ends here: the first program sets the flags,
+    which say that earlier launches have sent this rank's sums, and all wait."""
     token, part = tl.program_id(0), tl.program_id(1)
     if ENDS:
         number = tl.load(header + STEP) + 1
@@ -255,11 +288,14 @@ def _add_sums(
         if tl.atomic_add(header + TICKETS + SUMS, 1, sem="relaxed") == tl.num_programs(0) * tl.num_programs(1) - 1:
             tl.store(header + TICKETS + SUMS, 0)
             tl.store(header + STEP, number)  # all have read it
-    column = part * BLOCK + tl.arange(0, BLOCK)
-    inside = (column < H) & (token < T)
+    first, width, column = _columns(H, WIDTH, BLOCK)
+    inside = (column < width) & (token < T)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for peer in tl.static_range(W):
         if tl.load(served + token * W + peer, mask=token < T, other=0) != 0:
-            at = (peer * BUCKET + token).to(tl.int64) * H + column
-            total += tl.load(came + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + token.to(tl.int64) * H + column, total.to(y.dtype.element_ty), mask=inside)
+            chunk = came + (tl.cast(H, tl.int64) * peer + first) * BUCKET
+            if APART and peer == rank:
+                chunk = own + (first * W + width * peer) * BUCKET
+            at = chunk + token.to(tl.int64) * width + column
+            total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token.to(tl.int64) * H + first + column, total.to(y.dtype.element_ty), mask=inside)

@@ -23,7 +23,8 @@ HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
 @dataclass(frozen=True)
 class Regions:
     """Of a window for steps of one bucket, which all ranks agree on. `rows`: values, scales if there are any, slots and
-    weights of the [world · bucket] rows; `sums`: [world · bucket, H]. Starts are in bytes."""
+    weights of the [world · bucket] rows; `sums`: [world, bucket · H], from each rank chunk after chunk of [bucket,
+    columns] (`Visit.width`). Starts are in bytes."""
 
     rows: tuple[TensorSpec, ...]
     row_starts: tuple[int, ...]
@@ -36,7 +37,7 @@ class Regions:
         """`dtype`: of partial sums."""
         places = world * bucket
         rows = (*row_specs(spec, payload, places), *pair_specs(spec, places))
-        sums: TensorSpec = ((places, spec.hidden), dtype)
+        sums: TensorSpec = ((world, bucket * spec.hidden), dtype)
         starts = [cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT]
         for each in (*rows, sums):
             starts.append(starts[-1] + bytes_of([each]))
@@ -56,12 +57,14 @@ class Ends:
 
 @dataclass(frozen=True)
 class Visit:
-    """One step in a window: what lies where in it, the number of this rank's tokens, which ranks send a sum back for
-    each (`served_TW`, int8), and the slots of the rows that came."""
+    """One step in a window: what lies where in it, the columns of a chunk of sums (the last one has what is left), the
+    number of this rank's tokens, which ranks send a sum back for each (`served_TW`, int8), and the slots of the rows
+    that came."""
 
     window: Symmetric
     regions: Regions
     bucket: int
+    width: int
     tokens: int
     served_TW: Tensor
     slots_RK: Tensor
