@@ -175,8 +175,14 @@ def in_chunks_of_its_own(sink, sums: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "parallel", [ParallelSpec(ep=3), ParallelSpec(tp=2, ep=2), COPIES], ids=lambda each: each.label
 )
-@pytest.mark.parametrize(("payload", "dtype"), [("fp8", torch.bfloat16), ("bf16", torch.float32)])
-@pytest.mark.parametrize(("chunks", "widths"), [(2, [512, 256]), (3, [256, 256, 256]), (2, [512, 272])])
+@pytest.mark.parametrize(
+    ("payload", "dtype", "chunks", "widths"),
+    [
+        ("fp8", torch.bfloat16, 2, [512, 256]),
+        ("bf16", torch.float32, 3, [256, 256, 256]),
+        ("bf16", torch.bfloat16, 2, [512, 272]),
+    ],
+)
 def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeypatch):
     """Steps of all kinds in one window: from 4 tokens a rank on, sums go in chunks, and from 5 on, rows are copied."""
     hidden = sum(widths)

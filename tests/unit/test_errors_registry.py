@@ -225,6 +225,7 @@ def test_a_third_party_s_own_failure_is_its_answer(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="theirs fails"):  # one of ours: a fault to be seen
         make_plan(find_model("tiny"), ParallelSpec(), exchange="local", backend="torch")
     monkeypatch.setitem(BACKENDS._foreign, "careless", "the entry point theirs:Careless")
+    monkeypatch.setenv("COLUMNS", "200")  # where a reason stands in one line
     capsys.readouterr()
     assert cli.main(["plan"]) == 0
     assert "theirs fails when asked" in capsys.readouterr().out
