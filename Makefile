@@ -1,7 +1,7 @@
 # `make compare` and `make test` do all of their own set-up on a fresh machine: a virtual environment in .venv and this
 # package in it, with the GPU extra where there is an NVIDIA GPU.
 #
-#   make compare                            TP against EP on what is here
+#   make compare                            TP against EP on what is here: on GPUs a real model's shape
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
 #   make nightly                            the property tests with 2,000 examples each
@@ -25,6 +25,8 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 compare: $(VENV)/.ready
 ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
 	$(BIN)/moe-dist compare --checkpoint "$(CHECKPOINT)" --layer $(LAYER) --out "$(OUT)" $(ARGS)
+else ifneq ($(GPU),)
+	$(BIN)/moe-dist compare --out "$(OUT)" $(ARGS)
 else
 	$(BIN)/moe-dist demo-checkpoint $(DEMO)
 	$(BIN)/moe-dist compare --checkpoint $(DEMO) --layer $(LAYER) --out "$(OUT)" $(ARGS)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import hypot
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -63,7 +64,7 @@ def tied(first: Row, second: Row) -> bool:
     return abs(times[1] - times[0]) <= explained
 
 
-def answer_table(found: list[Answer], width: int | None = None) -> Table:
+def answer_table(found: list[Answer], width: int | None = None) -> Table | Group:
     """The best row of each placement family, by step; what differs between steps names them."""
     lines = {id(row): answer for answer in found for row in answer.best}
     rows = [row for answer in found for row in answer.best]
@@ -79,7 +80,8 @@ def answer_table(found: list[Answer], width: int | None = None) -> Table:
         answer = lines[id(row)]
         if id(row) in firsts:
             return Text("tie" if answer.tie else "fastest", "bold")
-        return f"{speed(row) / speed(answer.best[0]):.2f}x"
+        times = f"{speed(row) / speed(answer.best[0]):.2f}x"
+        return times + ", tie" * tied(answer.best[0], row)
 
     wanted: list[Column | None] = [
         Column("model", 0, lambda row: of_step(printable(row.model), row), right=False) if several("model") else None,
@@ -122,5 +124,5 @@ def last_line(found: list[Answer]) -> str:
     wins: dict[str, int] = {}
     for answer in found:
         wins[answer.family] = wins.get(answer.family, 0) + 1
-    parts = [f"{name} in {count}" for name, count in sorted(wins.items())]
-    return f"Verdict: of {len(found)} comparisons, fastest was " + ", ".join(parts) + "."
+    parts = [f"{name}{' fastest' * (name != 'a tie')} in {count}" for name, count in sorted(wins.items())]
+    return f"Verdict: {len(found)} comparisons: " + ", ".join(parts) + "."

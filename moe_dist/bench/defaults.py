@@ -72,7 +72,7 @@ def default_backend(experiment: Experiment, machine: Machine) -> tuple[str, str]
         reason = _refusal(case.with_changes(backend=FASTEST), machine)
         if reason and not _refusal(case, machine):
             return EVERYWHERE, f"default here, because {reason}"
-    return FASTEST, "default on this machine"
+    return FASTEST, "default on such a machine" if machine.elsewhere else "default on this machine"
 
 
 def default_modes(experiment: Experiment, machine: Machine) -> tuple[tuple[str, ...], str]:

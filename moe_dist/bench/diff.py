@@ -28,16 +28,23 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both files. `explained_us`: what scatter explains of the difference."""
+    """One row of both files. `explained_us`: what scatter explains of the difference; None where a row has none, as
+    with fewer than three rounds. `alike`: the ranks computed the same numbers of pairs, as far as the files say."""
 
     label: str
     old_us: float
     new_us: float
-    explained_us: float
+    explained_us: float | None
+    alike: bool
 
     @property
     def verdict(self) -> str:
-        """`slower`, `faster`, or `same` where scatter explains the difference."""
+        """`slower`, `faster`, `same` where scatter explains the difference, `unknown` without scatter, and `other
+        routing` where one name stands for another draw of the routing."""
+        if not self.alike:
+            return "other routing"
+        if self.explained_us is None:
+            return "unknown"
         if abs(self.new_us - self.old_us) <= self.explained_us:
             return "same"
         return "slower" if self.new_us > self.old_us else "faster"
@@ -99,15 +106,17 @@ def _key(row: dict[str, Any], keys: list[str]) -> tuple[str, ...]:
 
 def _change(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> Change:
     times = float(old["p50_us"]), float(new["p50_us"])
-    scatters = [float(row.get("scatter_us") or 0.0) for row in (old, new)]
-    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(times))
-    return Change(" ".join(_shown(name, old[name]) for name in names), *times, explained)
+    scatters = [float(us) for row in (old, new) if (us := row.get("scatter_us")) is not None]
+    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(times)) if len(scatters) == 2 else None
+    pairs = [row.get("rows_per_rank") for row in (old, new)]
+    alike = None in pairs or pairs[0] == pairs[1]
+    return Change(" ".join(_shown(name, old[name]) for name in names), *times, explained, alike)
 
 
 def _shown(name: str, value: Any) -> str:
     if name == "graph":
         return "graph" if value else "eager"
-    return f"{value} tokens" if name == "global_tokens" else printable(str(value))
+    return f"{value:,} tokens" if name == "global_tokens" else printable(str(value))
 
 
 def _machine(document: dict[str, Any]) -> str:
@@ -124,7 +133,7 @@ def diff_table(diff: Diff, everything: bool = False) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for change in sorted(shown, key=lambda each: each.old_us / each.new_us):
-        style = {"slower": "bold red", "faster": "green", "same": ""}[change.verdict]
+        style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
         ratio = f"{change.new_us / change.old_us:.3f}"
         table.add_row(change.label, number(change.old_us), number(change.new_us), ratio, Text(change.verdict, style))
     return table

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
+from rich.table import Column as Header
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +39,7 @@ def speed(row: Row) -> float:
     return row.p50_us if row.p50_us is not None else float("inf")
 
 
-def tables(rows: Iterable[Row], width: int | None = None) -> list[Table]:
+def tables(rows: Iterable[Row], width: int | None = None) -> list[Table | Group]:
     """One for each group that may be compared, with the columns that fit into `width` characters, the most important
     first (None: all). No cell is ever cut."""
     return [_table(group, width) for group in groups(rows)]
@@ -54,18 +55,17 @@ class Column:
     right: bool = True
 
 
-def _table(rows: list[Row], width: int | None) -> Table:
+def _table(rows: list[Row], width: int | None) -> Table | Group:
     return fitting(rows, _columns(rows), width, title_of(rows[0]))
 
 
-def fitting(rows: list[Row], columns: list[Column], width: int | None, title: str | None = None) -> Table:
-    """A line for each row, with as many of the columns as have room."""
+def fitting(rows: list[Row], columns: list[Column], width: int | None, title: str = "") -> Table | Group:
+    """A line for each row, with as many of the columns as have room, under a title that is as wide as the page."""
     for most in sorted({column.rank for column in columns}, reverse=True):
         table = _laid_out(rows, [column for column in columns if column.rank <= most])
         if width is None or ROOMY.measure(table).maximum <= width:
             break
-    table.title = title
-    return table
+    return Group(Text(title, "bold"), table) if title else table
 
 
 def _laid_out(rows: list[Row], columns: list[Column]) -> Table:
@@ -78,9 +78,10 @@ def _laid_out(rows: list[Row], columns: list[Column]) -> Table:
 
 
 def plain_table(title: str | None = None, columns: Iterable[str] = ()) -> Table:
-    """Without frames: as readable in a file, and narrow."""
+    """Without frames: as readable in a file, and narrow. Words that are too long are folded, not cut."""
+    headers = (Header(column, overflow="fold") for column in columns)
     return Table(
-        *columns, title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD,
+        *headers, title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD,
         show_edge=False, pad_edge=False,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ def build(backend: Name, /, *, json: Json = False) -> int:
     chosen.build()
     state = chosen.available(Machine.detect().device)
     if json:
-        print_json(state._asdict())
+        print_json({"built": True} | state._asdict())
     else:
         print_line(f"{backend}: " + ("ready" if state.ok else f"built, but it can't run here: {state.reason}"))
     return OK if state.ok else TOO_SMALL

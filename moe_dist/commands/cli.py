@@ -92,7 +92,7 @@ def parse(words: Sequence[str]) -> tuple[Any, BoundArguments, dict[str, Any]]:
     app = application()
     if not words or words[0] not in (*COMMANDS, *app.help_flags, *app.version_flags):
         first, rule = (words[0], "is none") if words else (None, "is missing")
-        raise ConfigError("command", first, rule, [*COMMANDS, "--help"])
+        raise ConfigError("command", first, rule, [*COMMANDS, "--help", "--version"])
     try:
         if words[0] in COMMANDS:
             words = [words[0], *_overrides_last(_imported(app, words[0]), words[1:])]

@@ -6,7 +6,7 @@ from moe_dist.bench.answer import Answer, answer_table, answers, last_line
 from moe_dist.bench.results import Outcome
 from moe_dist.bench.serving import python, sglang, vllm
 from moe_dist.bench.table import ROOMY, refused_table, tables
-from moe_dist.commands.terminal import Terminal
+from moe_dist.commands.terminal import Terminal, show
 from moe_dist.messages.printable import printable
 
 
@@ -16,7 +16,7 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
     if wide or not found:
         print_rows(console, outcome, wide)
     if found:
-        console.print(answer_table(found, console.width))
+        show(console, answer_table(found, console.width))
         if outcome.refused and not wide:
             console.print(refused_table(outcome.refused))
     failed = [row for row in outcome.rows if row.ok is False]
@@ -40,7 +40,7 @@ def print_next(console: Terminal, found: list[Answer]) -> None:
     if not found:
         return
     if found[0].best[0].floor_us is None:
-        console.print("On a CPU microseconds compare code paths, not hardware: the answer is your GPUs'.")
+        console.print("CPU times say nothing about GPUs: run this on your GPUs.")
         return
     winners = {found[number].best[0].placement: found[number].best[0] for number in (0, -1)}
     for row in winners.values():
@@ -55,6 +55,6 @@ def print_rows(console: Terminal, outcome: Outcome, wide: bool = False) -> None:
     for table in tables(outcome.rows, None if wide else console.width):
         if wide:
             console.width = max(console.width, ROOMY.measure(table).maximum)
-        console.print(table)
+        show(console, table)
     if outcome.refused:
         console.print(refused_table(outcome.refused))

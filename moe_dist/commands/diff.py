@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from cyclopts import Parameter
 from moe_dist.bench.diff import compare_results, diff_table, read_results
 from moe_dist.commands.flags import Json
 from moe_dist.commands.printing import console, print_json
-from moe_dist.commands.terminal import say, to_standard_output
+from moe_dist.commands.terminal import say, show, to_standard_output
 from moe_dist.exits.exit_codes import OK, SLOWER
 
 Old = Annotated[str, Parameter(help="Results file of --out, the earlier one.")]
@@ -27,10 +28,16 @@ def diff(old: Old, new: New, /, *, wide: Wide = False, json: Json = False) -> in
         print_json({"changes": changes, "alone": found.alone, "machines": list(found.machines)})
     else:
         with to_standard_output():
-            faster = sum(change.verdict == "faster" for change in found.changes)
-            same = len(found.changes) - faster - found.slower
-            if wide or same < len(found.changes):
-                console().print(diff_table(found, wide))
-            alone = f"; {found.alone} are in one file only" if found.alone else ""
-            console().print(f"{found.slower} rows are slower, {faster} faster, {same} the same within scatter{alone}.")
+            counts = Counter(change.verdict for change in found.changes)
+            if wide or counts["same"] < len(found.changes):
+                show(console(), diff_table(found, wide))
+            known = [f"{counts[verdict]} {verdict}" for verdict in ("slower", "faster", "same")]
+            said = [f"{len(found.changes)} rows: {', '.join(known)}"]
+            if counts["unknown"]:
+                said.append(f"{counts['unknown']} have no scatter, so nothing is claimed")
+            if counts["other routing"]:
+                said.append(f"{counts['other routing']} have another draw of the routing")
+            if found.alone:
+                said.append(f"{found.alone} are in one file only")
+            console().print("; ".join(said) + ".")
     return SLOWER if found.slower else OK

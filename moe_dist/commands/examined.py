@@ -15,6 +15,8 @@ from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.messages.printable import one_line
+from moe_dist.model.placement import Placement
+from moe_dist.model.spec import BLOCK, MoESpec, ParallelSpec
 from moe_dist.registry import Registry
 
 PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
@@ -41,7 +43,7 @@ def examine() -> dict[str, Any]:
         "nvcc": _nvcc(),
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
-        "exchanges": {name: _asked(EXCHANGES, name, _exchange) for name in EXCHANGES.names()},
+        "exchanges": {name: _asked(EXCHANGES, name, _exchange, machine.device) for name in EXCHANGES.names()},
     }
 
 
@@ -68,7 +70,12 @@ def _backend(cls: type[Backend], device: str) -> tuple[bool, str]:
     return ok, reason
 
 
-def _exchange(cls: type[Exchange[Any, Any]]) -> tuple[bool, str]:
+def _exchange(cls: type[Exchange[Any, Any]], device: str) -> tuple[bool, str]:
+    """Asked about a layer of one rank, which every exchange serves that works on this machine at all."""
+    spec = MoESpec(hidden=BLOCK, intermediate=BLOCK, num_experts=2, top_k=1)
+    support = cls.supports(spec, Placement.build(spec, ParallelSpec()), Machine.detect(device))
+    if not support.ok:
+        return False, support.reason
     if cls is not EXCHANGES.get("local") and not dist.is_available():
         return False, "this torch was built without torch.distributed"
     return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")

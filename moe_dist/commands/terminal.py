@@ -45,6 +45,13 @@ def terminal(quiet: bool = False) -> Terminal:
     return console if told else Terminal(width=WIDTH, quiet=quiet)
 
 
+def show(console: Terminal, table: RenderableType) -> None:
+    """A table whose cells are never cut: on a terminal that is too narrow for it, its lines are longer."""
+    least = console.measure(table).minimum
+    console.width = max(console.width, least)
+    console.print(table)
+
+
 def say(text: object, style: str | None = None) -> None:
     """One line on standard error. Never fails: there is nobody left to tell."""
     with contextlib.suppress(OSError, ValueError):

@@ -74,9 +74,9 @@ def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.de
         ("routing.weights", routing.weights_TK, torch.float32),
     ):
         if not isinstance(tensor, Tensor):
-            raise ConfigError(name, type(tensor).__name__, "is no tensor", expected)
+            raise ConfigError(name, type(tensor).__name__, "is no tensor", str(expected))
         if tuple(tensor.shape) != expected:
-            raise ConfigError(name, tuple(tensor.shape), "wrong shape", expected)
+            raise ConfigError(name, tuple(tensor.shape), "wrong shape", str(expected))
         _check_kind(name, tensor, dtype, device)
 
 

@@ -49,6 +49,7 @@ def load_layer(
     Raises ConfigError where tp · ep is not the number of ranks, or for what the checkpoint doesn't have;
     CheckpointError for files that are missing, damaged or contradictory; UnsupportedError for what can't run here.
     """
+    _check_types(checkpoint, layer=layer, tp=tp, **({} if ep is None else {"ep": ep}))
     comm = _comm() if comm is None else comm
     parallel = _parallel(tp, ep, comm.world)
     spec = _spec(str(checkpoint), layer, shared_experts)
@@ -63,6 +64,14 @@ def load_layer(
         shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device)
     stored = load_router(str(checkpoint), layer, comm.device)
     return MoELayer(plan, shard, comm, router=Router(plan, stored.gate_EH, stored.bias_E), shared=shared)
+
+
+def _check_types(checkpoint: object, **numbers: object) -> None:
+    if not isinstance(checkpoint, (str, Path)):
+        raise ConfigError("checkpoint", checkpoint, f"is {type(checkpoint).__name__}", "the path of a folder")
+    for name, number in numbers.items():
+        if type(number) is not int:
+            raise ConfigError(name, number, f"is {type(number).__name__}", "a whole number")
 
 
 def _spec(checkpoint: str, layer: int, shared_experts: str | None) -> MoESpec:

@@ -33,6 +33,8 @@ class MoEStack(nn.Module):
     def __init__(self, layers: Iterable[MoELayer]) -> None:
         """Raises ConfigError for no layer, for what is none, and for the first layer that does not go with layer 0."""
         super().__init__()
+        if isinstance(layers, MoELayer):
+            raise ConfigError("layers", "one layer", "a stack is made of several or of a list with one", "[layer]")
         given = list(layers)
         _check_alike(given)
         self.layers: Sequence[MoELayer] = nn.ModuleList(given)  # type: ignore[assignment]

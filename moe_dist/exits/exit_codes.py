@@ -22,11 +22,11 @@ TERMINATED = 143
 MEANINGS = {
     OK: "fine",
     OUT_OF_TOLERANCE: "a number is out of tolerance",
-    BAD_INPUT: "bad input, a place for results that can't be written to among it",
+    BAD_INPUT: "bad input, including what can't run here",
     TOO_SMALL: "the machine or the cluster is too small, or lacks something",
     RANK_FAILED: "a rank failed",
     CLUSTER_LOST: "the Ray cluster was lost",
-    NOT_WRITTEN: "results were measured and could not be written where they were asked for",
+    NOT_WRITTEN: "results or other output could not be written",
     SLOWER: "a row of `diff` became slower by more than scatter explains",
     UNEXPECTED: "an unexpected error, a fault of moe_dist: please report it",
     HUNG_UP: "the terminal was closed (SIGHUP)",

@@ -49,7 +49,9 @@ class Machine:
         """One that is not here: h200x4 is a host with four NVIDIA H200s."""
         kind, _, count = text.lower().rpartition("x")
         if kind not in GPUS or not re.fullmatch("[1-9][0-9]{0,2}", count):
-            raise ConfigError("machine", text, "is no machine that is known", [f"{each}xN" for each in GPUS])
+            raise ConfigError(
+                "machine", text, "is no machine that is known", [f"{each}xN" for each in GPUS] + ["N from 1 to 999"]
+            )
         name, gib = GPUS[kind]
         return cls("cuda", int(count), name, (9, 0), gib << 30, elsewhere=True)
 

@@ -329,9 +329,9 @@ class TestWithRanks:
 
         lines = found.out.splitlines()
         assert max(map(len, lines)) <= 80 or all(str(path) in line for line in lines if len(line) > 80)
-        assert sum(line.split()[-1:] in (["tie"], ["fastest"]) for line in lines) == 4
-        assert sum(bool(re.match(r"\s+[TE]P2 .*\d\.\d\dx\s*$", line)) for line in lines) == 4
-        assert any(line.startswith("Verdict: of 4 comparisons, fastest was") for line in lines)
+        assert sum(bool(re.search(r"\d +(tie|fastest)\s*$", line)) for line in lines) == 4
+        assert sum(bool(re.match(r"\s+[TE]P2 .*\d\.\d\dx(, tie)?\s*$", line)) for line in lines) == 4
+        assert any(line.startswith("Verdict: 4 comparisons:") for line in lines)
         assert "8 rows measured and checked; --wide shows all" in found.out
         few = ("tokens=[8]", "exchanges=[ag_rs]", "token_layouts=[sharded]")
         wide = command("compare", "--checkpoint", demo, "--layer", "1", "worlds=[2]", "skews=[router]", "--wide",
@@ -389,7 +389,7 @@ class TestWithRanks:
             return
         found = command(*two)
         assert found.code == code
-        assert "4 sharded tokens" in found.out
+        assert "4 sharded tokens" in " ".join(found.out.split())
         assert "1 row is on standard output, in no file" in found.err
         found = command(*two, "--json")
         assert len(found.document["results"]["rows"]) == 1

@@ -12,7 +12,7 @@ import torch
 from dist.pool import Pool
 
 import moe_dist
-from moe_dist import Comm, load_layer
+from moe_dist import Comm, MoEStack, load_layer
 from moe_dist.checkpoint import make_checkpoint
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.oracle.reference import relative_error
@@ -84,6 +84,13 @@ def test_what_is_named_is_taken_or_refused(checkpoints: dict[str, Path]) -> None
         load_layer(*given, shared_experts="tp")
     with pytest.raises((CheckpointError, ConfigError), match="nowhere"):
         load_layer("nowhere", 0)
+    for wrong in ({"layer": "0"}, {"layer": True}, {"layer": 0, "tp": "x"}, {"layer": 0, "ep": 1.0}):
+        with pytest.raises(ConfigError, match="a whole number"):
+            load_layer(given[0], **wrong)
+    with pytest.raises(ConfigError, match="the path of a folder"):
+        load_layer(None, 0)
+    with pytest.raises(ConfigError, match="a stack is made of several"):
+        MoEStack(load_layer(*given))
 
 
 def test_the_names_of_the_package_are_there_and_wait_until_they_are_asked_for() -> None:

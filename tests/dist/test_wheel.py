@@ -77,7 +77,7 @@ def test_every_command_of_the_docs_outside_of_a_checkout(installed: Path, tmp_pa
         printed[command] = moe_dist(installed, tmp_path, command, *arguments, *few.get(command, []))
     assert set(printed) == {*COMMANDS} - {"tune"}  # which needs a GPU to have something to choose from
     assert "Verdict: " in printed["compare"]
-    assert "0 rows are slower" in printed["diff"]
+    assert " 0 slower, 0 faster" in printed["diff"]
     assert "agree with the oracle" in printed["check"]
     assert "torch: ready" in printed["build"]
     for command, text in printed.items():  # names of files are not cut, so that they can be copied

@@ -464,7 +464,7 @@ class TestVerdict:
         rows = [row(tp=2, p50=300.0), row(tp=2, p50=200.0, exchange="all_reduce"), row(ep=2, p50=100.0)]
         (answer,) = answers(rows)
         assert [(one.placement, one.exchange) for one in answer.best] == [("EP2", "ag_rs"), ("TP2", "all_reduce")]
-        assert last_line([answer]) == "Verdict: of 1 comparisons, fastest was EP in 1."
+        assert last_line([answer]) == "Verdict: 1 comparisons: EP fastest in 1."
         lines = printed(answer_table([answer])).splitlines()
         assert lines[0].strip() == "m fp8_block · 2 ranks · backend torch · eager"
         assert lines[-2].split() == ["64", "uniform", "EP2", "ag_rs", "100", "fastest"]
@@ -498,13 +498,13 @@ class TestVerdict:
         assert answer.tie is tie
         assert answer.best[0].placement == "EP2"
         assert ("a tie in 1" in last_line([answer])) is tie
-        assert ("EP in 1" in last_line([answer])) is not tie
+        assert ("EP fastest in 1" in last_line([answer])) is not tie
         assert printed(answer_table([answer])).splitlines()[-2].split()[-1] == ("tie" if tie else "fastest")
 
     def test_wrong_and_untimed_rows_do_not_compete(self):
         wrong = [row(tp=2, p50=1.0, ok=False), row(ep=2, p50=100.0), row(tp=2, p50=200.0)]
         assert [one.p50_us for one in answers(wrong)[0].best] == [100.0, 200.0]
-        assert "EP in 1" in last_line(answers(wrong))
+        assert "EP fastest in 1" in last_line(answers(wrong))
         assert answers([row(tp=2, p50=None), row(ep=2)]) == []
         assert answers([row(tp=2, ok=False), row(ep=2)]) == []
         assert last_line([]).startswith("Verdict: nothing to compare")
@@ -518,7 +518,7 @@ class TestVerdict:
             *(row(tp=2, p50=100.0, global_tokens=tokens) for tokens in (8, 64, 512)),
             *(row(ep=2, p50=50.0 if tokens > 8 else 200.0, global_tokens=tokens) for tokens in (8, 64, 512)),
         ]
-        assert last_line(answers(rows)) == "Verdict: of 3 comparisons, fastest was EP in 2, TP in 1."
+        assert last_line(answers(rows)) == "Verdict: 3 comparisons: EP fastest in 2, TP fastest in 1."
 
 
 class TestFile:
