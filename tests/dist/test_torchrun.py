@@ -90,7 +90,8 @@ def test_a_death_before_there_is_a_group_is_told(doomed: int) -> None:
 def test_a_death_as_soon_as_there_is_a_group_is_told() -> None:
     done = torchrun(str(HERE / "doomed_rank.py"), "early", "1")
     assert done.returncode == 4
-    told = r"rank 1 failed in work \(sequence number 0\): its process died( with exit code 7)?"
+    # On a busy machine torchrun's SIGTERM may come before the other one can read what the first was doing.
+    told = r"rank 1 failed in (work|starting or ending) \(sequence number 0\): its process died( with exit code 7)?"
     assert re.fullmatch(told, json.loads(done.stdout)["message"])
 
 

@@ -68,7 +68,7 @@ def test_every_flag_in_a_hint_is_there():
     app = cli.application()
     arguments = [argument for name in cli.COMMANDS for argument in app[name].assemble_argument_collection()]
     arguments = [argument for argument in arguments if argument.parse]
-    flags = {"--help", *(name for argument in arguments for name in argument.names)}
+    flags = {"--help", "--version", *(name for argument in arguments for name in argument.names)}
     texts = [(place, flag) for place, text in advice() for flag in re.findall(r"(?<!\w)--[a-z][a-z-]+", text)]
     assert [f"{place}: {flag}" for place, flag in texts if flag not in flags] == []
     assert any(flag == "--runtime" for _, flag in texts)
