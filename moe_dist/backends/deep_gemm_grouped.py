@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends.base import Problem
-from moe_dist.backends.own import HOPPER, OwnPipelines, on_hopper
+from moe_dist.backends.own import OwnPipelines, on_hopper
+from moe_dist.machine.machine import HOPPER
 from moe_dist.model.spec import BLOCK, MoESpec
 from moe_dist.oracle.numerics import Numerics
 from moe_dist.step import Step, Support, TokenRows

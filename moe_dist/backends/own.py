@@ -11,6 +11,7 @@ import torch
 
 from moe_dist.backends.base import Backend, Problem
 from moe_dist.errors import ConfigError
+from moe_dist.machine.machine import HOPPER
 from moe_dist.model.quantization import Activations, quantize_rows
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
@@ -25,7 +26,6 @@ C = TypeVar("C")
 
 LONGEST_ROW = 16384  # what one program quantizes with one scale
 GRANULARITY = 16  # columns that an FP8 tensor core's operand is made of, and bytes of a wide load
-HOPPER = (9, 0)
 
 
 def on_hopper(device: str) -> Support:

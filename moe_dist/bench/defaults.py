@@ -9,15 +9,12 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.rounds import ROOM
 from moe_dist.engine.plan import Plan
-from moe_dist.engine.planning import available_on
+from moe_dist.engine.planning import EVERYWHERE, FASTEST, available_on
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
-from moe_dist.machine.machine import Machine
+from moe_dist.machine.machine import HOPPER, Machine
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 
-HOPPER = (9, 0)
-
-FASTEST, EVERYWHERE = "triton", "torch"
 OURS = ("triton", "cutlass")  # what `compare` without a file takes on a Hopper GPU
 MODELS = ("DeepSeek-V3", "Qwen3-30B-A3B")  # whose shape it takes there, the first that fits
 DECODE, PREFILL = 16, 2048  # its tokens a rank

@@ -14,14 +14,12 @@ from moe_dist.checkpoint import check_layer, load_router, load_shard, load_share
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan, shared_placement
-from moe_dist.engine.planning import make_plan
+from moe_dist.engine.planning import EVERYWHERE, FASTEST, available_on, make_plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.messages.notices import notice
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
-
-FASTEST, EVERYWHERE = "triton", "torch"  # backends, where nobody names one
 
 
 def load_layer(
@@ -101,7 +99,7 @@ def plan_for(
     plan = partial(make_plan, spec, parallel, exchange=exchange, token_layout=token_layout, machine=machine)
     if backend is not None or machine.device != "cuda":
         return plan(backend=backend or EVERYWHERE)
-    available = BACKENDS.get(FASTEST).available(machine.device)
+    available = available_on(BACKENDS.get(FASTEST), machine)
     reason = available.reason
     if available.ok:
         try:

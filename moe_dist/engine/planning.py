@@ -14,6 +14,7 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 from moe_dist.step import Support
 
+FASTEST, EVERYWHERE = "triton", "torch"  # backends, where nobody names one: on Hopper GPUs, and anywhere
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
 

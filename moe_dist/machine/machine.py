@@ -14,6 +14,7 @@ from moe_dist.errors import ConfigError, ResourceError
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
+HOPPER = (9, 0)  # compute capability
 # GPUs by short names: torch's name, as tuning tables have it, and memory in GiB.
 GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 79), "h200": ("NVIDIA H200", 139)}
 CGROUP_FILES = (
@@ -53,7 +54,7 @@ class Machine:
                 "machine", text, "is no machine that is known", [f"{each}xN" for each in GPUS] + ["N from 1 to 999"]
             )
         name, gib = GPUS[kind]
-        return cls("cuda", int(count), name, (9, 0), gib << 30, elsewhere=True)
+        return cls("cuda", int(count), name, HOPPER, gib << 30, elsewhere=True)
 
     @classmethod
     def detect(cls, device: str = "auto") -> Machine:
