@@ -99,7 +99,7 @@ class Ending:
             time.sleep(0.1)
         died = isinstance(error, RankFailure) and getattr(error, "own", False)
         if (self.signals.signum is not None and not died) or isinstance(error, KeyboardInterrupt):
-            return self._interrupted()
+            return self._interrupted(error)
         if isinstance(error, MoeDistError):
             self._report(type(error).__name__, str(error))
             return code_of(error)
@@ -135,13 +135,16 @@ class Ending:
             self._death = self._death_of()
         return self._death is not None
 
-    def _interrupted(self) -> int:
-        """Say what a signal means, and return the exit code."""
+    def _interrupted(self, error: BaseException | None = None) -> int:
+        """Say what a signal means, and return the exit code. `error`: what ended the command when it came. Of a rank
+        that has died it knows more than that its process is gone."""
         if self.signals.signum is not None:
             self.signals.was_heard.wait(LOOK_S)
         if self._death is not None:
+            same = isinstance(error, RankFailure) and error.rank == self._death.rank
+            told = error if same else self._death
             if self.speaks():
-                self._report(type(self._death).__name__, str(self._death))
+                self._report(type(told).__name__, str(told))
             return code_of(self._death)
         if self.speaks():
             word = WORDS[self.signals.code]

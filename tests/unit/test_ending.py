@@ -232,6 +232,19 @@ def test_sigterm_tells_a_death_where_there_was_one(number, stuck, code, said):
     assert seconds < 10  # the main thread has nothing left to do
 
 
+@pytest.mark.parametrize(("rank", "said"), [(0, "rank 0 failed in work (sequence number 20): killed"),
+                                            (1, "rank 0 failed in o (sequence number 2): c")])  # fmt: skip
+def test_what_is_known_of_a_dead_rank_goes_before_that_it_is_gone(rank, said):
+    """The signal comes while a collective that the death has broken ends the command."""
+    body = (
+        "from moe_dist.errors import RankFailure\nending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\n"
+        "print('ready', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass\n"
+        f"raise RankFailure({rank}, 'work', 20, 'killed')"
+    )
+    assert ended(program(body), signal.SIGTERM)[:2] == (4, f"moe-dist: {said}\n")
+
+
 def test_a_signal_that_was_ignored_from_the_start_stays_so():
     """nohup"""
     body = "print('ready', flush=True)\ntime.sleep(1)\nreturn 0"
