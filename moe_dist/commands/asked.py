@@ -12,6 +12,7 @@ from moe_dist.bench.source import check_models, with_source
 from moe_dist.commands.config import override, resolve_models
 from moe_dist.commands.flags import Grid, Source
 from moe_dist.commands.terminal import say
+from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.runtime.voice import speaks, together
 
@@ -51,6 +52,9 @@ def single(
 
 
 def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:
+    for flag, size in (("--tp", tp), ("--ep", ep)):
+        if size < 1:
+            raise ConfigError(flag, size, "is a number of ranks", "1 and more")
     world = tp * ep
     return {
         "worlds": [world],
