@@ -17,9 +17,9 @@ from moe_dist.bench.row import Provenance
 from moe_dist.bench.runner import group_starter, plan_cases, run_cases
 from moe_dist.commands.asked import Asked, files_read
 from moe_dist.commands.call import Call
-from moe_dist.commands.cli_print import print_outcome, print_rows
 from moe_dist.commands.ending import Ending
 from moe_dist.commands.flags import Measuring
+from moe_dist.commands.outcome import print_outcome, print_rows
 from moe_dist.commands.printing import console, print_csv, print_json, print_line
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.backends import BACKENDS
-from moe_dist.checkpoint import check_layer, load_router, load_shard, load_shared_shard
+from moe_dist.checkpoint import check_layer, layer_spec, load_router, load_shard, load_shared_shard
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan, shared_placement
@@ -74,15 +74,14 @@ def _check_types(checkpoint: object, **numbers: object) -> None:
 
 def _spec(checkpoint: str, layer: int, shared_experts: str | None) -> MoESpec:
     """Of the layer, with its shared expert as asked for."""
-    spec: MoESpec = check_layer(checkpoint, layer).spec
+    spec = layer_spec(checkpoint, layer)
     has_one = spec.shared_intermediate > 0
     if shared_experts is None:
         shared_experts = "replicated" if has_one else "none"
     elif shared_experts != "none" and not has_one:
         raise ConfigError("shared_experts", shared_experts, f"{checkpoint} has no shared expert", "none")
-    if has_one and shared_experts != "none":
-        check_layer(checkpoint, layer, shared=True)
     asked: MoESpec = spec.with_changes(shared_experts=shared_experts)
+    check_layer(checkpoint, layer, shared=shared_experts != "none")
     return asked
 
 

@@ -12,7 +12,7 @@ from unit.test_bench import row
 from moe_dist import load_layer
 from moe_dist.bench.answer import answers
 from moe_dist.bench.serving import python, sglang, vllm
-from moe_dist.commands.cli_print import print_next
+from moe_dist.commands.outcome import print_next
 from moe_dist.commands.terminal import Terminal
 
 

@@ -95,7 +95,7 @@ __device__ inline void copy_4(uint32_t to, const void *from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-// One store of 16 bytes. As an assignment the compiler may make four of it, which took GEMM2 8 to 15 % longer.
+// One store of 16 bytes. As an assignment the compiler may make four of it, which took GEMM2 3 to 15 % longer.
 __device__ inline void put_16(void *to, uint4 value) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
