@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,15 @@ class Ending:
         return self._death is not None
 
     def _interrupted(self, error: BaseException | None = None) -> int:
-        """Say what a signal means, and return the exit code. `error`: what ended the command when it came. Of a rank
-        that has died it knows more than that its process is gone."""
+        """Say what a signal means, and return the exit code. `error`: what ended the command when it came, or the signal's
+        own exception, raised while the command was ending of another. Of a rank that has died that one knows more than
+        that its process is gone."""
         if self.signals.signum is not None:
             self.signals.was_heard.wait(LOOK_S)
         if self._death is not None:
-            same = isinstance(error, RankFailure) and error.rank == self._death.rank
-            told = error if same else self._death
+            rank = self._death.rank
+            known = (cause for cause in _chain(error) if isinstance(cause, RankFailure) and cause.rank == rank)
+            told = next(known, self._death)
             if self.speaks():
                 self._report(type(told).__name__, str(told))
             return code_of(self._death)
@@ -157,6 +159,13 @@ class Ending:
         code = self._interrupted()
         self.leave_code(code)
         return code
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that it was raised in the course of, the last first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _traceback_file(error: BaseException) -> Path | None:

@@ -245,6 +245,18 @@ def test_what_is_known_of_a_dead_rank_goes_before_that_it_is_gone(rank, said):
     assert ended(program(body), signal.SIGTERM)[:2] == (4, f"moe-dist: {said}\n")
 
 
+def test_what_is_known_of_a_dead_rank_outlives_a_signal_that_comes_while_the_ranks_are_left():
+    body = (
+        "from moe_dist.errors import RankFailure\nending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\n"
+        "try:\n    raise RankFailure(0, 'work', 20, 'killed')\n"
+        "finally:\n    print('ready', flush=True)\n    time.sleep(60)"
+    )
+    assert ended(program(body), signal.SIGTERM)[:2] == (
+        4,
+        "moe-dist: rank 0 failed in work (sequence number 20): killed\n",
+    )
+
+
 def test_a_signal_that_was_ignored_from_the_start_stays_so():
     """nohup"""
     body = "print('ready', flush=True)\ntime.sleep(1)\nreturn 0"
