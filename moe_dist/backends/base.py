@@ -124,6 +124,11 @@ class Backend(ABC):
     def prepare(self, weights: ExpertWeights) -> None:
         """Take the shard over, in the canonical form; called once, before any forward."""
 
+    def awaits(self, rows: TokenRows) -> bool:
+        """Whether `forward` takes these rows as they are: those that are on their way it must not read before they are
+        here."""
+        return rows.arrivals is None
+
     def tune(self, step: Step, rows: TokenRows) -> None:
         """Choose kernels for this number of rows, outside any timed or captured work. Most backends have no choice."""
         return

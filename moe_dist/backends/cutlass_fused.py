@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dist.backends.base import Problem
 from moe_dist.backends.own import OwnKernels, config_from, on_hopper
 from moe_dist.kernels.cutlass.library import build_state, ensure_built
+from moe_dist.model.quantization import QuantizedRows
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, Support, TokenRows
@@ -63,6 +64,10 @@ class CutlassFused(OwnKernels["Config"]):
         library = None if weights.device.type == "meta" else load()
         if not self._empty:
             self._matrices = Matrices(library, weights)
+
+    def awaits(self, rows: TokenRows) -> bool:
+        """GEMM1 waits for rows that are quantized already: it is the first to read them."""
+        return rows.arrivals is None or isinstance(rows.x, QuantizedRows)
 
     def pipeline_with(self, step: Step, rows: TokenRows, config: Config) -> CutlassPipeline:
         from moe_dist.kernels.cutlass.fused_moe import CutlassPipeline

@@ -325,7 +325,7 @@ class Comm:
         problem = self.shared and self.shared.problem()
         if problem:
             phase, peer, step = problem
-            operation = f"nvlink, {('rows', 'sums')[phase]}"
+            operation = f"nvlink, {('rows', 'sums', 'copied rows')[phase]}"
             raise RankFailure(peer, operation, step, f"rank {self.rank} waited {self._timeout_s:g} s for its flag")
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:

@@ -23,7 +23,8 @@ STREAMS = 8  # that a thread's copies are spread over; with as many peers or few
 
 class Symmetric:
     """`nbytes` of each rank. `local`: this rank's own, uint8, zero at first, and as 32-bit `words`. `addresses_W`:
-    where each rank's begin as this rank sees them, int64 on the device. `failed`: int32 [4] that the host can read
+    where each rank's begin as this rank sees them, int64 on the device, in turn: its own, those of the next rank, and
+    so on to the one before it. `failed`: int32 [4] that the host can read
     without waiting; a launch that gives up waiting for a peer leaves there what for (see `problem`)."""
 
     def __init__(self, nbytes: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -33,17 +34,18 @@ class Symmetric:
         with torch.inference_mode(False):
             if group is None:
                 self.local = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-                everyone, addresses = [self.local], [self.local.data_ptr()]
+                everyone, addresses, rank = [self.local], [self.local.data_ptr()], 0
             else:
                 self.local, self._handle = _met(nbytes, group, device)
                 peers = range(len(self._handle.buffer_ptrs))
                 everyone = [self._handle.get_buffer(peer, (nbytes,), torch.uint8) for peer in peers]
-                addresses = [int(pointer) for pointer in self._handle.buffer_ptrs]
+                addresses, rank = [int(pointer) for pointer in self._handle.buffer_ptrs], self._handle.rank
             self._everyone = everyone
             self._views: dict[tuple[Any, ...], Tensor] = {}
             self.words = self.local.view(torch.int32)
             self.failed = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=True)
-            self.addresses_W = torch.tensor(addresses, dtype=torch.int64, device=device)
+            in_turn = addresses[rank:] + addresses[:rank]
+            self.addresses_W = torch.tensor(in_turn, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -83,16 +85,17 @@ class Aside:
         self._device = device
         self._busy: dict[torch.cuda.Stream, None] = {}
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Each (target, source), when all that was launched before on the current stream is done. Until `join`, nothing
-        may write to the sources, and their memory may not go back to the allocator."""
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], in_turn: bool = False) -> None:
+        """Each (target, source), when all that was launched before on the current stream is done; `in_turn`: each one
+        when those before it are there. Until `join`, nothing may write to the sources, and their memory may not go back
+        to the allocator."""
         if self._device.type == "cpu":
             for target, source in pairs:
                 target.copy_(source)
             return
         ready, streams = torch.cuda.current_stream(self._device).record_event(), _streams_of(self._device)
         for number, (target, source) in enumerate(pairs):
-            stream = streams[number % STREAMS]
+            stream = streams[0 if in_turn else number % STREAMS]
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)

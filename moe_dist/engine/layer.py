@@ -145,6 +145,8 @@ class MoELayer(nn.Module):
         if self.exchange.form == "expert":
             with step.stages("dispatch"):
                 rows = self.exchange.in_form(step, rows)
+        if not self.backend.awaits(rows):
+            rows = self.exchange.arrived(step, rows, handle)
         return rows, handle
 
     def _of_shared(self, step: Step, rows: TokenRows) -> Tensor:

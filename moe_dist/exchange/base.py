@@ -18,7 +18,7 @@ from moe_dist.model.routing import Routing
 from moe_dist.model.spec import TOKEN_LAYOUTS, MoESpec, TokenLayout
 from moe_dist.oracle.reference import ScaledBy
 from moe_dist.registry import unknown
-from moe_dist.step import FORMS, ExpertRows, Sink, Step, Support, TensorSpec, TokenRows
+from moe_dist.step import FORMS, ExpertRows, Sink, Step, Support, Take, TensorSpec, TokenRows
 
 H = TypeVar("H")  # what combine must know of its dispatch
 S = TypeVar("S", bound=Sink)  # what it takes partial sums with
@@ -137,6 +137,11 @@ class Exchange(ABC, Generic[H, S]):
             return "computed"
         return "all" if self.spec.shared_experts == "tp" else "routed"
 
+    def arrived(self, step: Step, rows: TokenRows, handle: H) -> TokenRows:
+        """`rows` when all of them are here, as streams go. The layer asks, after `dispatch`, where the backend can't
+        wait for them itself."""
+        return rows
+
     def in_form(self, step: Step, rows: TokenRows) -> TokenRows:
         """`rows` as the plan wants them. The layer asks, after `dispatch`; an exchange that makes sorted rows by itself
         returns them as they are."""
@@ -153,7 +158,11 @@ class Exchange(ABC, Generic[H, S]):
             used_T = None
             if self.spec.quant == "fp8_tensor_dynamic" and self.scaled_by == "routed":
                 used_T = routing.legal(self.spec.num_experts).any(1)
-            return quantize_rows(x, self.spec.quant, self.static_scale, used_T, step.workspace.take)
+            return quantize_rows(x, self.spec.quant, self.static_scale, used_T, self.payload_room(step, routing.tokens))
+
+    def payload_room(self, step: Step, tokens: int) -> Take:
+        """Where quantized rows are put: values, then scales. By default they are scratch."""
+        return step.workspace.take
 
     def check_bucket(self, tokens: int, bucket: int | None) -> int:
         """The bucket to pad to. Raises ConfigError where tokens would not fit: none is ever dropped."""

@@ -69,6 +69,9 @@ class ShardedToReplicated(Exchange[Shard[H], S]):
         rows, handle = self.inner.dispatch(step, x, everyone)
         return rows, Shard(handle, self.comm.rank * bucket, routing.tokens)
 
+    def arrived(self, step: Step, rows: TokenRows, handle: Shard[H]) -> TokenRows:
+        return self.inner.arrived(step, rows, handle.inner)
+
     def sink(self, step: Step, rows: TokenRows, handle: Shard[H], dtype: torch.dtype) -> S:
         return self.inner.sink(step, rows, handle.inner, dtype)
 
@@ -134,6 +137,9 @@ class ReplicatedToSharded(Exchange[Share[H], S]):
             x, share = activations_of(x, [part[start:stop] for part in parts_of(x)]), routing.rows(start, stop)
         rows, handle = self.inner.dispatch(replace(step, bucket=most), self.inner.to_payload(step, x, share), share)
         return rows, Share(handle, bounds, most)
+
+    def arrived(self, step: Step, rows: TokenRows, handle: Share[H]) -> TokenRows:
+        return self.inner.arrived(step, rows, handle.inner)
 
     def sink(self, step: Step, rows: TokenRows, handle: Share[H], dtype: torch.dtype) -> S:
         return self.inner.sink(step, rows, handle.inner, dtype)

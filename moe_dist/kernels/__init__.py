@@ -49,4 +49,5 @@ def sorted_by_expert(rows: TokenRows, experts: int, take: Take) -> ExpertRows:
     counts_e = torch.bincount(flat[flat >= 0], minlength=experts)
     stops_e = counts_e.cumsum(0)
     starts_e = (stops_e - counts_e).to(torch.int32)
-    return ExpertRows(rows.x, rows.slots_RK, rows.weights_RK, starts_e, stops_e.to(torch.int32), order_N)
+    stops_e = stops_e.to(torch.int32)
+    return ExpertRows(rows.x, rows.slots_RK, rows.weights_RK, starts_e, stops_e, order_N, arrivals=rows.arrivals)

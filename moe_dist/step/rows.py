@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,14 +12,36 @@ from moe_dist.model.spec import QuantKind
 
 
 @dataclass(frozen=True)
+class Arrivals:
+    """When rows are here that were on their way as they were handed over. Rows p · each to (p + 1) · each are part p:
+    part 0 is here, part p as soon as the int32 word `flags_P[p]` has reached the word `step` + 1, by their difference,
+    since numbers wrap around. It is read with acquire at system scope; `values_RH` and `scales_RS` of the part are
+    there from then on. Later parts don't come before earlier ones.
+
+    A wait ends after `limit_ns` nanoseconds. Then `failed` (int32 [4], which the host can read) gets the number of the
+    rank, (rank + p) modulo the number of parts, behind the first word, the step's number behind that, and at last in
+    the first word `phase` + 1."""
+
+    flags_P: Tensor
+    step: Tensor
+    failed: Tensor
+    each: int
+    rank: int
+    limit_ns: int
+    phase: int
+
+
+@dataclass(frozen=True)
 class TokenRows:
     """R token rows for one rank. `x` is [R, H] or quantized rows; `slots_RK` int32 local slots, -1 = not here;
     `weights_RK` float32, whose value is of no account where the slot is -1. A row may come with no slot at all
-    (padding, or a token that is only gathered here): what `x` holds there is of no account either."""
+    (padding, or a token that is only gathered here): what `x` holds there is of no account either. With `arrivals`,
+    slots and weights are here, but `x` is not yet: see Backend.awaits."""
 
     x: Activations
     slots_RK: Tensor
     weights_RK: Tensor
+    arrivals: Arrivals | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return self.slots_RK.shape[0]

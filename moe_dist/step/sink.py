@@ -15,14 +15,13 @@ from moe_dist.step.step import Step
 @dataclass(frozen=True)
 class Routes:
     """Where a kernel may store sums itself, instead of handing them over. Row r of the R = W · each rows belongs to
-    place r % each on rank r // each. That rank's memory begins at `addresses_W[r // each]` (int64, on the device), and
-    from `at` bytes on, a multiple of 16, it has H values in `dtype` for each place. Rows without any slot are not
-    stored. `rank`: this one, so that kernels of different ranks can begin with different targets."""
+    place r % each in the memory that begins at `addresses_W[r // each]` (int64, on the device), a rank's, this one's
+    first. From `at` bytes on, a multiple of 16, it has H values in `dtype` for each place. Rows without any slot are
+    not stored."""
 
     addresses_W: Tensor
     at: int
     each: int
-    rank: int
     dtype: torch.dtype
 
 

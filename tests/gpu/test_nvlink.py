@@ -89,10 +89,12 @@ GRIDS = [(1, ParallelSpec()), (2, ParallelSpec(ep=2)), (2, ParallelSpec(tp=2)), 
 
 
 @pytest.mark.parametrize(("world", "parallel"), GRIDS, ids=lambda each: getattr(each, "label", each))
-@pytest.mark.parametrize(("backend", "quant"), [("triton", "fp8_block"), ("torch", "none")])
+@pytest.mark.parametrize(("backend", "quant"), [
+    ("triton", "fp8_block"), ("cutlass", "fp8_block"), ("cutlass", "fp8_channel"), ("torch", "none"),
+])  # fmt: skip
 def test_steps_in_a_row_give_what_all_to_all_gives(world, parallel, backend, quant):
     _needs(world)
-    for wrong in run_on_ranks(world, steps_in_a_row, parallel, backend, quant, 60 if backend == "triton" else 12):
+    for wrong in run_on_ranks(world, steps_in_a_row, parallel, backend, quant, 12 if backend == "torch" else 60):
         assert not wrong
 
 

@@ -459,7 +459,7 @@ def test_weighted_sum(dtype, split_k):
     out[:, slots.flatten() < 0] = torch.nan
     y = torch.empty(4, 1100, dtype=dtype)
     sizes = {"H": 1100, "COLUMNS": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
-    sizes |= {"AT": 0, "EACH": 1, "RANK": 0, "ROUTED": False, "WIDE": False}
+    sizes |= {"AT": 0, "EACH": 1, "ROUTED": False, "WIDE": False}
     _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, 0, PLACED=False, **sizes)
     pairs = sum(part.float() for part in out).view(4, 4, 1100)
     expected = torch.zeros(4, 1100)
@@ -486,7 +486,7 @@ def test_weighted_sum_by_routes(dtype):
     addresses, at = torch.tensor([each.data_ptr() for each in memory]), 2 * 1104 * dtype.itemsize
     for start, columns in ((0, 1024), (1024, 80)):
         _weighted_sum[(4, 1, 1)](
-            out, slots, weights, slots, addresses, start, at, 2, 1, H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
+            out, slots, weights, slots, addresses, start, at, 2, H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
             PLACED=False, ROUTED=True, WIDE=dtype == torch.float32, BLOCK=1024, PDL=False,
         )  # fmt: skip
     pairs = out[0].float().view(4, 2, 1104)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
-from moe_dist.comm.symmetric import Symmetric
+from moe_dist.comm.symmetric import Aside, Symmetric
 from moe_dist.exchange.nvlink import Nvlink, engines, kernels, window
 from moe_dist.exchange.nvlink.window import Ends, Regions, Visit
-from moe_dist.exchange.rows import parts_of, payload_row_bytes
+from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes
 from moe_dist.kernels import quantize_rows
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
@@ -45,8 +45,9 @@ class Ranks:
         self.payload, self.dtype, self.world = payload, dtype, self.placement.world
         nbytes = Regions.of(self.spec, self.world, payload, dtype, most).nbytes
         self.windows = [Window(nbytes) for _ in range(self.world)]
-        for each in self.windows:
-            each.addresses_W = torch.tensor([other.local.data_ptr() for other in self.windows])
+        for rank, each in enumerate(self.windows):
+            in_turn = self.windows[rank:] + self.windows[:rank]
+            each.addresses_W = torch.tensor([other.local.data_ptr() for other in in_turn])
             each._everyone = [other.local for other in self.windows]
         self.ends = [Ends(rank, self.world, 10**9, waits=False) for rank in range(self.world)]
 
@@ -63,12 +64,16 @@ class Ranks:
             rows = quantize_rows(x, "fp8_block") if self.payload == "fp8" else x
             served = torch.full((tokens, self.world), 7, dtype=torch.int8)
             slots = self.windows[rank].view(regions.row_starts[-2], *regions.rows[-2])
-            visit = Visit(self.windows[rank], regions, bucket, width, tokens, served, slots)
+            visit = Visit(self.windows[rank], regions, bucket, width, tokens, served, slots, Aside(CPU))
             steps.append(SimpleNamespace(rank=rank, x=x, rows=rows, routing=routing, visit=visit))
         return steps
 
     def send_rows(self, step: SimpleNamespace) -> None:
         kernels.send_rows(step.visit, parts_of(step.rows), self.placement, step.routing, self.ends[step.rank])
+
+    def part(self, source: int, target: int) -> int:
+        """Which of the parts of a rank's rows come from that source: its own are the first."""
+        return (source - target) % self.world
 
     def check_rows(self, steps: list[SimpleNamespace], target: int) -> None:
         """What rank `target` computes is what every source has for it."""
@@ -82,6 +87,7 @@ class Ranks:
         for step in steps:
             first, tokens = step.rank * visit.bucket, step.visit.tokens
             slots_TK = every_slot[first : first + tokens]
+            first = self.part(step.rank, target) * visit.bucket
             found = came[-2][first : first + visit.bucket]
             assert torch.equal(found[:tokens], slots_TK)
             assert bool((found[tokens:] == -1).all())
@@ -114,7 +120,8 @@ class Ranks:
         visit = steps[rank].visit
         total = torch.zeros(visit.tokens, self.hidden)
         for other in steps:
-            theirs = other.sums[rank * visit.bucket : rank * visit.bucket + visit.tokens].float()
+            first = self.part(rank, other.rank) * visit.bucket
+            theirs = other.sums[first : first + visit.tokens].float()
             total += torch.where(visit.served_TW[:, other.rank, None] != 0, theirs, 0)
         return total.to(self.dtype)
 
@@ -126,13 +133,14 @@ class Ranks:
         exchange._ends = self.ends[rank]
         return exchange
 
-    def check_flags(self, ended: int) -> None:
-        """After so many steps."""
+    def check_flags(self, ended: int, copied: int = 0) -> None:
+        """After so many steps. `copied`: the last one whose rows were copied."""
         for each in self.windows:
             assert each.words[window.STEP] == ended
             assert not each.words[window.TICKETS : window.TICKETS + 2].any()
             flags = each.words[window.FLAGS : window.HEADER_BYTES // 4].view(window.PHASES, window.MOST_RANKS)
-            assert bool((flags[:, : self.world] == ended).all())
+            assert bool((flags[: window.COPIED, : self.world] == ended).all())
+            assert bool((flags[window.COPIED, 1 : self.world] == copied).all())
             assert not flags[:, self.world :].any()
 
 
@@ -191,17 +199,30 @@ def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeyp
     monkeypatch.setattr(engines, "CHUNKED_FROM", 4 * (ranks.world - 1) * hidden * dtype.itemsize)
     row_bytes = payload_row_bytes(ranks.spec, payload) - 8 * TOP_K
     monkeypatch.setattr(engines, "COPIED_FROM", 5 * (ranks.world - 1) * row_bytes)
-    exchanges = [ranks.exchange(rank) for rank in range(ranks.world)]
+    exchanges, copied = [ranks.exchange(rank) for rank in range(ranks.world)], 0
     for seed, bucket in enumerate((6, 2, 4, 5, 1)):
         monkeypatch.setattr(kernels, "FEW", (512, 0)[seed % 3 % 2])
         counts = [random.Random(seed + rank).choice((0, bucket, random.Random(seed * rank).randint(0, bucket)))
                   for rank in range(ranks.world)]  # fmt: skip
         steps = ranks.begin(counts, bucket, seed)
         assert steps[0].visit.width == (widths[0] if bucket >= 4 else hidden)
+        copied = seed + 1 if bucket >= 5 else copied
         for step, exchange in zip(steps, exchanges, strict=True):
             step.step = Step(Workspace(CPU), bucket)
+            if seed % 2 and step.visit.tokens:  # where a GPU quantizes them to
+                room = exchange.payload_room(step.step, step.visit.tokens)
+                placed = [room(tuple(part.shape), part.dtype).copy_(part) for part in parts_of(step.rows)]
+                step.rows = activations_of(step.rows, placed)
             step.taken, step.visit = exchange.dispatch(step.step, step.rows, step.routing)
         for step, exchange in zip(steps, exchanges, strict=True):
+            arrivals = step.taken.arrivals
+            assert (arrivals is not None) == (bucket >= 5)
+            if arrivals is not None:
+                assert (arrivals.each, arrivals.rank, len(arrivals.flags_P)) == (bucket, step.rank, ranks.world)
+                assert bool((arrivals.flags_P[1:] == arrivals.step + 1).all())
+                if seed == 0:
+                    step.taken = exchange.arrived(step.step, step.taken, step.visit)
+                    assert step.taken.arrivals is None
             ranks.check_rows(steps, step.rank)
             ranks.compute(step, seed)
             if bucket < 4:
@@ -218,7 +239,7 @@ def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeyp
             else:
                 y = exchange.combine(step.step, step.sink, step.visit)
                 assert torch.equal(y, ranks.expected(steps, step.rank))
-        ranks.check_flags(seed + 1)
+        ranks.check_flags(seed + 1, copied)
 
 
 @pytest.mark.parametrize("few", [0, 512])

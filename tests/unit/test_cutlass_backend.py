@@ -263,7 +263,7 @@ def test_arguments_lie_as_in_c():
     declared = [name.strip(" *") for line in body.split("{")[1].split(";") for name in line.split(",")]
     names = [name.split()[-1].strip("*") for name in declared if name.strip()]
     assert names == [name for name, *_ in Args._fields_]
-    assert ctypes.sizeof(Args) == 11 * 8 + 2 * 8 + 10 * 4
+    assert ctypes.sizeof(Args) == 14 * 8 + 3 * 8 + 14 * 4
 
 
 @pytest.mark.parametrize(

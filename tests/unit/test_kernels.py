@@ -91,13 +91,15 @@ def kernels():
         "copy_counts": "*i64", "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),
         **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS"), "i32"),
         **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
-        "TP": 2, "REPLICATED": True, "SCALES": 64, "ENDS": True,
+        "TP": 2, "REPLICATED": True, "SCALES": 64, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
     }  # fmt: skip
     yield nvlink._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "WIDTH": "i32",
                               "SUMS_AT": "i32"}  # fmt: skip
     yield nvlink._add_sums, {**ends, "came": "*bf16", "own": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32",
                              "H": "i32", "WIDTH": "i32", "APART": True, "ENDS": True}  # fmt: skip
     yield nvlink._meet, {**ends, "phase": 1}
+    yield nvlink._set_number, {"header": "*i32"}
+    yield nvlink._await_copies, ends
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
@@ -106,7 +108,7 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(19))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

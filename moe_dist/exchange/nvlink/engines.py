@@ -14,8 +14,9 @@ CHUNKS = 4  # at most, of a step's sums
 # 64 MiB on it might: these take 0.18 ms at 370 GB/s, as long as a copy may be late.
 CHUNKED_FROM = 0
 GRAIN = 256  # columns: a chunk is made of whole tiles of GEMM2
-# Bytes of rows that leave a rank, from which on copy engines take them; 0: never. Nothing is computed meanwhile, so a
-# kernel that leaves out what nobody needs is not at a disadvantage.
+# Bytes of rows that leave a rank, from which on copy engines take them; 0: never, as long as no GPU has shown what it
+# gains. It might where a rank's own rows keep GEMM1 busy for as long as the others' travel: from two tiles of own
+# tokens for an expert on.
 COPIED_FROM = 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_dist.comm.symmetric import Aside
 from moe_dist.exchange.base import Exchange
 from moe_dist.exchange.nvlink.engines import chunk_width, rows_are_copied
 from moe_dist.exchange.nvlink.sinks import Chunked, Returning
@@ -18,7 +20,7 @@ from moe_dist.model.quantization import Activations
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec, TokenLayout
-from moe_dist.step import Routes, Step, Support, TensorSpec, TokenRows
+from moe_dist.step import Routes, Step, Support, Take, TensorSpec, TokenRows
 
 
 class Nvlink(Exchange[Visit, Returning | Chunked]):
@@ -83,13 +85,35 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             served_TW = step.workspace.take((routing.tokens, self.comm.world), torch.int8)
             came = [window.view(at, *form) for at, form in zip(regions.row_starts, regions.rows, strict=True)]
             width = chunk_width(self.comm.world, bucket, self.spec.hidden, self.sums_dtype.itemsize)
-            visit = Visit(window, regions, bucket, width, routing.tokens, served_TW, came[-2])
+            copies = Aside(self.comm.device)
+            visit = Visit(window, regions, bucket, width, routing.tokens, served_TW, came[-2], copies)
+            arrivals = None
             if bucket:
                 from moe_dist.exchange.nvlink import kernels
 
-                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, self._copies(bucket))
+                copied = self._copies(bucket)
+                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied)
+                arrivals = kernels.arrivals(visit, self._ends) if copied else None
             self._last, self._gapless = visit, False
-            return TokenRows(activations_of(x, came[:-2]), *came[-2:]), visit
+            return TokenRows(activations_of(x, came[:-2]), *came[-2:], arrivals=arrivals), visit
+
+    def arrived(self, step: Step, rows: TokenRows, handle: Visit) -> TokenRows:
+        if rows.arrivals is None:
+            return rows
+        from moe_dist.exchange.nvlink import kernels
+
+        with step.stages("dispatch"):
+            kernels.await_copies(handle, self._ends)
+        return replace(rows, arrivals=None)
+
+    def payload_room(self, step: Step, tokens: int) -> Take:
+        """In the window, where this rank's own rows are computed from."""
+        bucket = self.check_bucket(tokens, step.bucket)
+        if not bucket:
+            return super().payload_room(step, tokens)
+        regions = self._regions(bucket)
+        window, starts = self.comm.window(regions.nbytes), iter(regions.row_starts)
+        return lambda shape, dtype: window.view(next(starts), shape, dtype)
 
     def _copies(self, bucket: int) -> bool:
         return rows_are_copied(self.comm.world, bucket, self._row_bytes)
@@ -105,7 +129,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         if not self._copies(visit.bucket):
             leaving = int(visit.served_TW[:, others].sum())
         if not self._gapless:
-            returning = int((visit.slots_RK >= 0).any(1).view(world, visit.bucket)[others].sum())
+            returning = int((visit.slots_RK >= 0).any(1).view(world, visit.bucket)[1:].sum())
         everyone = visit.bucket * 8 * self.spec.top_k * len(others)
         return everyone + leaving * self._row_bytes + returning * self.spec.hidden * self.sums_dtype.itemsize
 
@@ -121,7 +145,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         if handle.width < self.spec.hidden:
             return Chunked(step, shape, dtype, handle, self.comm.rank)
         at = handle.regions.sums_start + self.comm.rank * handle.bucket * self.spec.hidden * dtype.itemsize
-        routes = Routes(handle.window.addresses_W, at, handle.bucket, self.comm.rank, dtype)
+        routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype)
         return Returning(step, shape, dtype, self.comm.device, routes)
 
     def combine(self, step: Step, sink: Returning | Chunked, handle: Visit) -> Tensor:
@@ -131,6 +155,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             y_TH = torch.empty(handle.tokens, self.spec.hidden, dtype=sink.dtype, device=self.comm.device)
             if handle.bucket:
                 unsent, own = sink.finish()
+                handle.copies.join()
                 self._gapless = own is not None
                 if unsent is not None:
                     kernels.send_sums(handle, unsent, self._ends)

@@ -2,7 +2,8 @@
 
 One window of memory on each rank (window.py) holds a header and two regions: rows that came in, and partial sums that
 came back. In a phase, launches or copies write into one region of every peer. A launch then sets this rank's flag for
-that phase on every peer to the step's number.
+that phase on every peer to the step's number. Where copies carry the rows, flag "rows" speaks of slots and weights
+only, and a last copy to each peer sets a flag "copied rows" there.
 
 **Why no barrier and no second buffer are needed.** A step has two phases, and in each a rank waits for the flags of all
 ranks before it goes on.
@@ -11,24 +12,27 @@ ranks before it goes on.
 - A rank writes sums of step g only after it has all flags "rows" of step g. A peer sets that flag after its final sums
   of step g - 1, which were the last to read that region there.
 - Copies run on streams of their own, behind an event of the step's stream, which has waited for the other phase's
-  flags by then. Before it sets the flag of the copies' phase it waits for them. So they too lie between flags, and no
-  step begins while a copy still reads its scratch.
+  flags by then. Before it sets the flags "sums" it waits for all of them. So they too lie between flags, and no step
+  begins while a copy still reads its scratch, or writes to a peer.
+- Copied rows may come later than flag "rows". Who reads them waits for their own flag. Who doesn't, since no expert
+  here needs them, has waited for that rank's flag "rows", which is what the second point asks for.
 **Why what a flag announces is there.** It is stored with release at system scope by a thread that comes after all of
 this rank's writes of the phase: in a later launch of the stream, or in the same one by the block that took the last
 ticket. Blocks take tickets with acquire and release after their threads met at a barrier, so the last one has seen what
 all others wrote. The peer reads flags with acquire at system scope. Its later launches see all of it, and so do threads
 that meet at a barrier afterwards. PTX's memory model orders these: causality goes from one scope to another. A copy is
-done, and its writes are where they belong, before a launch begins whose stream has waited for its event.
+done, and its writes are where they belong, before a launch or copy begins whose stream has waited for it: so a flag
+that is copied comes behind the rows.
 **Numbers wrap around**, after 60 hours of 100 us steps: they are compared by their difference.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.comm.symmetric import Aside
 from moe_dist.exchange.nvlink import window
 from moe_dist.exchange.nvlink.window import Ends, Visit
 from moe_dist.exchange.served import choices, served_by
@@ -36,11 +40,13 @@ from moe_dist.kernels.triton.launch import as_bits, launch
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
+from moe_dist.step import Arrivals
 
-ROWS, SUMS = tl.constexpr(0), tl.constexpr(1)  # phases
-STEP, TICKETS = tl.constexpr(window.STEP), tl.constexpr(window.TICKETS)
+ROWS, SUMS, COPIED = tl.constexpr(window.ROWS), tl.constexpr(window.SUMS), tl.constexpr(window.COPIED)  # phases
+STEP, NUMBER, TICKETS = tl.constexpr(window.STEP), tl.constexpr(window.NUMBER), tl.constexpr(window.TICKETS)
 FLAGS, PHASE = tl.constexpr(window.FLAGS), tl.constexpr(window.MOST_RANKS)
 WORDS, VALUES = 2048, 1024  # of a row, of a sum, that one program moves
+COPIED_FLAGS = window.FLAGS + window.COPIED * window.MOST_RANKS
 FEW = 512  # thread blocks up to which the last one, or each, sees to the flags; of more a launch of its own is quicker
 
 
@@ -48,18 +54,21 @@ def send_rows(
     visit: Visit, parts: list[Tensor], placement: Placement, routing: Routing, ends: Ends, copied: bool = False
 ) -> None:
     """This rank's tokens to where they are computed; returns when everybody's are here, as streams go. `parts`: what
-    their rows consist of; `copied`: by copy engines, to all ranks, and a kernel sends the rest."""
+    their rows consist of, which may lie in their own place already. `copied`: to all other ranks by copy engines, and
+    everybody's slots and weights are here then, but rows only as their flags say."""
     inputs, sizes, constants = choices(placement, routing, ends.rank)
     parts = [part.contiguous() for part in parts]
-    words = [0 if copied else row_bytes(part) // 4 for part in parts]
-    scale_words = words[1] if len(parts) > 1 else 0
     starts = visit.regions.row_starts
+    own = [visit.window.view(at, tuple(part.shape), part.dtype) for at, part in zip(starts, parts, strict=False)]
+    to_own = any(part.data_ptr() != there.data_ptr() for part, there in zip(parts, own, strict=True))
+    words = [row_bytes(part) // 4 if to_own or not copied else 0 for part in parts]
+    scale_words = words[1] if len(parts) > 1 else 0
     block = min(WORDS, power_of_2(max(words[0], 1)))
     grid = visit.bucket, max(1, cdiv(words[0], block)), 1
-    at_once = grid[0] * grid[1] <= FEW and not copied
-    aside = Aside(visit.window.local.device)
+    at_once = grid[0] * grid[1] <= FEW
     if copied:
-        aside.copy(_row_copies(visit, parts, ends))
+        launch(_set_number, (1, 1, 1), (visit.window.words,), (), ())
+        visit.copies.copy(_row_copies(visit, parts, ends), in_turn=True)
     launch(
         _send_rows,
         grid,
@@ -68,21 +77,36 @@ def send_rows(
             *(visit.tokens, visit.bucket, *sizes, words[0], scale_words),
             *(starts[0], starts[1] if scale_words else 0, starts[-2], starts[-1], ends.limit_ns),
         ),
-        (*constants, *_ranks(ends), power_of_2(max(scale_words, 1)), block, at_once, ends.waits),
+        (*constants, *_ranks(ends), power_of_2(max(scale_words, 1)), block, to_own, not copied, at_once, ends.waits),
     )
-    aside.join()
     if not at_once:
         launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (ROWS.value, *_ranks(ends), ends.waits))
 
 
 def _row_copies(visit: Visit, parts: list[Tensor], ends: Ends) -> list[tuple[Tensor, Tensor]]:
-    """(place, part) of this rank's rows on every rank, its own last."""
-    pairs = []
-    for part, start in zip(parts, visit.regions.row_starts[:-2], strict=True):
-        at = start + ends.rank * visit.bucket * row_bytes(part)
-        peers = [(ends.rank + step) % ends.world for step in range(1, ends.world + 1)]
-        pairs += [(visit.window.peer_view(peer, at, tuple(part.shape), part.dtype), part) for peer in peers]
+    """(place, part) of this rank's rows on every other rank, and behind each rank's the flag there. First to the rank
+    that they are the first part for."""
+    number, pairs = visit.window.view(4 * NUMBER.value, (1,), torch.int32), []
+    for step in range(1, ends.world):
+        peer = (ends.rank - step) % ends.world
+        for part, start in zip(parts, visit.regions.row_starts[:-2], strict=True):
+            at = start + step * visit.bucket * row_bytes(part)
+            pairs.append((visit.window.peer_view(peer, at, tuple(part.shape), part.dtype), part))
+        pairs.append((visit.window.peer_view(peer, 4 * (COPIED_FLAGS + step), (1,), torch.int32), number))
     return pairs
+
+
+def arrivals(visit: Visit, ends: Ends) -> Arrivals:
+    """When copied rows are here."""
+    words = visit.window.words
+    flags_P, step = words[COPIED_FLAGS : COPIED_FLAGS + ends.world], words[STEP.value : STEP.value + 1]
+    return Arrivals(flags_P, step, visit.window.failed, visit.bucket, ends.rank, ends.limit_ns, COPIED.value)
+
+
+def await_copies(visit: Visit, ends: Ends) -> None:
+    """Returns when all copied rows are here, as streams go."""
+    if ends.waits:
+        launch(_await_copies, (1, 1, 1), _shared(visit)[:2], (ends.rank, ends.limit_ns), _ranks(ends))
 
 
 def send_sums(visit: Visit, sums_RH: Tensor, ends: Ends) -> None:
@@ -163,15 +187,29 @@ def _meet(
     number = tl.load(header + STEP) + 1
     _tell(header, peers, rank, phase, number, W, LANES)
     if WAITS:
-        _await(header, failed, phase, number, LIMIT_NS, W, LANES)
+        _await(header, failed, phase, 0, number, LIMIT_NS, W, LANES)
     if phase == SUMS:
         tl.store(header + STEP, number)
 
 
 @triton.jit
-def _await(header, failed, phase: tl.constexpr, number, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr):
-    """Until everybody's flags of a phase are here, but no longer than LIMIT_NS: then `failed` gets the phase (from 1
-    on), the last of the peers that are missing, and the number of the step."""
+def _set_number(header):
+    """What copies of this step leave behind them."""
+    tl.store(header + NUMBER, tl.load(header + STEP) + 1)
+
+
+@triton.jit(do_not_specialize=["rank", "LIMIT_NS"])
+def _await_copies(header, failed, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr):
+    number = tl.load(header + STEP) + 1
+    tl.store(header + FLAGS + COPIED * PHASE, number)  # of its own rows
+    tl.debug_barrier()
+    _await(header, failed, COPIED, rank, number, LIMIT_NS, W, LANES)
+
+
+@triton.jit
+def _await(header, failed, phase: tl.constexpr, first, number, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr):
+    """Until all flags of a phase are here, but no longer than LIMIT_NS: then `failed` gets the phase (from 1 on), a
+    rank that is missing, and the number of the step. `first`: whose flag is the first one."""
     lane = tl.arange(0, LANES)
     own = header + FLAGS + phase * PHASE + tl.minimum(lane, W - 1)
     missing = _seen(own) - number < 0
@@ -181,7 +219,7 @@ def _await(header, failed, phase: tl.constexpr, number, LIMIT_NS, W: tl.constexp
         missing = _seen(own) - number < 0
         in_time = _nanoseconds() - began < LIMIT_NS
     if tl.max(missing.to(tl.int32), 0) > 0:
-        tl.store(failed + 1, tl.max(tl.where(missing, tl.minimum(lane, W - 1), -1), 0))
+        tl.store(failed + 1, (tl.max(tl.where(missing, tl.minimum(lane, W - 1), -1), 0) + first) % W)
         tl.store(failed + 2, number)
         tl.store(failed, phase + 1)
 
@@ -191,16 +229,17 @@ def _send_rows(
     values, scales, ids, weights, slot_table, group_table, copy_counts, served, header, failed, peers,
     T, BUCKET, rank, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, VALUES_AT, SCALES_AT, SLOTS_AT, WEIGHTS_AT,
     LIMIT_NS, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
-    LANES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+    LANES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, TO_OWN: tl.constexpr, TO_OTHERS: tl.constexpr,
+    ENDS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """One program for each of the bucket's tokens and each BLOCK words of its row. Every peer gets the token's slots
-    there and its weights, -1 and 0 for padding; its row goes to those that hold one of its experts. Row t of rank r has
-    the place r · BUCKET + t everywhere, so nobody counts. `served`[t, w]: whether rank w sends a sum back."""
+    there and its weights, -1 and 0 for padding; its row goes to those that hold one of its experts, as TO_OWN and
+    TO_OTHERS say. On the rank p places before this one, row t has the place p · BUCKET + t, so nobody counts.
+    `served`[t, w]: whether rank w sends a sum back."""
     token, part = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, PLACES)
     column = part * BLOCK + tl.arange(0, BLOCK)
     beside = tl.arange(0, SCALES)
-    row = rank.to(tl.int64) * BUCKET + token
     real = token < T
     inside = (column < VALUE_WORDS) & real
     words = tl.load(as_bits(values) + token.to(tl.int64) * VALUE_WORDS + column, mask=inside)
@@ -209,15 +248,17 @@ def _send_rows(
     tokens = token + tl.zeros((1,), tl.int32)
     for step in tl.static_range(1, W + 1):
         peer = (rank + step) % W  # its own memory last: others may wait
-        to = tl.load(peers + peer)
+        to = tl.load(peers + step % W)
+        row = tl.cast((W - step) * BUCKET, tl.int64) + token
         at, expert, here = served_by(ids, slot_table, group_table, copy_counts, tokens, T, peer // TP, own_group,
                                      EXPERTS, COPIES, K, REPLICATED, PLACES)  # fmt: skip
         wanted = tl.max(tl.max(here.to(tl.int32), 1), 0) > 0
-        if wanted:
+        carried = TO_OWN if step == W else TO_OTHERS
+        if carried & wanted:
             row_there = _there(to, VALUES_AT, tl.int32) + row * VALUE_WORDS
             tl.store(row_there + column, words, mask=inside)
         if part == 0:
-            if wanted:
+            if carried & wanted:
                 scales_there = _there(to, SCALES_AT, tl.int32) + row * SCALE_WORDS
                 tl.store(scales_there + beside, scale, mask=scaled)
             slot = tl.load(slot_table + (peer // TP) * EXPERTS + expert, mask=here, other=-1)
@@ -235,7 +276,7 @@ def _send_rows(
             number = tl.load(header + STEP) + 1
             _tell(header, peers, rank, ROWS, number, W, LANES)
             if WAITS:
-                _await(header, failed, ROWS, number, LIMIT_NS, W, LANES)
+                _await(header, failed, ROWS, 0, number, LIMIT_NS, W, LANES)
 
 
 @triton.jit
@@ -255,7 +296,7 @@ def _send_sums(
 ):  # fmt: skip
     """One program for each computed row and each BLOCK words of a chunk of its sum. They go back to where the row came
     from, to the place [this rank, chunk, token]."""
-    source = (tl.program_id(0) + rank + 1) % W  # in turns, and every rank begins with another one
+    source = (tl.program_id(0) + 1) % W  # from this rank on: in turns, and every rank begins with another one
     token = tl.program_id(0) // W
     row = source.to(tl.int64) * BUCKET + token
     place = tl.arange(0, PLACES)
@@ -275,15 +316,15 @@ def _add_sums(
     LANES: tl.constexpr, BLOCK: tl.constexpr, APART: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """y[token] = the sum of what came back for it, in float32, in the order of ranks. If APART, what this rank has for
-    itself lies in `own`, among the sums of all rows. With ENDS the phase ends here: the first program sets the flags,
-    which say that earlier launches have sent this rank's sums, and all wait."""
+    itself lies in `own`, as the first among the sums of all rows. With ENDS the phase ends here: the first program sets
+    the flags, which say that earlier launches have sent this rank's sums, and all wait."""
     token, part = tl.program_id(0), tl.program_id(1)
     if ENDS:
         number = tl.load(header + STEP) + 1
         if token + part == 0:
             _tell(header, peers, rank, SUMS, number, W, LANES)
         if WAITS:
-            _await(header, failed, SUMS, number, LIMIT_NS, W, LANES)
+            _await(header, failed, SUMS, 0, number, LIMIT_NS, W, LANES)
         tl.debug_barrier()  # every thread of the block has seen the flags
         if tl.atomic_add(header + TICKETS + SUMS, 1, sem="relaxed") == tl.num_programs(0) * tl.num_programs(1) - 1:
             tl.store(header + TICKETS + SUMS, 0)
@@ -295,7 +336,7 @@ def _add_sums(
         if tl.load(served + token * W + peer, mask=token < T, other=0) != 0:
             chunk = came + (tl.cast(H, tl.int64) * peer + first) * BUCKET
             if APART and peer == rank:
-                chunk = own + (first * W + width * peer) * BUCKET
+                chunk = own + first * W * BUCKET
             at = chunk + token.to(tl.int64) * width + column
             total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + token.to(tl.int64) * H + first + column, total.to(y.dtype.element_ty), mask=inside)

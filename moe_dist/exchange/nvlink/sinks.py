@@ -58,7 +58,7 @@ class Chunked(Sink):
         for step in range(1, world):  # every rank begins with another one; its own sums stay where they are
             peer = (self._rank + step) % world
             there = visit.window.peer_view(peer, at, (visit.bucket, stop - start), dtype)
-            pairs.append((there, sums_RC[peer * visit.bucket : (peer + 1) * visit.bucket]))
+            pairs.append((there, sums_RC[step * visit.bucket : (step + 1) * visit.bucket]))
         self._aside.copy(pairs)
 
     def whole(self, step: Step) -> Tensor:

@@ -7,24 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.comm.symmetric import Symmetric
+from moe_dist.comm.symmetric import Aside, Symmetric
 from moe_dist.exchange.rows import pair_specs, row_specs
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
 from moe_dist.step import TensorSpec
 from moe_dist.step.workspace import ALIGNMENT, bytes_of
 
-# The header, in 32-bit words: the number of the last step that ended here, tickets taken in each phase, and from FLAGS
-# on each phase's flags by source.
-STEP, TICKETS, FLAGS, MOST_RANKS, PHASES = 0, 8, 32, 128, 2
+# The header, in 32-bit words: the number of the last step that ended here, the number that copies leave behind them,
+# tickets taken in each phase, and from FLAGS on each phase's flags: by source, and of copied rows by part.
+STEP, NUMBER, TICKETS, FLAGS, MOST_RANKS, PHASES = 0, 1, 8, 32, 128, 3
+ROWS, SUMS, COPIED = 0, 1, 2  # phases
 HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
 
 
 @dataclass(frozen=True)
 class Regions:
     """Of a window for steps of one bucket, which all ranks agree on. `rows`: values, scales if there are any, slots and
-    weights of the [world · bucket] rows; `sums`: [world, bucket · H], from each rank chunk after chunk of [bucket,
-    columns] (`Visit.width`). Starts are in bytes."""
+    weights of the [world · bucket] rows, this rank's own first, then the next rank's, and so on; `sums`: [world,
+    bucket · H], from each rank, in their order, chunk after chunk of [bucket, columns] (`Visit.width`). Starts are in
+    bytes."""
 
     rows: tuple[TensorSpec, ...]
     row_starts: tuple[int, ...]
@@ -58,8 +60,8 @@ class Ends:
 @dataclass(frozen=True)
 class Visit:
     """One step in a window: what lies where in it, the columns of a chunk of sums (the last one has what is left), the
-    number of this rank's tokens, which ranks send a sum back for each (`served_TW`, int8), and the slots of the rows
-    that came."""
+    number of this rank's tokens, which ranks send a sum back for each (`served_TW`, int8), the slots of the rows that
+    came, and the copies of rows that are under way."""
 
     window: Symmetric
     regions: Regions
@@ -68,3 +70,4 @@ class Visit:
     tokens: int
     served_TW: Tensor
     slots_RK: Tensor
+    copies: Aside

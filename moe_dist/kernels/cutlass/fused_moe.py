@@ -72,7 +72,7 @@ class CutlassPipeline(Pipeline):
             x_scale_row=blocks(experts.hidden) if self.kind == BLOCK_SCALES else 1,
             x_scale_k=int(self.kind == BLOCK_SCALES),
             k=experts.hidden, width=experts.width, first=0, end=experts.width,
-            activation=ACTIVATIONS[activation],
+            activation=ACTIVATIONS[activation], **_arriving(self.rows),
         )  # fmt: skip
 
     def gemm2(self, start: int, stop: int) -> None:
@@ -100,6 +100,18 @@ class CutlassPipeline(Pipeline):
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
         device = self.slots_RK.device.index
         library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
+
+
+def _arriving(rows: TokenRows) -> dict[str, int]:
+    """When the rows are here that are on their way."""
+    found = rows.arrivals
+    if found is None:
+        return {}
+    return {
+        "flags": found.flags_P.data_ptr(), "step": found.step.data_ptr(), "failed": found.failed.data_ptr(),
+        "limit_ns": found.limit_ns, "each": found.each, "rank": found.rank, "parts": len(found.flags_P),
+        "phase": found.phase,
+    }  # fmt: skip
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -46,12 +46,17 @@ struct Args {
   int *taken;        // how many tiles were asked for: 0 before a launch and after it
   void *out;         // UP*: [P, width] sorted, E4M3 (ROW: bf16); DOWN: [P, width] bf16, by pair
   float *out_scales; // BLOCK, UP*: [ceil(width / 128), P]
+  const int *flags;  // UP*: when rows are here that are on their way (Arrivals of moe_dist/step/rows.py); null: all are
+  const int *step;   // this and the others of Arrivals
+  int *failed;
+  int64_t limit_ns;
   int64_t x_scale_row, x_scale_k;
   int k;          // length of the sum
   int width;      // columns of the output
   int first, end; // DOWN: the columns to compute, from a multiple of 128 on; UP*: 0 and width
   int experts, top_k, pairs;
   int activation, gate_first, per_tensor;
+  int each, rank, parts, phase; // of Arrivals; `parts` is how many flags there are
 };
 
 constexpr int BLOCK_K = 128;              // bytes of a swizzled row, and columns of a scale block
@@ -64,7 +69,7 @@ constexpr int TOKENS = 128, UNIT = 64; // of a tile; of one warpgroup's product
 constexpr int STAGES = 4;
 constexpr int AHEAD = 2;               // tiles that a cluster knows beforehand
 constexpr int NUMBERS = 8;             // of tiles that are kept: nobody is further behind the loads than STAGES tiles
-constexpr int ALL_MATH = 1, TURNS = 2; // named barriers: one, and one for each warpgroup
+constexpr int ALL_MATH = 1, TURNS = 2, ALL_LOADS = 4; // named barriers: TURNS has one for each warpgroup
 constexpr int SCALES = TOKENS + 4;     // of a stage: the tokens', and one for each half of the weights
 constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
 constexpr int AT_STAGED = AT_TOKENS + STAGES * TOKENS * BLOCK_K;
@@ -73,7 +78,7 @@ constexpr int AT_MAXIMA = AT_SCALES + STAGES * SCALES * 4;
 constexpr int AT_BARRIERS = AT_MAXIMA + 2 * UNIT * 4;
 constexpr int AT_NUMBERS = AT_BARRIERS + (2 * STAGES + NUMBERS) * 8;
 constexpr int AT_TILES = AT_NUMBERS + NUMBERS * 4;
-inline int shared_bytes(int experts) { return AT_TILES + (3 * experts + 1) * 4; }
+inline int shared_bytes(int experts) { return AT_TILES + (4 * experts + 2) * 4; }
 
 template <int N> struct Mma;
 #define MOE_DIST_MMA(N)                                                                                                \
@@ -100,6 +105,18 @@ __device__ inline void put_16(void *to, uint4 value) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
                : "memory");
+}
+
+__device__ inline uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+__device__ inline int seen(const int *flag) { // what its writer wrote before is seen from here on
+  int value;
+  asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
 }
 
 __device__ inline void meet(int id) { // of the math warpgroups
@@ -170,14 +187,20 @@ __device__ inline float relu2(float x) { return x <= 0.0f ? 0.0f : x * x; } // N
 // halves; 128 or less are left to tiles in which its blocks have different columns. An expert's tiles of one column
 // come one after the other, then its next column: what is at work at a time shares weights and tokens in L2.
 // Some tiles take half as long as others, so clusters take them as they come.
-template <int CLUSTER> struct Tiles {
-  int *before, *start, *count; // [experts + 1] tiles before an expert; [experts]
+//
+// While rows are on their way, every expert's first tokens are a wave of their own before all others. They are sorted
+// by row, and the first rows are here already.
+template <int CLUSTER, bool WAVES> struct Tiles {
+  int *before, *start, *count, *ahead; // [experts + 1] tiles before an expert; [experts]; before, in the first wave
   int experts, columns, expert = 0;
+  int early = 0; // tiles of the first wave
+  bool later = false;
   int column, first, tokens; // of this thread block: its first token, of the expert's; how many
   bool shared;               // whether the cluster's blocks have the same weights
 
   __device__ Tiles(int *room, int experts, int columns)
-      : before(room), start(room + experts + 1), count(start + experts), experts(experts), columns(columns) {}
+      : before(room), start(room + experts + 1), count(start + experts), ahead(count + experts), experts(experts),
+        columns(columns) {}
 
   static constexpr int TOGETHER = CLUSTER * TOKENS;
   __device__ static int full_tiles(int n) { // in a column
@@ -187,7 +210,9 @@ template <int CLUSTER> struct Tiles {
     return CLUSTER == 1 || n % TOGETHER == 0 || n % TOGETHER > TOKENS ? 0 : (columns + 1) / 2;
   }
 
-  __device__ void find(const int *starts, const int *stops) { // by all threads
+  __device__ int first_tiles(int n) const { return full_tiles(n) > 0 ? columns : 0; } // of an expert in the first wave
+
+  __device__ void find(const int *starts, const int *stops, bool waves) { // by all threads
     for (int e = threadIdx.x; e < experts; e += THREADS) {
       start[e] = starts[e];
       count[e] = stops[e] - starts[e];
@@ -195,42 +220,59 @@ template <int CLUSTER> struct Tiles {
     __syncthreads();
     if (threadIdx.x < 32) {
       int total = 0;
-      for (int at = 0; at < experts; at += 32) {
-        const int e = at + int(threadIdx.x);
-        const int tiles = e < experts ? full_tiles(count[e]) * columns + split_tiles(count[e]) : 0;
-        int sum = tiles;
-        for (int step = 1; step < 32; step *= 2) {
-          const int other = __shfl_up_sync(~0u, sum, step);
-          if (int(threadIdx.x) >= step)
-            sum += other;
-        }
-        if (e < experts)
-          before[e] = total + sum - tiles;
-        total += __shfl_sync(~0u, sum, 31);
-      }
-      if (threadIdx.x == 0)
-        before[experts] = total;
+      if (WAVES && waves)
+        total = add_up(ahead, total, [&](int n) { return first_tiles(n); });
+      add_up(before, total, [&](int n) {
+        return full_tiles(n) * columns + split_tiles(n) - (WAVES && waves ? first_tiles(n) : 0);
+      });
     }
     __syncthreads();
+    early = WAVES && waves ? ahead[experts] : 0;
+  }
+
+  // to[e] = total + the tiles of all experts before e; by one warp, which gets to[experts].
+  template <class F> __device__ int add_up(int *to, int total, F tiles_of) const {
+    for (int at = 0; at < experts; at += 32) {
+      const int e = at + int(threadIdx.x);
+      const int tiles = e < experts ? tiles_of(count[e]) : 0;
+      int sum = tiles;
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (int(threadIdx.x) >= step)
+          sum += other;
+      }
+      if (e < experts)
+        to[e] = total + sum - tiles;
+      total += __shfl_sync(~0u, sum, 31);
+    }
+    if (threadIdx.x == 0)
+      to[experts] = total;
+    return total;
   }
 
   __device__ bool is(int number) { // numbers only grow
-    while (expert < experts && number >= before[expert + 1])
+    const bool first_wave = WAVES && number < early;
+    if (WAVES && !first_wave && !later)
+      later = true, expert = 0;
+    const int *begins = first_wave ? ahead : before;
+    while (expert < experts && number >= begins[expert + 1])
       ++expert;
     if (expert == experts)
       return false;
-    const int n = count[expert], full = full_tiles(n), within = number - before[expert];
+    const int n = count[expert], all = full_tiles(n), within = number - begins[expert];
+    const int done = WAVES && early > 0 && !first_wave && all > 0; // of the full ones, in the first wave
+    const int full = first_wave ? 1 : all - done;
     const int rank = int(blockIdx.x) % CLUSTER;
     shared = within < full * columns;
     if (shared) {
       column = within / full;
-      const int left = n - within % full * TOGETHER;
+      const int at = (done + within % full) * TOGETHER, left = n - at;
       const int each = CLUSTER == 1 || left >= TOGETHER ? TOKENS : (left + 1) / 2;
-      first = within % full * TOGETHER + rank * each;
+      first = at + rank * each;
       tokens = min(each, n - first);
     } else {
       column = (within - full * columns) * 2 + rank;
-      first = full * TOGETHER;
+      first = all * TOGETHER;
       tokens = column < columns ? n - first : 0;
     }
     return true;
@@ -249,6 +291,7 @@ struct Parities {
 
 template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  using Tile = Tiles<CLUSTER, GEMM != DOWN>; // GEMM2 has nothing to wait for
   static constexpr int COLUMNS = GEMM == UP_GATED ? 128 : 256; // of the output in a tile
 
   const Args &args;
@@ -264,19 +307,19 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   // The weights' half 0 is gate's, or the first 128 of 256 columns.
   __device__ int place(int half) const { return half == (args.gate_first ? 0 : 1) ? 0 : 1; }
-  __device__ int matrix_row(const Tiles<CLUSTER> &tile, int half) const {
+  __device__ int matrix_row(const Tile &tile, int half) const {
     if constexpr (GEMM == UP_GATED)
       return (tile.expert * 2 + place(half)) * args.width + tile.column * 128;
     return tile.expert * args.width + args.first + tile.column * 256 + half * 128;
   }
-  __device__ const float *block_scales(const Tiles<CLUSTER> &tile, int half) const {
+  __device__ const float *block_scales(const Tile &tile, int half) const {
     int blocks = (args.width + 127) / 128;
     if constexpr (GEMM == UP_GATED)
       return args.w_scales + int64_t((tile.expert * 2 + place(half)) * blocks + tile.column) * wide;
     return args.w_scales +
            int64_t(tile.expert * blocks + min(args.first / 128 + tile.column * 2 + half, blocks - 1)) * wide;
   }
-  __device__ float channel_scale(const Tiles<CLUSTER> &tile, int half, int channel) const {
+  __device__ float channel_scale(const Tile &tile, int half, int channel) const {
     constexpr int HALVES = GEMM == UP_GATED ? 2 : 1;
     int matrix = tile.expert * HALVES + (GEMM == UP_GATED ? place(half) : 0);
     if (args.per_tensor)
@@ -284,13 +327,15 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     return channel < args.width ? args.w_scales[int64_t(matrix) * args.width + channel] : 0.0f;
   }
 
-  __device__ int source(const Tiles<CLUSTER> &tile, int token) const {
+  __device__ int source(const Tile &tile, int token) const {
     int at = tile.start[tile.expert] + tile.first + token;
     return GEMM == DOWN ? at : int(uint32_t(args.order[at]) / uint32_t(args.top_k));
   }
 
+  __device__ bool waves() const { return GEMM != DOWN && args.flags != nullptr; }
+
   // This cluster's next tile: the first AHEAD by its own number, the others as its first block was told.
-  __device__ bool next(Tiles<CLUSTER> &tile, int round) const {
+  __device__ bool next(Tile &tile, int round) const {
     int number = int(blockIdx.x) / CLUSTER + round * (int(gridDim.x) / CLUSTER);
     if (round >= AHEAD)
       number = hear(round - AHEAD);
@@ -305,7 +350,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   // To this cluster's blocks the number that comes after `taken` others. In a cluster of two it goes as bytes that the
   // barriers count: an order by fences would wait for all loads. Each tile asks once: the last leaves 0.
-  __device__ void tell(const Tiles<CLUSTER> &tile, int round, int taken) const {
+  __device__ void tell(const Tile &tile, int round, int taken) const {
     if (taken == tile.before[args.experts] - 1)
       atomicExch(args.taken, 0);
     const int number = taken + AHEAD * (int(gridDim.x) / CLUSTER), at = round % NUMBERS;
@@ -326,13 +371,40 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     }
   }
 
-  __device__ void load(Tiles<CLUSTER> &tile, const CUtensorMap *weights) const {
+  // Until the rows of this tile are here. They are sorted, so the last token's part is the latest one. `here`: the last
+  // part that is known to be here.
+  __device__ void await(const Tile &tile, int &here) const {
+    if (tile.tokens <= 0)
+      return;
+    const int part = source(tile, tile.tokens - 1) / args.each;
+    if (part <= here)
+      return;
+    if (threadIdx.x == MATH_THREADS) {
+      const int number = *args.step + 1;
+      const uint64_t began = nanoseconds();
+      while (here < part) {
+        if (seen(args.flags + here + 1) - number >= 0) {
+          ++here;
+        } else if (int64_t(nanoseconds() - began) > args.limit_ns) {
+          args.failed[1] = (args.rank + here + 1) % args.parts;
+          args.failed[2] = number;
+          __threadfence_system();
+          args.failed[0] = args.phase + 1;
+          here = part;
+        }
+      }
+    }
+    asm volatile("bar.sync %0, %1;" ::"n"(ALL_LOADS), "n"(LOAD_THREADS) : "memory");
+    here = part;
+  }
+
+  __device__ void load(Tile &tile, const CUtensorMap *weights) const {
     constexpr int PASSES = TOKENS / 16; // 16 rows of 8 x 16 bytes each
     const int thread = int(threadIdx.x) - MATH_THREADS, chunk = thread % 8;
     const uint32_t rank = blockIdx.x % CLUSTER;
     const uint32_t to = uint32_t(thread / 8 * 128 + ((chunk ^ (thread / 8 % 8)) * 16));
     Parities parities;
-    int round = 0;
+    int round = 0, here = 0;
     for (; next(tile, round); ++round) {
       int taken = 0;
       if (thread == 0) {
@@ -341,6 +413,9 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
         if (CLUSTER > 1)
           told(round % NUMBERS)->arrive_and_expect_tx(sizeof(int));
       }
+      if constexpr (GEMM != DOWN)
+        if (args.flags != nullptr)
+          await(tile, here);
       const uint8_t *rows[PASSES];
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -395,7 +470,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
       empty(stage)->arrive(threadIdx.x % 32);
   }
 
-  __device__ void work(Tiles<CLUSTER> &tile) const {
+  __device__ void work(Tile &tile) const {
     Parities parities;
     if (threadIdx.x >= 128)
       pass(TURNS); // the first turn is the first warpgroup's
@@ -414,7 +489,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 
   // N = 128: 64 tokens by each warpgroup; N = 64: half of the columns by each.
-  template <int N> __device__ void work_on(const Tiles<CLUSTER> &tile, Parities &parities) const {
+  template <int N> __device__ void work_on(const Tile &tile, Parities &parities) const {
     const int group = __shfl_sync(~0u, int(threadIdx.x) / 128, 0), my_unit = N == 128 ? group : 0;
     const uint64_t a0 = operand(shared + AT_TOKENS + my_unit * UNIT * BLOCK_K);
     const uint64_t b0 = operand(shared + (N == 128 ? 0 : group * 64 * BLOCK_K));
@@ -447,7 +522,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 
   template <int N>
-  __device__ void finish(const Tiles<CLUSTER> &tile, float (&left)[N / 2], float (&right)[N / 2], int target) const {
+  __device__ void finish(const Tile &tile, float (&left)[N / 2], float (&right)[N / 2], int target) const {
     // This thread's first column of the left half, and of the output.
     const int at = (N == 128 ? 0 : int(threadIdx.x) / 128 * 64) + int(threadIdx.x) % 4 * 2;
     const int channel = (GEMM == DOWN ? args.first : 0) + tile.column * COLUMNS + at;
@@ -500,7 +575,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
 
   // 128 columns of the output from `channel` on: of 64 tokens by each warpgroup, or 64 columns of the same by each.
   template <int N>
-  __device__ void put(const Tiles<CLUSTER> &tile, const float (&values)[N / 2], int channel, int target) const {
+  __device__ void put(const Tile &tile, const float (&values)[N / 2], int channel, int target) const {
     const int group = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32, first = first_row<N>();
     const Place place = {
         shared + AT_STAGED + int(threadIdx.x) / 32 * 16 * STAGED_ROW,
@@ -657,9 +732,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  Tiles<CLUSTER> tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
+  typename Kernel<GEMM, KIND, CLUSTER>::Tile tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
                       (args.end - args.first + kernel.COLUMNS - 1) / kernel.COLUMNS);
-  tile.find(args.starts, args.stops);
+  tile.find(args.starts, args.stops, kernel.waves());
   if constexpr (CLUSTER > 1) { // barriers that the other block arrives at must be there
     cute::cluster_arrive();
     cute::cluster_wait();

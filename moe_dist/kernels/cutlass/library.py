@@ -53,9 +53,11 @@ class Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "x_scales", "w_scales", "x_static", "h_static")),
         *((name, ctypes.c_void_p) for name in ("starts", "stops", "order", "taken", "out", "out_scales")),
-        *((name, ctypes.c_int64) for name in ("x_scale_row", "x_scale_k")),
+        *((name, ctypes.c_void_p) for name in ("flags", "step", "failed")),
+        *((name, ctypes.c_int64) for name in ("limit_ns", "x_scale_row", "x_scale_k")),
         *((name, ctypes.c_int) for name in ("k", "width", "first", "end", "experts", "top_k", "pairs")),
         *((name, ctypes.c_int) for name in ("activation", "gate_first", "per_tensor")),
+        *((name, ctypes.c_int) for name in ("each", "rank", "parts", "phase")),
     )
 
 

@@ -109,7 +109,7 @@ def sorted_by_expert(rows: TokenRows, experts: int, take: Take) -> ExpertRows:
     taken = take((2,), torch.int32)
     nothing = Quantizing((slots_RK, slots_RK, slots_RK), 0, 128)
     sort_pairs(_launched, take, slots_RK, (table, starts, stops, order), taken, UNREAD_TILE, nothing)
-    return ExpertRows(rows.x, rows.slots_RK, rows.weights_RK, starts, stops, order)
+    return ExpertRows(rows.x, rows.slots_RK, rows.weights_RK, starts, stops, order, arrivals=rows.arrivals)
 
 
 def _launched(

@@ -37,20 +37,20 @@ ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, places, y, START, AT, EACH, RANK, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    out, slots, weights, places, y, START, AT, EACH, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
     SPLIT_K: tl.constexpr, PLACED: tl.constexpr, ROUTED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K, for COLUMNS
     columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`. If ROUTED, `y` holds
-    the addresses of Routes, and AT, EACH and RANK are theirs; WIDE: sums are float32."""
+    the addresses of Routes, and AT and EACH are theirs; WIDE: sums are float32."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    if ROUTED:  # targets in turns, and every rank begins with another one
+    if ROUTED:  # targets in turns, from the next rank on: every rank begins with another one
         ranks = tl.num_programs(0) // EACH
-        target = (row + RANK + 1) % ranks
+        target = (row + 1) % ranks
         there = row // ranks
         row = target * EACH + there
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -212,9 +212,9 @@ class Pipeline(ABC):
         (R, K), columns = self.slots_RK.shape, stop - start
         block = min(1024, power_of_2(columns))
         placed = self.places is not None
-        target, route, wide = y_RC, (0, 1, 0), False
+        target, route, wide = y_RC, (0, 1), False
         if routes is not None:
-            target, route = routes.addresses_W, (routes.at, routes.each, routes.rank)
+            target, route = routes.addresses_W, (routes.at, routes.each)
             wide = routes.dtype == torch.float32
         tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, target)
         constants = (self.experts.hidden, columns, K, self.split_k, placed, routes is not None, wide, block)
