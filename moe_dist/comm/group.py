@@ -307,18 +307,21 @@ class Comm:
         """What bounds every collective."""
         return self._timeout_s
 
-    def window(self, nbytes: int) -> Symmetric:
-        """Memory of at least so many bytes on each rank, which all of them can reach. Collective where there is none or
-        it must grow, so all ranks ask for the same. Whoever has captured launches into it keeps it. Raises
+    def window(self, *sizes: int) -> Symmetric:
+        """Memory on each rank with areas of at least so many bytes, which all ranks can reach. Collective where there
+        is none or it must grow, so all ranks ask for the same. Whoever has captured launches into it keeps it. Raises
         UnsupportedError where the GPUs can't reach each other, ConfigError during a capture."""
-        if self.shared is None or self.shared.nbytes < nbytes:
+        shared = self.shared
+        there = (0,) * len(sizes) if shared is None else shared.sizes
+        if shared is None or any(size > room for size, room in zip(sizes, there, strict=True)):
             if torch.cuda.is_current_stream_capturing():
-                raise ConfigError("window", nbytes, "can't grow while a CUDA graph is captured", "a step before it")
+                raise ConfigError("window", sizes, "can't grow while a CUDA graph is captured", "a step before it")
+            sizes = tuple(map(max, sizes, there))
             group = (self._group or dist.group.WORLD) if self.world > 1 else None
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
-            self.shared = Symmetric(nbytes, group, self.device)
+            shared = self.shared = Symmetric(sizes, group, self.device)
             self.barrier()  # nobody writes into memory that is still being zeroed
-        return self.shared
+        return shared
 
     def check_window(self) -> None:
         """Raise RankFailure where a launch has given up waiting for a peer's writes; what came since is wrong."""

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,21 +17,23 @@ from torch import Tensor
 from moe_dist.errors import UnsupportedError
 from moe_dist.model.sizes import cdiv
 
-GRAIN = 1 << 20  # bytes: steps of slightly more tokens don't need new memory each time
+GRAIN = 1 << 20  # bytes of an area: steps of slightly more tokens don't need new memory each time
 MOST_VIEWS = 4096  # of a window that are kept: steps of ever new sizes would otherwise collect them
 STREAMS = 8  # that a thread's copies are spread over; with as many peers or fewer, each has one to itself
 
 
 class Symmetric:
-    """`nbytes` of each rank. `local`: this rank's own, uint8, zero at first, and as 32-bit `words`. `addresses_W`:
+    """Areas of at least these `sizes` in bytes on each rank, one behind the other; the first bytes of area a are at
+    `starts[a]`. `local`: this rank's own memory, uint8, zero at first, and as 32-bit `words`. `addresses_W`:
     where each rank's begin as this rank sees them, int64 on the device, in turn: its own, those of the next rank, and
     so on to the one before it. `failed`: int32 [4] that the host can read
     without waiting; a launch that gives up waiting for a peer leaves there what for (see `problem`)."""
 
-    def __init__(self, nbytes: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> None:
         """Collective in `group`; None: this rank is alone. Raises UnsupportedError where GPUs can't reach each other.
         Not during a capture."""
-        nbytes = cdiv(nbytes, GRAIN) * GRAIN
+        self.sizes = tuple(cdiv(size, GRAIN) * GRAIN for size in sizes)
+        self.starts, nbytes = tuple(accumulate(self.sizes[:-1], initial=0)), sum(self.sizes)
         with torch.inference_mode(False):
             if group is None:
                 self.local = torch.zeros(nbytes, dtype=torch.uint8, device=device)

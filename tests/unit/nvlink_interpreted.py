@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 class Window(Symmetric):
     """Of one rank; `addresses_W` and what peers call theirs come when all are there."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        self.sizes, self.starts, nbytes = sizes, (0, sizes[0]), sum(sizes)
         self.local = torch.full((nbytes,), 0x5A, dtype=torch.uint8)  # what lies there is of no account
         self.words = self.local.view(torch.int32)
         self.words[: window.HEADER_BYTES // 4] = 0
@@ -43,8 +44,8 @@ class Ranks:
         self.spec = MoESpec(hidden=hidden, intermediate=256, num_experts=EXPERTS, top_k=TOP_K)
         self.placement = Placement.build(self.spec, parallel)
         self.payload, self.dtype, self.world = payload, dtype, self.placement.world
-        nbytes = Regions.of(self.spec, self.world, payload, dtype, most).nbytes
-        self.windows = [Window(nbytes) for _ in range(self.world)]
+        sizes = Regions.of(self.spec, self.world, payload, dtype, most).sizes
+        self.windows = [Window(sizes) for _ in range(self.world)]
         for rank, each in enumerate(self.windows):
             in_turn = self.windows[rank:] + self.windows[:rank]
             each.addresses_W = torch.tensor([other.local.data_ptr() for other in in_turn])
@@ -127,7 +128,7 @@ class Ranks:
 
     def exchange(self, rank: int) -> Nvlink:
         comm = SimpleNamespace(
-            rank=rank, world=self.world, timeout_s=1.0, device=CPU, window=lambda nbytes: self.windows[rank]
+            rank=rank, world=self.world, timeout_s=1.0, device=CPU, window=lambda *sizes: self.windows[rank]
         )
         exchange = Nvlink(comm, self.placement, self.spec, self.payload, None, "token", self.dtype)
         exchange._ends = self.ends[rank]
@@ -167,6 +168,33 @@ def test_rows_and_sums_arrive(parallel, payload, dtype, few, monkeypatch):
         for rank in range(ranks.world):
             ranks.finish(steps, rank)
         ranks.check_flags(seed + 1)
+
+
+@pytest.mark.parametrize("buckets", [(1, 6), (6, 1), (2, 5)])
+def test_a_rank_may_be_a_step_ahead(buckets):
+    """It sends rows of the next step, of another size, while others have not read their sums yet; then its sums, while
+    others have not sent theirs."""
+    ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6)
+    first, second = (ranks.begin([bucket] * 3, bucket, bucket) for bucket in buckets)
+    for step in first:
+        ranks.send_rows(step)
+    for step in first:
+        ranks.compute(step, 1)
+        ranks.send_sums(step)
+    ranks.finish(first, 0)
+    ranks.send_rows(second[0])
+    for rank in (1, 2):
+        ranks.finish(first, rank)
+        ranks.send_rows(second[rank])
+    ranks.compute(second[0], 2)
+    ranks.send_sums(second[0])
+    for rank in (1, 2):
+        ranks.check_rows(second, rank)
+        ranks.compute(second[rank], 2)
+        ranks.send_sums(second[rank])
+    for rank in range(3):
+        ranks.finish(second, rank)
+    ranks.check_flags(2)
 
 
 def in_chunks(sink, sums: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError, RankFailure
 
 
 def lost(phase: int, peer: int, step: int) -> SimpleNamespace:
-    return SimpleNamespace(problem=lambda: (phase, peer, step), nbytes=1 << 30)
+    return SimpleNamespace(problem=lambda: (phase, peer, step), sizes=(1 << 30,))
 
 
 @pytest.mark.parametrize(("phase", "name"), [(0, "rows"), (1, "sums")])
@@ -37,8 +37,8 @@ def test_every_collective_that_comes_after_it_says_so():
 
 def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
     comm = Comm.single()
-    comm.shared = SimpleNamespace(problem=lambda: None, nbytes=1 << 20)
-    assert comm.window(1 << 20) is comm.shared
+    comm.shared = SimpleNamespace(problem=lambda: None, sizes=(1 << 20, 1 << 21))
+    assert comm.window(1 << 20, 1 << 21) is comm.shared
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ConfigError, match="can't grow while a CUDA graph is captured"):
-        comm.window((1 << 20) + 1)
+        comm.window((1 << 20) + 1, 1)

@@ -75,13 +75,13 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
 
     @classmethod
     def window_bytes(cls, spec: MoESpec, placement: Placement, payload: str, dtype: torch.dtype, bucket: int) -> int:
-        return Regions.of(spec, placement.world, payload, dtype, bucket).nbytes
+        return sum(Regions.of(spec, placement.world, payload, dtype, bucket).sizes)
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Visit]:
         bucket = self.check_bucket(routing.tokens, step.bucket)
         with step.stages("dispatch"):
             regions = self._regions(bucket)
-            window = self.comm.window(regions.nbytes)
+            window = self.comm.window(*regions.sizes)
             served_TW = step.workspace.take((routing.tokens, self.comm.world), torch.int8)
             came = [window.view(at, *form) for at, form in zip(regions.row_starts, regions.rows, strict=True)]
             width = chunk_width(self.comm.world, bucket, self.spec.hidden, self.sums_dtype.itemsize)
@@ -112,7 +112,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         if not bucket:
             return super().payload_room(step, tokens)
         regions = self._regions(bucket)
-        window, starts = self.comm.window(regions.nbytes), iter(regions.row_starts)
+        window, starts = self.comm.window(*regions.sizes), iter(regions.row_starts)
         return lambda shape, dtype: window.view(next(starts), shape, dtype)
 
     def _copies(self, bucket: int) -> bool:
@@ -144,7 +144,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         shape = len(rows), self.spec.hidden
         if handle.width < self.spec.hidden:
             return Chunked(step, shape, dtype, handle, self.comm.rank)
-        at = handle.regions.sums_start + self.comm.rank * handle.bucket * self.spec.hidden * dtype.itemsize
+        at = handle.sums_at + self.comm.rank * handle.bucket * self.spec.hidden * dtype.itemsize
         routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype)
         return Returning(step, shape, dtype, self.comm.device, routes)
 

@@ -1,7 +1,7 @@
 """What crosses NVLink, as stores into the peers' memory, and the flags that say it is there.
 
-One window of memory on each rank (window.py) holds a header and two regions: rows that came in, and partial sums that
-came back. In a phase, launches or copies write into one region of every peer. A launch then sets this rank's flag for
+One window of memory on each rank (window.py) holds a header and two areas: rows that came in, and partial sums that
+came back. In a phase, launches or copies write into one area of every peer. A launch then sets this rank's flag for
 that phase on every peer to the step's number. Where copies carry the rows, flag "rows" speaks of slots and weights
 only, and a last copy to each peer sets a flag "copied rows" there.
 
@@ -10,7 +10,7 @@ ranks before it goes on.
 - A rank writes rows of step g only after it has all flags "sums" of step g - 1. A peer sets that flag after its GEMMs,
   which were the last to read the rows of step g - 1 there: launches of a stream run one after the other.
 - A rank writes sums of step g only after it has all flags "rows" of step g. A peer sets that flag after its final sums
-  of step g - 1, which were the last to read that region there.
+  of step g - 1, which were the last to read that area there.
 - Copies run on streams of their own, behind an event of the step's stream, which has waited for the other phase's
   flags by then. Before it sets the flags "sums" it waits for all of them. So they too lie between flags, and no step
   begins while a copy still reads its scratch, or writes to a peer.
@@ -117,7 +117,7 @@ def send_sums(visit: Visit, sums_RH: Tensor, ends: Ends) -> None:
         _send_sums,
         (rows, cdiv(words, width) * cdiv(width, block), 1),
         (sums_RH, visit.slots_RK, visit.window.addresses_W),
-        (visit.bucket, ends.rank, words, width, visit.regions.sums_start),
+        (visit.bucket, ends.rank, words, width, visit.sums_at),
         (top_k, power_of_2(top_k), ends.world, block),
     )
 
@@ -131,7 +131,7 @@ def add_sums(visit: Visit, own: Tensor | None, y_TH: Tensor, ends: Ends) -> None
     at_once = grid[0] * grid[1] <= FEW
     if not at_once:
         launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (SUMS.value, *_ranks(ends), ends.waits))
-    came = visit.window.view(visit.regions.sums_start, *visit.regions.sums)
+    came = visit.window.view(visit.sums_at, *visit.regions.sums)
     launch(
         _add_sums,
         grid,

@@ -53,7 +53,7 @@ class Chunked(Sink):
         if y_RC.data_ptr() != sums_RC.data_ptr():
             sums_RC.copy_(y_RC)
         (world, size), dtype = visit.regions.sums
-        at = visit.regions.sums_start + dtype.itemsize * (self._rank * size + start * visit.bucket)
+        at = visit.sums_at + dtype.itemsize * (self._rank * size + start * visit.bucket)
         pairs = []
         for step in range(1, world):  # every rank begins with another one; its own sums stay where they are
             peer = (self._rank + step) % world

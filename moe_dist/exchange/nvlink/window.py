@@ -1,4 +1,4 @@
-"""Where things lie in the memory that ranks share: a header, rows that came in, partial sums that came back."""
+"""Where things lie in the memory that ranks share: a header and rows that came in, partial sums that came back."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
 class Regions:
     """Of a window for steps of one bucket, which all ranks agree on. `rows`: values, scales if there are any, slots and
     weights of the [world · bucket] rows, this rank's own first, then the next rank's, and so on; `sums`: [world,
-    bucket · H], from each rank, in their order, chunk after chunk of [bucket, columns] (`Visit.width`). Starts are in
-    bytes."""
+    bucket · H], from each rank, in their order, chunk after chunk of [bucket, columns] (`Visit.width`).
+
+    Rows lie in a window's first area, behind the header; their starts are in bytes. Sums have the second area: what
+    steps of another size or layer write first must never meet what a step reads last."""
 
     rows: tuple[TensorSpec, ...]
     row_starts: tuple[int, ...]
     sums: TensorSpec
-    sums_start: int
-    nbytes: int
+    sizes: tuple[int, int]
 
     @classmethod
     def of(cls, spec: MoESpec, world: int, payload: str, dtype: torch.dtype, bucket: int) -> Regions:
@@ -41,9 +42,9 @@ class Regions:
         rows = (*row_specs(spec, payload, places), *pair_specs(spec, places))
         sums: TensorSpec = ((world, bucket * spec.hidden), dtype)
         starts = [cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT]
-        for each in (*rows, sums):
+        for each in rows:
             starts.append(starts[-1] + bytes_of([each]))
-        return cls(rows, tuple(starts[: len(rows)]), sums, starts[-2], starts[-1])
+        return cls(rows, tuple(starts[:-1]), sums, (starts[-1], bytes_of([sums])))
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,8 @@ class Visit:
     served_TW: Tensor
     slots_RK: Tensor
     copies: Aside
+
+    @property
+    def sums_at(self) -> int:
+        """Where sums begin in the window, in bytes."""
+        return self.window.starts[1]
