@@ -26,7 +26,7 @@ class Symmetric:
     """Areas of at least these `sizes` in bytes on each rank, one behind the other; the first bytes of area a are at
     `starts[a]`. `local`: this rank's own memory, uint8, zero at first, and as 32-bit `words`. `addresses_W`:
     where each rank's begin as this rank sees them, int64 on the device, in turn: its own, those of the next rank, and
-    so on to the one before it. `failed`: int32 [4] that the host can read
+    so on to the one before it; `by_rank_W`: the same in the order of ranks. `failed`: int32 [4] that the host can read
     without waiting; a launch that gives up waiting for a peer leaves there what for (see `problem`)."""
 
     def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -49,6 +49,7 @@ class Symmetric:
             self.failed = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=True)
             in_turn = addresses[rank:] + addresses[:rank]
             self.addresses_W = torch.tensor(in_turn, dtype=torch.int64, device=device)
+            self.by_rank_W = torch.tensor(addresses, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from moe_dist.kernels.cutlass.library import find_nvcc
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.messages.printable import one_line
 from moe_dist.model.placement import Placement
-from moe_dist.model.spec import BLOCK, MoESpec, ParallelSpec
+from moe_dist.model.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
 from moe_dist.registry import Registry
 
 PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
@@ -78,7 +78,9 @@ def _exchange(cls: type[Exchange[Any, Any]], device: str) -> tuple[bool, str]:
         return False, support.reason
     if cls is not EXCHANGES.get("local") and not dist.is_available():
         return False, "this torch was built without torch.distributed"
-    return True, f"for {cls.token_layout} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
+    layouts: tuple[TokenLayout, ...] = ("sharded", "replicated")
+    served = [layout for layout in layouts if cls.for_layout(layout).token_layout == layout]
+    return True, f"for {' and '.join(served)} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
 
 
 def _nvcc() -> bool:

@@ -27,7 +27,7 @@ from moe_dist.engine.inputs import (
 from moe_dist.engine.plan import Plan, shared_placement
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
-from moe_dist.exchange import EXCHANGES, Exchange
+from moe_dist.exchange import Exchange
 from moe_dist.exchange.layout import with_layout
 from moe_dist.machine.surroundings import settled
 from moe_dist.model.routing import Routing
@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
 
     def _assemble(self) -> None:
         plan, (shard, shared), rank = self.plan, self._weights, self.comm.rank
-        exchange = EXCHANGES.get(plan.exchange)(
+        exchange = plan.exchange_class(
             self.comm, plan.placement, plan.spec, plan.payload, shard.a13, plan.form, plan.out_dtype
         )
         self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_dist.backends import BACKENDS, Problem
-from moe_dist.exchange import EXCHANGES
+from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.layout import change_of
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -90,7 +90,12 @@ class Plan:
 
     @property
     def converts_layout(self) -> bool:
-        return change_of(self.token_layout, EXCHANGES.get(self.exchange), self.placement.world) is not None
+        return change_of(self.token_layout, self.exchange_class, self.placement.world) is not None
+
+    @property
+    def exchange_class(self) -> type[Exchange[Any, Any]]:
+        """What serves tokens in this layout under the exchange's name."""
+        return EXCHANGES.get(self.exchange).for_layout(self.token_layout)
 
     @property
     def capturable(self) -> Support:
@@ -98,7 +103,7 @@ class Plan:
         reasons = [
             f"{kind} {name} is not capturable"
             for kind, name, cls in (
-                ("exchange", self.exchange, EXCHANGES.get(self.exchange)),
+                ("exchange", self.exchange, self.exchange_class),
                 ("backend", self.backend, BACKENDS.get(self.backend)),
             )
             if not cls.capturable
@@ -142,7 +147,7 @@ class Plan:
     def scratch_bytes(self, max_tokens_per_rank: int) -> int:
         """The most that a rank takes from its workspace in a step, and for backends that allocate by themselves an
         estimate of that: what crosses, both GEMMs' inputs and outputs, and the partial sums."""
-        exchange, backend, bucket = EXCHANGES.get(self.exchange), BACKENDS.get(self.backend), max_tokens_per_rank
+        exchange, backend, bucket = self.exchange_class, BACKENDS.get(self.backend), max_tokens_per_rank
         given = self.spec, self.placement, self.payload, self.out_dtype
         forms: list[TensorSpec] = []
         change = change_of(self.token_layout, exchange, self.placement.world)
@@ -161,7 +166,7 @@ class Plan:
 
     def window_bytes(self, max_tokens_per_rank: int) -> int:
         """What a rank shares with the others in such a step, beside its scratch; it stays as long as the group."""
-        exchange, bucket = EXCHANGES.get(self.exchange), max_tokens_per_rank
+        exchange, bucket = self.exchange_class, max_tokens_per_rank
         if change_of(self.token_layout, exchange, self.placement.world) is not None:
             bucket = cdiv(bucket, self.placement.world)
         return exchange.window_bytes(self.spec, self.placement, self.payload, self.out_dtype, bucket)
@@ -169,7 +174,7 @@ class Plan:
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of
         layout around it included."""
-        exchange, world = EXCHANGES.get(self.exchange), self.placement.world
+        exchange, world = self.exchange_class, self.placement.world
         given = self.payload, self.out_dtype.itemsize
         change = change_of(self.token_layout, exchange, world)
         if change is None:

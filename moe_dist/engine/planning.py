@@ -45,7 +45,7 @@ def make_plan(
     combine = combine_dtype or spec.dtype
     if combine not in COMBINE_DTYPES:
         raise ConfigError("combine_dtype", combine, "unknown", COMBINE_DTYPES)
-    exchange_class, backend_class = EXCHANGES.get(exchange), BACKENDS.get(backend)
+    exchange_class, backend_class = EXCHANGES.get(exchange).for_layout(token_layout), BACKENDS.get(backend)
     placement = Placement.build(spec, parallel)
 
     travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
@@ -114,7 +114,7 @@ def _travelling(
 def _options(
     spec: MoESpec,
     placement: Placement,
-    token_layout: str,
+    token_layout: TokenLayout,
     exchange: str,
     backend: str,
     travels: str,
@@ -128,7 +128,7 @@ def _options(
         support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement, machine)
         reason = support.reason
         if support.ok and name != exchange:
-            converted = candidate.token_layout != token_layout and placement.world > 1
+            converted = candidate.for_layout(token_layout).token_layout != token_layout and placement.world > 1
             reason = "not asked for" + (f"; would add a layout change from {token_layout}" if converted else "")
         options.append(Option("exchange", name, support.ok, name == exchange, reason))
     for name, found in BACKENDS.usable():

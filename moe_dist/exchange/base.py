@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ class Exchange(ABC, Generic[H, S]):
     def declared_wrong(cls) -> str | None:
         """What its attributes say that nobody knows."""
         return unknown("makes", cls.makes, FORMS) or unknown("token_layout", [cls.token_layout], TOKEN_LAYOUTS)
+
+    @classmethod
+    def for_layout(cls, token_layout: TokenLayout) -> type[Exchange[Any, Any]]:
+        """Which class serves tokens that lie so, where there is a choice. With another layout than that one's, tokens
+        and results change theirs around it (exchange/layout.py)."""
+        return cls
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:

@@ -16,13 +16,16 @@ from moe_dist.step.step import Step
 class Routes:
     """Where a kernel may store sums itself, instead of handing them over. Row r of the R = W · each rows belongs to
     place r % each in the memory that begins at `addresses_W[r // each]` (int64, on the device), a rank's, this one's
-    first. From `at` bytes on, a multiple of 16, it has H values in `dtype` for each place. Rows without any slot are
-    not stored."""
+    first. From `at` bytes on, a multiple of 16, it has H values in `dtype` for each place; places beyond the last row
+    stay as they are. Rows without any slot are not stored, or as zeros with `every`. `first`: the one to begin with,
+    another on each rank."""
 
     addresses_W: Tensor
     at: int
     each: int
     dtype: torch.dtype
+    first: int
+    every: bool = False
 
 
 class Sink(ABC):

@@ -459,8 +459,8 @@ def test_weighted_sum(dtype, split_k):
     out[:, slots.flatten() < 0] = torch.nan
     y = torch.empty(4, 1100, dtype=dtype)
     sizes = {"H": 1100, "COLUMNS": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
-    sizes |= {"AT": 0, "EACH": 1, "ROUTED": False, "WIDE": False}
-    _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, 0, PLACED=False, **sizes)
+    sizes |= {"AT": 0, "EACH": 1, "FIRST": 0, "ROUTED": False, "EVERY": False, "WIDE": False}
+    _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, 4, 0, PLACED=False, **sizes)
     pairs = sum(part.float() for part in out).view(4, 4, 1100)
     expected = torch.zeros(4, 1100)
     for place in range(4):
@@ -470,15 +470,16 @@ def test_weighted_sum(dtype, split_k):
     moved = torch.empty_like(out)
     moved[:, places] = out
     y.fill_(torch.nan)
-    _weighted_sum[(4, 2, 1)](moved, slots, weights, places, y, 0, PLACED=True, **sizes)
+    _weighted_sum[(4, 2, 1)](moved, slots, weights, places, y, 4, 0, PLACED=True, **sizes)
     assert torch.equal(y, expected.to(dtype))
     part = torch.full((4, 76), torch.nan, dtype=dtype)
-    _weighted_sum[(4, 1, 1)](moved, slots, weights, places, part, 1024, PLACED=True, **sizes | {"COLUMNS": 76})
+    _weighted_sum[(4, 1, 1)](moved, slots, weights, places, part, 4, 1024, PLACED=True, **sizes | {"COLUMNS": 76})
     assert torch.equal(part, expected[:, 1024:].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weighted_sum_by_routes(dtype):
+@pytest.mark.parametrize("first", [0, 1])
+def test_weighted_sum_by_routes(dtype, first):
     """Stored on two ranks, two rows each, where rank 1's places begin; what nobody asked for is not touched."""
     slots = torch.tensor([[0, 3], [-1, -1], [2, -1], [-1, -1]], dtype=torch.int32)
     weights, out = torch.randn(4, 2), torch.randn(1, 8, 1104).bfloat16()
@@ -486,8 +487,8 @@ def test_weighted_sum_by_routes(dtype):
     addresses, at = torch.tensor([each.data_ptr() for each in memory]), 2 * 1104 * dtype.itemsize
     for start, columns in ((0, 1024), (1024, 80)):
         _weighted_sum[(4, 1, 1)](
-            out, slots, weights, slots, addresses, start, at, 2, H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
-            PLACED=False, ROUTED=True, WIDE=dtype == torch.float32, BLOCK=1024, PDL=False,
+            out, slots, weights, slots, addresses, 4, start, at, 2, first, H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
+            PLACED=False, ROUTED=True, EVERY=False, WIDE=dtype == torch.float32, BLOCK=1024, PDL=False,
         )  # fmt: skip
     pairs = out[0].float().view(4, 2, 1104)
     for rank, row in ((0, 0), (1, 2)):
@@ -495,6 +496,20 @@ def test_weighted_sum_by_routes(dtype):
         assert torch.equal(memory[rank][2], wanted.to(dtype))
         assert bool((memory[rank][:2] == 7).all())
         assert bool((memory[rank][3] == 7).all())
+
+
+def test_weighted_sum_of_every_row_by_routes():
+    """Three rows to two ranks with two places each: a row without a slot is zero, and the last place is not touched."""
+    slots = torch.tensor([[0], [-1], [2]], dtype=torch.int32)
+    weights, out = torch.randn(3, 1), torch.randn(1, 3, 64).bfloat16()
+    memory = [torch.full((2, 64), 7.0) for _ in range(2)]
+    addresses = torch.tensor([each.data_ptr() for each in memory])
+    _weighted_sum[(4, 1, 1)](
+        out, slots, weights, slots, addresses, 3, 0, 0, 2, 1, H=64, COLUMNS=64, K=1, SPLIT_K=1, PLACED=False,
+        ROUTED=True, EVERY=True, WIDE=True, BLOCK=64, PDL=False,
+    )  # fmt: skip
+    assert torch.equal(memory[0], torch.stack([weights[0] * out[0, 0].float(), torch.zeros(64)]))
+    assert torch.equal(memory[1], torch.stack([weights[2] * out[0, 2].float(), torch.full((64,), 7.0)]))
 
 
 @pytest.mark.parametrize("quant", ["fp8_block", "fp8_channel", "fp8_tensor_static", "none"])

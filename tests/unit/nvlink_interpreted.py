@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
 from moe_dist.comm.symmetric import Aside, Symmetric
-from moe_dist.exchange.nvlink import Nvlink, engines, kernels, window
+from moe_dist.exchange.nvlink import Nvlink, engines, kernels, reduce_kernels, window
+from moe_dist.exchange.nvlink.replicated import NvlinkReplicated
+from moe_dist.exchange.nvlink.replicated import _sizes as reduced
 from moe_dist.exchange.nvlink.window import Ends, Regions, Visit
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes
 from moe_dist.kernels import quantize_rows
+from moe_dist.kernels.triton.pipeline import _weighted_sum
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.step import Step, Workspace
+from moe_dist.step import Routes, Step, Workspace
 from moe_dist.step.workspace import bytes_of
 
 EXPERTS, TOP_K = 7, 3
@@ -44,11 +48,13 @@ class Ranks:
         self.spec = MoESpec(hidden=hidden, intermediate=256, num_experts=EXPERTS, top_k=TOP_K)
         self.placement = Placement.build(self.spec, parallel)
         self.payload, self.dtype, self.world = payload, dtype, self.placement.world
-        sizes = Regions.of(self.spec, self.world, payload, dtype, most).sizes
+        needed = Regions.of(self.spec, self.world, payload, dtype, most).sizes, reduced(hidden, self.world, dtype, most)
+        sizes = max(needed[0][0], needed[1][0]), max(needed[0][1], needed[1][1])
         self.windows = [Window(sizes) for _ in range(self.world)]
         for rank, each in enumerate(self.windows):
             in_turn = self.windows[rank:] + self.windows[:rank]
             each.addresses_W = torch.tensor([other.local.data_ptr() for other in in_turn])
+            each.by_rank_W = torch.tensor([other.local.data_ptr() for other in self.windows])
             each._everyone = [other.local for other in self.windows]
         self.ends = [Ends(rank, self.world, 10**9, waits=False) for rank in range(self.world)]
 
@@ -145,6 +151,74 @@ class Ranks:
             assert not flags[:, self.world :].any()
 
 
+class Replicated:
+    """Ranks of replicated tokens that share `ranks`' windows, each of which must have room."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.exchanges = ranks, []
+        for rank in range(ranks.world):
+            comm = SimpleNamespace(
+                rank=rank, world=ranks.world, timeout_s=1.0, device=CPU, window=partial(self.window, rank)
+            )
+            exchange = NvlinkReplicated(comm, ranks.placement, ranks.spec, "none", None, "token", ranks.dtype)
+            exchange._ends = ranks.ends[rank]
+            self.exchanges.append(exchange)
+
+    def window(self, rank: int, *sizes: int) -> Window:
+        found = self.ranks.windows[rank]
+        assert all(size <= room for size, room in zip(sizes, found.sizes, strict=True))
+        return found
+
+    def step(self, tokens: int, seed: int, routed: bool) -> None:
+        """All ranks in turns, and each one's result against the sum of what all had, added in the order of ranks."""
+        ranks, generator = self.ranks, torch.Generator().manual_seed(seed)
+        ids = torch.randint(-1, EXPERTS, (tokens, TOP_K), generator=generator, dtype=torch.int32)
+        routing = Routing(ids, torch.rand(tokens, TOP_K, generator=generator))
+        x = torch.randn(tokens, ranks.hidden, generator=generator).bfloat16()
+        taken = []
+        for rank, exchange in enumerate(self.exchanges):
+            step = Step(Workspace(CPU))
+            rows, handle = exchange.dispatch(step, x, routing)
+            assert torch.equal(rows.slots_RK, ranks.placement.slots_on(rank, ids, None))
+            assert exchange.stored_bytes() <= exchange.wire_bytes(
+                ranks.spec, ranks.placement, tokens, "none", ranks.dtype.itemsize
+            )
+            sink = exchange.sink(step, rows, handle, ranks.dtype)
+            sums = torch.randn(tokens, ranks.hidden, generator=generator).to(ranks.dtype)
+            if routed:
+                self.store(sink.routes, sums)
+                sink.store(*sink.columns()[0])
+            else:
+                sink.put(*sink.columns()[0], sums)
+                if tokens:
+                    reduce_kernels.send_shares(handle, sums, ranks.ends[rank])
+            taken.append((sums, handle))
+        expected = torch.zeros(tokens, ranks.hidden)
+        for sums, _ in taken:
+            expected += sums.float()
+        if tokens:
+            for rank, (_, handle) in enumerate(taken):
+                reduce_kernels.add_share(handle, ranks.ends[rank])
+        for rank, (_, handle) in enumerate(taken):
+            y = torch.full((tokens, ranks.hidden), torch.nan).to(ranks.dtype)
+            if tokens:
+                reduce_kernels.gather_shares(handle, y, ranks.ends[rank])
+            assert torch.equal(y, expected.to(ranks.dtype))
+
+    @staticmethod
+    def store(routes: Routes, sums: torch.Tensor) -> None:
+        """What a weighted sum does by routes, whose kernel is tested elsewhere."""
+        assert routes.every
+        one = torch.ones(len(sums), 1)
+        grid = len(routes.addresses_W) * routes.each, 1, 1
+        if len(sums):
+            _weighted_sum[grid](
+                sums, one.int(), one, one, routes.addresses_W, len(sums), 0, routes.at,
+                routes.each, routes.first, H=sums.shape[1], COLUMNS=sums.shape[1], K=1, SPLIT_K=1, PLACED=False,
+                ROUTED=True, EVERY=True, WIDE=sums.dtype == torch.float32, BLOCK=1024, PDL=False,
+            )  # fmt: skip
+
+
 COPIES = ParallelSpec(ep=3, replicas={0: (1,), 5: (0, 1)})
 GRIDS = [ParallelSpec(ep=3), ParallelSpec(tp=2), ParallelSpec(tp=2, ep=2), ParallelSpec(), COPIES]
 
@@ -195,6 +269,38 @@ def test_a_rank_may_be_a_step_ahead(buckets):
     for rank in range(3):
         ranks.finish(second, rank)
     ranks.check_flags(2)
+
+
+@pytest.mark.parametrize("parallel", [ParallelSpec(tp=2), ParallelSpec(ep=3), ParallelSpec()],
+                         ids=lambda each: each.label)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("few", [0, 512])
+def test_sums_of_replicated_tokens(parallel, dtype, few, monkeypatch):
+    """Steps of changing sizes, none and fewer tokens than ranks among them, stored by routes or sent by a launch."""
+    monkeypatch.setattr(reduce_kernels, "FEW", few)
+    ranks = Ranks(parallel, "bf16", dtype, 6)
+    replicated, steps = Replicated(ranks), 0
+    for seed, tokens in enumerate((5, 1, 0, 6, 2)):
+        for routed in (True, False):
+            replicated.step(tokens, seed, routed)
+            steps += tokens > 0
+    ranks.check_flags(steps)
+
+
+def test_layers_of_sharded_and_of_replicated_tokens_share_windows():
+    ranks = Ranks(ParallelSpec(ep=3), "bf16", torch.bfloat16, 6)
+    replicated = Replicated(ranks)
+    for seed, bucket in enumerate((6, 2, 5)):
+        replicated.step(4, seed, True)
+        steps = ranks.begin([bucket] * 3, bucket, seed)
+        for step in steps:
+            ranks.send_rows(step)
+        for step in steps:
+            ranks.compute(step, seed)
+            ranks.send_sums(step)
+        for rank in range(3):
+            ranks.finish(steps, rank)
+    ranks.check_flags(6)
 
 
 def in_chunks(sink, sums: torch.Tensor) -> None:

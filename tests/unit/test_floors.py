@@ -31,7 +31,7 @@ HOMES = {
     "triton": (
         "kernels/triton/",
         *("exchange/all_to_all/list_kernels", "exchange/all_to_all/row_kernels"),
-        *("exchange/nvlink/kernels", "exchange/served"),
+        *("exchange/nvlink/kernels", "exchange/nvlink/reduce_kernels", "exchange/served"),
     ),
     "flashinfer": ("backends/flashinfer",),
     "deep_gemm": ("backends/deep_gemm",),

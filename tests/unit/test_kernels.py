@@ -31,18 +31,19 @@ def test_row_kernels_in_the_interpreter():
 
 
 def test_the_nvlink_exchange_in_the_interpreter():
-    in_the_interpreter("nvlink_interpreted.py", passed=38, timeout_s=170)
+    in_the_interpreter("nvlink_interpreted.py", passed=51, timeout_s=170)
 
 
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
-    in_the_interpreter("fused_moe_interpreted.py", passed=162, timeout_s=390)
+    in_the_interpreter("fused_moe_interpreted.py", passed=165, timeout_s=390)
 
 
 def kernels():
     """Every kernel with the types of its arguments and values for its constants."""
     from moe_dist.exchange.all_to_all import list_kernels, row_kernels
     from moe_dist.exchange.nvlink import kernels as nvlink
+    from moe_dist.exchange.nvlink import reduce_kernels
     from moe_dist.kernels.triton import padded, quantize, slots
 
     fp8 = {"H": "i32", "FP8_MAX": 448.0}
@@ -100,6 +101,10 @@ def kernels():
     yield nvlink._meet, {**ends, "phase": 1}
     yield nvlink._set_number, {"header": "*i32"}
     yield nvlink._await_copies, ends
+    sizes = dict.fromkeys(("T", "EACH", "WORDS", "AT", "HERE", "H"), "i32")
+    yield reduce_kernels._send_shares, {**ends, **sizes, "sums": "*bf16", "by_rank": "*i64"}
+    yield reduce_kernels._add_share, {**ends, **sizes, "came": "*bf16", "total": "*bf16", "ENDS": True}
+    yield reduce_kernels._gather_shares, {**ends, **sizes, "y": "*bf16", "by_rank": "*i64", "ENDS": True}
     lists = dict.fromkeys(("starts", "stops", "order", "experts", "slots", "places"), "*i32")
     yield padded._pad_rows, {**lists, "x": "*fp8e4nv", "xs": "*fp32", "padded_x": "*fp8e4nv", "padded_s": "*fp32",
                              "E": 160, "WIDE": 256, "K": 8, "H": 7168, "TILE": 128, "ONE_EACH": False,
@@ -108,7 +113,7 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(19))
+@pytest.mark.parametrize("index", range(22))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

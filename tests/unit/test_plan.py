@@ -49,6 +49,22 @@ def test_most_rows(layout, grid, expected):
     assert plan(layout=layout, **grid).most_rows(5) == expected
 
 
+@pytest.mark.parametrize(("layout", "payload"), [("sharded", "fp8"), ("replicated", "none")])
+def test_nvlink_serves_both_layouts_without_a_change(layout, payload):
+    """By hand, of replicated tokens: 7 tokens on 4 ranks are shares of 2; a rank's window has a header, four shares of
+    sums and its own of totals, and it sends 5 sums and its 2 totals to three others."""
+    spec = MoESpec(hidden=256, intermediate=512, num_experts=8, top_k=2)
+    given = {"exchange": "nvlink", "backend": "triton", "machine": Machine.named("h200x4"), "graph": True}
+    made = make_plan(spec, ParallelSpec(tp=4), token_layout=layout, **given)
+    assert made.exchange == "nvlink"
+    assert made.payload == payload
+    assert not made.converts_layout
+    assert made.exchange_class.token_layout == layout
+    if layout == "replicated":
+        assert 5 * 2 * 512 < made.window_bytes(7) < 5 * 2 * 512 + 4096
+        assert made.wire_bytes(7) == (5 + 2 * 3) * 512
+
+
 def test_scratch_of_a_backend_that_allocates_by_itself():
     """Of 2 ranks' 5 tokens each: GEMM1's 640, GEMM2's 320 and 160 columns of 40 pairs in bf16, beside what crosses."""
     made = plan(ep=2)

@@ -11,8 +11,9 @@ from torch import Tensor
 from moe_dist.comm.symmetric import Aside
 from moe_dist.exchange.base import Exchange
 from moe_dist.exchange.nvlink.engines import chunk_width, rows_are_copied
+from moe_dist.exchange.nvlink.replicated import NvlinkReplicated
 from moe_dist.exchange.nvlink.sinks import Chunked, Returning
-from moe_dist.exchange.nvlink.window import MOST_RANKS, Ends, Regions, Visit
+from moe_dist.exchange.nvlink.window import Ends, Regions, Visit, served_here
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes, row_specs, sorting_specs
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -43,13 +44,11 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:
-        if machine.device != "cuda":
-            return Support(False, "needs GPUs that reach each other through NVLink")
-        if placement.world > MOST_RANKS:
-            return Support(False, f"serves {MOST_RANKS} ranks of one host, not {placement.world}")
-        if spec.hidden % 16:
-            return Support(False, f"moves 16 bytes at a time: hidden ({spec.hidden}) must be a multiple of 16")
-        return Support(True)
+        return served_here(spec, placement, machine)
+
+    @classmethod
+    def for_layout(cls, token_layout: TokenLayout) -> type[Exchange[Any, Any]]:
+        return NvlinkReplicated if token_layout == "replicated" else cls
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
@@ -145,7 +144,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         if handle.width < self.spec.hidden:
             return Chunked(step, shape, dtype, handle, self.comm.rank)
         at = handle.sums_at + self.comm.rank * handle.bucket * self.spec.hidden * dtype.itemsize
-        routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype)
+        routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype, 1)
         return Returning(step, shape, dtype, self.comm.device, routes)
 
     def combine(self, step: Step, sink: Returning | Chunked, handle: Visit) -> Tensor:

@@ -310,25 +310,31 @@ def _send_sums(
         tl.store(there + column, words, mask=inside)
 
 
+@triton.jit
+def _last_phase(header, failed, peers, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr, WAITS: tl.constexpr):
+    """In every program of the step's last launch: the first one sets the flags, which say that earlier launches have
+    done this rank's part of the phase, and all wait for everybody's."""
+    number = tl.load(header + STEP) + 1
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        _tell(header, peers, rank, SUMS, number, W, LANES)
+    if WAITS:
+        _await(header, failed, SUMS, 0, number, LIMIT_NS, W, LANES)
+    tl.debug_barrier()  # every thread of the block has seen the flags
+    if tl.atomic_add(header + TICKETS + SUMS, 1, sem="relaxed") == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(header + TICKETS + SUMS, 0)
+        tl.store(header + STEP, number)  # all have read it
+
+
 @triton.jit(do_not_specialize=["T", "rank", "LIMIT_NS"])
 def _add_sums(
     came, own, served, y, header, failed, peers, T, BUCKET, H, WIDTH, rank, LIMIT_NS, W: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, APART: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """y[token] = the sum of what came back for it, in float32, in the order of ranks. If APART, what this rank has for
-    itself lies in `own`, as the first among the sums of all rows. With ENDS the phase ends here: the first program sets
-    the flags, which say that earlier launches have sent this rank's sums, and all wait."""
-    token, part = tl.program_id(0), tl.program_id(1)
+    itself lies in `own`, as the first among the sums of all rows. With ENDS the phase ends here."""
+    token = tl.program_id(0)
     if ENDS:
-        number = tl.load(header + STEP) + 1
-        if token + part == 0:
-            _tell(header, peers, rank, SUMS, number, W, LANES)
-        if WAITS:
-            _await(header, failed, SUMS, 0, number, LIMIT_NS, W, LANES)
-        tl.debug_barrier()  # every thread of the block has seen the flags
-        if tl.atomic_add(header + TICKETS + SUMS, 1, sem="relaxed") == tl.num_programs(0) * tl.num_programs(1) - 1:
-            tl.store(header + TICKETS + SUMS, 0)
-            tl.store(header + STEP, number)  # all have read it
+        _last_phase(header, failed, peers, rank, LIMIT_NS, W, LANES, WAITS)
     first, width, column = _columns(H, WIDTH, BLOCK)
     inside = (column < width) & (token < T)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from moe_dist.comm.symmetric import Aside, Symmetric
 from moe_dist.exchange.rows import pair_specs, row_specs
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
-from moe_dist.step import TensorSpec
+from moe_dist.step import Support, TensorSpec
 from moe_dist.step.workspace import ALIGNMENT, bytes_of
 
 # The header, in 32-bit words: the number of the last step that ended here, the number that copies leave behind them,
@@ -19,6 +21,18 @@ from moe_dist.step.workspace import ALIGNMENT, bytes_of
 STEP, NUMBER, TICKETS, FLAGS, MOST_RANKS, PHASES = 0, 1, 8, 32, 128, 3
 ROWS, SUMS, COPIED = 0, 1, 2  # phases
 HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
+FIRST_BYTES = cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT  # of the first area, up to what lies there
+
+
+def served_here(spec: MoESpec, placement: Placement, machine: Machine) -> Support:
+    """Whether there are such windows."""
+    if machine.device != "cuda":
+        return Support(False, "needs GPUs that reach each other through NVLink")
+    if placement.world > MOST_RANKS:
+        return Support(False, f"serves {MOST_RANKS} ranks of one host, not {placement.world}")
+    if spec.hidden % 16:
+        return Support(False, f"moves 16 bytes at a time: hidden ({spec.hidden}) must be a multiple of 16")
+    return Support(True)
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Regions:
         places = world * bucket
         rows = (*row_specs(spec, payload, places), *pair_specs(spec, places))
         sums: TensorSpec = ((world, bucket * spec.hidden), dtype)
-        starts = [cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT]
+        starts = [FIRST_BYTES]
         for each in rows:
             starts.append(starts[-1] + bytes_of([each]))
         return cls(rows, tuple(starts[:-1]), sums, (starts[-1], bytes_of([sums])))

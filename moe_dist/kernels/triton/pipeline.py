@@ -37,30 +37,31 @@ ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, places, y, START, AT, EACH, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
-    SPLIT_K: tl.constexpr, PLACED: tl.constexpr, ROUTED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    out, slots, weights, places, y, R, START, AT, EACH, FIRST, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    SPLIT_K: tl.constexpr, PLACED: tl.constexpr, ROUTED: tl.constexpr, EVERY: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[row] = the sum of weight · out over the row's pairs that are here, in float32, in the order of K, for COLUMNS
-    columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`. If ROUTED, `y` holds
-    the addresses of Routes, and AT and EACH are theirs; WIDE: sums are float32."""
+    """y[row] = the sum of weight · out over each of R rows' pairs that are here, in float32, in the order of K, for
+    COLUMNS columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`. If ROUTED, `y`
+    holds the addresses of Routes, and AT, EACH, FIRST and EVERY are theirs; WIDE: sums are float32."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    if ROUTED:  # targets in turns, from the next rank on: every rank begins with another one
+    if ROUTED:  # targets in turns
         ranks = tl.num_programs(0) // EACH
-        target = (row + 1) % ranks
+        target = (row + FIRST) % ranks
         there = row // ranks
         row = target * EACH + there
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < COLUMNS
-    part = tl.num_programs(0).to(tl.int64) * K * H
+    real = row < R  # routes may have places for more
+    part = tl.cast(R, tl.int64) * K * H
     most = tl.full((), -1, tl.int32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for place in tl.static_range(K):
         pair = row * K + place
-        slot = tl.load(slots + pair)
+        slot = tl.load(slots + pair, mask=real, other=-1)
         most = tl.maximum(most, slot)
         weight = tl.load(weights + pair, mask=slot >= 0, other=0.0)  # what it holds without a slot is ignored
         place_of = tl.load(places + pair, mask=slot >= 0, other=0).to(tl.int64) if PLACED else pair
@@ -72,7 +73,7 @@ def _weighted_sum(
     if ROUTED:
         TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
         begin = tl.multiple_of((tl.load(y + target) + AT).to(tl.pointer_type(TYPE)), 16)
-        tl.store(begin + there * H + START + column, total.to(TYPE), mask=inside & (most >= 0))
+        tl.store(begin + there * H + START + column, total.to(TYPE), mask=inside & real & (EVERY | (most >= 0)))
     else:
         tl.store(y + row * COLUMNS + column, total.to(y.dtype.element_ty), mask=inside)
 
@@ -212,13 +213,15 @@ class Pipeline(ABC):
         (R, K), columns = self.slots_RK.shape, stop - start
         block = min(1024, power_of_2(columns))
         placed = self.places is not None
-        target, route, wide = y_RC, (0, 1), False
+        target, route, wide, every, programs = y_RC, (0, 1, 0), False, False, R
         if routes is not None:
-            target, route = routes.addresses_W, (routes.at, routes.each)
-            wide = routes.dtype == torch.float32
+            target, route = routes.addresses_W, (routes.at, routes.each, routes.first)
+            wide, every = routes.dtype == torch.float32, routes.every
+            programs = len(routes.addresses_W) * routes.each
         tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, target)
-        constants = (self.experts.hidden, columns, K, self.split_k, placed, routes is not None, wide, block)
-        self.launch(_weighted_sum, (R, cdiv(columns, block), 1), tensors, (start, *route), constants, (4, 1))
+        constants = (self.experts.hidden, columns, K, self.split_k, placed, routes is not None, every, wide, block)
+        grid = programs, cdiv(columns, block), 1
+        self.launch(_weighted_sum, grid, tensors, (R, start, *route), constants, (4, 1))
 
     def _scratch(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
         """Scratch of these shapes and dtypes."""
