@@ -16,6 +16,7 @@ from moe_dist.runtime.pulse import Sight
 Dumps = Callable[[object], bytes]
 
 STOPPED = "its process is stopped (SIGSTOP, or a debugger)"
+STOPPED_S = 3.5  # what stopped it could not wake it in less, and nobody is told later than 5 s after that
 SILENT_S = 5.0  # a rank that gave no sign of life for so long is suspected before one that is merely behind
 
 
@@ -124,8 +125,15 @@ def left_early(sights: Sequence[Sight]) -> RankFailure | None:
     return None
 
 
-def silence(sight: Sight, sights: Sequence[Sight]) -> RankFailure:
-    """The failure of a rank that gave no sign of life for too long, with who waits for it."""
+def silence(sights: Sequence[Sight], timeout_s: float) -> RankFailure | None:
+    """The failure of a rank that gave no sign of life for too long, with who waits for it. For less long if its process
+    is stopped: it may be busy otherwise, and a debugger holds it on purpose."""
+    given = {sight.rank: min(timeout_s, STOPPED_S) if sight.stopped and not sight.traced else timeout_s
+             for sight in sights}  # fmt: skip
+    quiet = [sight for sight in sights if not sight.finished and sight.silent_s > given[sight.rank]]
+    if not quiet:
+        return None
+    sight = max(quiet, key=lambda sight: sight.silent_s)
     why = f"silent for {sight.silent_s:.0f} s" + (f": {STOPPED}" if sight.stopped else "")
     return RankFailure(sight.rank, sight.doing, sight.sequence, why + _waits(sights, sight))
 

@@ -18,13 +18,15 @@ import psutil
 _LAYOUT = struct.Struct("=qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
 _TIMES, _OP, _STATUS = slice(8, 24), slice(24, 56), slice(56, 216)
 
+STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 RUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")  # one run of torchrun
 
 
 @dataclass(frozen=True)
 class Sight:
     """One rank as others see it. `op`: the collective it is in, or "". `finished`: its function has returned.
-    `ended`: how its process ended. `silent_s`: seconds since it gave a sign of life."""
+    `stopped`: its process is; `traced`: by a debugger. `ended`: how its process ended. `silent_s`: seconds since it
+    gave a sign of life."""
 
     rank: int
     doing: str
@@ -34,6 +36,7 @@ class Sight:
     doing_s: float = 0.0
     finished: bool = False
     stopped: bool = False
+    traced: bool = False
     ended: str | None = None
 
 
@@ -78,9 +81,10 @@ class Peer:
         now = time.monotonic()  # one clock for all processes of a machine
         doing, running = (text.rstrip(b"\0").decode(errors="replace") for text in (status, op))
         ended = self.ended()
+        state = _state(self.pid) if ended is None else ""
         return Sight(
             self.rank, doing, running, sequence, max(0.0, now - beat), max(0.0, now - since), finished,
-            stopped=stopped(self.pid) and ended is None, ended=ended,
+            stopped=state in STOPPED, traced=state == psutil.STATUS_TRACING_STOP, ended=ended,
         )  # fmt: skip
 
     def ended(self) -> str | None:
@@ -117,10 +121,14 @@ def ranks_here() -> dict[int, list[int]]:
 
 
 def stopped(pid: int) -> bool:
+    return _state(pid) in STOPPED
+
+
+def _state(pid: int) -> str:
     try:
-        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        return psutil.Process(pid).status()
     except psutil.Error:
-        return False
+        return ""
 
 
 def siblings_ended_by(signals: Container[int]) -> bool:

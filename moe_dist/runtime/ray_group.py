@@ -174,9 +174,8 @@ class RayGroup:
             self._listen(beats, patient=bool(pending))
             shown(self._beats[0][0])
             sights = self._sights(futures, pending)
-            silent = max((sight for sight in sights if not sight.finished), key=lambda s: s.silent_s, default=None)
-            if silent and silent.silent_s > self.spec.silence_timeout_s:
-                raise silence(silent, sights)
+            if (silent := silence(sights, self.spec.silence_timeout_s)) is not None:
+                raise silent
             if pending and time.monotonic() > deadline:
                 raise overdue(sights, timeout_s)
             left = left_early(sights)

@@ -266,10 +266,13 @@ class _Watcher:
         if (told := self._failed() or self._died()) is not None:
             return told
         sights = self._sights()
-        others = [sight for sight in sights if sight.rank != self._context.rank]
-        quiet = max(others, key=lambda sight: sight.silent_s, default=None)
-        if quiet and quiet.silent_s > self._silence_s:
-            return silence(quiet, sights)
+        # One that has returned still has its result to give, so its silence counts too; this one's own does not.
+        heard = [
+            replace(sight, finished=False, silent_s=sight.silent_s * (sight.rank != self._context.rank))
+            for sight in sights
+        ]
+        if (quiet := silence(heard, self._silence_s)) is not None:
+            return quiet
         if time.monotonic() > self._deadline:
             return overdue(sights, self._timeout_s)
         left, before = left_early(sights), self._suspected

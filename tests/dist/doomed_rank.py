@@ -70,7 +70,7 @@ def main() -> int:
         Outcome.ok = property(lambda _: False)  # type: ignore[assignment]
     else:
         runner.measure = work  # type: ignore[assignment]
-    limits = ["ray.silence_timeout_s=3", f"case_timeout_s={4 if HOW == 'sleep' else 60}"]
+    limits = [f"ray.silence_timeout_s={3 if HOW == 'spin' else 30}", f"case_timeout_s={4 if HOW == 'sleep' else 60}"]
     code = cli.main(["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu", "--iters", "0", "--json", *limits])
     if began:
         sys.stderr.write(f"failed after {time.monotonic() - began:.1f} s\n" * speaks())

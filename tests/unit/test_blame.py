@@ -65,12 +65,30 @@ def test_only_a_rank_that_was_left_behind_makes_a_return_early() -> None:
 
 def test_silence_and_lateness_name_who_waits() -> None:
     late = Sight(1, "loading", "", 20, silent_s=31, doing_s=40, stopped=True)
-    assert silence(late, [WAITING, late]).cause == (
+    silent = silence([WAITING, late], 30)
+    assert silent is not None
+    assert silent.cause == (
         "silent for 31 s: its process is stopped (SIGSTOP, or a debugger); rank 0 waits in barrier (sequence number 21)"
     )
     found = overdue([WAITING, late], 600)
     assert (found.rank, found.op, found.seq) == (1, "loading", 20)
     assert found.cause.startswith("not done within 600 s, here for 40 s; its process is stopped")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"silent_s": 4.0, "stopped": True}, True),
+        ({"silent_s": 3.0, "stopped": True}, False),  # it may have been stopped a moment ago
+        ({"silent_s": 29.0, "stopped": True, "traced": True}, False),  # somebody looks at it
+        ({"silent_s": 31.0, "stopped": True, "traced": True}, True),
+        ({"silent_s": 29.0}, False),
+        ({"silent_s": 31.0}, True),
+        ({"silent_s": 31.0, "finished": True}, False),
+    ],
+)
+def test_a_stopped_process_is_given_up_sooner(given: dict[str, Any], named: bool) -> None:
+    assert (silence([WAITING, Sight(1, "loading", "", 20, **given)], 30) is not None) == named
 
 
 @pytest.mark.parametrize(
@@ -93,6 +111,7 @@ def test_a_record_outlives_its_process(ending: str, said: str) -> None:
     os.kill(child.pid, signal.SIGSTOP)
     while not peer.sight().stopped:
         pass
+    assert not peer.sight().traced
     os.kill(child.pid, signal.SIGCONT)
     with child:
         child.communicate("\n", timeout=30)
