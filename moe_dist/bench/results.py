@@ -26,7 +26,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.model.placement import imbalance
 from moe_dist.model.sizes import cdiv
-from moe_dist.workloads.skews import skew_label
+from moe_dist.workloads.skew_names import skew_label
 
 
 @dataclass

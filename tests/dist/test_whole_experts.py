@@ -16,7 +16,8 @@ from dist.pool import Pool
 
 from moe_dist.model import weights
 from moe_dist.workloads import random_weights
-from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.bench.case import Case
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.findings import merge
 from moe_dist.bench.measure import measure
 from moe_dist.bench.rounds import Turn

@@ -11,7 +11,8 @@ import torch
 from unit.test_bench import CPU, H200, SPEC, case, printed, rank_result, row, row_of
 
 from moe_dist.bench.answer import answer_table, answers
-from moe_dist.bench.case import Experiment, SourceSpec
+from moe_dist.bench.case import Experiment
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.draws import draws
 from moe_dist.bench.findings import merge
 from moe_dist.bench.loading import weights_of
