@@ -89,6 +89,7 @@ def answer_table(found: list[Answer], width: int | None = None) -> Table | Group
         Column("layers", 0, lambda row: of_step(row.layer.removeprefix("stack:"), row)) if several("layer") else None,
         Column("tokens", 0, lambda row: of_step(f"{row.global_tokens:,}", row)),
         Column("layout", 0, lambda row: of_step(row.token_layout, row)) if several("token_layout") else None,
+        Column("split", 0, lambda row: of_step(row.token_split, row)) if several("token_split") else None,
         Column("routing", 0, lambda row: of_step(printable(row.skew), row), right=False),
         Column("best of", 0, lambda row: row.placement, right=False),
         Column("exchange", 0, lambda row: printable(row.exchange), right=False),

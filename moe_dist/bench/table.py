@@ -25,7 +25,7 @@ COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
     shape = ("model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts")
-    keys = (*shape, "source", "layer", "world", "token_layout", "global_tokens", "skew", "seed")
+    keys = (*shape, "source", "layer", "world", "token_layout", "token_split", "global_tokens", "skew", "seed")
     return tuple(getattr(row, key) for key in keys)
 
 
@@ -92,6 +92,8 @@ def title_of(first: Row) -> str:
         f"{first.num_experts} experts, top-{first.top_k}) · {first.world} ranks · "
         f"{first.global_tokens} {first.token_layout} tokens · routing {first.skew}"
     )
+    if first.token_split != "even":
+        title += f" · split {first.token_split}"
     if first.shared_experts != "none":
         title += f" · shared expert {first.shared_experts}"
     if first.source.startswith("checkpoint:"):
@@ -126,6 +128,7 @@ def _columns(rows: list[Row]) -> list[Column]:
         Column("combine", 4, stage("combine")),
         Column("unstaged", 8, lambda row: number(row.unstaged_us)),
         Column("floor", 7, lambda row: number(row.floor_us)) if floors else None,
+        Column("balanced", 8, lambda row: number(row.balanced_floor_us)) if floors else None,
         Column("×floor", 1, times_floor) if floors else None,
         Column("rows max/mean", 6, lambda row: f"{row.imbalance:.2f}"),
         Column("sent/rank", 6, lambda row: size(row.bytes_sent)),

@@ -17,7 +17,8 @@ from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import GPUS, Machine
 from moe_dist.messages.printable import printable
-from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import WorkloadSpec
+from moe_dist.workloads.token_splits import most_tokens
 
 MACHINE_HELP = f"A machine that is not this one: {', '.join(f'{name}x4' for name in GPUS)} or other numbers of GPUs."
 Elsewhere = Annotated[str | None, Parameter(help=MACHINE_HELP)]
@@ -50,11 +51,11 @@ def plan(
         print_json(made.as_dict() | sent, indent=1)
     else:
         with to_standard_output():
-            print_plan(console(), made, case.workload.tokens, asked.why, case.layers)
+            print_plan(console(), made, case.workload, asked.why, case.layers)
     return OK
 
 
-def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: int = 1) -> None:
+def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, layers: int = 1) -> None:
     """`chosen`: who chose the backend, if nobody named it. `layers`: of the stack."""
     spec, world = made.spec, made.placement.world
     shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
@@ -71,7 +72,8 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
         experts = len(made.placement.experts_of(rank))
         ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
     console.print(ranks)
-    share = cdiv(tokens, world) if made.token_layout == "sharded" else tokens
+    tokens, sharded = work.tokens, made.token_layout == "sharded"
+    share = most_tokens(tokens, world, work.token_split, work.seed) if sharded else tokens
     window = made.window_bytes(share)
     shared_memory = f" and {size(window)} that ranks share" if window else ""
     console.print(

@@ -13,6 +13,7 @@ from moe_dist.commands.flags import (
     Layers,
     Measuring,
     Overrides,
+    Recording,
     Runtime,
     Source,
 )
@@ -25,8 +26,10 @@ def run(
     runtime: Runtime = None,
     layers: Layers = None,
     grid: Grid = ONE,
+    record_routing: Recording = None,
     measuring: Measuring = NOT_KEPT,
     json: Json = False,
     call: ThisCall,
 ) -> int:
-    return measure(single(overrides, source, grid, runtime, layers), measuring, call, as_json=json, sweep=False)
+    asked = single(overrides, source, grid, runtime, layers, record_routing=record_routing)
+    return measure(asked, measuring, call, as_json=json, sweep=False)

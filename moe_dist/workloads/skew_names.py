@@ -142,7 +142,9 @@ def _check_hot_rank(skew: str, argument: str, spec: MoESpec) -> None:
     most = {R: R * min(K, E // R) / K for R in range(2, E + 1) if E % R == 0}
     if int(runs) not in most or float(times) > most[int(runs)]:
         legal = [f"hot_rank:{R}x{_rounded_down(share)}" for R, share in most.items()] or "none"
-        rule = f"{E} experts must divide into the runs, and a run of E/R experts takes at most that many of a token's {K}"
+        rule = (
+            f"{E} experts must divide into the runs, and a run of E/R experts takes at most that many of a token's {K}"
+        )
         raise ConfigError("workload.skew", skew, rule, f"at most {', '.join(legal)}" if most else legal)
 
 

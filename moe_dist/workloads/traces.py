@@ -154,8 +154,9 @@ def _steps(given: Tensor | None, rows: int, refuse: Any) -> tuple[int, ...] | No
 
 
 def save_trace(path: Path | str, layers: Sequence[Sequence[Routing]], over: bool = False) -> None:
-    """What `file:PATH` reads, of each layer's routing in each step. `over`: a file that is there is replaced. Raises ConfigError where layers differ in their
-    numbers of rows, where no step was recorded, and for a file that is there already or can't be written."""
+    """What `file:PATH` reads, of each layer's routing in each step. `over`: a file that is there is replaced.
+    Raises ConfigError where layers differ in their numbers of rows, where no step was recorded, and for a file that is
+    there already or can't be written."""
     steps = [[routing.tokens for routing in each] for each in layers]
     if not steps or not steps[0]:
         raise ConfigError("recording", "no step", "holds nothing that could be saved", "one step of a layer at least")
@@ -204,9 +205,7 @@ def join_traces(paths: Sequence[Path | str], into: Path | str) -> None:
         if "steps" not in part or not alike or len(part["steps"]) != len(parts[0]["steps"]):
             rule = "is no recording of the same layers and steps as the first one"
             raise ConfigError("recording", str(path), rule, "what Recorder.save wrote on each rank")
-    cut = {
-        name: [part[name].split(part["steps"].tolist(), dim=-2) for part in parts] for name in ("ids", "weights")
-    }
+    cut = {name: [part[name].split(part["steps"].tolist(), dim=-2) for part in parts] for name in ("ids", "weights")}
     content = {
         name: torch.cat([rows for step in zip(*of_ranks, strict=True) for rows in step], dim=-2)
         for name, of_ranks in cut.items()
