@@ -105,7 +105,7 @@ class Grid:
     ] = "sharded"
     token_split: Annotated[
         str,
-        Parameter(choices=TOKEN_SPLITS, help="How sharded tokens are divided: equal shares, others, all on one rank."),
+        Parameter(choices=TOKEN_SPLITS, help="Shares of sharded tokens: equal, drawn at random, or all on one rank."),
     ] = "even"
     skew: Annotated[str, Parameter(help=SKEWS_HELP)] = "uniform"
     payload: Annotated[str, Parameter(help=f"How rows travel: {', '.join(PAYLOADS)}.")] = "auto"

@@ -46,15 +46,11 @@ def by_run(counts: Tensor, runs: int) -> list[int]:
     seed=seeds,
     tokens=st.integers(0, 40),
     step=st.integers(0, ROUTINGS - 1),
-    sizes=st.sampled_from([(32, 4), (12, 1), (12, 6)]),
+    sizes=st.sampled_from([(32, 4), (12, 1), (16, 4)]),
 )
 def test_each_routing_is_well_formed_and_repeatable(skew, seed, tokens, step, sizes):
     spec = spec_of(*sizes)
-    try:
-        found = synthetic_routing(spec, tokens, skew, seed, step=step)
-    except ConfigError as error:
-        assert "hot_rank" in skew, error  # of 12 experts with top-6 a run of 3 takes half at most
-        return
+    found = synthetic_routing(spec, tokens, skew, seed, step=step)
     again = synthetic_routing(spec, tokens, canonical_skew(skew), seed, step=step)
     assert torch.equal(found.ids_TK, again.ids_TK)
     assert torch.equal(found.weights_TK, again.weights_TK)
@@ -173,12 +169,13 @@ def test_the_first_step_of_rotating_heat_is_that_heat():
 
 @pytest.mark.parametrize(
     "skew",
-    ["hot_rank", "hot_rank:4", "hot_rank:1x1", "hot_rank:4x0.5", "hot_rank:4xtwo", "burst", "burst:0", "burst:2.5", "rotating",
-     "rotating:uniform", "rotating:balanced", "rotating:rotating:zipf:1", "rotating:file:a", "rotating:zipf", "spread:4",
-     "spread:zipf:1.2", "spread:1:zipf:1.2", "spread:4:uniform", "spread:4:spread:4:hot:2", "spread:4:rotating:hot:2", "spread::hot:2"],
+    ["hot_rank", "hot_rank:4", "hot_rank:1x1", "hot_rank:4x0.5", "hot_rank:4xtwo", "burst", "burst:0", "burst:2.5",
+     "rotating", "rotating:uniform", "rotating:balanced", "rotating:rotating:zipf:1", "rotating:file:a",
+     "rotating:zipf", "spread:4", "spread:zipf:1.2", "spread:1:zipf:1.2", "spread:4:uniform",
+     "spread:4:spread:4:hot:2", "spread:4:rotating:hot:2", "spread::hot:2"],
 )  # fmt: skip
 def test_malformed_names_list_the_legal_ones(skew):
-    with pytest.raises(ConfigError, match="not a known routing.*hot_rank:RxS.*rotating:SKEW"):
+    with pytest.raises(ConfigError, match=r"not a known routing.*hot_rank:RxS.*rotating:SKEW"):
         check_skew(skew)
 
 
@@ -208,8 +205,13 @@ def test_a_layer_of_one_expert_has_no_hot_rank():
 
 
 def test_one_spelling():
-    for given_, one in (("hot_rank:04x2.50", "hot_rank:4x2.5"), ("burst:06", "burst:6"), ("rotating:zipf:1.20", "rotating:zipf:1.2"),
-                        ("spread:04:hot:05", "spread:4:hot:5"), ("spread:4:zipf:.5", "spread:4:zipf:0.5")):  # fmt: skip
+    for given_, one in (
+        ("hot_rank:04x2.50", "hot_rank:4x2.5"),
+        ("burst:06", "burst:6"),
+        ("rotating:zipf:1.20", "rotating:zipf:1.2"),
+        ("spread:04:hot:05", "spread:4:hot:5"),
+        ("spread:4:zipf:.5", "spread:4:zipf:0.5"),
+    ):
         assert canonical_skew(given_) == canonical_skew(one) == one
 
 
