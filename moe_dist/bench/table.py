@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -47,12 +47,14 @@ def tables(rows: Iterable[Row], width: int | None = None) -> list[Table | Group]
 
 @dataclass(frozen=True)
 class Column:
-    """`rank`: the lower, the longer it stays where there is little room; 0 stays always."""
+    """`rank`: the lower, the longer it stays where there is little room; 0 stays always. `folds`: its cells may take
+    several lines where there is no room even so."""
 
     name: str
     rank: int
     cell: Callable[[Row], str | Text]
     right: bool = True
+    folds: bool = False
 
 
 def _table(rows: list[Row], width: int | None) -> Table | Group:
@@ -71,7 +73,8 @@ def fitting(rows: list[Row], columns: list[Column], width: int | None, title: st
 def _laid_out(rows: list[Row], columns: list[Column]) -> Table:
     table = plain_table()
     for column in columns:
-        table.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
+        justify: Literal["right", "left"] = "right" if column.right else "left"
+        table.add_column(column.name, justify=justify, no_wrap=not column.folds, overflow="fold")
     for row in rows:
         table.add_row(*(column.cell(row) for column in columns))
     return table

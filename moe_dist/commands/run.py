@@ -18,6 +18,8 @@ from moe_dist.commands.flags import (
     Source,
 )
 from moe_dist.commands.measuring import measure
+from moe_dist.errors import ConfigError
+from moe_dist.files import one_path
 
 
 def run(
@@ -32,4 +34,7 @@ def run(
     call: ThisCall,
 ) -> int:
     asked = single(overrides, source, grid, runtime, layers, record_routing=record_routing)
+    recording = asked.experiment.record_routing
+    if recording and measuring.out and one_path(measuring.out) == one_path(recording):
+        raise ConfigError("out", measuring.out, "is the file that the routing is saved in", "another file")
     return measure(asked, measuring, call, as_json=json, sweep=False)

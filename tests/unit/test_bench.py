@@ -540,6 +540,25 @@ class TestVerdict:
         assert lines[-2].split() == ["64", "uniform", "EP2", "ag_rs", "100", "fastest"]
         assert lines[-1].split() == ["TP2", "all_reduce", "200", "2.00x"]
 
+    def test_a_split_that_all_steps_have_is_in_the_title(self):
+        rows = [row(tp=2, token_split="ragged"), row(ep=2, token_split="ragged")]
+        assert printed(answer_table(answers(rows))).splitlines()[0].strip().endswith("· eager · split ragged")
+
+    def test_a_long_routing_is_folded_and_not_cut(self):
+        long = {
+            "skew": "spread:16:hot_rank:16x12.25",
+            "exchange": "all_to_all",
+            "global_tokens": 8192,
+            "p50": 123_456.0,
+        }
+        steps = [long, long | {"token_split": "one_rank"}]
+        rows = [row(**{kind: 2}, **step) for step in steps for kind in ("tp", "ep")]
+        text = printed(answer_table(answers(rows), 80), width=80)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
+        for cell in ("one_rank", "all_to_all", "123,456", "tie", "spread:16:"):
+            assert cell in text
+
     def test_what_differs_between_steps_names_them(self):
         steps = [{"world": 4}, {"model": "other"}, {"layer": "stack:3"}, {"token_layout": "replicated"},
                  {"token_split": "ragged"}]  # fmt: skip

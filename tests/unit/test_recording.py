@@ -226,6 +226,7 @@ SMALL = ["--device", "cpu", "model.hidden=64", "model.intermediate=64", "model.n
         (["--record-routing", "{none}/r.pt"], "its folder is not there"),
         (["--record-routing", "{new}", "tokens=[4,8]"], "holds one routing, and there are 2 tokens"),
         (["--record-routing", "{new}", "record_routing={none}"], "contradicts --record-routing"),
+        (["--record-routing", "{new}", "--out", "{new}"], "is the file that the routing is saved in"),
         (["--token-split", "odd"], "odd"),
         (["--token-split", "ragged", "--token-layout", "replicated"], "experiment.token_splits"),
         (["--token-split", "ragged", "token_splits=[even]"], "contradicts --token-split ragged"),
