@@ -14,7 +14,7 @@ from moe_dist.bench.clock import time_steps
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
-from moe_dist.bench.loading import weights_of
+from moe_dist.bench.loading import Weights, weights_of
 from moe_dist.bench.prepared import Kept, Prepared, prepare
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
@@ -58,12 +58,7 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
     before = _memory(comm.device)
     step = _step(context, case, plan, turn, inputs)
     kept.keep(key, step)
-    first: dict[int, Tensor] = {}
-    for number in reversed(range(len(inputs))):  # the first one last, whose output is looked at next
-        step.take(number)
-        y_TH = step.call()
-        first[number] = sketch(step.added(y_TH, step.x))
-    kept.first[key] = [first[number] for number in range(len(inputs))]
+    y_TH, kept.first[key] = _first_outputs(step)
     max_memory = None
     if before is not None:
         held = sum(part.nbytes() for shard, shared, _ in weights for part in (shard, shared) if part)
@@ -75,11 +70,7 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
     errors = Errors()
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
-        errors = step_errors(context, case, step, inputs[0], weights, groups[0], y_TH)
-        if middle := len(inputs) // 2:
-            step.take(middle)
-            of_middle = case.with_changes(step=middle), step, inputs[middle], weights, groups[middle], step.call()
-            errors = worse(errors, step_errors(context, *of_middle))
+        errors = _checked(context, case, step, inputs, weights, groups, y_TH)
     by_layer = [
         _work(plan, comm.rank, each, groups_TK)
         for layers, of_layers in zip(inputs, groups, strict=True)
@@ -100,6 +91,34 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
         config=step.config_sources(),
     )
     return step
+
+
+def _first_outputs(step: Prepared) -> tuple[Tensor, list[Tensor]]:
+    """The output by the first routing, in a graph's buffer until the next replay, and sketches of those by all."""
+    sketches = []
+    for number in reversed(range(len(step.steps))):
+        step.take(number)
+        y_TH = step.call()
+        sketches.append(sketch(step.added(y_TH, step.x)))
+    return y_TH, sketches[::-1]
+
+
+def _checked(
+    context: RankContext,
+    case: Case,
+    step: Prepared,
+    inputs: list[list[Inputs]],
+    weights: list[Weights],
+    groups: list[list[Tensor]],
+    y_TH: Tensor,
+) -> Errors:
+    """Of the first routing, whose output is `y_TH`, and of the one in the middle where there are several."""
+    errors = step_errors(context, case, step, inputs[0], weights, groups[0], y_TH)
+    if middle := len(inputs) // 2:
+        step.take(middle)
+        of_middle = case.with_changes(step=middle), step, inputs[middle], weights, groups[middle], step.call()
+        errors = worse(errors, step_errors(context, *of_middle))
+    return errors
 
 
 def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: Kept, key: str) -> None:

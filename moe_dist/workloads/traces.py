@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -141,7 +141,7 @@ def _checked(recorded: dict[str, Tensor], skew: str, experts: int, top_k: int) -
     return Trace(ids, weights, steps, skew)
 
 
-def _steps(given: Tensor | None, rows: int, refuse: Any) -> tuple[int, ...] | None:
+def _steps(given: Tensor | None, rows: int, refuse: Callable[[str, str], ConfigError]) -> tuple[int, ...] | None:
     if given is None:
         return None
     legal = f"one number of rows for each step, {rows} together"
@@ -201,8 +201,9 @@ def join_traces(paths: Sequence[Path | str], into: Path | str) -> None:
     parts = [_loaded(_content(str(path)), f"file:{path}") for path in paths]
     for path, part in zip(paths, parts, strict=True):
         of, first = part["ids"].shape, parts[0]["ids"].shape
-        alike = of[:-2] == first[:-2] and of[-1] == first[-1] and len(of) in (2, 3)
-        if "steps" not in part or not alike or len(part["steps"]) != len(parts[0]["steps"]):
+        whole = len(of) in (2, 3) and part["weights"].shape == of and "steps" in part
+        whole = whole and part["steps"].ndim == 1 and bool(part["steps"].sum() == of[-2])
+        if not whole or (*of[:-2], of[-1]) != (*first[:-2], first[-1]) or len(part["steps"]) != len(parts[0]["steps"]):
             rule = "is no recording of the same layers and steps as the first one"
             raise ConfigError("recording", str(path), rule, "what Recorder.save wrote on each rank")
     cut = {name: [part[name].split(part["steps"].tolist(), dim=-2) for part in parts] for name in ("ids", "weights")}

@@ -156,9 +156,18 @@ def test_ranks_recordings_become_one_in_the_order_of_their_tokens(tmp_path: Path
     assert trace.steps == (5, 4)
     assert same(trace, 0, steps[0][0], steps[1][0])
     assert same(trace, 1, steps[0][1], steps[1][1])
-    torch.save({"ids": torch.zeros(3, 2, dtype=torch.int32), "weights": torch.ones(3, 2)}, tmp_path / "old.pt")
-    with pytest.raises(ConfigError, match=r"old\.pt.*no recording of the same layers"):
-        join_traces([tmp_path / "0.pt", tmp_path / "old.pt"], tmp_path / "more.pt")
+    good = torch.load(tmp_path / "0.pt")
+    one_layer = {name: good[name][0] for name in ("ids", "weights")}
+    for other in (
+        {"ids": good["ids"], "weights": good["weights"]},
+        good | one_layer,
+        good | {"steps": torch.tensor([2, 3])},
+        good | {"steps": torch.tensor([6])},
+        good | {"weights": good["weights"][:, 1:]},
+    ):
+        torch.save(other, tmp_path / "other.pt")
+        with pytest.raises(ConfigError, match=r"other\.pt.*no recording of the same layers"):
+            join_traces([tmp_path / "0.pt", tmp_path / "other.pt"], tmp_path / "more.pt")
 
 
 # What file:PATH makes of several layers and steps
