@@ -59,6 +59,8 @@ def section(name: str, document: dict[str, Any]) -> str:
 def group_of(row: Row) -> tuple[str, ...]:
     """Rows of one table: what may be compared, and eager steps apart from graphs."""
     layout = "" if row["token_layout"] == "sharded" else f", tokens {row['token_layout']}"
+    if (split := row.get("token_split", "even")) != "even":
+        layout += f", split {split}"
     mode = "in a CUDA graph" if row["graph"] else "eager"
     return row["model"], f"{row['world']} rank{'s' * (row['world'] > 1)}", row["skew"] + layout, mode
 

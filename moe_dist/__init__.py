@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moe_dist.engine.layer import MoELayer
     from moe_dist.engine.loading import load_layer
     from moe_dist.engine.planning import make_plan
+    from moe_dist.engine.recording import Recorder
     from moe_dist.engine.stack import MoEStack
     from moe_dist.model.routing import Routing
     from moe_dist.model.spec import MoESpec, ParallelSpec
@@ -24,6 +25,7 @@ _HOMES = {
     "MoESpec": "moe_dist.model.spec",
     "MoEStack": "moe_dist.engine.stack",
     "ParallelSpec": "moe_dist.model.spec",
+    "Recorder": "moe_dist.engine.recording",
     "Routing": "moe_dist.model.routing",
     "StepGraph": "moe_dist.engine.graph",
     "load_layer": "moe_dist.engine.loading",
@@ -37,6 +39,7 @@ __all__ = [
     "MoESpec",
     "MoEStack",
     "ParallelSpec",
+    "Recorder",
     "Routing",
     "StepGraph",
     "load_layer",

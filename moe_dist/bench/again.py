@@ -15,8 +15,8 @@ CHANGED = 1e-2  # of a token: what an input of twice the size must change its ou
 
 def again_errors(step: Prepared, first: Tensor) -> tuple[float, float]:
     """What the worst token's output on changed inputs differs by from what `first`, the sketch of the step's first
-    output, lets expect; and the output on the step's own inputs after that from the first. The same on every rank;
-    collective.
+    output by its routing of now, lets expect; and the output on the step's own inputs after that from the first. The
+    same on every rank; collective.
 
     Tokens and their routing come in reversed order, and so must the outputs. A single token has twice its weights, in
     which the output is linear, or, beside a shared expert and in a stack, twice its size, and only must change. Another

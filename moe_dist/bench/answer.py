@@ -89,7 +89,8 @@ def answer_table(found: list[Answer], width: int | None = None) -> Table | Group
         Column("layers", 0, lambda row: of_step(row.layer.removeprefix("stack:"), row)) if several("layer") else None,
         Column("tokens", 0, lambda row: of_step(f"{row.global_tokens:,}", row)),
         Column("layout", 0, lambda row: of_step(row.token_layout, row)) if several("token_layout") else None,
-        Column("routing", 0, lambda row: of_step(printable(row.skew), row), right=False),
+        Column("split", 0, lambda row: of_step(row.token_split, row)) if several("token_split") else None,
+        Column("routing", 0, lambda row: of_step(printable(row.skew), row), right=False, folds=True),
         Column("best of", 0, lambda row: row.placement, right=False),
         Column("exchange", 0, lambda row: printable(row.exchange), right=False),
         Column("backend", 0, lambda row: printable(row.backend), right=False) if several("backend") else None,
@@ -112,6 +113,8 @@ def title_of(rows: list[Row]) -> str:
                       ("graph", "in a CUDA graph" if first.graph else "eager")):  # fmt: skip
         if len({getattr(row, key) for row in rows}) == 1:
             parts.append(text)
+    if first.token_split != "even" and len({row.token_split for row in rows}) == 1:
+        parts.append(f"split {first.token_split}")
     if len({row.layer for row in rows}) == 1 and (stacked := stack_of(first)):
         parts.append(stacked.strip())
     return " · ".join(parts)

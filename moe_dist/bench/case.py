@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
-from moe_dist.bench.draws import draws
-from moe_dist.checkpoint.folder import folder, model_name
+from moe_dist.bench.draws import recorded
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError
@@ -29,16 +29,20 @@ from moe_dist.model.spec import (
     Section,
     Seed,
     TokenLayout,
+    TokenSplit,
     WorkloadSpec,
 )
 from moe_dist.runtime.context import RaySpec
-from moe_dist.workloads.skews import canonical_skew, check_skew_fits, trace_of
+from moe_dist.workloads.skew_names import ROUTINGS, canonical_skew, check_skew_fits
+from moe_dist.workloads.traces import check_new, read_trace, trace_of
 
 MOST_CASES = 10_000  # planning as many takes some seconds, measuring them a day
-MOST_LAYERS = 10_000
 LARGEST_STACK = 128
 LARGEST_STEP = 1 << 37  # numbers in the rows and the routing of one step
-LISTS = ("models", "worlds", "placements", "exchanges", "backends", "tokens", "token_layouts", "skews", "modes")
+LISTS = (
+    "models", "worlds", "placements", "exchanges", "backends", "tokens", "token_layouts", "token_splits", "skews",
+    "modes",
+)  # fmt: skip
 
 Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=LARGEST_STACK)]
@@ -46,41 +50,10 @@ Mode = Literal["eager", "graph"]
 ChosenBy = Literal["name", "default"]  # who chose the backend
 
 
-class SourceSpec(Section):
-    """Where weights come from: seeded random ones, or one layer of a checkpoint on disk with its own router."""
-
-    section = "source"
-
-    seed: Seed = 0
-    checkpoint: str | None = None
-    layer: int | None = Field(default=None, strict=True, ge=0, le=MOST_LAYERS)
-
-    @model_validator(mode="after")
-    def _rules(self) -> SourceSpec:
-        """Half of a source would be random weights in silence."""
-        if self.checkpoint is None:
-            if self.layer is not None:
-                rule = "is a layer of a checkpoint, and none is given"
-                raise ConfigError("source.layer", self.layer, rule, "source.checkpoint beside it")
-            return self
-        folder(self.checkpoint)
-        if self.layer is None:
-            raise ConfigError("source.layer", None, "is needed beside source.checkpoint", "the number of an MoE layer")
-        if self.seed:
-            raise ConfigError("source.seed", self.seed, "a checkpoint's weights are not drawn", "no source.seed")
-        return self
-
-    @property
-    def label(self) -> str:
-        """In rows and tables, without a machine's paths."""
-        if self.checkpoint is None:
-            return f"random:{self.seed}"
-        return f"checkpoint:{model_name(Path(self.checkpoint))} layer {self.layer}"
-
-
 class Case(Section):
     """Everything that decides one row of results. With `layers` the step is a stack of so many, with weights and a
-    routing of their own each. `depth`: which layer of a stack this one is; see `at`."""
+    routing of their own each. `depth`: which layer of a stack this one is; see `at`. `step`: which of the workload's
+    routings this is of, where steps take several in turn. `record_routing`: the file that rank 0 saves them in."""
 
     section = "case"
 
@@ -92,6 +65,8 @@ class Case(Section):
     workload: WorkloadSpec
     layers: Layers = 1
     depth: int = Field(default=0, strict=True, ge=0, lt=LARGEST_STACK)
+    step: int = Field(default=0, strict=True, ge=0, lt=ROUTINGS)
+    record_routing: str | None = None
     payload: str = "auto"
     form: str = "auto"
     combine_dtype: str | None = None
@@ -141,7 +116,8 @@ class Case(Section):
         work, stacked = self.workload, f" × {self.layers} layers" if self.layers > 1 else ""
         return (
             f"{self.model.name} {self.parallel.label} {self.exchange} {self.backend}"
-            f" {work.tokens} {work.token_layout} tokens {work.skew} {'graph' if self.graph else 'eager'}{stacked}"
+            f" {work.tokens} {work.token_layout} tokens{'' if work.token_split == 'even' else f' {work.token_split}'}"
+            f" {work.skew} {'graph' if self.graph else 'eager'}{stacked}"
         )
 
 
@@ -160,6 +136,7 @@ class Experiment(Section):
     backends: tuple[Name, ...] = Field(default=("torch",), min_length=1)
     tokens: tuple[StrictInt, ...] = Field(default=(8, 256), min_length=1)
     token_layouts: tuple[TokenLayout, ...] = Field(default=("sharded",), min_length=1)
+    token_splits: tuple[TokenSplit, ...] = Field(default=("even",), min_length=1)
     skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
     layers: Layers = 1
     payload: str = "auto"
@@ -170,6 +147,7 @@ class Experiment(Section):
     iters: Iterations = 20
     warmup: Iterations = 3
     check: Flag = True
+    record_routing: Name | None = None
     allow_empty_shards: Flag = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["ray", "torchrun"] = "ray"
@@ -194,6 +172,11 @@ class Experiment(Section):
                 found.setdefault(trace_of(skew) or skew, skew)
         return tuple(found.values())
 
+    @field_validator("record_routing")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return value and str(Path(value).absolute())
+
     @model_validator(mode="after")
     def _rules(self) -> Experiment:
         for world in self.worlds:
@@ -210,6 +193,10 @@ class Experiment(Section):
             )
         for tokens, model in product(self.tokens, self.models):
             check_step(tokens, model)
+        if "replicated" in self.token_layouts and set(self.token_splits) != {"even"}:
+            rule = "divide sharded tokens, and replicated ones are whole on every rank"
+            raise ConfigError("experiment.token_splits", self.token_splits, rule, "even, or token_layouts [sharded]")
+        self._check_recording()
         if "router" in self.skews and self.source.checkpoint is None:
             raise ConfigError("experiment.skews", "router", "only a checkpoint has a router: give source.checkpoint")
         for placement in self.placements:
@@ -221,11 +208,20 @@ class Experiment(Section):
                     self._read(skew, model)
         return self
 
+    def _check_recording(self) -> None:
+        if self.record_routing is None:
+            return
+        check_new("experiment.record_routing", self.record_routing)
+        for key in ("models", "tokens", "skews"):
+            if len(getattr(self, key)) > 1:
+                rule = f"holds one routing, and there are {len(getattr(self, key))} {key}"
+                raise ConfigError("experiment.record_routing", self.record_routing, rule, f"one of {key}")
+
     def _read(self, skew: str, model: MoESpec) -> None:
-        """Raises ConfigError where a layer would get nothing of this trace. More rows of it hold the fewer ones."""
-        trace = trace_of(skew)
-        for tokens in set(self.tokens) if self.layers > 1 else {min(self.tokens)}:
-            draws(model, WorkloadSpec(tokens=tokens, skew=skew, seed=self.seed, trace=trace), self.layers)
+        """Raises ConfigError where a layer would get nothing of this trace in a step."""
+        trace = read_trace(model, skew)
+        for tokens in self.tokens:
+            recorded(trace, WorkloadSpec(tokens=tokens, skew=skew), self.layers)
 
     def cases(self, device: str, chosen_by: ChosenBy = "name") -> Iterator[Case]:
         """For ranks on `device`, backends named or chosen by default. A group of ranks, and then its weights, serve as
@@ -243,8 +239,9 @@ class Experiment(Section):
             if parallel is None:
                 continue
             parallel = parallel.with_changes(allow_empty_shards=self.allow_empty_shards)
-            inner = product(self.token_layouts, self.tokens, self.skews, self.exchanges, self.backends, modes)
-            for layout, tokens, skew, exchange, backend, mode in inner:
+            entering = product(self.token_layouts, self.token_splits, self.tokens, self.skews)
+            inner = product(entering, self.exchanges, self.backends, modes)
+            for (layout, split, tokens, skew), exchange, backend, mode in inner:
                 yield Case(
                     model=model,
                     source=self.source,
@@ -252,7 +249,12 @@ class Experiment(Section):
                     exchange=exchange,
                     backend=backend,
                     workload=WorkloadSpec(
-                        tokens=tokens, token_layout=layout, skew=skew, seed=self.seed, trace=traces[skew]
+                        tokens=tokens,
+                        token_layout=layout,
+                        token_split=split,
+                        skew=skew,
+                        seed=self.seed,
+                        trace=traces[skew],
                     ),
                     layers=self.layers,
                     payload=self.payload,
@@ -262,6 +264,7 @@ class Experiment(Section):
                     iters=self.iters,
                     warmup=self.warmup,
                     check=self.check,
+                    record_routing=self.record_routing,
                     chosen_by=chosen_by,
                 )
 

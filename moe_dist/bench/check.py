@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Errors:
     err_token: float | None = None
 
 
+def worse(*found: Errors) -> Errors:
+    """The larger of each."""
+    return Errors(*map(max, *map(astuple, found)))
+
+
 def errors_of(
     context: RankContext,
     case: Case,
@@ -60,7 +65,7 @@ def errors_of(
         dynamic = plan.spec.quant == "fp8_tensor_dynamic" and numerics is not None
         sensitive = (sources, layer.exchange.scaled_by) if dynamic else None
         copies = plan.exchange if plan.placement.replicated else None
-        same = f"{case.model!r} {case.source!r} {case.parallel!r} {case.workload!r}"
+        same = f"{case.model!r} {case.source!r} {case.parallel!r} {case.workload!r} {case.step}"
         key = f"{same} {numerics} {sensitive} {copies}"
         kept: dict[str, Tensor] = context.memo.setdefault("expected", {})
         if case.depth:  # behind the first layer of a stack they have inputs of their own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,8 +18,11 @@ SLEEP_CYCLES = 400_000  # about 0.2 ms, to begin with
 MOST_CYCLES = 64 * SLEEP_CYCLES
 
 
-def time_steps(comm: Comm, step: Callable[[], object], iters: int, queued: bool) -> list[float]:
-    """Microseconds of each of `iters` calls of `step` on this rank.
+def time_steps(
+    comm: Comm, step: Callable[[], object], iters: int, queued: bool, before: Callable[[int], object] | None = None
+) -> list[float]:
+    """Microseconds of each of `iters` calls of `step` on this rank. `before` is called outside of the timed span, with
+    the number of the iteration that comes next, and again where that is repeated.
 
     On a CPU by its clock, behind a barrier. On a GPU by CUDA events, behind an all-reduce of one value that lines the
     ranks' streams up. `queued`: `step` is a graph replay, and counts only where every rank's host had launched it
@@ -26,10 +30,12 @@ def time_steps(comm: Comm, step: Callable[[], object], iters: int, queued: bool)
     the time.
     """
     if comm.device.type != "cuda":
-        return [_on_cpu(comm, step) for _ in range(iters)]
+        return [_on_cpu(comm, step, partial(before, number) if before else None) for number in range(iters)]
     times: list[float] = []
     cycles = SLEEP_CYCLES if queued else 0
     while len(times) < iters:
+        if before is not None:
+            before(len(times))
         took, late = _on_device(comm, step, cycles)
         if queued and comm.agree_max(int(late)):
             if cycles < MOST_CYCLES:
@@ -40,7 +46,9 @@ def time_steps(comm: Comm, step: Callable[[], object], iters: int, queued: bool)
     return times
 
 
-def _on_cpu(comm: Comm, step: Callable[[], object]) -> float:
+def _on_cpu(comm: Comm, step: Callable[[], object], before: Callable[[], object] | None) -> float:
+    if before is not None:
+        before()
     comm.barrier()
     start = time.perf_counter()
     step()

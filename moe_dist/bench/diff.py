@@ -21,9 +21,10 @@ LARGEST_FILE = 256 << 20  # bytes
 # What names a row. A key that an older file does not have is left out of the comparison, for all rows.
 KEYS = (
     "model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts", "source",
-    "layer", "world", "placement", "exchange", "backend", "graph", "token_layout", "global_tokens", "skew", "seed",
-    "payload_dtype", "combine_dtype",
+    "layer", "world", "placement", "exchange", "backend", "graph", "token_layout", "token_split", "global_tokens",
+    "skew", "seed", "payload_dtype", "combine_dtype",
 )  # fmt: skip
+OLDER = {"token_split": "even"}  # what rows are that were written before there was a choice
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Diff:
 
 
 def _timed(document: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in document["rows"] if isinstance(row.get("p50_us"), (int, float))]
+    return [OLDER | row for row in document["rows"] if isinstance(row.get("p50_us"), (int, float))]
 
 
 def _key(row: dict[str, Any], keys: list[str]) -> tuple[str, ...]:

@@ -39,8 +39,9 @@ class RankResult:
     see Prepared.staged. Errors are the whole group's, see bench/check.py; `err_repeat` is what the worst token of a
     later output differs by from that of the first, `err_again` the same of an output on changed inputs. `max_memory`:
     bytes of a GPU, the weights and the most that making and running the step took beside them. `rows` are those of all
-    layers, `active_experts` the most of any layer, and `by_layer` has both of each. `config`: see
-    Backend.config_sources. `notices`: what this rank had to say in this turn."""
+    layers and all routings that steps take in turn, `active_experts` the most of any, and `by_layer` has both of each
+    layer, routing by routing. `config`: see Backend.config_sources. `notices`: what this rank had to say in this
+    turn."""
 
     rounds_us: list[list[float]]
     stages_us: dict[str, float]
@@ -64,8 +65,9 @@ class RankResult:
 @dataclass(frozen=True)
 class GroupResult:
     """The group's figures, which a row is made of. `errors`: by the names in ERRORS, None where not measured, infinite
-    or NaN where an output was. `by_layer`: for each layer its rows and its active experts, each by rank. `config`,
-    `notices`: see RankResult; of each notice which ranks gave it."""
+    or NaN where an output was. `by_layer`: for each layer its rows and its active experts, each by rank, and so on for
+    each further routing that steps take in turn. `config`, `notices`: see RankResult; of each notice which ranks gave
+    it."""
 
     rounds_us: list[list[float]]
     stages_us: dict[str, float]

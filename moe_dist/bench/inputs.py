@@ -15,9 +15,9 @@ from moe_dist.engine.plan import Plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import RankFailure
 from moe_dist.model.routing import Routing
-from moe_dist.model.spec import split_bounds
 from moe_dist.model.weights import position_sum
 from moe_dist.workloads.streams import Stream
+from moe_dist.workloads.token_splits import token_bounds
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,29 @@ class Inputs:
         return self.x_TH[start:stop].contiguous(), self.routing.rows(start, stop)
 
 
-def make_inputs(case: Case, plan: Plan, comm: Comm, routers: Sequence[Router | None]) -> list[Inputs]:
-    """Dense Gaussian tokens drawn from the seed, the same on every rank, and for each layer a routing by the case's
-    skew; a layer's router, where that is the skew, routes the step's tokens. Collective. Raises RankFailure where a
-    rank has others: the oracle would take one thing, and the layer another."""
+def make_inputs(case: Case, plan: Plan, comm: Comm, routers: Sequence[Router | None]) -> list[list[Inputs]]:
+    """For each step that has a routing of its own, those of its layers. Dense Gaussian tokens drawn from the seed, the
+    same on every rank and in every step, and for each layer a routing by the case's skew; a layer's router, where that
+    is the skew, routes the step's tokens. Collective. Raises RankFailure where a rank has others: the oracle would take
+    one thing, and the layer another."""
     work, spec = case.workload, plan.spec
     x_TH = Stream("tokens", work.seed, device=comm.device).normal(work.tokens, spec.hidden).to(spec.torch_dtype)
     if work.skew == "router" and None not in routers:
-        routings = [router(x_TH) for router in routers if router is not None]
+        steps = [[router(x_TH) for router in routers if router is not None]]
     else:
-        routings = [routing.to(comm.device) for routing in draws(spec, work, case.layers)]
-    for name, tensor in (("tokens", x_TH), *(("ids", routing.ids_TK) for routing in routings)):
-        found = told(comm, position_sum(tensor) >> 16).flatten().tolist()  # float64 holds 53 bits
-        if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
-            raise RankFailure(rank, "inputs", comm.sequence, f"it has other {name} than rank 0")
+        steps = [[routing.to(comm.device) for routing in layers] for layers in draws(spec, work, case.layers)]
+    _check_alike(comm, x_TH, [routing.ids_TK for layers in steps for routing in layers])
     sharded = work.token_layout == "sharded"
-    bounds = split_bounds(work.tokens, comm.world) if sharded else [(0, work.tokens)] * comm.world
-    return [Inputs(x_TH, routing, bounds, comm.rank, sharded) for routing in routings]
+    bounds = [(0, work.tokens)] * comm.world
+    if sharded:
+        bounds = token_bounds(work.tokens, comm.world, work.token_split, work.seed)
+    return [[Inputs(x_TH, routing, bounds, comm.rank, sharded) for routing in layers] for layers in steps]
+
+
+def _check_alike(comm: Comm, x_TH: Tensor, ids: list[Tensor]) -> None:
+    sums = [position_sum(tensor) >> 16 for tensor in (x_TH, *ids)]  # float64 holds 53 bits
+    found = told(comm, *sums).tolist()
+    for rank, values in enumerate(found):
+        if values != found[0]:
+            name = "tokens" if values[0] != found[0][0] else "ids"
+            raise RankFailure(rank, "inputs", comm.sequence, f"it has other {name} than rank 0")

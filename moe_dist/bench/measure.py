@@ -9,12 +9,12 @@ from torch import Tensor
 
 from moe_dist.bench.again import again_errors
 from moe_dist.bench.case import Case
-from moe_dist.bench.check import Errors
+from moe_dist.bench.check import Errors, worse
 from moe_dist.bench.clock import time_steps
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
-from moe_dist.bench.loading import weights_of
+from moe_dist.bench.loading import Weights, weights_of
 from moe_dist.bench.prepared import Kept, Prepared, prepare
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
@@ -24,6 +24,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import check_machine
 from moe_dist.messages.notices import collecting
 from moe_dist.runtime.context import RankContext
+from moe_dist.workloads.traces import save_trace
 
 ALONE = Turn()
 
@@ -51,21 +52,30 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
     """Everything about a case but its times, once."""
     comm, weights = context.comm, weights_of(context, case, plan, turn)
     inputs = _inputs(context, case, plan, turn)
+    if case.record_routing is not None and comm.rank == 0:
+        layers = zip(*inputs, strict=True)
+        save_trace(case.record_routing, [[each.routing for each in layer] for layer in layers], over=True)
     before = _memory(comm.device)
     step = _step(context, case, plan, turn, inputs)
     kept.keep(key, step)
-    y_TH = step.call()
+    y_TH, kept.first[key] = _first_outputs(step)
     max_memory = None
     if before is not None:
         held = sum(part.nbytes() for shard, shared, _ in weights for part in (shard, shared) if part)
         max_memory = torch.cuda.max_memory_allocated() - before + held
-    kept.first[key] = sketch(step.added(y_TH, step.x))
-    groups = [_serving_groups(layer, plan, each) for layer, each in zip(step.layers, inputs, strict=True)]
+    groups = [
+        [_serving_groups(layer, plan, each) for layer, each in zip(step.layers, layers, strict=True)]
+        for layers in inputs
+    ]
     errors = Errors()
     if case.check:
         context.progress(f"{case.label}: checking against the oracle")
-        errors = step_errors(context, case, step, inputs, weights, groups, y_TH)
-    by_layer = [_work(plan, comm.rank, each, groups_TK) for each, groups_TK in zip(inputs, groups, strict=True)]
+        errors = _checked(context, case, step, inputs, weights, groups, y_TH)
+    by_layer = [
+        _work(plan, comm.rank, each, groups_TK)
+        for layers, of_layers in zip(inputs, groups, strict=True)
+        for each, groups_TK in zip(layers, of_layers, strict=True)
+    ]
     stages_us, unstaged_us = step.staged(case.iters)
     kept.found[key] = RankResult(
         rounds_us=[],
@@ -83,6 +93,34 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
     return step
 
 
+def _first_outputs(step: Prepared) -> tuple[Tensor, list[Tensor]]:
+    """The output by the first routing, in a graph's buffer until the next replay, and sketches of those by all."""
+    sketches = []
+    for number in reversed(range(len(step.steps))):
+        step.take(number)
+        y_TH = step.call()
+        sketches.append(sketch(step.added(y_TH, step.x)))
+    return y_TH, sketches[::-1]
+
+
+def _checked(
+    context: RankContext,
+    case: Case,
+    step: Prepared,
+    inputs: list[list[Inputs]],
+    weights: list[Weights],
+    groups: list[list[Tensor]],
+    y_TH: Tensor,
+) -> Errors:
+    """Of the first routing, whose output is `y_TH`, and of the one in the middle where there are several."""
+    errors = step_errors(context, case, step, inputs[0], weights, groups[0], y_TH)
+    if middle := len(inputs) // 2:
+        step.take(middle)
+        of_middle = case.with_changes(step=middle), step, inputs[middle], weights, groups[middle], step.call()
+        errors = worse(errors, step_errors(context, *of_middle))
+    return errors
+
+
 def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: Kept, key: str) -> None:
     """A round's iterations, and whether the last of them gave what the step gave first."""
     iters = turn.iters(case.iters)
@@ -93,12 +131,16 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: K
     for _ in range(case.warmup if turn.number == 0 else min(case.warmup, 1)):
         step.call()
     last: list[Tensor] = []
+    done = sum(map(len, kept.found[key].rounds_us))  # steps take the routings in turn from round to round
 
     def call() -> None:
         last[:] = [step.call()]
 
-    times = time_steps(comm, call, iters, queued=step.graph is not None)
-    err_repeat = sketch_error(comm, sketch(step.added(last[0], step.x)), kept.first[key])
+    def before(number: int) -> None:
+        step.take((done + number) % len(step.steps))
+
+    times = time_steps(comm, call, iters, queued=step.graph is not None, before=before)
+    err_repeat = sketch_error(comm, sketch(step.added(last[0], step.x)), kept.first[key][step.number])
     found: RankResult = kept.found[key]
     kept.found[key] = replace(
         found,
@@ -111,7 +153,7 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: K
 def _again(context: RankContext, case: Case, step: Prepared, kept: Kept, key: str) -> None:
     """Whether the step that was timed computes: on changed inputs, and then on its own once more."""
     context.progress(f"{case.label}: on changed inputs")
-    err_again, err_repeat = again_errors(step, kept.first[key])
+    err_again, err_repeat = again_errors(step, kept.first[key][step.number])
     found: RankResult = kept.found[key]
     kept.found[key] = replace(
         found,
@@ -120,18 +162,18 @@ def _again(context: RankContext, case: Case, step: Prepared, kept: Kept, key: st
     )
 
 
-def _inputs(context: RankContext, case: Case, plan: Plan, turn: Turn) -> list[Inputs]:
+def _inputs(context: RankContext, case: Case, plan: Plan, turn: Turn) -> list[list[Inputs]]:
     weights = weights_of(context, case, plan, turn)
     context.progress(f"{case.label}: inputs")
     return make_inputs(case, plan, context.comm, [router for _, _, router in weights])
 
 
-def _step(context: RankContext, case: Case, plan: Plan, turn: Turn, inputs: list[Inputs]) -> Prepared:
+def _step(context: RankContext, case: Case, plan: Plan, turn: Turn, inputs: list[list[Inputs]]) -> Prepared:
     weights = weights_of(context, case, plan, turn)
-    layers = [MoELayer(plan, shard, context.comm, shared=shared) for shard, shared, _ in weights]
-    bucket = max(stop - start for start, stop in inputs[0].bounds)
-    x_TH, routings = inputs[0].mine()[0], [each.mine()[1] for each in inputs]
-    return prepare(context, case, layers, [shard for shard, _, _ in weights], x_TH, routings, bucket)
+    made = [MoELayer(plan, shard, context.comm, shared=shared) for shard, shared, _ in weights]
+    bucket = max(stop - start for start, stop in inputs[0][0].bounds)
+    x_TH, steps = inputs[0][0].mine()[0], [[each.mine()[1] for each in layers] for layers in inputs]
+    return prepare(context, case, made, [shard for shard, _, _ in weights], x_TH, steps, bucket)
 
 
 def _work(plan: Plan, rank: int, inputs: Inputs, groups_TK: Tensor) -> tuple[int, int]:

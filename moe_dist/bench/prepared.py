@@ -28,17 +28,17 @@ SPARE = 0.25  # of a GPU's memory: with less left, steps are made anew
 
 @dataclass
 class Prepared:
-    """One step on fixed inputs, of one layer or of a stack: `call` runs it eagerly or replays `graph`. Each layer has
-    its shard and its routing."""
+    """One step on fixed tokens, of one layer or of a stack: `call` runs it eagerly or replays `graph`. Each layer has
+    its shard. `steps`: the routings that steps take in turn, each with one for every layer; `number` is that of now."""
 
     layers: Sequence[MoELayer]
     shards: list[ExpertWeights]
     x: Tensor
-    routings: list[Routing]
+    steps: list[list[Routing]]
     bucket: int
     module: MoELayer | MoEStack
-    call: Callable[[], Tensor]
     graph: StepGraph | None
+    number: int = 0
 
     def __post_init__(self) -> None:
         self._gate_first = [shard.gate_first for shard in self.shards]
@@ -49,15 +49,38 @@ class Prepared:
         return len(self.layers) > 1
 
     @property
+    def routings(self) -> list[Routing]:
+        """Of each layer, now."""
+        return self.steps[self.number]
+
+    def take(self, number: int) -> None:
+        """Go by another one of the routings from now on; a graph gets a copy. Not to be timed."""
+        if number != self.number:
+            self.number = number
+            if self.graph is not None:
+                self.graph.fill(self.x, routed(self.module, self.routings))
+
+    def call(self) -> Tensor:
+        if self.graph is not None:
+            return self.graph.replay()[: len(self.x)]
+        y_TH: Tensor = self.module(self.x, routed(self.module, self.routings), max_tokens_per_rank=self.bucket)
+        return y_TH
+
+    @property
     def stale(self) -> bool:
         """Another backend has turned the weights that this one was prepared with."""
         return [shard.gate_first for shard in self.shards] != self._gate_first
 
     def sent(self) -> int:
-        """The bytes that this rank sends in a step, counted in one more."""
-        before = self.comm.bytes_sent
-        self._eagerly()
-        return self.comm.bytes_sent - before + sum(layer.exchange.stored_bytes() for layer in self.layers)
+        """The bytes that this rank sends in a step, counted in one more of each routing: their mean."""
+        total = 0
+        for number in range(len(self.steps)):
+            self.take(number)
+            before = self.comm.bytes_sent
+            self._eagerly()
+            total += self.comm.bytes_sent - before + sum(layer.exchange.stored_bytes() for layer in self.layers)
+        self.take(0)
+        return round(total / len(self.steps))
 
     def staged(self, iters: int) -> tuple[dict[str, float], float | None]:
         """Median microseconds of each stage, and in none, over a few of `iters` further steps, run as the timed ones
@@ -68,10 +91,12 @@ class Prepared:
         stages = Stages(True, self.comm.device)
         graph = self.graph.with_stages() if self.graph and iters else None
         step = graph.replay if graph else lambda: self._eagerly(stages)
-        for _ in range(min(iters, STAGE_ITERS)):
+        for number in range(min(iters, STAGE_ITERS)):
+            self.take(number % len(self.steps))
             (whole,) = time_steps(self.comm, step, 1, queued=graph is not None)
             totals.append(graph.totals_us() if graph else stages.totals_us())
             unstaged.append(whole - sum(totals[-1].values()))
+        self.take(0)
         if not totals:
             return {}, None
         return {name: median(total[name] for total in totals) for name in totals[0]}, median(unstaged)
@@ -119,30 +144,29 @@ def prepare(
     layers: Sequence[MoELayer],
     shards: list[ExpertWeights],
     x: Tensor,
-    routings: list[Routing],
+    steps: list[list[Routing]],
     bucket: int,
 ) -> Prepared:
     """Collective, compiles what is compiled at first use."""
     context.progress(f"{case.label}: warming up")
     module = MoEStack(layers) if len(layers) > 1 else layers[0]
-    given = routed(module, routings)
-    parts = layers, shards, x, routings, bucket, module
-    if not layers[0].plan.graph:
-        module.warm_up(x, given, bucket)  # type: ignore[arg-type]
-        return Prepared(*parts, lambda: module(x, given, max_tokens_per_rank=bucket), None)
-    context.progress(f"{case.label}: capturing")
-    graph = StepGraph(module, bucket, x, given)
-    return Prepared(*parts, lambda: graph.replay()[: len(x)], graph)
+    if layers[0].plan.graph:
+        context.progress(f"{case.label}: capturing")
+        graph = StepGraph(module, bucket, x, routed(module, steps[0]))
+        return Prepared(layers, shards, x, steps, bucket, module, graph)
+    for routings in steps:  # each may bring other numbers of rows
+        module.warm_up(x, routed(module, routings), bucket)  # type: ignore[arg-type]
+    return Prepared(layers, shards, x, steps, bucket, module, None)
 
 
 @dataclass
 class Kept:
-    """What one batch's cases leave for their next turns. `first`: a sketch of a case's first output; `found`: what
-    was measured so far."""
+    """What one batch's cases leave for their next turns. `first`: a sketch of a case's first output by each routing;
+    `found`: what was measured so far."""
 
     batch: int | None
     steps: dict[str, Prepared] = field(default_factory=dict)
-    first: dict[str, Tensor] = field(default_factory=dict)
+    first: dict[str, list[Tensor]] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite
@@ -19,14 +20,14 @@ import torch
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.findings import GroupResult
-from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
+from moe_dist.bench.roofline import balanced_floor_us, floor_us, rank_flops, rank_weight_bytes
 from moe_dist.bench.row import Document, Hardware, Notice, Provenance, Refused, Row
 from moe_dist.bench.tolerance import within_tolerance
 from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.model.placement import imbalance
-from moe_dist.model.sizes import cdiv
-from moe_dist.workloads.skews import skew_label
+from moe_dist.workloads.skew_names import skew_label
+from moe_dist.workloads.token_splits import most_tokens
 
 
 @dataclass
@@ -51,6 +52,8 @@ class Outcome:
         return new
 
 
+Layer = tuple[list[int], list[int]]  # rows and active experts by rank
+
 FEWEST_FOR_P99 = 100
 FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would scatter
 
@@ -60,8 +63,12 @@ def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
     spec, placement, work = plan.spec, plan.placement, case.workload
     times = [time for round_us in found.rounds_us for time in round_us]
     p50, medians = quantile(times, 0.5), [p for each in found.rounds_us if (p := quantile(each, 0.5)) is not None]
-    pairs = sum(found.rows_per_rank) // placement.tp // case.layers
-    floors = [floor_us(spec, placement, rows, active, plan.machine.name) for rows, active in found.by_layer]
+    pairs = sum(found.rows_per_rank) // placement.tp // len(found.by_layer)
+    steps = [found.by_layer[first : first + case.layers] for first in range(0, len(found.by_layer), case.layers)]
+
+    def floor(of: Callable[..., float | None]) -> float | None:
+        return _middle([_sum([of(spec, placement, *layer, plan.machine.name) for layer in layers]) for layers in steps])
+
     backend = BACKENDS.get(plan.backend)
     return Row(
         model=spec.name,
@@ -79,7 +86,10 @@ def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
         **vars(found.ran),
         layer="whole" if case.layers == 1 else f"stack:{case.layers}",
         global_tokens=work.tokens,
-        tokens_per_rank=cdiv(work.tokens, placement.world) if plan.token_layout == "sharded" else work.tokens,
+        tokens_per_rank=most_tokens(work.tokens, placement.world, work.token_split, work.seed)
+        if plan.token_layout == "sharded"
+        else work.tokens,
+        token_split=work.token_split,
         skew=skew_label(work.skew, work.trace),
         seed=work.seed,
         iters=len(times),
@@ -90,10 +100,12 @@ def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
         per_layer_us=None if p50 is None else p50 / case.layers,
         round_p50_us=tuple(medians),
         scatter_us=stdev(medians) / len(medians) ** 0.5 if len(medians) >= FEWEST_ROUNDS else None,
-        floor_us=_sum(floors),
+        routing_p50_us=_by_routing(times, len(steps)),
+        floor_us=floor(floor_us),
+        balanced_floor_us=floor(balanced_floor_us),
         **_finite(found.errors),
         active_experts=found.active_experts,
-        imbalance=_imbalance([rows for rows, _ in found.by_layer]),
+        imbalance=quantile([_imbalance([rows for rows, _ in layers]) for layers in steps], 0.5) or 1.0,
         rows_per_rank=tuple(found.rows_per_rank),
         pairs=pairs,
         bytes_sent=found.bytes_sent,
@@ -101,7 +113,7 @@ def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
         unstaged_us=None if found.unstaged_us is None else round(found.unstaged_us, 1),
         max_memory=found.max_memory,
         chosen_by=case.chosen_by,
-        **_rates(plan, found, p50),
+        **_rates(plan, steps, found.bytes_sent, p50),
         ok=within_tolerance(
             found.errors,
             spec,
@@ -125,26 +137,42 @@ def _sum(values: list[float | None]) -> float | None:
     return sum(known) if len(known) == len(values) else None
 
 
+def _middle(values: list[float | None]) -> float | None:
+    """Of the routings that steps take in turn, as p50_us is of their times; None where one is not known."""
+    known = [value for value in values if value is not None]
+    return quantile(known, 0.5) if len(known) == len(values) else None
+
+
+def _by_routing(times: list[float], routings: int) -> tuple[float, ...]:
+    """The median of each routing's iterations, which take them in turn."""
+    found = [quantile(times[first::routings], 0.5) for first in range(routings)] if routings > 1 else []
+    return tuple(median for median in found if median is not None)
+
+
 def _imbalance(by_layer: list[list[int]]) -> float:
     """The layers' mean, each with the weight of its rows: they wait for one another's busiest rank."""
     total = sum(map(sum, by_layer))
     return sum(imbalance(rows) * sum(rows) for rows in by_layer) / total if total else 1.0
 
 
-def _rates(plan: Plan, found: GroupResult, p50: float | None) -> dict[str, Any]:
-    """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent."""
+def _rates(plan: Plan, steps: list[list[Layer]], bytes_sent: int, p50: float | None) -> dict[str, Any]:
+    """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent. `steps`: of each
+    routing its layers."""
     if not p50:
         return {"tflops": None, "hbm_gbps": None, "link_gbps": None}
     placement, spec = plan.placement, plan.spec
     ranks = range(placement.world)
-    flops = weights = 0.0
-    for rows, active in found.by_layer:
-        flops += max(rank_flops(spec, placement, rank, rows[rank]) for rank in ranks)
-        weights += max(rank_weight_bytes(spec, placement, rank, active[rank]) for rank in ranks)
+
+    def busiest(of: Callable[..., float], which: int) -> float:
+        def of_step(layers: list[Layer]) -> float:
+            return sum(max(of(spec, placement, rank, layer[which][rank]) for rank in ranks) for layer in layers)
+
+        return quantile([of_step(layers) for layers in steps], 0.5) or 0.0
+
     return {
-        "tflops": flops / p50 / 1e6,
-        "hbm_gbps": weights / p50 / 1e3,
-        "link_gbps": found.bytes_sent / p50 / 1e3,
+        "tflops": busiest(rank_flops, 0) / p50 / 1e6,
+        "hbm_gbps": busiest(rank_weight_bytes, 1) / p50 / 1e3,
+        "link_gbps": bytes_sent / p50 / 1e3,
     }
 
 

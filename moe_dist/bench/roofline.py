@@ -46,6 +46,24 @@ def floor_us(
     )
 
 
+def balanced_floor_us(
+    spec: MoESpec, placement: Placement, rows_per_rank: list[int], active_per_rank: list[int], device: str
+) -> float | None:
+    """What `floor_us` would be if pairs and experts that have any were spread perfectly over the groups of experts:
+    the mean of their arithmetic and the mean of their traffic, on the widest slices. No rearrangement of these experts
+    can have a lower floor, since the largest of several numbers is at least their mean (Graham, Bounds on
+    Multiprocessing Timing Anomalies, 1969). Copies count where they have pairs. With one group it is the floor."""
+    if device not in PEAKS:
+        return None
+    peaks, tp, ep = PEAKS[device], placement.tp, placement.ep
+    rate = peaks.fp8_flops if spec.quantized else peaks.bf16_flops
+    flops, traffic = [0.0] * tp, [0.0] * tp
+    for rank, (rows, active) in enumerate(zip(rows_per_rank, active_per_rank, strict=True)):
+        flops[rank % tp] += rank_flops(spec, placement, rank, rows) / ep
+        traffic[rank % tp] += rank_weight_bytes(spec, placement, rank, active) / ep
+    return 1e6 * max(max(flops) / rate, max(traffic) / peaks.bandwidth)
+
+
 def rank_floor_us(spec: MoESpec, placement: Placement, rank: int, rows: int, active: int, peaks: Peaks) -> float:
     """One rank's floor: `rows` pairs on `active` experts."""
     rate = peaks.fp8_flops if spec.quantized else peaks.bf16_flops

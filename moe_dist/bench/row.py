@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_dist.bench.case import ChosenBy
-from moe_dist.model.spec import QUANT_KINDS, TokenLayout
+from moe_dist.model.spec import QUANT_KINDS, TokenLayout, TokenSplit
 
 Count = Annotated[int, Field(ge=0)]
 Some = Annotated[int, Field(ge=1)]
@@ -60,7 +60,11 @@ class Row(Result):
     layer: str = Field(description="`whole` (one layer, exchange included) or `stack:N` (N layers as one step)")
     global_tokens: Some = Field(description="tokens of a step, of all ranks together")
     tokens_per_rank: Some = Field(
-        description="of them, the most that a rank has: global_tokens / world, rounded up, if sharded; else all"
+        description="of them, the most that a rank has: if sharded as token_split says, else all"
+    )
+    token_split: TokenSplit = Field(
+        description="how sharded tokens were divided: `even`, `ragged` (ranks have different numbers) or `one_rank`"
+        " (one has all)"
     )
     skew: str = Field(description="which routing; a trace by the first 12 digits of its SHA-256")
     seed: int = Field(description="of tokens and routing; weights have their own, see source")
@@ -80,9 +84,18 @@ class Row(Result):
     scatter_us: Number | None = Field(
         description="µs, standard error of round_p50_us: standard deviation / √rounds; null with fewer than 3 rounds"
     )
+    routing_p50_us: tuple[Number, ...] = Field(
+        strict=False,
+        description="µs, the median of each routing's iterations, where steps take several in turn; empty with one",
+    )
     floor_us: Number | None = Field(
         description="µs, least time of the busiest rank's arithmetic and weight traffic, exchange not counted, at the"
-        " peak rates measured on such a device; null for a device that none were measured on"
+        " peak rates measured on such a device, the median of several routings; null for a device that none were"
+        " measured on"
+    )
+    balanced_floor_us: Number | None = Field(
+        description="µs, what floor_us would be with pairs and active experts spread perfectly over the groups of"
+        " experts: no balancer can bring it lower; null as floor_us"
     )
     err_oracle: Number | None = Field(
         description="‖y − o‖ / ‖o‖, y being all ranks' output and o that of the oracle, which quantizes alike"
@@ -104,13 +117,17 @@ class Row(Result):
     )
     active_experts: Count = Field(description="experts with rows, on the rank and in the layer that have most")
     imbalance: Number = Field(
-        description="rows of the busiest rank / mean over ranks; of a stack the mean over its layers, by their rows"
+        description="rows of the busiest rank / mean over ranks; of a stack the mean over its layers, by their rows;"
+        " of several routings the median"
     )
     rows_per_rank: tuple[Count, ...] = Field(
-        strict=False, description="(token, expert) pairs on each rank, of all layers together"
+        strict=False, description="(token, expert) pairs on each rank, of all layers and routings together"
     )
     pairs: Count = Field(description="(token, expert) pairs of one layer, a pair of several slices counted once")
-    bytes_sent: Count = Field(description="bytes, what the rank sends that sends most; a row for itself is not sent")
+    bytes_sent: Count = Field(
+        description="bytes, what the rank sends that sends most, in the mean over several routings; a row for itself is"
+        " not sent"
+    )
     stages_us: dict[str, Number] = Field(
         description="µs by stage on the rank whose stages take longest, medians of up to 10 further steps with stamps"
         " in them; stages don't overlap; empty without iterations"

@@ -16,8 +16,9 @@ from moe_dist.bench.source import check_stored
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.machine.machine import Machine
-from moe_dist.model.sizes import cdiv
 from moe_dist.runtime.context import Group
+from moe_dist.workloads.skew_names import ROUTINGS, several_routings
+from moe_dist.workloads.token_splits import most_tokens
 
 Shown = Callable[[str], None]
 
@@ -45,8 +46,10 @@ def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
     held = []
     for case, plan in planned:
         work, world = case.workload, plan.placement.world
-        tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k * case.layers)
-        share = cdiv(work.tokens, world) if work.token_layout == "sharded" else work.tokens
+        routings = case.layers * (ROUTINGS if several_routings(work.skew) else 1)
+        tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k * routings)
+        sharded = work.token_layout == "sharded"
+        share = most_tokens(work.tokens, world, work.token_split, work.seed) if sharded else work.tokens
         beside = tokens + plan.scratch_bytes(share) + plan.window_bytes(share)
         ranks = [case.layers * plan.weight_bytes(rank) + beside for rank in range(world)]
         held.append((max(ranks) if machine.device == "cuda" else sum(ranks), beside))

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.bench.case import Case
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.checkpoint import check_layer, layer_spec
 from moe_dist.errors import ConfigError
 from moe_dist.files import one_path

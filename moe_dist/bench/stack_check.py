@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from moe_dist.bench.case import Case
-from moe_dist.bench.check import Errors, errors_of, group_error, worst_token
+from moe_dist.bench.check import Errors, errors_of, group_error, worse, worst_token
 from moe_dist.bench.gathered import joined
 from moe_dist.bench.inputs import Inputs
 from moe_dist.bench.loading import Weights
@@ -46,4 +46,4 @@ def step_errors(
     whole = group_error(step.comm, y_TH, x_TH)
     token = worst_token(step.comm, step.added(y_TH, step.x), step.added(x_TH, step.x))
     together = Errors(err_oracle=whole, err_exact=0.0, err_whole=0.0, err_token=token)
-    return Errors(*map(max, *map(astuple, [*found, together])))
+    return worse(*found, together)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -25,7 +25,7 @@ COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
 def comparable(row: Row) -> tuple[Any, ...]:
     """Only rows equal in all of this stand side by side: same model, ranks, tokens, layout on both ends, skew."""
     shape = ("model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts")
-    keys = (*shape, "source", "layer", "world", "token_layout", "global_tokens", "skew", "seed")
+    keys = (*shape, "source", "layer", "world", "token_layout", "token_split", "global_tokens", "skew", "seed")
     return tuple(getattr(row, key) for key in keys)
 
 
@@ -47,12 +47,14 @@ def tables(rows: Iterable[Row], width: int | None = None) -> list[Table | Group]
 
 @dataclass(frozen=True)
 class Column:
-    """`rank`: the lower, the longer it stays where there is little room; 0 stays always."""
+    """`rank`: the lower, the longer it stays where there is little room; 0 stays always. `folds`: its cells may take
+    several lines where there is no room even so."""
 
     name: str
     rank: int
     cell: Callable[[Row], str | Text]
     right: bool = True
+    folds: bool = False
 
 
 def _table(rows: list[Row], width: int | None) -> Table | Group:
@@ -71,7 +73,8 @@ def fitting(rows: list[Row], columns: list[Column], width: int | None, title: st
 def _laid_out(rows: list[Row], columns: list[Column]) -> Table:
     table = plain_table()
     for column in columns:
-        table.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
+        justify: Literal["right", "left"] = "right" if column.right else "left"
+        table.add_column(column.name, justify=justify, no_wrap=not column.folds, overflow="fold")
     for row in rows:
         table.add_row(*(column.cell(row) for column in columns))
     return table
@@ -92,6 +95,8 @@ def title_of(first: Row) -> str:
         f"{first.num_experts} experts, top-{first.top_k}) · {first.world} ranks · "
         f"{first.global_tokens} {first.token_layout} tokens · routing {first.skew}"
     )
+    if first.token_split != "even":
+        title += f" · split {first.token_split}"
     if first.shared_experts != "none":
         title += f" · shared expert {first.shared_experts}"
     if first.source.startswith("checkpoint:"):
@@ -126,6 +131,7 @@ def _columns(rows: list[Row]) -> list[Column]:
         Column("combine", 4, stage("combine")),
         Column("unstaged", 8, lambda row: number(row.unstaged_us)),
         Column("floor", 7, lambda row: number(row.floor_us)) if floors else None,
+        Column("balanced", 8, lambda row: number(row.balanced_floor_us)) if floors else None,
         Column("×floor", 1, times_floor) if floors else None,
         Column("rows max/mean", 6, lambda row: f"{row.imbalance:.2f}"),
         Column("sent/rank", 6, lambda row: size(row.bytes_sent)),

@@ -53,7 +53,7 @@ def whole_error(
     of_weights = f"{case.model!r} {case.source!r} {case.parallel!r} {_fingerprints(comm, shard, shared)}"
     compared: set[Copy] = context.memo.setdefault("compared", {}).setdefault(of_weights, set())
     tokens, alone = compared_tokens(case, routing, groups_TK, compared)
-    key = f"{case.model!r} {case.source!r} {case.depth} {case.workload!r} {tokens.tolist()}"
+    key = f"{case.model!r} {case.source!r} {case.depth} {case.step} {case.workload!r} {tokens.tolist()}"
     kept: dict[str, Tensor] = context.memo.setdefault("whole", {})
     tokens = tokens.to(x_TH.device)
     picked = Routing(routing.ids_TK[tokens], routing.weights_TK[tokens])

@@ -35,18 +35,22 @@ def single(
     runtime: str | None = None,
     layers: int | None = None,
     machine: Machine | None = None,
+    record_routing: str | None = None,
 ) -> Asked:
     """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one."""
     config = one_placement(grid.tp, grid.ep, grid.backend) | {
         "name": "run",
         "tokens": [grid.tokens],
         "token_layouts": [grid.token_layout],
+        "token_splits": [grid.token_split],
         "skews": [grid.skew],
         "payload": grid.payload,
         "iters": grid.iters,
     }
     if grid.exchange:
         config["exchanges"] = [grid.exchange]
+    if record_routing is not None:
+        config["record_routing"] = record_routing
     config = override(config, overrides)
     return asked_for(config, source, sweep=False, runtime=runtime, layers=layers, machine=machine)
 

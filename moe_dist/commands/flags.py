@@ -15,14 +15,14 @@ from moe_dist.commands.yaml_loader import integer
 from moe_dist.engine.planning import PAYLOADS
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.model.spec import TOKEN_LAYOUTS
+from moe_dist.model.spec import TOKEN_LAYOUTS, TOKEN_SPLITS
 
 # Flags, and the lists of an experiment that they set. Those of KEYS are called as their keys are.
 LISTS = {
     "--model": "models", "--world": "worlds", "--exchange": "exchanges", "--backend": "backends", "--tokens": "tokens",
-    "--token-layout": "token_layouts", "--skew": "skews",
+    "--token-layout": "token_layouts", "--token-split": "token_splits", "--skew": "skews",
 }  # fmt: skip
-KEYS = ("device", "runtime", "payload", "iters", "layers")
+KEYS = ("device", "runtime", "payload", "iters", "layers", "record_routing")
 
 
 def numbers(_: Any, tokens: Sequence[Token]) -> list[int]:
@@ -48,9 +48,13 @@ def shown(values: Sequence[Any]) -> str:
 NUMBER = Parameter(converter=number)
 SEVERAL = Parameter(consume_multiple=(1, None), show_default=shown)
 
-SKEWS_HELP = """How the router spreads tokens: balanced, uniform, zipf:S, hot:N, limited:GxN, single, router (the
-checkpoint's own), or file:PATH, a trace saved by torch.save({"ids": ids, "weights": weights}, PATH): whole-number ids
-[rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape.""".replace("\n", " ")
+SKEWS_HELP = """How the router spreads tokens: balanced, uniform, zipf:S, hot:N, hot_rank:RxS (one of R runs of experts
+gets S times its share), burst:N (a quarter of the tokens share N experts), limited:GxN, single, rotating:SKEW (the heat
+moves from step to step), spread:R:SKEW (evenly over R runs of experts), router (the checkpoint's own), or file:PATH, a
+trace saved by --record-routing, moe_dist.Recorder or torch.save({"ids": ids, "weights": weights}, PATH): whole-number
+ids [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape.""".replace(
+    "\n", " "
+)
 BACKEND_HELP = f"Of {', '.join(BACKENDS.names())}. Default: triton on a Hopper GPU that it can serve, else torch."
 EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}. Default: local on one rank, ag_rs on more."
 KEYS_HELP = f"""Keys of the experiment ({", ".join(Experiment.model_fields)}), or of the model in it:
@@ -99,6 +103,10 @@ class Grid:
     token_layout: Annotated[
         str, Parameter(choices=TOKEN_LAYOUTS, help="Whether each rank has all tokens or a share of them.")
     ] = "sharded"
+    token_split: Annotated[
+        str,
+        Parameter(choices=TOKEN_SPLITS, help="Shares of sharded tokens: equal, drawn at random, or all on one rank."),
+    ] = "even"
     skew: Annotated[str, Parameter(help=SKEWS_HELP)] = "uniform"
     payload: Annotated[str, Parameter(help=f"How rows travel: {', '.join(PAYLOADS)}.")] = "auto"
     iters: Annotated[int, NUMBER, Parameter(help="Timed steps.")] = 100
@@ -120,5 +128,9 @@ class Measuring:
     csv: Annotated[bool, Parameter(show_default=False, help="Print rows as CSV instead of tables.")] = False
     wide: Annotated[bool, Parameter(show_default=False, help="Show every row with all columns.")] = False
 
+
+Recording = Annotated[
+    str | None, Parameter(help="Save the routing that was measured in this new file, for --skew file:PATH.")
+]
 
 NO_SOURCE, ONE, NOT_KEPT = Source(), Grid(), Measuring()  # what commands have where no such flag is given

@@ -91,7 +91,7 @@ def _meant(argument: Argument, arguments: ArgumentCollection) -> dict[str, Any]:
     if name in LISTS:
         value = argument.convert()
         return {LISTS[name]: value if isinstance(value, list) else [value]}
-    key = name.removeprefix("--")
+    key = name.removeprefix("--").replace("-", "_")
     return {key: argument.convert()} if key in KEYS else {}
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from moe_dist.bench.answer import Answer, answer_table, answers, last_line
 from moe_dist.bench.results import Outcome
+from moe_dist.bench.row import Row
 from moe_dist.bench.serving import python, sglang, vllm
-from moe_dist.bench.table import ROOMY, refused_table, tables
+from moe_dist.bench.table import ROOMY, number, refused_table, tables
 from moe_dist.commands.terminal import Terminal, show
 from moe_dist.messages.printable import printable
+
+BALANCED = 1.005  # a floor that is so near to what balance would give is balanced
 
 
 def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: bool, wide: bool) -> None:
@@ -19,6 +22,9 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
         show(console, answer_table(found, console.width))
         if outcome.refused and not wide:
             console.print(refused_table(outcome.refused))
+    elif not sweep:
+        for line in dict.fromkeys(line for row in outcome.rows if (line := balance_line(row))):
+            console.print(line)
     failed = [row for row in outcome.rows if row.ok is False]
     if failed:
         console.print(f"{len(failed)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
@@ -33,6 +39,14 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
             console.print(f"{len(outcome.rows)} rows measured and checked; --wide shows all, --out FILE keeps them.")
         console.print(last_line(found), style="bold")
         print_next(console, found)
+
+
+def balance_line(row: Row) -> str | None:
+    """What perfect balance would change of a row's floor; None where no floor is known or it would change nothing."""
+    if not row.floor_us or not row.balanced_floor_us or row.floor_us <= BALANCED * row.balanced_floor_us:
+        return None
+    floors = f"from {number(row.floor_us)} to {number(row.balanced_floor_us)} µs"
+    return f"Perfect balance would lower the floor {floors} ({row.floor_us / row.balanced_floor_us:.2f}x)."
 
 
 def print_next(console: Terminal, found: list[Answer]) -> None:

@@ -17,7 +17,8 @@ from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import GPUS, Machine
 from moe_dist.messages.printable import printable
-from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import WorkloadSpec
+from moe_dist.workloads.token_splits import most_tokens
 
 MACHINE_HELP = f"A machine that is not this one: {', '.join(f'{name}x4' for name in GPUS)} or other numbers of GPUs."
 Elsewhere = Annotated[str | None, Parameter(help=MACHINE_HELP)]
@@ -45,16 +46,28 @@ def plan(
         raise ResourceError("GPUs", made.placement.world, elsewhere.devices, "Name a machine with more of them.")
     if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
         say(f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says")
-    sent = {"layers": case.layers, "wire_bytes": made.wire_bytes(case.workload.tokens), "chosen_by": asked.chosen_by}
     if json:
+        sent = {"layers": case.layers, "wire_bytes": _wire_bytes(made, case.workload), "chosen_by": asked.chosen_by}
         print_json(made.as_dict() | sent, indent=1)
     else:
         with to_standard_output():
-            print_plan(console(), made, case.workload.tokens, asked.why, case.layers)
+            print_plan(console(), made, case.workload, asked.why, case.layers)
     return OK
 
 
-def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: int = 1) -> None:
+def _share(made: Plan, work: WorkloadSpec) -> int:
+    """The most tokens of a rank."""
+    if made.token_layout == "replicated":
+        return work.tokens
+    return most_tokens(work.tokens, made.placement.world, work.token_split, work.seed)
+
+
+def _wire_bytes(made: Plan, work: WorkloadSpec) -> int:
+    """That one rank sends at most: where shares differ, as if all were the largest."""
+    return made.wire_bytes(work.tokens if work.token_split == "even" else _share(made, work) * made.placement.world)
+
+
+def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, layers: int = 1) -> None:
     """`chosen`: who chose the backend, if nobody named it. `layers`: of the stack."""
     spec, world = made.spec, made.placement.world
     shared = ", no shared expert" if spec.shared_experts == "none" else f", shared expert {spec.shared_experts}"
@@ -71,13 +84,13 @@ def print_plan(console: Terminal, made: Plan, tokens: int, chosen: str, layers: 
         experts = len(made.placement.experts_of(rank))
         ranks.add_row(str(rank), str(experts), f"{start} to {stop}", size(made.weight_bytes(rank)))
     console.print(ranks)
-    share = cdiv(tokens, world) if made.token_layout == "sharded" else tokens
+    share = _share(made, work)
     window = made.window_bytes(share)
     shared_memory = f" and {size(window)} that ranks share" if window else ""
     console.print(
-        f"{tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
+        f"{work.tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
         f" {size(made.scratch_bytes(share))} of scratch{shared_memory} on a rank, at most"
-        f" {size(made.wire_bytes(tokens))} sent by one;"
+        f" {size(_wire_bytes(made, work))} sent by one;"
         " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),
     )
     if layers > 1:

@@ -13,10 +13,13 @@ from moe_dist.commands.flags import (
     Layers,
     Measuring,
     Overrides,
+    Recording,
     Runtime,
     Source,
 )
 from moe_dist.commands.measuring import measure
+from moe_dist.errors import ConfigError
+from moe_dist.files import one_path
 
 
 def run(
@@ -25,8 +28,13 @@ def run(
     runtime: Runtime = None,
     layers: Layers = None,
     grid: Grid = ONE,
+    record_routing: Recording = None,
     measuring: Measuring = NOT_KEPT,
     json: Json = False,
     call: ThisCall,
 ) -> int:
-    return measure(single(overrides, source, grid, runtime, layers), measuring, call, as_json=json, sweep=False)
+    asked = single(overrides, source, grid, runtime, layers, record_routing=record_routing)
+    recording = asked.experiment.record_routing
+    if recording and measuring.out and one_path(measuring.out) == one_path(recording):
+        raise ConfigError("out", measuring.out, "is the file that the routing is saved in", "another file")
+    return measure(asked, measuring, call, as_json=json, sweep=False)

@@ -99,15 +99,19 @@ class StepGraph:
 
     def __call__(self, x_TH: Tensor, routing: Routings = None) -> Tensor:
         """See MoELayer.forward and MoEStack.forward."""
+        self.fill(x_TH, routing)
+        return self.replay()[: len(x_TH)]
+
+    def fill(self, x_TH: Tensor, routing: Routings = None) -> None:
+        """Inputs for the next replays, as for a call."""
         self._layer.comm.check_thread()
         self._workspace.enter()  # the last replay may still read its inputs, on another stream
         with torch.no_grad():
             self._fill(x_TH, routing)
-        return self.replay()[: len(x_TH)]
 
     def replay(self) -> Tensor:
-        """The step again on the inputs of the last call, with the padding's rows. Raises RankFailure where an earlier
-        replay has waited for a rank in vain."""
+        """The step again on the inputs of the last call or `fill`, with the padding's rows. Raises RankFailure where an
+        earlier replay has waited for a rank in vain."""
         self._layer.comm.check_window()
         self._workspace.enter()
         self._graph.replay()

@@ -19,6 +19,7 @@ ACTIVATIONS = ("swiglu", "geglu", "relu2")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")
 TOKEN_LAYOUTS = ("replicated", "sharded")
+TOKEN_SPLITS = ("even", "ragged", "one_rank")
 
 # Bounds on every number. No model, machine or run comes near them; what lies beyond is a slip of the keyboard, and
 # would take gigabytes or hours before anything noticed. Integers are integers: true, 1.0 and "8" are none.
@@ -44,6 +45,7 @@ Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 
 QuantKind = Literal["none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel"]
 TokenLayout = Literal["replicated", "sharded"]
+TokenSplit = Literal["even", "ragged", "one_rank"]
 
 
 class Section(BaseModel):
@@ -244,16 +246,25 @@ class ParallelSpec(Section):
 
 
 class WorkloadSpec(Section):
-    """What enters the layer: `tokens` over the whole group, where they lie, and how the router spreads them. `trace` is
-    the SHA-256 of a recorded routing's file: a case fills it in, and ranks refuse a file of another content."""
+    """What enters the layer: `tokens` over the whole group, where they lie, how many of them each rank has, and how the
+    router spreads them. `trace` is the SHA-256 of a recorded routing's file: a case fills it in, and ranks refuse a
+    file of another content."""
 
     section: ClassVar[str] = "workload"
 
     tokens: int = Field(strict=True, ge=1, le=MOST_TOKENS)
     token_layout: TokenLayout = "sharded"
+    token_split: TokenSplit = "even"
     skew: str = "uniform"
     seed: Seed = 0
     trace: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _rules(self) -> WorkloadSpec:
+        if self.token_layout == "replicated" and self.token_split != "even":
+            rule = "divides sharded tokens, and replicated ones are whole on every rank"
+            raise ConfigError("workload.token_split", self.token_split, rule, "even, or token_layout sharded")
+        return self
 
 
 def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_empty: bool) -> list[tuple[int, int]]:

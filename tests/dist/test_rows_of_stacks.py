@@ -13,7 +13,8 @@ from dist.pool import Pool
 from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
-from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.bench.case import Case
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.findings import merge
 from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row

@@ -16,7 +16,8 @@ from dist.pool import Pool
 
 from moe_dist.model import weights
 from moe_dist.workloads import random_weights
-from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.bench.case import Case
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.findings import merge
 from moe_dist.bench.measure import measure
 from moe_dist.bench.rounds import Turn
@@ -257,7 +258,7 @@ def zero_weights(comm: Comm, chosen: Case, spoilt: int | None) -> Any:
     def drawn(spec: MoESpec, number: int, *arguments: Any, **options: Any) -> weights.ExpertWeights:
         return make(spec, 5 if number == spoilt else number, *arguments, **options)
 
-    import moe_dist.bench.inputs
+    import moe_dist.bench.draws
     import moe_dist.bench.loading
 
     def routed(*arguments: Any, **options: Any) -> Routing:
@@ -265,11 +266,11 @@ def zero_weights(comm: Comm, chosen: Case, spoilt: int | None) -> Any:
         found.weights_TK[found.ids_TK == 3] = 0
         return found
 
-    moe_dist.bench.loading.random_expert, moe_dist.bench.inputs.synthetic_routing = drawn, routed
+    moe_dist.bench.loading.random_expert, moe_dist.bench.draws.synthetic_routing = drawn, routed
     try:
         return measure(context, chosen, chosen.plan(MACHINE))
     finally:
-        moe_dist.bench.loading.random_expert, moe_dist.bench.inputs.synthetic_routing = make, synthetic_routing
+        moe_dist.bench.loading.random_expert, moe_dist.bench.draws.synthetic_routing = make, synthetic_routing
 
 
 @pytest.mark.parametrize("spoilt", [None, 3])

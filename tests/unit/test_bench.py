@@ -23,6 +23,8 @@ from moe_dist.bench.row import Refused, Row
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.table import groups, refused_table, tables
 from moe_dist.bench.tolerance import EXACT_TOLERANCE, margin
+from moe_dist.commands.outcome import balance_line, print_outcome
+from moe_dist.commands.terminal import Terminal
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -86,7 +88,8 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> Row:
         "quant": "fp8_block", "activation": "swiglu", "shared_experts": "none", "tp": tp, "ep": ep, "world": tp * ep,
         "placement": ParallelSpec(tp=tp, ep=ep).label, "exchange": "ag_rs", "backend": "torch", "form": "token",
         "graph": False, "splits": None, "payload_dtype": "fp8", "combine_dtype": "bf16", "token_layout": "sharded",
-        "global_tokens": 64, "tokens_per_rank": 32, "skew": "uniform", "seed": 0, "layer": "whole", "iters": 3,
+        "global_tokens": 64, "tokens_per_rank": 32, "token_split": "even", "skew": "uniform", "seed": 0,
+        "layer": "whole", "iters": 3, "routing_p50_us": (), "balanced_floor_us": None,
         "runtime": "ray", "config": None, "p50_us": p50, "per_layer_us": p50, "round_p50_us": (), "scatter_us": 1.0,
         "p99_us": None, "floor_us": None, "stages_us": STAGES, "unstaged_us": 6.0, "imbalance": 1.25,
         "active_experts": 4, "rows_per_rank": (64, 64), "pairs": 128, "bytes_sent": 2048, "max_memory": None,
@@ -282,6 +285,47 @@ class TestMakeRow:
         weights = 4 * SPEC.hidden * 3 * SPEC.intermediate
         assert row_of(case(), *ranks, machine=H200).floor_us == pytest.approx(1e6 * weights / 4.29e12)
 
+    def test_perfect_balance_is_the_mean_of_the_groups(self):
+        """Of 60 pairs on 6 experts; the busiest of two groups has 40 on 4, and four ranks two slices of each expert."""
+        ranks = rank_result(rows=40, active_experts=4), rank_result(rows=20, active_experts=2)
+        made = row_of(case(), *ranks, machine=H200)
+        assert made.balanced_floor_us == pytest.approx(0.75 * made.floor_us)
+        assert row_of(case(), *ranks).balanced_floor_us is None
+        even = row_of(case(), ranks[0], ranks[0], machine=H200)
+        assert even.balanced_floor_us == pytest.approx(even.floor_us)
+        grid = case(parallel={"tp": 2, "ep": 2})
+        halves = row_of(grid, ranks[0], ranks[0], ranks[1], ranks[1], machine=H200)
+        assert halves.balanced_floor_us == pytest.approx(0.75 * halves.floor_us)
+        tp = row_of(case(parallel={"tp": 2}), ranks[0], ranks[0], machine=H200)
+        assert tp.balanced_floor_us == tp.floor_us  # nothing to balance
+
+    def test_balance_counts_arithmetic_and_traffic_each(self):
+        """One group has the pairs, the other the experts."""
+        many, few = 2_000_000, 10
+        ranks = rank_result(rows=many, active_experts=1), rank_result(rows=few, active_experts=8)
+        made = row_of(case(), *ranks, machine=H200)
+        flops = 2.0 * SPEC.hidden * 3 * SPEC.intermediate
+        assert made.floor_us == pytest.approx(1e6 * many * flops / 1422e12)
+        assert made.balanced_floor_us == pytest.approx(1e6 * (many + few) / 2 * flops / 1422e12)
+
+    def test_of_several_routings_figures_are_those_in_the_middle(self):
+        """Three routings of a layer, whose iterations take them in turn."""
+        by_layer = [((10, 1), (40, 4), (20, 2)), ((20, 2), (20, 2), (20, 2))]
+        ranks = [
+            rank_result(rows=sum(rows for rows, _ in each), by_layer=each, rounds_us=[[1.0, 5.0, 3.0, 2.0], [7.0, 3.0]])
+            for each in by_layer
+        ]
+        made = row_of(case(), *ranks, machine=H200)
+        assert made.routing_p50_us == (1.0, 5.0, 3.0)
+        assert made.p50_us == 3.0
+        assert made.pairs == 130 // 3
+        assert made.rows_per_rank == (70, 60)
+        assert made.imbalance == pytest.approx(40 / 30)  # of 4/3, 4/3 and 1
+        expert = 1e6 * SPEC.hidden * 3 * SPEC.intermediate / 4.29e12
+        assert made.floor_us == pytest.approx(2 * expert)  # of 2, 4 and 2
+        assert made.balanced_floor_us == pytest.approx(2 * expert)  # of 1.5, 3 and 2
+        assert made.hbm_gbps == pytest.approx(2 * SPEC.hidden * 3 * SPEC.intermediate / 3.0 / 1e3)
+
     @pytest.mark.parametrize(
         ("oracle", "exact", "expected"),
         [
@@ -380,6 +424,7 @@ class TestMakeRow:
 class TestTables:
     OTHERS = (
         {"token_layout": "replicated"},
+        {"token_split": "ragged"},
         {"global_tokens": 65},
         {"world": 4},
         {"model": "other"},
@@ -421,6 +466,31 @@ class TestTables:
         assert "floor" not in text
         assert next(line for line in text.splitlines() if "5.0e-01" in line).rstrip().endswith("NO")
         assert "unchecked" in text
+
+    def test_a_split_that_is_not_even_is_in_the_title(self):
+        assert "routing uniform · split ragged" in printed(*tables([row(token_split="ragged")]))
+        assert "split" not in printed(*tables([row()]))
+
+    def test_the_floor_of_perfect_balance_stands_beside_the_floor(self):
+        text = printed(*tables([row(ep=2, floor_us=50.0, balanced_floor_us=40.0)]))
+        assert "floor   balanced   ×floor" in text
+        assert "50         40     2.00" in text
+
+    @pytest.mark.parametrize(
+        ("floors", "said"),
+        [
+            ((657.0, 512.0), "Perfect balance would lower the floor from 657 to 512 µs (1.28x)."),
+            ((512.0, 512.0), None),
+            ((None, None), None),
+        ],
+    )
+    def test_run_says_what_perfect_balance_would_give(self, floors, said):
+        assert balance_line(row(ep=2, floor_us=floors[0], balanced_floor_us=floors[1])) == said
+        found = Outcome([row(ep=2, floor_us=floors[0], balanced_floor_us=floors[1])])
+        for sweep in (False, True):
+            out = StringIO()
+            print_outcome(Terminal(file=out, width=80), found, None, sweep=sweep, wide=False)
+            assert ("Perfect balance" in out.getvalue()) is (said is not None and not sweep)
 
     def test_columns_that_only_some_need(self):
         converting = row(ep=2, stages_us={**STAGES, "convert": 4.0}, floor_us=50.0)
@@ -470,13 +540,33 @@ class TestVerdict:
         assert lines[-2].split() == ["64", "uniform", "EP2", "ag_rs", "100", "fastest"]
         assert lines[-1].split() == ["TP2", "all_reduce", "200", "2.00x"]
 
+    def test_a_split_that_all_steps_have_is_in_the_title(self):
+        rows = [row(tp=2, token_split="ragged"), row(ep=2, token_split="ragged")]
+        assert printed(answer_table(answers(rows))).splitlines()[0].strip().endswith("· eager · split ragged")
+
+    def test_a_long_routing_is_folded_and_not_cut(self):
+        long = {
+            "skew": "spread:16:hot_rank:16x12.25",
+            "exchange": "all_to_all",
+            "global_tokens": 8192,
+            "p50": 123_456.0,
+        }
+        steps = [long, long | {"token_split": "one_rank"}]
+        rows = [row(**{kind: 2}, **step) for step in steps for kind in ("tp", "ep")]
+        text = printed(answer_table(answers(rows), 80), width=80)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
+        for cell in ("one_rank", "all_to_all", "123,456", "tie", "spread:16:"):
+            assert cell in text
+
     def test_what_differs_between_steps_names_them(self):
-        steps = [{"world": 4}, {"model": "other"}, {"layer": "stack:3"}, {"token_layout": "replicated"}]
+        steps = [{"world": 4}, {"model": "other"}, {"layer": "stack:3"}, {"token_layout": "replicated"},
+                 {"token_split": "ragged"}]  # fmt: skip
         rows = [row(tp=2), row(ep=2, p50=50.0, graph=True, backend="triton", floor_us=40.0)]
         rows += [row(**{kind: 2}, **step) for step in steps for kind in ("tp", "ep")]
         heads = printed(answer_table(answers(rows))).splitlines()[-2 * len(steps) - 4].split()
-        assert heads == ["model", "ranks", "layers", "tokens", "layout", "routing", "best", "of", "exchange", "backend",
-                         "mode", "µs", "×floor"]  # fmt: skip
+        assert heads == ["model", "ranks", "layers", "tokens", "layout", "split", "routing", "best", "of", "exchange",
+                         "backend", "mode", "µs", "×floor"]  # fmt: skip
 
     @pytest.mark.parametrize(
         ("difference", "scatters", "tie"),

@@ -53,6 +53,15 @@ def test_another_draw_of_the_routing_is_no_regression():
     assert verdicts(compare_results(old, document({"p50_us": 200.0}))) == ["slower"]  # which does not say
 
 
+def test_rows_of_other_splits_are_never_compared():
+    """Older files say nothing of splits; all of their rows are even."""
+    ragged = {"token_split": "ragged", "p50_us": 200.0}
+    found = compare_results(document({}), document({"token_split": "even"}, ragged))
+    assert (verdicts(found), found.alone) == (["same"], 1)
+    with pytest.raises(ConfigError, match="no configuration has times in both"):
+        compare_results(document({}), document(ragged))
+
+
 def test_rows_meet_whatever_their_order_and_untimed_ones_do_not_count():
     old = document({"exchange": "ag_rs"}, {"exchange": "all_to_all", "p50_us": 50.0}, {"exchange": "nvlink"})
     new = document({"exchange": "all_to_all", "p50_us": 60.0}, {"exchange": "ag_rs"}, {"exchange": "x", "p50_us": None})

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import moe_dist
-from moe_dist.bench.case import Experiment, SourceSpec
+from moe_dist.bench.case import Experiment
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.commands import cli
 from moe_dist.exits.exit_codes import BAD_INPUT, OK
 from moe_dist.model.spec import MoESpec

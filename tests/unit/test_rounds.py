@@ -171,7 +171,7 @@ class TestOnARank:
             graph = SimpleNamespace(replay=None, totals_us=lambda stages=stages: {"gemm1": next(stages)})
             captured = SimpleNamespace(with_stages=lambda graph=graph: graph)
             module = SimpleNamespace(comm=SimpleNamespace(device=torch.device("cpu")))
-            step = steps.Prepared([], [], torch.zeros(1), [], 1, module, lambda: None, captured)
+            step = steps.Prepared([], [], torch.zeros(1), [[]], 1, module, captured)
             assert step.staged(3) == ({"gemm1": sorted(staged)[1]}, expected)
 
     @pytest.mark.parametrize("why", ["large", "turned"])

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from moe_dist.errors import ConfigError
 from moe_dist.model.routing import Routing, route
 from moe_dist.model.spec import MoESpec
-from moe_dist.workloads.skews import SKEWS, check_skew, skew_label, synthetic_routing, trace_of
+from moe_dist.workloads.skew_names import SKEWS, check_skew, skew_label
+from moe_dist.workloads.skews import synthetic_routing
+from moe_dist.workloads.traces import trace_of
 
 
 def make_spec(num_experts=16, top_k=4, **changes):

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.bench.case import Case, SourceSpec
+from moe_dist.bench.case import Case
 from moe_dist.bench.runner import plan_cases
 from moe_dist.bench.source import with_source
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.checkpoint import layer_spec, make_checkpoint
 from moe_dist.commands.cli import main
 from moe_dist.errors import CheckpointError, ConfigError

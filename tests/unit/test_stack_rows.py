@@ -11,7 +11,7 @@ import torch
 from unit.test_bench import CPU, H200, SPEC, case, printed, rank_result, row, row_of
 
 from moe_dist.bench.answer import answer_table, answers
-from moe_dist.bench.case import Experiment, SourceSpec
+from moe_dist.bench.case import Experiment
 from moe_dist.bench.draws import draws
 from moe_dist.bench.findings import merge
 from moe_dist.bench.loading import weights_of
@@ -19,6 +19,7 @@ from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
 from moe_dist.bench.rounds import Turn, batches, group_bytes
 from moe_dist.bench.runner import plan_cases
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.table import groups, tables
 from moe_dist.comm import Comm
 from moe_dist.commands.cli import main
@@ -56,8 +57,8 @@ class TestCase:
 class TestDraws:
     def test_each_layer_has_another_one_and_the_first_is_a_single_layer_s(self):
         work = WorkloadSpec(tokens=50, skew="zipf:1.2", seed=3)
-        first, *others = draws(SPEC, work, 4)
-        (alone,) = draws(SPEC, work, 1)
+        ((first, *others),) = draws(SPEC, work, 4)
+        ((alone,),) = draws(SPEC, work, 1)
         assert torch.equal(first.ids_TK, alone.ids_TK)
         assert torch.equal(first.ids_TK, synthetic_routing(SPEC, 50, "zipf:1.2", 3).ids_TK)
         assert all(not torch.equal(first.ids_TK, other.ids_TK) for other in others)
@@ -75,7 +76,7 @@ class TestDraws:
         (chosen,) = Experiment(
             models=[SPEC], worlds=[1], placements=["tp"], exchanges=["local"], tokens=[4], skews=[skew], layers=3
         ).cases("cpu")
-        found = draws(SPEC, chosen.workload, 3)
+        (found,) = draws(SPEC, chosen.workload, 3)
         assert [routing.ids_TK.tolist() for routing in found] == [
             ids[[0, 1, 2, 3]].tolist(), ids[[4, 5, 0, 1]].tolist(), ids[[2, 3, 4, 5]].tolist(),
         ]  # fmt: skip

@@ -75,6 +75,22 @@ def test_iterations_count_where_every_host_was_early(monkeypatch, late):
     assert device.sleeps == [SLEEP_CYCLES, 2 * SLEEP_CYCLES, *[4 * SLEEP_CYCLES] * 3]
 
 
+def test_what_comes_before_is_not_timed_and_comes_again_where_an_iteration_is_repeated(monkeypatch):
+    device, numbers = Device(3 * SLEEP_CYCLES), []
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+
+    def before(number: int) -> None:
+        numbers.append((number, device.calls, len(device.sleeps)))  # the ranks have not met yet
+
+    time_steps(device, device.step, 3, queued=True, before=before)
+    assert numbers == [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 3, 3), (2, 4, 4)]
+    device.device, device.calls = torch.device("cpu"), 0
+    numbers.clear()
+    time_steps(device, device.step, 2, queued=True, before=before)
+    assert [(number, calls) for number, calls, _ in numbers] == [(0, 0), (1, 1)]
+
+
 def test_a_host_that_is_always_late_is_told_of(monkeypatch):
     device = Device(MOST_CYCLES + 1)
     with collecting() as said:

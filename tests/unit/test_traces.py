@@ -21,7 +21,8 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, WorkloadSpec
-from moe_dist.workloads.skews import LARGEST_TRACE, skew_label, synthetic_routing
+from moe_dist.workloads.skew_names import LARGEST_TRACE, skew_label
+from moe_dist.workloads.skews import synthetic_routing
 
 E, K = 8, 2
 ALONE = Comm.single()
