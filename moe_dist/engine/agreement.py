@@ -18,8 +18,9 @@ class Agreement:
     """Of one layer. The backend is each rank's own affair: their partial sums add up all the same."""
 
     def __init__(self, plan: Plan) -> None:
-        names = ("token_layout", "exchange", "payload", "combine_dtype")
-        said = {f"plan.{name}": getattr(plan, name) for name in names}
+        names = ("exchange", "payload", "up_to")
+        said = {f"plan.{name}": getattr(plan, name) for name in ("token_layout", "combine_dtype")}
+        said |= {f"plan.{name}": repr([getattr(each, name) for each in plan.choices]) for name in names}
         said |= {"plan.spec": plan.spec.model_dump_json(exclude={"name"}), "plan.placement": repr(plan.placement)}
         self.plan = {name: _digest(text) for name, text in said.items()}
         self._alike = plan.token_layout == "replicated"

@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,26 @@ from moe_dist.engine.inputs import (
     check_values,
     debug_asked_for,
 )
-from moe_dist.engine.plan import Plan, shared_placement
+from moe_dist.engine.plan import Choice, Plan, shared_placement
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import Exchange
 from moe_dist.exchange.layout import with_layout
 from moe_dist.machine.surroundings import settled
 from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MOST_TOKENS
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import NO_STAGES, Added, Stages, Step, Support, TokenRows, Whole, workspace_of
 
 ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
+
+
+class Path(NamedTuple):
+    """What runs for steps of one range of sizes."""
+
+    exchange: Exchange[Any, Any]
+    backend: Backend
+    shared: Backend | None
 
 
 class MoELayer(nn.Module):
@@ -70,14 +80,38 @@ class MoELayer(nn.Module):
         self._assemble()
 
     def _assemble(self) -> None:
-        plan, (shard, shared), rank = self.plan, self._weights, self.comm.rank
+        made: dict[Choice, Path] = {}  # what runs again for larger steps is one
+        paths = []
+        for plan, _ in self.plan.parted(MOST_TOKENS):
+            same = replace(plan.choice(), why="")
+            made[same] = made.get(same) or self._path(plan)
+            paths.append(made[same])
+        self.paths = tuple(paths)
+        self.exchange, self.backend, self.shared = self.paths[-1]  # of the largest steps
+        self.number = self.comm.number_layer()  # on its process group
+
+    def _path(self, plan: Plan) -> Path:
+        """What runs by a plan of one choice."""
+        (shard, shared), rank = self._weights, self.comm.rank
         exchange = plan.exchange_class(
             self.comm, plan.placement, plan.spec, plan.payload, shard.a13, plan.form, plan.out_dtype
         )
-        self.exchange: Exchange[Any, Any] = with_layout(exchange, plan.token_layout)
-        self.backend = _prepared(plan.backend, plan.problem(rank), shard)
-        self.shared = None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared)
-        self.number = self.comm.number_layer()  # on its process group
+        return Path(
+            with_layout(exchange, plan.token_layout),
+            _prepared(plan.backend, plan.problem(rank), shard),
+            None if shared is None else _prepared(plan.backend, plan.shared_problem(rank), shared),
+        )
+
+    def path(self, tokens_per_rank: int) -> Path:
+        """What runs in steps of so many tokens a rank."""
+        return self.paths[self.plan.choices.index(self.plan.choice(tokens_per_rank))]
+
+    @property
+    def needs_bucket(self) -> bool:
+        """Whether all ranks must know the most tokens of any of them: an exchange pads to it, or it decides what
+        runs."""
+        chosen = len(self.paths) > 1 and self.plan.token_layout == "sharded"
+        return chosen or any(path.exchange.needs_bucket for path in self.paths)
 
     def forward(
         self,
@@ -115,45 +149,51 @@ class MoELayer(nn.Module):
             check_gradient("routing.weights", routing.weights_TK)
         with torch.no_grad(), settled(self.comm.device):
             x_TH, routing = self.checked(x_TH, routing, bucket)
-            return self._run(self._step(x_TH, routing, bucket, captured, stages), x_TH, routing)
+            step, path = self._step(x_TH, routing, bucket, captured, stages)
+            return self._run(step, path, x_TH, routing)
 
-    def _step(self, x_TH: Tensor, routing: Routing, bucket: int | None, captured: bool, stages: Stages) -> Step:
-        """What the parts are told; the ranks agree on it where they must."""
-        agreed, needed = bucket, self.exchange.needs_bucket
+    def _step(
+        self, x_TH: Tensor, routing: Routing, bucket: int | None, captured: bool, stages: Stages
+    ) -> tuple[Step, Path]:
+        """What the parts are told, and which they are; the ranks agree on both where they must."""
+        agreed, needed = bucket, self.needs_bucket
         # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
         if ((needed and bucket is None) or self.meets) and not self._capturing():
             alike = self.plan.token_layout == "replicated"
             same = partial(self.agreement.of, self.number, x_TH, routing, self.meets)
             agreed = self.comm.meet(routing.tokens, bucket, alike, same)
-        bucket = (agreed if bucket is None else bucket) if needed else None
+        bucket = agreed if bucket is None else bucket
+        path = self.path(len(x_TH) if bucket is None else bucket)
         workspace = workspace_of(self.comm.device)
         workspace.begin()
-        return Step(workspace, bucket, captured, stages)
+        return Step(workspace, bucket if path.exchange.needs_bucket else None, captured, stages), path
 
-    def _run(self, step: Step, x_TH: Tensor, routing: Routing) -> Tensor:
+    def _run(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> Tensor:
         out_dtype, shared = self.plan.out_dtype, self.plan.spec.shared_experts
-        rows, handle = self._dispatched(step, x_TH, routing)
-        sink = self.exchange.sink(step, rows, handle, out_dtype)
-        self.backend.forward(step, rows, sink if shared != "tp" else Added(sink, self._of_shared(step, rows)))
-        y_TH: Tensor = self.exchange.combine(step, sink, handle)
+        rows, handle = self._dispatched(step, path, x_TH, routing)
+        sink = path.exchange.sink(step, rows, handle, out_dtype)
+        sums = sink if shared != "tp" else Added(sink, self._of_shared(step, path, rows))
+        path.backend.forward(step, rows, sums)
+        y_TH: Tensor = path.exchange.combine(step, sink, handle)
         if shared == "replicated":
-            y_TH = y_TH + self._of_shared(step, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
+            y_TH = y_TH + self._of_shared(step, path, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
         return y_TH.to(self.plan.spec.torch_dtype)
 
-    def _dispatched(self, step: Step, x_TH: Tensor, routing: Routing) -> tuple[TokenRows, Any]:
-        rows, handle = self.exchange.dispatch(step, self.exchange.to_payload(step, x_TH, routing), routing)
-        if self.exchange.form == "expert":
+    def _dispatched(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> tuple[TokenRows, Any]:
+        exchange = path.exchange
+        rows, handle = exchange.dispatch(step, exchange.to_payload(step, x_TH, routing), routing)
+        if exchange.form == "expert":
             with step.stages("dispatch"):
-                rows = self.exchange.in_form(step, rows)
-        if not self.backend.awaits(rows):
-            rows = self.exchange.arrived(step, rows, handle)
+                rows = exchange.in_form(step, rows)
+        if not path.backend.awaits(rows):
+            rows = exchange.arrived(step, rows, handle)
         return rows, handle
 
-    def _of_shared(self, step: Step, rows: TokenRows) -> Tensor:
+    def _of_shared(self, step: Step, path: Path, rows: TokenRows) -> Tensor:
         """The shared expert's part of these rows' sums, or all of it."""
         sink = Whole(step, (len(rows), self.plan.spec.hidden), self.plan.out_dtype, self.comm.device)
-        if self.shared is not None:
-            self.shared.forward(step, _every_row(rows), sink)
+        if path.shared is not None:
+            path.shared.forward(step, _every_row(rows), sink)
         return sink.y
 
     def warm_up(self, x_TH: Tensor, routing: Routing | None, max_tokens_per_rank: int, captured: bool = False) -> None:
@@ -162,13 +202,13 @@ class MoELayer(nn.Module):
         self.comm.check_thread()
         with torch.no_grad(), settled(self.comm.device):
             x_TH, routing = self.checked(x_TH, routing, max_tokens_per_rank)
-            step = self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES)
-            rows, handle = self._dispatched(step, x_TH, routing)
-            self.backend.tune(step, rows)
-            sink = self.exchange.sink(step, rows, handle, self.plan.out_dtype)
-            self.backend.forward(step, rows, sink)
-            self.exchange.combine(step, sink, handle)
-            self._run(self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES), x_TH, routing)
+            step, path = self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES)
+            rows, handle = self._dispatched(step, path, x_TH, routing)
+            path.backend.tune(step, rows)
+            sink = path.exchange.sink(step, rows, handle, self.plan.out_dtype)
+            path.backend.forward(step, rows, sink)
+            path.exchange.combine(step, sink, handle)
+            self._run(*self._step(x_TH, routing, max_tokens_per_rank, captured, NO_STAGES), x_TH, routing)
 
     def checked(self, x_TH: Tensor, routing: Routing | None, bucket: int | None) -> tuple[Tensor, Routing]:
         """What came in, checked, contiguous, and with the own router's routing where none was given."""
@@ -210,7 +250,7 @@ class MoELayer(nn.Module):
         """With weights of its own, since kernels know where those of the original lie, on the same communicator."""
         copied = type(self).__new__(type(self))
         memo[id(self)], memo[id(self.plan)] = copied, self.plan
-        made_anew = {"exchange", "backend", "shared", "_uncompiled"}
+        made_anew = {"paths", "exchange", "backend", "shared", "_uncompiled"}
         for name, value in self.__dict__.items():
             copied.__dict__[name] = None if name in made_anew else deepcopy(value, memo)
         copied._assemble()
@@ -232,8 +272,11 @@ class MoELayer(nn.Module):
             raise ConfigError("state_dict.experts", given, rule, "weights from checkpoint.load_shard")
 
     def extra_repr(self) -> str:
-        plan = self.plan
-        return f"{plan.parallel.label}, exchange={plan.exchange}, backend={plan.backend}, payload={plan.payload}"
+        parts = [self.plan.parallel.label]
+        for each in self.plan.choices:
+            size = "" if each.up_to is None else f" up to {each.up_to} tokens a rank"
+            parts.append(f"exchange={each.exchange}, backend={each.backend}, payload={each.payload}{size}")
+        return ", ".join(parts)
 
 
 def _as_json(state: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from moe_dist.exchange.layout import change_of
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
-from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
+from moe_dist.model.spec import MOST_TOKENS, MoESpec, ParallelSpec, TokenLayout
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Support, TensorSpec, bytes_of
 from moe_dist.tables import Shape, table_source
@@ -43,19 +43,22 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Choice:
     """What runs for steps of up to `up_to` tokens a rank (None: of any size). `form`: of the rows that the exchange
-    hands to the backend (step.rows.FORMS). `payload`: what rows really travel as: none, bf16, fp32 or fp8."""
+    hands to the backend (step.rows.FORMS). `payload`: what rows really travel as: none, bf16, fp32 or fp8. `why`: of
+    what `auto` has chosen; empty where both names were given."""
 
     exchange: str
     backend: str
     form: str
     payload: str
     up_to: int | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
     """A configuration that passed every check, made once by whoever starts the ranks and sent to them. `choices`: by
-    size of step, the smallest first; today there is one. `options`: all names, with what speaks against each."""
+    size of step, the smallest first; the last one has no end. What is asked of a plan without a size is answered for
+    the last. `options`: all names, with what speaks against each."""
 
     spec: MoESpec
     parallel: ParallelSpec
@@ -71,6 +74,18 @@ class Plan:
         """For steps of so many tokens a rank; None: for the largest."""
         fit = (each for each in self.choices if bucket is not None and (each.up_to is None or bucket <= each.up_to))
         return next(fit, self.choices[-1])
+
+    def parted(self, most: int) -> list[tuple[Plan, int]]:
+        """For steps of up to `most` tokens a rank: a plan of each choice that they meet, and its largest such step."""
+        if len(self.choices) == 1:
+            return [(self, most)]
+        found, below = [], -1
+        for choice in self.choices:
+            size = most if choice.up_to is None else min(most, choice.up_to)
+            if size > below:
+                found.append((replace(self, choices=(replace(choice, up_to=None),)), size))
+            below = size
+        return found
 
     @property
     def exchange(self) -> str:
@@ -99,7 +114,10 @@ class Plan:
 
     @property
     def capturable(self) -> Support:
-        """Whether the whole step can be captured in a CUDA graph."""
+        """Whether the whole step can be captured in a CUDA graph, of any size."""
+        if len(self.choices) > 1:
+            answers = [plan.capturable for plan, _ in self.parted(MOST_TOKENS)]
+            return next((answer for answer in answers if not answer.ok), answers[-1])
         reasons = [
             f"{kind} {name} is not capturable"
             for kind, name, cls in (
@@ -145,8 +163,12 @@ class Plan:
         return tokens * min(self.spec.top_k, most_local)
 
     def scratch_bytes(self, max_tokens_per_rank: int) -> int:
-        """The most that a rank takes from its workspace in a step, and for backends that allocate by themselves an
-        estimate of that: what crosses, both GEMMs' inputs and outputs, and the partial sums."""
+        """The most that a rank takes from its workspace in a step of so many tokens or fewer, and for backends that
+        allocate by themselves an estimate of that: what crosses, both GEMMs' inputs and outputs, and the partial
+        sums."""
+        return max(plan._scratch(size) for plan, size in self.parted(max_tokens_per_rank))
+
+    def _scratch(self, max_tokens_per_rank: int) -> int:
         exchange, backend, bucket = self.exchange_class, BACKENDS.get(self.backend), max_tokens_per_rank
         given = self.spec, self.placement, self.payload, self.out_dtype
         forms: list[TensorSpec] = []
@@ -165,7 +187,11 @@ class Plan:
         return bytes_of(forms) + backends
 
     def window_bytes(self, max_tokens_per_rank: int) -> int:
-        """What a rank shares with the others in such a step, beside its scratch; it stays as long as the group."""
+        """The most that a rank shares with the others in a step of so many tokens or fewer, beside its scratch; it
+        stays as long as the group."""
+        return max(plan._window(size) for plan, size in self.parted(max_tokens_per_rank))
+
+    def _window(self, max_tokens_per_rank: int) -> int:
         exchange, bucket = self.exchange_class, max_tokens_per_rank
         if change_of(self.token_layout, exchange, self.placement.world) is not None:
             bucket = cdiv(bucket, self.placement.world)
@@ -174,6 +200,11 @@ class Plan:
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of
         layout around it included."""
+        world = self.placement.world
+        bucket = cdiv(tokens, world) if self.token_layout == "sharded" else tokens
+        return self.parted(bucket)[-1][0]._wire(tokens)
+
+    def _wire(self, tokens: int) -> int:
         exchange, world = self.exchange_class, self.placement.world
         given = self.payload, self.out_dtype.itemsize
         change = change_of(self.token_layout, exchange, world)
@@ -200,12 +231,13 @@ class Plan:
     def tables(self) -> dict[str, str | None]:
         """The tuning tables that its ranks look for, and whose is found: user, shipped or None. Empty for a backend
         that has nothing to tune."""
-        backend = BACKENDS.get(self.backend)
-        return {
-            part.shape.file_name: table_source(part.shape, backend.table_revision)
-            for part in self.parts()
-            if backend.candidates(part.problem, 1)
-        }
+        found = {}
+        for plan, _ in self.parted(MOST_TOKENS):
+            backend = BACKENDS.get(plan.backend)
+            for part in plan.parts():
+                if backend.candidates(part.problem, 1):
+                    found[part.shape.file_name] = table_source(part.shape, backend.table_revision)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         world = range(self.placement.world)

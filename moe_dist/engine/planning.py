@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from moe_dist.backends import BACKENDS, Backend, Problem
+from moe_dist.engine.choosing import AUTO, EVERYWHERE, FASTEST, choose
 from moe_dist.engine.plan import Choice, Option, Plan, shared_placement
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
@@ -14,7 +16,8 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 from moe_dist.step import Support
 
-FASTEST, EVERYWHERE = "triton", "torch"  # backends, where nobody names one: on Hopper GPUs, and anywhere
+__all__ = ["AUTO", "COMBINE_DTYPES", "EVERYWHERE", "FASTEST", "PAYLOADS", "available_on", "make_plan"]
+
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
 
@@ -31,10 +34,13 @@ def make_plan(
     combine_dtype: str | None = None,
     graph: bool = False,
     machine: Machine | None = None,
+    tokens_per_rank: int | None = None,
 ) -> Plan:
     """Check everything that can be checked before a weight is loaded or a process started.
 
-    A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced.
+    A named exchange or backend that can't serve raises UnsupportedError with the reason: it is never replaced. `auto`
+    takes what was fastest when it was measured (engine/choosing.py), by size of step, and says why in `choices`. With
+    `tokens_per_rank` the plan is for steps of this size, and has one choice.
     `payload` auto sends FP8 where the model is FP8 and the backend takes it. `form` auto is the one that
     the backend likes best of those that the exchange makes. `combine_dtype` defaults to the model's.
     With `graph`, what can't be captured in a CUDA graph is refused here.
@@ -45,6 +51,58 @@ def make_plan(
     combine = combine_dtype or spec.dtype
     if combine not in COMBINE_DTYPES:
         raise ConfigError("combine_dtype", combine, "unknown", COMBINE_DTYPES)
+    given = _Given(spec, parallel, token_layout, payload, form, combine, graph, machine)
+    if AUTO in (exchange, backend):
+        return _chosen(given, exchange, backend, tokens_per_rank)
+    return _named(given, exchange, backend)
+
+
+class _Given(NamedTuple):
+    """What a plan follows from beside its names."""
+
+    spec: MoESpec
+    parallel: ParallelSpec
+    token_layout: TokenLayout
+    payload: str
+    form: str
+    combine: str
+    graph: bool
+    machine: Machine
+
+
+def _chosen(given: _Given, exchange: str, backend: str, tokens_per_rank: int | None) -> Plan:
+    """Where one or both of the names are `auto`. Raises UnsupportedError where nothing can serve."""
+    exchanges = [name for name, _ in EXCHANGES.usable()] if exchange == AUTO else [exchange]
+    backends = [name for name, _ in BACKENDS.usable()] if backend == AUTO else [backend]
+    plans: dict[tuple[str, str], Plan] = {}
+    reasons: dict[str, None] = {}
+
+    def payload_of(exchange: str, backend: str) -> str | None:
+        try:
+            plan = plans[exchange, backend] = _named(given, exchange, backend)
+        except (UnsupportedError, ConfigError) as error:
+            reasons[str(error)] = None
+            return None
+        return plan.payload
+
+    layout, graph, machine = given.token_layout, given.graph, given.machine
+    picks = choose(given.spec, given.parallel, layout, graph, machine, exchanges, backends, payload_of)
+    if not picks:
+        raise UnsupportedError(f"exchange {exchange} with backend {backend}", list(reasons))
+    if tokens_per_rank is not None:
+        fit = (each for each in picks if each.up_to is None or tokens_per_rank <= each.up_to)
+        picks = [next(fit)._replace(up_to=None)]
+    taken = [plans[each.exchange, each.backend] for each in picks]
+    choices = [
+        replace(plan.choices[0], up_to=each.up_to, why=each.why) for plan, each in zip(taken, picks, strict=True)
+    ]
+    chosen = {("exchange", plan.exchange) for plan in taken} | {("backend", plan.backend) for plan in taken}
+    options = [option._replace(chosen=(option.kind, option.name) in chosen) for option in taken[-1].options]
+    return replace(taken[-1], choices=tuple(choices), options=tuple(options))
+
+
+def _named(given: _Given, exchange: str, backend: str) -> Plan:
+    spec, parallel, token_layout, payload, form, combine, graph, machine = given
     exchange_class, backend_class = EXCHANGES.get(exchange).for_layout(token_layout), BACKENDS.get(backend)
     placement = Placement.build(spec, parallel)
 

@@ -81,7 +81,7 @@ class MoEStack(nn.Module):
 
     def _agreed(self, tokens: int, bucket: int | None) -> int | None:
         """The bucket of all layers. Layers whose ranks meet at each step find it there."""
-        if bucket is not None or not any(layer.exchange.needs_bucket and not layer.meets for layer in self.layers):
+        if bucket is not None or not any(layer.needs_bucket and not layer.meets for layer in self.layers):
             return bucket
         alike = self.layers[0].plan.token_layout == "replicated"
         agreements, numbers = [layer.agreement for layer in self.layers], [layer.number for layer in self.layers]

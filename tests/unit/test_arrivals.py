@@ -46,7 +46,8 @@ def test_a_layer_waits_where_its_backend_can_not(form):
     x, routing = Stream("a test's tokens").normal(9, 128).bfloat16(), synthetic_routing(SPEC, 9, "uniform", 0)
     expected = layer(x, routing)
     own = layer.exchange
-    layer.exchange = Late(own.comm, own.placement, own.spec, own.payload, own.static_scale, own.form, own.sums_dtype)
+    late = Late(own.comm, own.placement, own.spec, own.payload, own.static_scale, own.form, own.sums_dtype)
+    layer.paths = (layer.paths[0]._replace(exchange=late),)
     assert torch.equal(layer(x, routing), expected)
     layer.backend.awaits = lambda rows: True
     assert bool(layer(x, routing).isnan().any())

@@ -1,0 +1,65 @@
+"""What `auto` takes as exchange and backend: by rows measured on such a machine, else by a rule, and it says which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from moe_dist.engine.records import Pick, Record, Setting, Timed, pick, records
+from moe_dist.machine.machine import HOPPER, Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec
+
+AUTO = "auto"
+FASTEST, EVERYWHERE = "triton", "torch"  # backends of the rule: on Hopper GPUs, and anywhere
+PREFILL = "cutlass"  # the backend of the rule where it can serve: ahead at prefill, level at decode
+Payload = Callable[[str, str], str | None]  # how rows would travel with these names; None: they can't serve here
+
+__all__ = ["AUTO", "EVERYWHERE", "FASTEST", "choose"]
+
+
+def choose(
+    spec: MoESpec,
+    parallel: ParallelSpec,
+    token_layout: str,
+    graph: bool,
+    machine: Machine,
+    exchanges: Iterable[str],
+    backends: Iterable[str],
+    payload_of: Payload,
+) -> list[Pick]:
+    """By size of step, out of these names. The first record that has rows of such a layer decides, the user's own
+    before the shipped ones; rows of the other mode, graph or eager, only where it has none of this one. Without any, a
+    rule does. Raises ConfigError for a broken record."""
+    pairs = [(exchange, backend) for exchange in exchanges for backend in backends]
+    payloads = {pair: payload_of(*pair) for pair in pairs}
+    for record in records():
+        for captured in (graph, not graph):
+            setting = Setting.of(machine.device_name, spec, parallel, token_layout, captured)
+            if timed := _fitting(record, setting, payloads):
+                return pick(record, timed)
+    able = [pair for pair in pairs if payloads[pair] is not None]
+    return [_by_rule(parallel, token_layout, machine, able)] if able else []
+
+
+def _fitting(record: Record, setting: Setting, payloads: dict[tuple[str, str], str | None]) -> list[Timed]:
+    return [
+        row for row in record.rows.get(setting, ()) if payloads.get((row.exchange, row.backend)) == row.payload
+    ]  # fmt: skip
+
+
+def _by_rule(parallel: ParallelSpec, token_layout: str, machine: Machine, able: list[tuple[str, str]]) -> Pick:
+    """Of pairs that can serve: local on one rank, nvlink on Hopper GPUs of one host, else ag_rs or, for replicated
+    tokens, all_reduce; cutlass, else triton, else torch; what comes first where none of them is there."""
+    one_host = machine.capability == HOPPER and parallel.world <= machine.devices
+    exchanges = ["local", *(["nvlink"] if one_host else []), "ag_rs" if token_layout == "sharded" else "all_reduce"]
+    backends = [PREFILL, FASTEST, EVERYWHERE]
+
+    def order(pair: tuple[str, str]) -> tuple[int, int]:
+        exchange, backend = pair
+        return (
+            exchanges.index(exchange) if exchange in exchanges else len(exchanges),
+            backends.index(backend) if backend in backends else len(backends),
+        )
+
+    exchange, backend = min(able, key=order)
+    why = "by rule, as no row of such a layer was measured on such a machine; moe-dist record measures some"
+    return Pick(exchange, backend, None, why)
