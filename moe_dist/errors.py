@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from moe_dist.messages.printable import printable
 
 LONGEST_VALUE = 300  # characters of a wrong value that a message repeats
+LONGEST_MISTYPED, ALIKE = 60, 0.7  # of a name that may be a slip of another, and how alike they are (difflib's ratio)
 
 
 class MoeDistError(Exception):
@@ -30,6 +32,8 @@ class ConfigError(MoeDistError):
     def __init__(self, field: str, value: object, rule: str, legal: object = None) -> None:
         self.field, self.value, self.rule, self.legal = field, value, rule, legal
         text = f"{printable(field)} = {shown(value)}: {rule}"  # a field's name may come from a file
+        if isinstance(value, str) and isinstance(legal, (list, tuple)):
+            text += did_you_mean(value, map(str, legal))
         if legal is not None:
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
@@ -101,6 +105,15 @@ def shown(value: object) -> str:
     except Exception:
         return f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text):,} characters)"
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """For the end of a rule: the name that is most like the given one, if any is."""
+    by_letters = {name.lower(): name for name in names}
+    if len(given) > LONGEST_MISTYPED or given in by_letters.values():
+        return ""
+    found = get_close_matches(given.lower(), by_letters, n=1, cutoff=ALIKE)
+    return f"; did you mean {by_letters[found[0]]}?" if found else ""
 
 
 def listed(values: object) -> str:

@@ -10,25 +10,26 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moe_dist.bench.draws import draws
+from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
 from moe_dist.checkpoint.folder import folder, model_name
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import (
-    MOST_RANKS,
-    MOST_TOKENS,
     Flag,
     MoESpec,
     Name,
     ParallelSpec,
+    Ranks,
     Seconds,
     Section,
     Seed,
     TokenLayout,
+    Tokens,
     WorkloadSpec,
 )
 from moe_dist.runtime.context import RaySpec
@@ -92,9 +93,9 @@ class Case(Section):
     workload: WorkloadSpec
     layers: Layers = 1
     depth: int = Field(default=0, strict=True, ge=0, lt=LARGEST_STACK)
-    payload: str = "auto"
-    form: str = "auto"
-    combine_dtype: str | None = None
+    payload: Payload = "auto"
+    form: Form = "auto"
+    combine_dtype: CombineDtype | None = None
     graph: Flag = False
     iters: Iterations = 20
     warmup: Iterations = 3
@@ -154,17 +155,17 @@ class Experiment(Section):
     name: Name = "compare"
     models: tuple[MoESpec, ...] = Field(min_length=1)
     source: SourceSpec = SourceSpec()
-    worlds: tuple[StrictInt, ...] = Field(default=(2, 4), min_length=1)
-    placements: tuple[Name, ...] = Field(default=("tp", "ep"), min_length=1)
-    exchanges: tuple[Name, ...] = Field(default=("all_reduce", "ag_rs", "all_to_all"), min_length=1)
-    backends: tuple[Name, ...] = Field(default=("torch",), min_length=1)
-    tokens: tuple[StrictInt, ...] = Field(default=(8, 256), min_length=1)
+    worlds: tuple[Ranks, ...] = Field(default=(2, 4), min_length=1)
+    placements: Placements = ("tp", "ep")
+    exchanges: Exchanges = ("all_reduce", "ag_rs", "all_to_all")
+    backends: Backends = ("torch",)
+    tokens: tuple[Tokens, ...] = Field(default=(8, 256), min_length=1)
     token_layouts: tuple[TokenLayout, ...] = Field(default=("sharded",), min_length=1)
-    skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
+    skews: Skews = ("uniform",)
     layers: Layers = 1
-    payload: str = "auto"
-    form: str = "auto"
-    combine_dtype: str | None = None
+    payload: Payload = "auto"
+    form: Form = "auto"
+    combine_dtype: CombineDtype | None = None
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] | None = None  # None: both on CUDA, eager on a CPU
     seed: Seed = 0
     iters: Iterations = 20
@@ -196,12 +197,6 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Experiment:
-        for world in self.worlds:
-            if not 1 <= world <= MOST_RANKS:
-                raise ConfigError("experiment.worlds", world, "a group has at least one rank", f"1 to {MOST_RANKS}")
-        for tokens in self.tokens:
-            if not 1 <= tokens <= MOST_TOKENS:
-                raise ConfigError("experiment.tokens", tokens, "global tokens of a step", f"1 to {MOST_TOKENS}")
         lists = (getattr(self, key) for key in LISTS)
         count = prod(len(values) for values in lists if values)
         if count > MOST_CASES:
@@ -291,7 +286,7 @@ def parse_placement(text: str, world: int) -> ParallelSpec | None:
     for part in text.lower().split("x"):
         kind, size = part[:2], part[2:]
         if kind not in ("tp", "ep") or kind in sizes or not re.fullmatch("[1-9][0-9]{0,3}", size):
-            raise ConfigError("experiment.placements", text, "not a placement", ("tp", "ep", "tp2xep2 and the like"))
+            raise ConfigError("experiment.placements", text, "not a placement", PLACEMENTS)
         sizes[kind] = int(size)
     parallel = ParallelSpec(**sizes)
     return parallel if parallel.world == world else None

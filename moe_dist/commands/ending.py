@@ -136,9 +136,9 @@ class Ending:
         return self._death is not None
 
     def _interrupted(self, error: BaseException | None = None) -> int:
-        """Say what a signal means, and return the exit code. `error`: what ended the command when it came, or the signal's
-        own exception, raised while the command was ending of another. Of a rank that has died that one knows more than
-        that its process is gone."""
+        """Say what a signal means, and return the exit code. `error`: what ended the command when it came, or the
+        signal's own exception, raised while the command was ending of another. Of a rank that has died that one knows
+        more than that its process is gone."""
         if self.signals.signum is not None:
             self.signals.was_heard.wait(LOOK_S)
         if self._death is not None:
