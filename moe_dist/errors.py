@@ -9,6 +9,7 @@ from typing import Any
 from moe_dist.messages.printable import printable
 
 LONGEST_VALUE = 300  # characters of a wrong value that a message repeats
+UNKNOWN_KEY = "unknown key"  # a rule that the field's own name breaks, whatever its value is
 LONGEST_MISTYPED, ALIKE = 60, 0.7  # of a name that may be a slip of another, and how alike they are (difflib's ratio)
 
 
@@ -32,11 +33,16 @@ class ConfigError(MoeDistError):
     def __init__(self, field: str, value: object, rule: str, legal: object = None) -> None:
         self.field, self.value, self.rule, self.legal = field, value, rule, legal
         text = f"{printable(field)} = {shown(value)}: {rule}"  # a field's name may come from a file
-        if isinstance(value, str) and isinstance(legal, (list, tuple)):
-            text += did_you_mean(value, map(str, legal))
+        given = field.replace(": ", ".").rpartition(".")[2] if rule == UNKNOWN_KEY else value
+        if isinstance(given, str) and isinstance(legal, (list, tuple)):
+            text += did_you_mean(given, map(str, legal))
         if legal is not None:
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
+
+    def of(self, field: str) -> ConfigError:
+        """The same with another name for the field."""
+        return ConfigError(field, self.value, self.rule, self.legal)
 
 
 class UnsupportedError(MoeDistError):
@@ -108,11 +114,13 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
-    """For the end of a rule: the name that is most like the given one, if any is."""
+    """For the end of a rule: the name that is most like the given one, begins with it or has its letters."""
     by_letters = {name.lower(): name for name in names}
-    if len(given) > LONGEST_MISTYPED or given in by_letters.values():
+    if not given or len(given) > LONGEST_MISTYPED or given in by_letters.values():
         return ""
-    found = get_close_matches(given.lower(), by_letters, n=1, cutoff=ALIKE)
+    letters = given.lower()
+    found = get_close_matches(letters, by_letters, n=1, cutoff=ALIKE)
+    found += [name for name in by_letters if name.startswith(letters) or sorted(name) == sorted(letters)]
     return f"; did you mean {by_letters[found[0]]}?" if found else ""
 
 

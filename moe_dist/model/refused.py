@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from moe_dist.errors import ConfigError, did_you_mean, listed
+from moe_dist.errors import UNKNOWN_KEY, ConfigError, listed
 
 Schema = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ RULES = {
     "too_short": "has too few values",
     "tuple_type": "is no list",
 }
-UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # the latter in a dataclass
+EXTRA = ("extra_forbidden", "unexpected_keyword_argument")  # the latter in a dataclass
 
 
 def legal(values: Callable[[], Iterable[str] | str]) -> Callable[[dict[str, Any]], None]:
@@ -56,9 +56,9 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], section: str) 
     kind, given, place = first["type"], first["input"], first["loc"]
     path = ".".join([section, *map(str, place)]).strip(".")
     whole = cls.model_json_schema()
-    if kind in UNKNOWN_KEY:
+    if kind in EXTRA:
         keys = tuple(_at(whole, place[:-1], whole).get("properties", ()))
-        return ConfigError(path, given, f"unknown key{did_you_mean(str(place[-1]), keys)}", keys)
+        return ConfigError(path, given, UNKNOWN_KEY, keys)
     if kind == "missing":
         given = None  # pydantic gives what it is missing in
     rule = "is empty" if kind == "too_short" and not given else RULES.get(kind, "is no legal value")

@@ -132,7 +132,8 @@ class MoESpec(Section):
                 raise ConfigError("model.top_groups", self.top_groups, "there is only one group", (1,))
             return
         if self.scoring != "sigmoid":
-            raise ConfigError("model.scoring", self.scoring, "grouped top-k is defined for sigmoid", ("sigmoid",))
+            rule = f"grouped top-k (num_groups {self.num_groups}) is defined for sigmoid"
+            raise ConfigError("model.scoring", self.scoring, rule, ("sigmoid",))
         divisors = [n for n in range(1, self.num_experts // 2 + 1) if self.num_experts % n == 0]
         if self.num_groups not in divisors:
             rule = f"must divide num_experts ({self.num_experts}) into groups of two experts or more"
