@@ -10,7 +10,8 @@ from moe_dist.messages.printable import printable
 
 LONGEST_VALUE = 300  # characters of a wrong value that a message repeats
 UNKNOWN_KEY = "unknown key"  # a rule that the field's own name breaks, whatever its value is
-LONGEST_MISTYPED, ALIKE = 60, 0.7  # of a name that may be a slip of another, and how alike they are (difflib's ratio)
+LONGEST_MISTYPED, FEW_LETTERS = 60, 3  # of a name that may be a slip of another, and of one's beginning
+ALIKE = 0.7  # the two, by difflib's ratio
 
 
 class MoeDistError(Exception):
@@ -113,15 +114,22 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text):,} characters)"
 
 
-def did_you_mean(given: str, names: Iterable[str]) -> str:
-    """For the end of a rule: the name that is most like the given one, begins with it or has its letters."""
+def nearest_name(given: str, names: Iterable[str]) -> str | None:
+    """The name that is most like a mistyped one, has its letters or begins with it, if any."""
     by_letters = {name.lower(): name for name in names}
     if not given or len(given) > LONGEST_MISTYPED or given in by_letters.values():
-        return ""
+        return None
     letters = given.lower()
     found = get_close_matches(letters, by_letters, n=1, cutoff=ALIKE)
-    found += [name for name in by_letters if name.startswith(letters) or sorted(name) == sorted(letters)]
-    return f"; did you mean {by_letters[found[0]]}?" if found else ""
+    found += [name for name in by_letters if sorted(name) == sorted(letters)]
+    found += [name for name in by_letters if name.startswith(letters) and len(letters) >= FEW_LETTERS]
+    return by_letters[found[0]] if found else None
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """For the end of a rule: the nearest name, if any."""
+    name = nearest_name(given, names)
+    return f"; did you mean {name}?" if name else ""
 
 
 def listed(values: object) -> str:

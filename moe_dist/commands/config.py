@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from moe_dist.bench.case import Experiment, SourceSpec
-from moe_dist.commands.yaml_loader import LONGEST_TEXT, load_yaml
+from moe_dist.commands.yaml_loader import INTEGER, LONGEST_TEXT, load_yaml
 from moe_dist.errors import UNKNOWN_KEY, ConfigError, listed
 from moe_dist.files import read_small_text
 from moe_dist.model.spec import MoESpec, Section
@@ -93,6 +93,8 @@ def _meant(word: str) -> str:
         return f"; did you mean {word}=VALUE?"
     if word.lower() in map(str.lower, model_names()):
         return f"; did you mean --model {word}?"
+    if INTEGER.match(word):
+        return "; a flag of one value takes no second one"
     if word.endswith((".yaml", ".yml")):
         return "; a model's file is given by --model, and an experiment's is compare's first argument"
     return ""
@@ -118,7 +120,10 @@ def find_model(name: str) -> MoESpec:
 
 def _read_model(path: str) -> MoESpec:
     """Its errors name the file and the file's key."""
-    keys = read_yaml(path)
+    try:
+        keys = read_yaml(path)
+    except ConfigError as error:
+        raise error.of("experiment.models") from None
     if keys.keys() & EXPERIMENTS_OWN and not keys.keys() & MODELS_OWN:
         rule = "is an experiment's file, not a model's"
         raise ConfigError("experiment.models", path, rule, f"moe-dist compare {quote(path)}, or a model's file")

@@ -10,7 +10,7 @@ from cyclopts import CoercionError, Parameter, Token
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment, SourceSpec
-from moe_dist.commands.config import model_names
+from moe_dist.commands.config import SECTIONS, model_names
 from moe_dist.commands.yaml_loader import integer
 from moe_dist.engine.planning import PAYLOADS
 from moe_dist.errors import ConfigError
@@ -81,6 +81,15 @@ def keys_help(*refused: str) -> str:
     source, ray = ", ".join(SourceSpec.model_fields), ", ".join(RaySpec.model_fields)
     own = f"Keys of the experiment: {', '.join(keys)}."
     return f"{own} source.KEY: {source}. ray.KEY: {ray}. {MODEL_KEYS_HELP}"
+
+
+def keys_of(help_text: str | None) -> list[str]:
+    """The keys that a command with this help of `key=value` takes; None is a command without any."""
+    sections = {"model": MoESpec} if help_text == MODEL_KEYS_HELP else SECTIONS
+    dotted = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    if help_text is None:
+        return []
+    return dotted if help_text == MODEL_KEYS_HELP else [*Experiment.model_fields, *dotted]
 
 
 Json = Annotated[bool, Parameter(show_default=False, help="Print JSON instead of tables.")]

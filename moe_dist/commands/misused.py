@@ -16,7 +16,7 @@ from cyclopts import (
     UnusedCliTokensError,
 )
 
-from moe_dist.errors import ConfigError, did_you_mean, listed
+from moe_dist.errors import ConfigError, listed, nearest_name
 
 
 def in_our_words(error: CycloptsError) -> ConfigError:
@@ -40,18 +40,26 @@ def in_our_words(error: CycloptsError) -> ConfigError:
 
 
 def _unknown(given: str, command: str, arguments: ArgumentCollection | None) -> ConfigError:
-    """What is no flag may be a key of the experiment, or another command's flag for one."""
-    from moe_dist.bench.case import Experiment  # the command is imported by now, and has brought it
-    from moe_dist.commands.flags import MODEL_KEYS_HELP, SETS
+    flags, name = _flags(arguments or ()), given.partition("=")[0]
+    help_of_keys = (argument.parameter.help for argument in arguments or () if argument.is_var_positional())
+    meant = _meant(name, flags, next(help_of_keys, None))
+    hint = f"; did you mean {meant}?" if meant else ""
+    return ConfigError("option", given, f"{command} has none of this name{hint}", listed(flags))
 
-    flags = _flags(arguments or ())
-    name = given.partition("=")[0]
+
+def _meant(name: str, flags: list[str], help_of_keys: str | None) -> str | None:
+    """What is no flag may be a key or another command's flag for one, and else a slip of a flag or a key."""
+    from moe_dist.commands.flags import SETS, keys_of  # the command is imported by now, and has brought it
+
+    keys = keys_of(help_of_keys)
+    by_name = {key.rpartition(".")[2]: key for key in reversed(keys)}
     own = name.lstrip("-").replace("-", "_")
-    key = own if own in Experiment.model_fields else SETS.get(name, ("",))[0]
-    rest = [argument.parameter.help for argument in arguments or () if argument.is_var_positional()]
-    takes_keys = rest and rest != [MODEL_KEYS_HELP]
-    meant = f"; did you mean the key {key}?" if key and takes_keys else did_you_mean(name, flags)
-    return ConfigError("option", given, f"{command} has none of this name{meant}", listed(flags))
+    key = by_name.get(own) or next((key for key in SETS.get(name, ()) if key in keys), None)
+    if key is None and (flag := nearest_name(name.lstrip("-"), [flag.removeprefix("--") for flag in flags])):
+        return f"--{flag}"
+    near = nearest_name(own, by_name)
+    key = key or (by_name[near] if near else None)
+    return key and f"the key {key}"
 
 
 def name_of(argument: Argument) -> str:

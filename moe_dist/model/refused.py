@@ -51,8 +51,9 @@ def legal(values: Callable[[], Iterable[str] | str]) -> Callable[[dict[str, Any]
 
 
 def as_config_error(error: ValidationError, cls: type[BaseModel], section: str) -> ConfigError:
-    """The first thing that is wrong. `section` is how messages call what `cls` describes."""
-    first = error.errors(include_url=False)[0]
+    """The first thing that is wrong, unknown keys before others: a key that is missing may be there under a wrong name.
+    `section` is how messages call what `cls` describes."""
+    first = min(error.errors(include_url=False), key=lambda each: each["type"] not in EXTRA)
     kind, given, place = first["type"], first["input"], first["loc"]
     path = ".".join([section, *map(str, place)]).strip(".")
     whole = cls.model_json_schema()

@@ -150,6 +150,15 @@ def test_a_file_s_value_is_called_by_the_file_and_its_key(text, name, said):
         (["run", "ray.cpus=2"], "unknown key", "did you mean cpus_per_rank?"),
         (["compare", "--tokens", "8"], "moe-dist compare has none of this name", "did you mean the key tokens?"),
         (["compare", "--seed=8"], "moe-dist compare has none of this name", "did you mean the key seed?"),
+        (["run", "--placement", "tp"], "moe-dist run has none of this name", "did you mean the key placements?"),
+        (["run", "--quant", "none"], "moe-dist run has none of this name", "did you mean the key model.quant?"),
+        (["tune", "--quant", "none"], "moe-dist tune has none of this name", "did you mean the key model.quant?"),
+        (["tune", "--layers", "3"], "moe-dist tune has none of this name", "did you mean --layer?"),
+        (["check", "--tp", "2"], "moe-dist check has none of this name", "did you mean the key placements?"),
+        (["run", "--dtype", "bf16"], "moe-dist run has none of this name", "did you mean the key model.dtype?"),
+        (["run", "--tokens", "8", "16"], "not an assignment", "a flag of one value takes no second one"),
+        (["run", "--model", "none.yaml"], "--model = 'none.yaml': can't be read", ""),
+        (["run", "--model", "typo.yaml"], "typo.yaml: hiden = 8: unknown key", "did you mean hidden?"),
         (["run", "--toknes=8"], "moe-dist run has none of this name", "did you mean --tokens?"),
         (["rnu"], "is none", "did you mean run?"),
         (["help"], "is none", "did you mean --help?"),
@@ -161,6 +170,7 @@ def test_what_was_meant(words, rule, hint, said):
     Path("m.yaml").write_text("name: m\nhidden: 128\n")
     Path("e.yaml").write_text("name: e\nmodels: [tiny]\n")
     Path("r.json").write_text('{"date": "", "rows": [], "refused": []}')
+    Path("typo.yaml").write_text("name: m\nhiden: 8\n")
     Path("a folder").mkdir()
     Path("a folder", "config.json").touch()
     found = said(*words)
@@ -168,8 +178,9 @@ def test_what_was_meant(words, rule, hint, said):
     assert hint in found
 
 
-def test_tune_has_no_hint_about_keys_that_it_refuses(said):
-    assert "did you mean" not in said("tune", "--skew", "uniform")
+@pytest.mark.parametrize("words", [["tune", "--skew", "uniform"], ["doctor", "--tokens", "8"], ["run", "a=1"]])
+def test_no_hint_about_what_is_not_taken_or_not_alike(words, said):
+    assert "did you mean" not in said(*words)
 
 
 @pytest.mark.parametrize("words", [["1", "16"], ["1,16"], ["1,", "16"], ["1,x"], [",1"], ["1", ""]])
