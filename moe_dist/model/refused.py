@@ -68,13 +68,11 @@ def as_config_error(error: ValidationError, cls: type[BaseModel], section: str) 
 
 def legal_in(schema: Schema, whole: Schema) -> object:
     """What a value of this schema may be, as a message has it. `whole` has the definitions that it refers to."""
+    schema = _resolved(schema, whole)
     if "legal" in schema:
         return _several(schema, schema["legal"]) if schema.get("type") == "array" else schema["legal"]
     if "enum" in schema or "const" in schema:
         return tuple(schema.get("enum") or [schema["const"]])
-    if "anyOf" in schema:
-        inner = [legal_in(_resolved(each, whole), whole) for each in schema["anyOf"] if each.get("type") != "null"]
-        return f"null, or {' or '.join(map(listed, inner))}"
     match schema.get("type"):
         case "boolean":
             return ("true", "false")
@@ -85,7 +83,7 @@ def legal_in(schema: Schema, whole: Schema) -> object:
         case "array" if "prefixItems" in schema:
             return f"a list of {len(schema['prefixItems'])} values"
         case "array":
-            return _several(schema, legal_in(_resolved(schema["items"], whole), whole))
+            return _several(schema, legal_in(schema["items"], whole))
         case "object" if "properties" in schema:
             return f"a section of {listed(list(schema['properties']))}"
         case "object":
@@ -97,8 +95,6 @@ def _at(schema: Schema, place: Iterable[int | str], whole: Schema) -> Schema:
     """The schema of what lies at `place` in a value of `schema`; an empty one where nothing is known of it."""
     schema = _resolved(schema, whole)
     for step in place:
-        if "anyOf" in schema:
-            schema = _resolved(next(each for each in schema["anyOf"] if each.get("type") != "null"), whole)
         if isinstance(step, int) and "legal" in schema:
             inner: Schema = {"legal": schema["legal"]}
         elif isinstance(step, int):
@@ -111,10 +107,12 @@ def _at(schema: Schema, place: Iterable[int | str], whole: Schema) -> Schema:
 
 
 def _resolved(schema: Schema, whole: Schema) -> Schema:
-    if "$ref" not in schema:
-        return schema
-    found: Schema = whole["$defs"][schema["$ref"].rpartition("/")[2]]
-    return found
+    """The schema itself, where this one refers to it or is of a value or null. Null is the same as no such key."""
+    if "$ref" in schema:
+        return _resolved(whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
+    if "anyOf" in schema:
+        return _resolved(next(each for each in schema["anyOf"] if each.get("type") != "null"), whole)
+    return schema
 
 
 def _bounds(schema: Schema) -> str | None:

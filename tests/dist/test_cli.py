@@ -271,6 +271,14 @@ class TestWithoutRanks:
         for other in COMMANDS if name is None else ():
             assert other in found.out
 
+    @pytest.mark.parametrize(("columns", "widest"), [("0", 20), ("1", 20), ("9" * 20, 1000)])
+    def test_columns_that_are_a_slip(self, command, monkeypatch, columns, widest):
+        monkeypatch.setenv("COLUMNS", columns)
+        for arguments in (["diff", "--help"], ["plan"]):
+            found = command(*arguments)
+            assert found.code == 0
+            assert 3 < max(map(len, found.out.splitlines())) <= widest
+
     def test_help_says_what_is_taken_without_a_flag(self, command):
         said = " ".join(command("check", "--help").out.replace("│", " ").split())
         for text in ("[default: 1 16]", "[default: uniform single]", "[choices: auto, cpu, cuda]", "(default ray)"):

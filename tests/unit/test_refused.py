@@ -64,8 +64,7 @@ def test_every_constraint_of_a_schema_has_words(cls):
     schema = cls.model_json_schema()
     assert set(keywords(schema)) - KNOWN - SILENT == set()
     for name, field in schema["properties"].items():
-        said = legal_in(field if "$ref" not in field else schema["$defs"][field["$ref"].split("/")[-1]], schema)
-        assert said, name
+        assert legal_in(field, schema), name
 
 
 @pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
@@ -123,7 +122,7 @@ def test_a_new_constraint_can_not_slip_through():
         (MoESpec, {}, "model.hidden = None: this key is required (legal: 1 to 1,048,576)"),
         (ParallelSpec, {"replicas": {0: 1}}, "parallel.replicas.0.1 = 1: is no list (legal: a list of -131,072 to"),
         (WorkloadSpec, {"tokens": "8"}, "workload.tokens = '8': is no whole number (legal: 1 to 16,777,216)"),
-        (WorkloadSpec, {"tokens": 1, "trace": "x"}, "(legal: null, or text that ^[0-9a-f]{64}$ matches)"),
+        (WorkloadSpec, {"tokens": 1, "trace": "x"}, "(legal: text that ^[0-9a-f]{64}$ matches)"),
         (Experiment, {"exchanges": []}, "is empty (legal: a list with one or more of local, all_reduce, ag_rs"),
         (Experiment, {"backends": []}, "is empty (legal: a list with one or more of torch, "),
         (Experiment, {"placements": []}, "is empty (legal: a list with one or more of tp, ep, tp2xep2 and the like)"),
@@ -131,7 +130,7 @@ def test_a_new_constraint_can_not_slip_through():
         (Experiment, {"tokens": []}, "is empty (legal: a list with one or more of 1 to 16,777,216)"),
         (Experiment, {"worlds": []}, "is empty (legal: a list with one or more of 1 to 4,096)"),
         (Experiment, {"token_layouts": []}, "is empty (legal: a list with one or more of replicated, sharded)"),
-        (Experiment, {"modes": []}, "is empty (legal: null, or a list with one or more of eager, graph)"),
+        (Experiment, {"modes": []}, "is empty (legal: a list with one or more of eager, graph)"),
         (Experiment, {"exchanges": [3]}, "experiment.exchanges.0 = 3: is no text (legal: local, all_reduce, "),
         (Experiment, {"payload": 8}, "experiment.payload = 8: is no text (legal: auto, unquantized, fp8)"),
         (Experiment, {"ray": 5}, "experiment.ray = 5: is no section (legal: a section of address, strategy, "),

@@ -77,7 +77,7 @@ def test_labels_hold_no_path_of_the_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layer", "5"], ["--layer = 5", "--checkpoint"]),
+        (["--layer", "5"], ["--layer = 5", "source.checkpoint"]),
         (["--model", "tiny", "--layer", "5"], ["--layer = 5"]),
         (["--checkpoint", ""], ["--checkpoint = ''"]),
         (["source.layer=3"], ["source.layer = 3"]),
