@@ -12,7 +12,8 @@ from moe_dist.errors import UNKNOWN_KEY, ConfigError, listed
 # What the library calls it, and the experiment's key.
 KEYS = {
     "world": "worlds", "exchange": "exchanges", "backend": "backends", "token_layout": "token_layouts",
-    "token_split": "token_splits", "skew": "skews", "parallel.tp": "placements", "parallel.ep": "placements", "checkpoint.layer": "source.layer",
+    "token_split": "token_splits", "skew": "skews", "parallel.tp": "placements", "parallel.ep": "placements",
+    "checkpoint.layer": "source.layer",
 }  # fmt: skip
 SECTIONS = re.compile(r"^(experiment|workload|case)\.")  # which the user's keys are not under
 
