@@ -94,7 +94,7 @@ def _marks(title: str, lines: Sequence[Line], unit: str, note: str) -> Figure | 
     if len(lines) > LINES_MOST:
         note += f" {LINES_MOST} of {len(lines):,} lines are drawn; the tables have all."
         lines = thinned(lines, LINES_MOST)
-    names = sorted({name for _, marks in lines for name, _, _ in marks})  # the same colour in every chart of a file
+    names = sorted({name for _, marks in lines for name, _, _ in marks})  # so that colours do not tell who is fastest
     ratios = [speed(row) / speed(marks[0][1]) for _, marks in lines for _, row, _ in marks]
     head, top = svg.legend(list(enumerate(names)))
     room = max(len(label) for label, _ in lines) * svg.LETTER + 12

@@ -110,9 +110,10 @@ class Scale:
         return self.start + (self.stop - self.start) * log10(value / self.low) / log10(self.high / self.low)
 
     def ticks(self) -> list[float]:
-        """Round numbers, six at most if there are that many decades or fewer."""
+        """Round numbers, one at least where the scale spans a quarter, and six at most."""
         least, most = floor(log10(self.low)), floor(log10(self.high)) + 1
-        for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        fine = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+        for steps in (fine, (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
             found = [step * 10.0**power for power in range(least, most + 1) for step in steps]
             found = [tick for tick in found if self.low <= tick <= self.high]
             if len(found) <= 6:

@@ -33,61 +33,54 @@ def text_of(row: Row, key: str) -> str:
 
 def comparisons(found: Iterable[Setup]) -> Table:
     """The fastest of each placement family, for every step that has several."""
-    lines = []
-    for setup in found:
-        for answer in setup.answers:
-            for row, said in zip(answer.best, beside(answer.best), strict=True):
-                lines.append([setup.file.name, *_step(row), row.placement, row.exchange, row.backend,
-                              number(row.p50_us), times_floor(row), said])  # fmt: skip
-    head = ["file", *STEP, "best of", "exchange", "backend", "µs", "× floor", "against the fastest"]
+    lines = [line for setup in found for answer in setup.answers for line in _beside(setup, answer.best)]
     note = (
-        "Rows that failed their check or were not checked don't compete. A tie is a difference that scatter explains. "
+        "Rows that failed their check or were not checked don't compete. A tie is a difference that scatter explains."
     )
-    note += "Where a row has no scatter, nothing is claimed."
-    return Table("All comparisons of placements", head, lines, note, _at(head, "tokens", "a rank", "µs", "× floor"))
+    note += " Where a row has no scatter, nothing is claimed."
+    return _table("All comparisons of placements", lines, ["µs", "× floor", "against the fastest"], note)
 
 
-STEP = ["model", "ranks", "mode", "layout", "routing", "tokens", "a rank"]
+CASE = ["file", "model", "ranks", "mode", "layout", "routing", "tokens", "a rank", "placement", "exchange", "backend"]
 
 
-def _step(row: Row) -> list[str]:
+def _case(file: Recorded, row: Row) -> list[str]:
+    """The cells of CASE."""
     per_rank = text_of(row, "tokens_per_rank") if row.tokens_per_rank is None else f"{row.tokens_per_rank:,}"
-    tokens = [f"{row.global_tokens:,}", per_rank]
-    return [row.model, str(row.world), "graph" if row.graph else "eager", row.token_layout, row.skew, *tokens]
+    common = [file.name, row.model, str(row.world), "graph" if row.graph else "eager", row.token_layout, row.skew]
+    return [*common, f"{row.global_tokens:,}", per_rank, row.placement, row.exchange, row.backend]
 
 
-def _at(head: list[str], *names: str) -> frozenset[int]:
-    return frozenset(map(head.index, names))
+def _beside(setup: Setup, rows: Sequence[Row]) -> list[list[str]]:
+    return [[*_case(setup.file, row), number(row.p50_us), times_floor(row), said]
+            for row, said in zip(rows, beside(rows), strict=True)]  # fmt: skip
+
+
+def _table(title: str, lines: list[list[str]], more: list[str], note: str = "", words: int = 1) -> Table:
+    """Columns of CASE and `more`, of which the last `words` are no numbers."""
+    head = [*CASE, *more]
+    numbers = {CASE.index("tokens"), CASE.index("a rank"), *range(len(CASE), len(head) - words)}
+    return Table(title, head, lines, note, frozenset(numbers))
 
 
 def stages(found: Iterable[Setup]) -> Table:
     """Of the best rows for the fewest and the most tokens."""
-    rows = [(setup, row) for setup in found for answer in setup.ends for row in answer.best]
+    rows = [(setup.file, row) for setup in found for answer in setup.ends for row in answer.best]
     names = list(dict.fromkeys(name for _, row in rows for name in row.stages_us or {}))
     lines = []
-    for setup, row in rows:
+    for file, row in rows:
         parts = row.stages_us or {}
         cells = [number(parts.get(name)) if known(row, "stages_us") else UNKNOWN for name in names]
         rest = number(row.unstaged_us) if known(row, "unstaged_us") else UNKNOWN
-        lines.append([setup.file.name, *_step(row), row.placement, row.exchange, row.backend, *cells, rest,
-                      number(row.p50_us)])  # fmt: skip
-    head = ["file", *STEP, "placement", "exchange", "backend", *names, "unstaged", "p50 µs"]
-    note = (
-        "µs on the rank whose stages take longest. Stages come from other steps than the p50; they don't add up to it."
-    )
-    return Table("Stages of the best rows", head, lines, note, frozenset(range(6, 8)) | frozenset(range(11, len(head))))
+        lines.append([*_case(file, row), *cells, rest, number(row.p50_us)])
+    note = "µs on the rank whose stages take longest. Stages are of other steps than the p50; they don't add up to it."
+    return _table("Stages of the best rows", lines, [*names, "unstaged", "p50 µs"], note, words=0)
 
 
 def backends(found: Iterable[Setup]) -> Table:
     """Same placement and exchange, other backend."""
-    lines = []
-    for setup in found:
-        for rows in backends_beside_each_other(setup):
-            for row, said in zip(rows, beside(rows), strict=True):
-                lines.append([setup.file.name, *_step(row), row.placement, row.exchange, row.backend,
-                              number(row.p50_us), times_floor(row), said])  # fmt: skip
-    head = ["file", *STEP, "placement", "exchange", "backend", "µs", "× floor", "against the fastest"]
-    return Table("Backend against backend", head, lines, "", _at(head, "tokens", "a rank", "µs", "× floor"))
+    lines = [line for setup in found for rows in backends_beside_each_other(setup) for line in _beside(setup, rows)]
+    return _table("Backend against backend", lines, ["µs", "× floor", "against the fastest"])
 
 
 def skews(files: Iterable[Recorded]) -> Table:
@@ -97,11 +90,9 @@ def skews(files: Iterable[Recorded]) -> Table:
         for rows in skews_beside_each_other(file):
             for row in rows:
                 busiest = f"{row.imbalance:.2f}" if row.imbalance is not None else UNKNOWN
-                marked = "" if row.ok is True else f", {checked(row)}"
-                lines.append([file.name, *_step(row), row.placement, row.exchange, row.backend, number(row.p50_us),
-                              f"{speed(row) / speed(rows[0]):.2f}x{marked}", busiest])  # fmt: skip
-    head = ["file", *STEP, "placement", "exchange", "backend", "µs", "against the first routing", "rows max/mean"]
-    return Table("One case under several routings", head, lines, "", _at(head, "tokens", "a rank", "µs"))
+                against = f"{speed(row) / speed(rows[0]):.2f}x" + ("" if row.ok is True else f", {checked(row)}")
+                lines.append([*_case(file, row), number(row.p50_us), busiest, against])
+    return _table("One case under several routings", lines, ["µs", "rows max/mean", "against the first of them"])
 
 
 def details(found: Sequence[Setup], files: Iterable[Recorded]) -> list[Table]:
@@ -112,11 +103,9 @@ def details(found: Sequence[Setup], files: Iterable[Recorded]) -> list[Table]:
 def marked(files: Iterable[Recorded]) -> Table:
     """Rows that no comparison counts."""
     rows = [(file, row) for file in files for row in file.rows if row.ok is not True or row.p50_us is None]
-    lines = [[file.name, *_step(row), row.placement, row.exchange, row.backend, number(row.p50_us), why(row)]
-             for file, row in rows[:MARKED_MOST]]  # fmt: skip
-    head = ["file", *STEP, "placement", "exchange", "backend", "µs", "why"]
+    lines = [[*_case(file, row), number(row.p50_us), why(row)] for file, row in rows[:MARKED_MOST]]
     note = f"The first {MARKED_MOST} of {len(rows):,}." if len(rows) > MARKED_MOST else ""
-    return Table("Rows that are no winners", head, lines, note, _at(head, "tokens", "a rank", "µs"))
+    return _table("Rows that are no winners", lines, ["µs", "why"], note)
 
 
 def why(row: Row) -> str:

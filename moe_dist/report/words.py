@@ -59,6 +59,8 @@ def summary(found: Sequence[Setup]) -> str:
     said = [last_line(of_all)]
     if blind:
         said.append(f"In {blind} of them nothing is claimed: the scatter of their rows is not known.")
+    if of_all and not found[0].file.machine.get("gpu"):
+        said.append("CPU times say nothing about GPUs.")
     if not all(setup.whole for setup in found):
         said.append("Rows that are one rank's share of a layer stand for no placement; their backends are compared.")
     return " ".join(said)

@@ -200,6 +200,10 @@ def test_on_paper_everything_is_there(chromium, recorded):
     chromium.open(recorded)
     closed = chromium.run('document.querySelectorAll("details:not([open])").length')
     assert closed > 0
+    chromium.call("Emulation.setDeviceMetricsOverride", width=1050, height=740, deviceScaleFactor=1, mobile=False)
+    chromium.call("Emulation.setEmulatedMedia", media="print")  # as wide as a landscape page of 28 cm
+    assert chromium.run("document.documentElement.scrollWidth") <= 1050  # so that nothing is cut
+    chromium.call("Emulation.setEmulatedMedia", media="")
     paper = base64.b64decode(chromium.call("Page.printToPDF", landscape=True)["data"])
     assert paper.startswith(b"%PDF")
     assert paper.count(b"/Type /Page\n") > 10

@@ -17,10 +17,12 @@ from reports import RECORDED, ROOT, document, evil, many, rows_of, written
 from moe_dist.bench.answer import answers
 from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError
-from moe_dist.report.findings import Setup, setups
+from moe_dist.report.findings import Setup, backends_beside_each_other, setups, skews_beside_each_other, told
 from moe_dist.report.formats import csv_text, is_report, markdown
 from moe_dist.report.page import page
 from moe_dist.report.recorded import NEEDED, read_files
+from moe_dist.report.svg import Scale
+from moe_dist.report.tables import skews
 from moe_dist.report.words import beside, phase, summary, verdict
 
 
@@ -101,6 +103,34 @@ class TestAnswers:
         assert setup.answers == []
         assert setup.best == {}
         assert "one rank's share of a layer" in summary([setup])
+
+    def test_eager_steps_are_told_where_no_graph_of_the_same_is(self, tmp_path):
+        graph, eager = rows_of([100.0], [120.0]), rows_of([100.0], [120.0], graph=False)
+        other = rows_of([100.0], [120.0], graph=False, skew="zipf:1.2")
+        found = told(read(tmp_path, document([*eager, *graph, *other])))
+        assert [(setup.first.graph, setup.first.skew) for setup in found] == [(True, "uniform"), (False, "zipf:1.2")]
+
+    def test_routings_beside_each_other_start_with_a_valid_row(self, tmp_path):
+        rows = [row for skew, us, ok in (("uniform", 50.0, False), ("zipf:1.2", 200.0, True), ("hot:2", 100.0, True))
+                for row in rows_of([us], [us], skew=skew, ok=ok)[:1]]  # fmt: skip
+        (file,) = read_files([written(tmp_path, "file.json", document(rows))])
+        (found,) = skews_beside_each_other(file)
+        assert [row.skew for row in found] == ["zipf:1.2", "hot:2", "uniform"]
+        assert [line[-1] for line in skews([file]).lines] == ["1.00x", "0.50x", "0.25x, NO: out of tolerance"]
+
+    def test_backends_beside_each_other_name_the_fastest_valid_one(self, tmp_path):
+        (first, _) = rows_of([1.0], [1.0])
+        times = (("a", 90.0, None), ("b", 100.0, True), ("c", 150.0, True))
+        rows = [first | {"backend": name, "p50_us": us, "ok": ok} for name, us, ok in times]
+        (setup,) = read(tmp_path, document(rows))
+        (found,) = backends_beside_each_other(setup)
+        assert list(zip([row.backend for row in found], beside(found), strict=True)) == [
+            ("b", "fastest"), ("c", "1.50x"), ("a", "unchecked")]  # fmt: skip
+
+    def test_a_cpu_says_nothing_about_gpus(self, tmp_path):
+        content = document(rows_of([100.0], [120.0]))
+        content["machine"] |= {"gpu": None, "cpu": "a test's CPU"}
+        assert "CPU times say nothing about GPUs." in summary(read(tmp_path, content))
 
     def test_crossings_are_between_steps_and_decided_only_where_neither_is_a_tie(self, tmp_path):
         (setup,) = read(tmp_path, document(rows_of([100.0, 400.0], [200.0, 200.0])))
@@ -198,6 +228,14 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.names.append(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
+
+
+@pytest.mark.parametrize("low", [1.0, 1.03, 1.3, 1.9, 4.4, 9.2, 470.0])
+@pytest.mark.parametrize("times", [1.26, 2.0, 7.0, 300.0, 1e9])
+def test_every_axis_has_numbers(low, times):
+    ticks = Scale(low, low * times, 0.0, 100.0).ticks()
+    assert 1 <= len(ticks) <= 6
+    assert ticks == sorted(set(ticks))
 
 
 class TestPage:
