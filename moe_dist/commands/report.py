@@ -18,7 +18,7 @@ from moe_dist.report.formats import csv_text, is_report, markdown
 from moe_dist.report.page import page
 from moe_dist.report.recorded import read_files
 
-Files = Annotated[list[str], Parameter(help="Results files: what --out of run, compare or check gave.")]
+Files = Annotated[list[str], Parameter(help="Results files (what --out of run, compare or check gave), side by side.")]
 Out = Annotated[
     str | None, Parameter(help="Where it is written (default: report.html; Markdown and CSV to standard output).")
 ]
