@@ -6,6 +6,8 @@
 #   make compare ARGS="tokens=[8,512] iters=50"
 #   make nightly                            the property tests with 2,000 examples each
 #   make docs                               docs/performance.md from the recorded files
+#   make report                             build/report.html from the recorded files
+#   make test-browser                       the report's page in Chromium, which must be installed
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
 
@@ -20,7 +22,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test nightly lint docs kernels-check gpu-test clean
+.PHONY: compare test nightly lint docs report test-browser kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
 ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
@@ -53,6 +55,13 @@ lint: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready
 	$(BIN)/python benchmarks/make_tables.py
+
+# Of the files that hold rows of results.
+report: $(VENV)/.ready
+	$(BIN)/moe-dist report $(filter-out %-gpu-tests.json,$(wildcard benchmarks/*.json)) --out build/report.html
+
+test-browser: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q -m browser tests/browser $(ARGS)
 
 # Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
 # CUTLASS's headers wants others for its Python part, which is not used.

@@ -7,6 +7,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from moe_dist.report.formats import markdown_table
+
 FOLDER = Path(__file__).parent
 TARGET = FOLDER.parent / "docs" / "performance.md"
 HEAD = """# Performance: all recorded tables
@@ -76,9 +78,7 @@ def table(rows: list[Row], key: tuple[str, ...], local: bool) -> list[str]:
 
     columns = list(dict.fromkeys(map(column_of, rows)))
     model, ranks, skew, mode = key
-    found = [f"**{model}**, {ranks}, routing {skew}, {mode}", ""]
-    found.append("| " + " | ".join(["tokens", "shard" if local else "backend", "floor", *columns]) + " |")
-    found.append("|" + "---|" * (len(columns) + 3))
+    lines = []
     for line in sorted(dict.fromkeys(map(line_of, rows))):
         of_line = [row for row in rows if line_of(row) == line]
         cells = {column_of(row): row["p50_us"] for row in of_line}
@@ -88,8 +88,9 @@ def table(rows: list[Row], key: tuple[str, ...], local: bool) -> list[str]:
         best = min(cells.values())
         shown = [_cell(cells.get(column), best) for column in columns]
         floor = f"{min(floors):,.0f}" if floors else "-"
-        found.append("| " + " | ".join([f"{line[0]:,}", line[1], floor, *shown]) + " |")
-    return [*found, ""]
+        lines.append([f"{line[0]:,}", line[1], floor, *shown])
+    head = ["tokens", "shard" if local else "backend", "floor", *columns]
+    return [f"**{model}**, {ranks}, routing {skew}, {mode}", "", *markdown_table(head, lines), ""]
 
 
 def _cell(value: float | None, best: float) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from moe_dist.messages.printable import printable
 
 LONGEST_VALUE = 300  # characters of a wrong value that a message repeats
+UNKNOWN_KEY = "unknown key"  # a rule that the field's own name breaks, whatever its value is
+LONGEST_MISTYPED, FEW_LETTERS = 60, 3  # of a name that may be a slip of another, and of one's beginning
+ALIKE = 0.7  # the two, by difflib's ratio
 
 
 class MoeDistError(Exception):
@@ -30,9 +34,16 @@ class ConfigError(MoeDistError):
     def __init__(self, field: str, value: object, rule: str, legal: object = None) -> None:
         self.field, self.value, self.rule, self.legal = field, value, rule, legal
         text = f"{printable(field)} = {shown(value)}: {rule}"  # a field's name may come from a file
+        given = field.replace(": ", ".").rpartition(".")[2] if rule == UNKNOWN_KEY else value
+        if isinstance(given, str) and isinstance(legal, (list, tuple)):
+            text += did_you_mean(given, map(str, legal))
         if legal is not None:
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
+
+    def of(self, field: str) -> ConfigError:
+        """The same with another name for the field."""
+        return ConfigError(field, self.value, self.rule, self.legal)
 
 
 class UnsupportedError(MoeDistError):
@@ -101,6 +112,24 @@ def shown(value: object) -> str:
     except Exception:
         return f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text):,} characters)"
+
+
+def nearest_name(given: str, names: Iterable[str]) -> str | None:
+    """The name that is most like a mistyped one, has its letters or begins with it, if any."""
+    by_letters = {name.lower(): name for name in names}
+    if not given or len(given) > LONGEST_MISTYPED or given in by_letters.values():
+        return None
+    letters = given.lower()
+    found = get_close_matches(letters, by_letters, n=1, cutoff=ALIKE)
+    found += [name for name in by_letters if sorted(name) == sorted(letters)]
+    found += [name for name in by_letters if name.startswith(letters) and len(letters) >= FEW_LETTERS]
+    return by_letters[found[0]] if found else None
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """For the end of a rule: the nearest name, if any."""
+    name = nearest_name(given, names)
+    return f"; did you mean {name}?" if name else ""
 
 
 def listed(values: object) -> str:

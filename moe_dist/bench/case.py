@@ -10,25 +10,26 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moe_dist.bench.draws import recorded
+from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
 from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import (
-    MOST_RANKS,
-    MOST_TOKENS,
     Flag,
     MoESpec,
     Name,
     ParallelSpec,
+    Ranks,
     Seconds,
     Section,
     Seed,
     TokenLayout,
+    Tokens,
     TokenSplit,
     WorkloadSpec,
 )
@@ -67,9 +68,9 @@ class Case(Section):
     depth: int = Field(default=0, strict=True, ge=0, lt=LARGEST_STACK)
     step: int = Field(default=0, strict=True, ge=0, lt=ROUTINGS)
     record_routing: str | None = None
-    payload: str = "auto"
-    form: str = "auto"
-    combine_dtype: str | None = None
+    payload: Payload = "auto"
+    form: Form = "auto"
+    combine_dtype: CombineDtype | None = None
     graph: Flag = False
     iters: Iterations = 20
     warmup: Iterations = 3
@@ -130,18 +131,18 @@ class Experiment(Section):
     name: Name = "compare"
     models: tuple[MoESpec, ...] = Field(min_length=1)
     source: SourceSpec = SourceSpec()
-    worlds: tuple[StrictInt, ...] = Field(default=(2, 4), min_length=1)
-    placements: tuple[Name, ...] = Field(default=("tp", "ep"), min_length=1)
-    exchanges: tuple[Name, ...] = Field(default=("all_reduce", "ag_rs", "all_to_all"), min_length=1)
-    backends: tuple[Name, ...] = Field(default=("torch",), min_length=1)
-    tokens: tuple[StrictInt, ...] = Field(default=(8, 256), min_length=1)
+    worlds: tuple[Ranks, ...] = Field(default=(2, 4), min_length=1)
+    placements: Placements = ("tp", "ep")
+    exchanges: Exchanges = ("all_reduce", "ag_rs", "all_to_all")
+    backends: Backends = ("torch",)
+    tokens: tuple[Tokens, ...] = Field(default=(8, 256), min_length=1)
     token_layouts: tuple[TokenLayout, ...] = Field(default=("sharded",), min_length=1)
     token_splits: tuple[TokenSplit, ...] = Field(default=("even",), min_length=1)
-    skews: tuple[str, ...] = Field(default=("uniform",), min_length=1)
+    skews: Skews = ("uniform",)
     layers: Layers = 1
-    payload: str = "auto"
-    form: str = "auto"
-    combine_dtype: str | None = None
+    payload: Payload = "auto"
+    form: Form = "auto"
+    combine_dtype: CombineDtype | None = None
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] | None = None  # None: both on CUDA, eager on a CPU
     seed: Seed = 0
     iters: Iterations = 20
@@ -179,12 +180,6 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Experiment:
-        for world in self.worlds:
-            if not 1 <= world <= MOST_RANKS:
-                raise ConfigError("experiment.worlds", world, "a group has at least one rank", f"1 to {MOST_RANKS}")
-        for tokens in self.tokens:
-            if not 1 <= tokens <= MOST_TOKENS:
-                raise ConfigError("experiment.tokens", tokens, "global tokens of a step", f"1 to {MOST_TOKENS}")
         lists = (getattr(self, key) for key in LISTS)
         count = prod(len(values) for values in lists if values)
         if count > MOST_CASES:
@@ -194,8 +189,9 @@ class Experiment(Section):
         for tokens, model in product(self.tokens, self.models):
             check_step(tokens, model)
         if "replicated" in self.token_layouts and set(self.token_splits) != {"even"}:
-            rule = "divide sharded tokens, and replicated ones are whole on every rank"
-            raise ConfigError("experiment.token_splits", self.token_splits, rule, "even, or token_layouts [sharded]")
+            split = next(split for split in self.token_splits if split != "even")
+            rule = "divides sharded tokens, and replicated ones are whole on every rank"
+            raise ConfigError("experiment.token_splits", split, rule, "even, or token_layouts [sharded]")
         self._check_recording()
         if "router" in self.skews and self.source.checkpoint is None:
             raise ConfigError("experiment.skews", "router", "only a checkpoint has a router: give source.checkpoint")
@@ -294,7 +290,7 @@ def parse_placement(text: str, world: int) -> ParallelSpec | None:
     for part in text.lower().split("x"):
         kind, size = part[:2], part[2:]
         if kind not in ("tp", "ep") or kind in sizes or not re.fullmatch("[1-9][0-9]{0,3}", size):
-            raise ConfigError("experiment.placements", text, "not a placement", ("tp", "ep", "tp2xep2 and the like"))
+            raise ConfigError("experiment.placements", text, "not a placement", PLACEMENTS)
         sizes[kind] = int(size)
     parallel = ParallelSpec(**sizes)
     return parallel if parallel.world == world else None

@@ -18,6 +18,7 @@ from moe_dist.files import read_small_text
 from moe_dist.messages.printable import printable
 
 LARGEST_FILE = 256 << 20  # bytes
+LEAST_US, MOST_US = 1e-6, 10**15  # of a time: beyond, it was not measured
 # What names a row. A key that an older file does not have is left out of the comparison, for all rows.
 KEYS = (
     "model", "quant", "hidden", "intermediate", "num_experts", "top_k", "activation", "shared_experts", "source",
@@ -71,13 +72,26 @@ def read_results(path: str) -> dict[str, Any]:
         document: Any = json.loads(read_small_text(Path(path), LARGEST_FILE))
     except OSError as error:
         raise ConfigError("file", path, f"can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("file", path, f"is no JSON: {error}", "what --out or --json gave") from None
     found: dict[str, Any] = document if isinstance(document, dict) else {}
     rows = found.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError("file", path, "holds no rows of results", "what --out or --json gave")
+    for place, row in enumerate(rows):
+        _check_times(f"{path}: rows.{place}", row)
+    if not isinstance(found.get("machine", {}), dict):
+        raise ConfigError(f"{path}: machine", found["machine"], "is no section", "what --out or --json gave")
     return found
+
+
+def _check_times(place: str, row: dict[str, Any]) -> None:
+    """Of files that somebody has edited. Other keys may hold anything: they are shown and compared as they are."""
+    for key, least in (("p50_us", LEAST_US), ("scatter_us", 0)):
+        value = row.get(key)
+        counts = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (counts and least <= value <= MOST_US):
+            raise ConfigError(f"{place}.{key}", value, "is no time in microseconds", f"{least} to {MOST_US:,}")
 
 
 def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Diff:
@@ -92,7 +106,8 @@ def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Diff:
     if not shared:
         raise ConfigError("rows", 0, "no configuration has times in both files", "one at least")
     varying = [name for place, name in enumerate(keys) if len({key[place] for key in shared}) > 1]
-    changes = [_change(before[key], after[key], varying or ["placement", "exchange", "backend"]) for key in shared]
+    usual: list[str] = [name for name in ("placement", "exchange", "backend") if name in keys]
+    changes = [_change(before[key], after[key], varying or usual) for key in shared]
     machines = dict.fromkeys(map(_machine, (old, new)))
     return Diff(changes, len(before) + len(after) - 2 * len(shared), tuple(machines) if len(machines) > 1 else ())
 
@@ -117,7 +132,7 @@ def _change(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> Chang
 def _shown(name: str, value: Any) -> str:
     if name == "graph":
         return "graph" if value else "eager"
-    return f"{value:,} tokens" if name == "global_tokens" else printable(str(value))
+    return f"{value:,} tokens" if name == "global_tokens" and isinstance(value, int) else printable(str(value))
 
 
 def _machine(document: dict[str, Any]) -> str:

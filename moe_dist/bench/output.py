@@ -202,11 +202,17 @@ def said(error: OSError) -> str:
 
 
 def open_output(
-    path: Path | str, say: Say, given: Container[int] | None = None, reads: Iterable[Path | str] = ()
+    path: Path | str,
+    say: Say,
+    given: Container[int] | None = None,
+    reads: Iterable[Path | str] = (),
+    older: Callable[[Path], str] | None = None,
 ) -> Output:
     """Before anything is measured: results that can't be kept are minutes lost. Makes missing folders, and says which
     older results will be overwritten; a file that holds anything else stays. `given`: the descriptors that may be
-    written to, where not all may. `reads`: files and folders that the command reads. Raises ConfigError."""
+    written to, where not all may. `reads`: files and folders that the command reads. `older`: says what a file holds
+    that is there already, and raises ConfigError for one that must stay; None: only results may be overwritten. Raises
+    ConfigError."""
     folder, path = os.fspath(path).endswith("/"), Path(path)
     try:
         if folder:
@@ -226,7 +232,7 @@ def open_output(
             found = None
         if found is None or stat.S_ISREG(found.st_mode):
             claim = _claimed(target)
-            output = _regular(path, found, say)
+            output = _regular(path, found, say, older or _older_results)
             output.claim = claim
             return output
         return Through(path, say, _open_device(path, found.st_mode))
@@ -263,7 +269,7 @@ def open_descriptors(inherited: bool) -> frozenset[int]:
     return frozenset(found)
 
 
-def _regular(path: Path, found: os.stat_result | None, say: Say) -> Output:
+def _regular(path: Path, found: os.stat_result | None, say: Say, older: Callable[[Path], str]) -> Output:
     file = File(path, say, in_place=found is not None and found.st_nlink > 1)
     if found is None:
         file.target.parent.mkdir(parents=True, exist_ok=True)  # of a link that points at nothing yet
@@ -271,7 +277,7 @@ def _regular(path: Path, found: os.stat_result | None, say: Say) -> Output:
         if not os.access(path, os.W_OK):
             raise OSError(errno.EACCES, "it is read-only")
         if found.st_size:
-            say(f"{path} is overwritten: it holds {_older_results(path)}")
+            say(f"{path} is overwritten: it holds {older(path)}")
     with file.partial():
         return file
 

@@ -9,7 +9,7 @@ from moe_dist import checkpoint
 from moe_dist.bench.case import LISTS, ChosenBy, Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
 from moe_dist.bench.source import check_models, with_source
-from moe_dist.commands.config import override, resolve_models
+from moe_dist.commands.config import check_keys, override, resolve_models
 from moe_dist.commands.flags import Grid, Source
 from moe_dist.commands.terminal import say
 from moe_dist.errors import ConfigError
@@ -77,6 +77,7 @@ def asked_for(
     machine: Machine | None = None,
 ) -> Asked:
     """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared."""
+    check_keys(config)
     config = _with_flags(config, source, {"runtime": runtime, "device": source.device, "layers": layers})
     together(config.get("runtime") == "torchrun")
     experiment = Experiment(**config)

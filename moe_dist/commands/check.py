@@ -11,30 +11,31 @@ from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import override
 from moe_dist.commands.flags import (
     BACKEND_HELP,
+    NAMES,
     NO_SOURCE,
     NOT_KEPT,
     NUMBER,
-    SEVERAL,
+    NUMBERS,
     SKEWS_HELP,
     Json,
     Measuring,
-    Overrides,
     Runtime,
     Source,
-    numbers,
+    keys_help,
 )
 from moe_dist.commands.measuring import measure
 from moe_dist.errors import ConfigError
 
 World = Annotated[int, NUMBER, Parameter(help="Ranks.")]
-Tokens = Annotated[list[int], SEVERAL, Parameter(converter=numbers, help="Global tokens of a step.")]
-Backends = Annotated[list[str] | None, SEVERAL, Parameter(show_default=False, help=BACKEND_HELP)]
-Skews = Annotated[list[str], SEVERAL, Parameter(help=SKEWS_HELP)]
+Keys = Annotated[str, Parameter(name="key=value", help=keys_help("check"))]
+Tokens = Annotated[list[int], NUMBERS, Parameter(help="Global tokens of a step.")]
+Backends = Annotated[list[str] | None, NAMES, Parameter(show_default=False, help=BACKEND_HELP)]
+Skews = Annotated[list[str], NAMES, Parameter(help=SKEWS_HELP)]
 FEW_TOKENS, TWO_SKEWS = [1, 16], ["uniform", "single"]
 
 
 def check(
-    *overrides: Overrides,
+    *overrides: Keys,
     source: Source = NO_SOURCE,
     runtime: Runtime = None,
     world: World = 2,

@@ -7,10 +7,10 @@ wait for torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from inspect import BoundArguments
-from typing import Any
+from typing import Any, NamedTuple
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 
@@ -29,11 +29,15 @@ COMMANDS = {
     "run": "Measure one configuration.",
     "compare": "Placements × exchanges × backends × tokens × skews, side by side.",
     "diff": "Two results files, row by row: what became slower or faster.",
+    "report": "One page from results files: which placement is fastest, charts, all rows.",
     "check": "Numbers against the oracle at a model's real shapes.",
     "build": "Compile what a backend needs, once; can take many minutes.",
     "tune": "Find a backend's fastest configs for a model's shapes (random weights), for its tables.",
     "demo-checkpoint": "Write a small checkpoint of random weights to try things on.",
 }
+VALUES = """\
+A flag that takes several values takes them as `1 2` or as `1,2`. A key takes a
+list as `key=[1,2]`; quote what holds spaces: 'key=[1, 2]'."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     together(torchrun_is_meant(words))
 
     def command() -> int:
-        function, bound, left = parse(words)
+        function, bound, left, named = parse(words)
         if isinstance(getattr(function, "__self__", None), App):  # the library's own: --help
             with to_standard_output():
                 function(*bound.args, **bound.kwargs)
@@ -54,28 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bound.arguments["call"] = Call(ending, descriptors)
         ending.as_json = bound.arguments.get("json", False)
         together(bound.arguments.get("runtime") == "torchrun")
-        code: int = function(*bound.args, **bound.kwargs)
+        try:
+            code: int = function(*bound.args, **bound.kwargs)
+        except ConfigError as error:
+            raise named(error) from error.__cause__
         return code
 
     return ending.code_of(command, last=arguments is None)
 
 
-def application() -> App:
-    """All commands. None is imported before it is asked for."""
-    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
+def application(check: Callable[..., None] | None = None) -> App:
+    """All commands. None is imported before it is asked for. `check`: of a command's arguments, before it is called."""
+    codes = "exit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
     app = App(
         name="moe-dist",
         help="Compare distributed FP8 MoE layers.",
         help_format="plaintext",
-        help_epilogue=f"exit codes:\n{codes}",
+        help_epilogue=f"{VALUES}\n\n{codes}",
         version=_version,
-        config=_check_given,
+        config=check,
         console=Terminal(quiet=not speaks()),
         default_parameter=Parameter(negative=(), allow_repeating=False, json_list=False, json_dict=False),
     )
     for place, (name, text) in enumerate(COMMANDS.items()):
         module = name.replace("-", "_")
-        app.command(f"moe_dist.commands.{module}:{module}", name=name, help=text, sort_key=place)
+        app.command(f"moe_dist.commands.{module}:{module}", name=name, help=text, help_epilogue=codes, sort_key=place)
     return app
 
 
@@ -86,13 +93,34 @@ def _version() -> str:
     return f"moe-dist {version('moe_dist')}, commit {commit()}"
 
 
-def parse(words: Sequence[str]) -> tuple[Any, BoundArguments, dict[str, Any]]:
-    """The command's function, its arguments, and those that are not on the command line, by name. Raises ConfigError
-    for what is wrong with them, and InstallationError where the command can't be imported."""
-    app = application()
+class Parsed(NamedTuple):
+    """The command's function, its arguments, and those that are not on the command line, by name. `named` gives an
+    error of the function the names that the user knows."""
+
+    function: Any
+    bound: BoundArguments
+    left: dict[str, Any]
+    named: Callable[[ConfigError], ConfigError]
+
+
+def parse(words: Sequence[str]) -> Parsed:
+    """Raises ConfigError for what is wrong with the words, and InstallationError where the command can't be
+    imported."""
+    names = [lambda error: error]
+
+    def check(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        from moe_dist.commands.given import check_given  # with the command: it brings models, and they torch
+
+        names.append(check_given(arguments).named)
+
+    app = application(check)
     if not words or words[0] not in (*COMMANDS, *app.help_flags, *app.version_flags):
         first, rule = (words[0], "is none") if words else (None, "is missing")
         raise ConfigError("command", first, rule, [*COMMANDS, "--help", "--version"])
+    if words[0] not in COMMANDS and len(words) > 1:
+        raise ConfigError(
+            "argument", words[1], f"{words[0]} takes none", f"{words[0]} alone, or moe-dist COMMAND --help"
+        )
     try:
         if words[0] in COMMANDS:
             words = [words[0], *_overrides_last(_imported(app, words[0]), words[1:])]
@@ -100,7 +128,7 @@ def parse(words: Sequence[str]) -> tuple[Any, BoundArguments, dict[str, Any]]:
     except CycloptsError as error:
         raise in_our_words(error) from None
     bound.apply_defaults()
-    return function, bound, left
+    return Parsed(function, bound, left, names[-1])
 
 
 def _imported(app: App, command: str) -> App:
@@ -111,12 +139,6 @@ def _imported(app: App, command: str) -> App:
 
 
 def _overrides_last(command: App, words: Sequence[str]) -> list[str]:
-    from moe_dist.commands.given import overrides_last  # with the command: it brings models, and they torch
+    from moe_dist.commands.given import overrides_last
 
     return overrides_last(words, command.assemble_argument_collection())
-
-
-def _check_given(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    from moe_dist.commands.given import check_given
-
-    check_given(arguments)

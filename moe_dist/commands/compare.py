@@ -10,7 +10,7 @@ from moe_dist.bench.defaults import build_quickly, default_experiment
 from moe_dist.bench.source import with_source
 from moe_dist.commands.asked import asked_for
 from moe_dist.commands.call import ThisCall
-from moe_dist.commands.config import find_model, override, read_yaml
+from moe_dist.commands.config import find_model, override, read_experiment
 from moe_dist.commands.flags import NO_SOURCE, NOT_KEPT, Json, Layers, Measuring, Overrides, Runtime, Source
 from moe_dist.commands.measuring import measure
 from moe_dist.commands.terminal import say
@@ -32,7 +32,7 @@ def compare(
     call: ThisCall,
 ) -> int:
     machine = Machine.detect(source.device or "auto")
-    config = override(read_yaml(file) if file else {}, overrides)
+    config = override(read_experiment(file) if file else {}, overrides)
     config = with_source(config, source.checkpoint, source.layer)
     if not file:
         default = default_experiment(machine, find_model, router=config["source"].get("checkpoint") is not None)

@@ -10,34 +10,52 @@ from cyclopts import CoercionError, Parameter, Token
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment
-from moe_dist.commands.config import model_names
+from moe_dist.bench.source_spec import SourceSpec
+from moe_dist.commands.config import SECTIONS, model_names
 from moe_dist.commands.yaml_loader import integer
 from moe_dist.engine.planning import PAYLOADS
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
-from moe_dist.model.spec import TOKEN_LAYOUTS, TOKEN_SPLITS
+from moe_dist.model.spec import TOKEN_LAYOUTS, TOKEN_SPLITS, MoESpec
+from moe_dist.runtime.context import RaySpec
 
-# Flags, and the lists of an experiment that they set. Those of KEYS are called as their keys are.
-LISTS = {
-    "--model": "models", "--world": "worlds", "--exchange": "exchanges", "--backend": "backends", "--tokens": "tokens",
-    "--token-layout": "token_layouts", "--token-split": "token_splits", "--skew": "skews",
+# Flags, and the keys of an experiment that they set; of --tp and --ep, what the library calls them too. A test holds
+# that every flag of every command stands here or sets no key.
+SETS = {
+    "--model": ("models",), "--checkpoint": ("source.checkpoint",), "--layer": ("source.layer",),
+    "--device": ("device",), "--runtime": ("runtime",), "--layers": ("layers",), "--world": ("worlds",),
+    "--tp": ("placements", "worlds", "parallel.tp"), "--ep": ("placements", "worlds", "parallel.ep"),
+    "--exchange": ("exchanges",), "--backend": ("backends",), "--tokens": ("tokens",),
+    "--token-layout": ("token_layouts",), "--token-split": ("token_splits",), "--skew": ("skews",),
+    "--payload": ("payload",), "--iters": ("iters",), "--record-routing": ("record_routing",),
 }  # fmt: skip
-KEYS = ("device", "runtime", "payload", "iters", "layers", "record_routing")
-
-
-def numbers(_: Any, tokens: Sequence[Token]) -> list[int]:
-    """Whole numbers as YAML has them here, so that a flag takes what `key=value` takes."""
-    found = []
-    for token in tokens:
-        try:
-            found.append(integer(token.value))
-        except ValueError:
-            raise CoercionError(token=token, target_type=int) from None
-    return found
 
 
 def number(_: Any, tokens: Sequence[Token]) -> int:
-    return numbers(_, tokens)[0]
+    """A whole number as YAML has it here, so that a flag takes what `key=value` takes."""
+    return _integer(tokens[0].value, tokens[0])
+
+
+def numbers(_: Any, tokens: Sequence[Token]) -> list[int]:
+    return [_integer(text, token) for token in tokens for text in token.value.split(",")]
+
+
+def _integer(text: str, token: Token) -> int:
+    try:
+        return integer(text)
+    except ValueError:
+        raise CoercionError(token=token, target_type=int) from None
+
+
+def names(_: Any, tokens: Sequence[Token]) -> list[str]:
+    """A path may have commas, so `file:PATH` is one value."""
+    found = []
+    for token in tokens:
+        parts = [token.value] if token.value.startswith("file:") else token.value.split(",")
+        if "" in parts:
+            raise CoercionError(token=token, target_type=str)
+        found += parts
+    return found
 
 
 def shown(values: Sequence[Any]) -> str:
@@ -46,7 +64,10 @@ def shown(values: Sequence[Any]) -> str:
 
 
 NUMBER = Parameter(converter=number)
-SEVERAL = Parameter(consume_multiple=(1, None), show_default=shown)
+# `1 2` or `1,2`, as the help of moe-dist itself says.
+NUMBERS, NAMES = (
+    Parameter(converter=each, consume_multiple=(1, None), show_default=shown) for each in (numbers, names)
+)
 
 SKEWS_HELP = """How the router spreads tokens: balanced, uniform, zipf:S, hot:N, hot_rank:RxS (one of R runs of experts
 gets S times its share), burst:N (a quarter of the tokens share N experts), limited:GxN, single, rotating:SKEW (the heat
@@ -57,11 +78,28 @@ ids [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights
 )
 BACKEND_HELP = f"Of {', '.join(BACKENDS.names())}. Default: triton on a Hopper GPU that it can serve, else torch."
 EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}. Default: local on one rank, ag_rs on more."
-KEYS_HELP = f"""Keys of the experiment ({", ".join(Experiment.model_fields)}), or of the model in it:
-model.quant=none.""".replace("\n", " ")
+MODEL_KEYS_HELP = f"model.KEY, of every model: {', '.join(MoESpec.model_fields)}."
+
+
+def keys_help(*refused: str) -> str:
+    """Of `key=value` in a command that takes all keys of an experiment but these."""
+    keys = [key for key in Experiment.model_fields if key not in refused]
+    source, ray = ", ".join(SourceSpec.model_fields), ", ".join(RaySpec.model_fields)
+    own = f"Keys of the experiment: {', '.join(keys)}."
+    return f"{own} source.KEY: {source}. ray.KEY: {ray}. {MODEL_KEYS_HELP}"
+
+
+def keys_of(help_text: str | None) -> list[str]:
+    """The keys that a command with this help of `key=value` takes; None is a command without any."""
+    sections = {"model": MoESpec} if help_text == MODEL_KEYS_HELP else SECTIONS
+    dotted = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    if help_text is None:
+        return []
+    return dotted if help_text == MODEL_KEYS_HELP else [*Experiment.model_fields, *dotted]
+
 
 Json = Annotated[bool, Parameter(show_default=False, help="Print JSON instead of tables.")]
-Overrides = Annotated[str, Parameter(name="key=value", help=KEYS_HELP)]
+Overrides = Annotated[str, Parameter(name="key=value", help=keys_help())]
 Runtime = Annotated[Literal["ray", "torchrun"] | None, Parameter(help="Who starts the ranks (default ray).")]
 Layers = Annotated[
     int | None, NUMBER, Parameter(help="A stack of so many layers with residuals as one step (default 1: one layer).")

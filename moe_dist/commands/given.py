@@ -11,9 +11,11 @@ from typing import Any
 
 from cyclopts import Argument, ArgumentCollection
 
+from moe_dist.bench.case import LISTS
 from moe_dist.commands.config import override
-from moe_dist.commands.flags import KEYS, LISTS
+from moe_dist.commands.flags import SETS
 from moe_dist.commands.misused import name_of
+from moe_dist.commands.named import Names
 from moe_dist.errors import ConfigError
 from moe_dist.files import one_path, require_text
 
@@ -43,9 +45,9 @@ def _takes_one(word: str, arguments: ArgumentCollection) -> bool:
     return bool(argument.token_count() == (1, False))
 
 
-def check_given(arguments: ArgumentCollection) -> None:
-    """Raise ConfigError for an empty value, for one that is no UTF-8 text, and for a flag that says otherwise than a
-    `key=value`."""
+def check_given(arguments: ArgumentCollection) -> Names:
+    """What the user calls what was given. Raises ConfigError for an empty value, for one that is no UTF-8 text, and for
+    a flag that says otherwise than a `key=value`."""
     _take_for_override(arguments)
     assignments: list[str] = []
     for argument in arguments:
@@ -64,6 +66,18 @@ def check_given(arguments: ArgumentCollection) -> None:
             if key in keys and _plainly(key, keys[key]) != _plainly(key, meant):
                 flag = " ".join([argument.name, *(token.value for token in argument.tokens)])
                 raise ConfigError(key, keys[key], f"contradicts {flag}", "one of the two")
+    flags = [argument for argument in arguments if argument.name.startswith("--")]
+    return Names(
+        flags=tuple(argument.name for argument in flags),
+        given=tuple(argument.name for argument in flags if argument.has_tokens),
+        keys=tuple(assignment.partition("=")[0] for assignment in assignments),
+        file=next((argument.tokens[0].value for argument in arguments if _is_file(argument)), None),
+    )
+
+
+def _is_file(argument: Argument) -> bool:
+    """Whether it is the experiment's file, and there is one."""
+    return name_of(argument) == "file" and argument.has_tokens
 
 
 def _take_for_override(arguments: ArgumentCollection) -> None:
@@ -88,11 +102,11 @@ def _meant(argument: Argument, arguments: ArgumentCollection) -> dict[str, Any]:
     if name in ("--tp", "--ep"):
         tp, ep = (arguments[size].convert() if arguments[size].has_tokens else 1 for size in ("--tp", "--ep"))
         return {"placements": [f"tp{tp}xep{ep}"], "worlds": [tp * ep]}
-    if name in LISTS:
-        value = argument.convert()
-        return {LISTS[name]: value if isinstance(value, list) else [value]}
-    key = name.removeprefix("--").replace("-", "_")
-    return {key: argument.convert()} if key in KEYS else {}
+    key = SETS.get(name, ("source",))[0]
+    if key.startswith("source"):
+        return {}
+    value = argument.convert()
+    return {key: value if key not in LISTS or isinstance(value, list) else [value]}
 
 
 def _plainly(key: str, value: Any) -> Any:

@@ -23,7 +23,7 @@ from moe_dist.commands.outcome import print_outcome, print_rows
 from moe_dist.commands.printing import console, print_csv, print_json, print_line
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output
-from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.errors import ConfigError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.runtime.context import Group
@@ -46,11 +46,15 @@ def measure(
             if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
                 backend.build()
     planned, refused = plan_cases(experiment.cases(machine.device, asked.chosen_by), machine)
-    if not planned or (refused and not sweep):
+    if refused and not sweep:  # then its reason is the error, with all that it knows
+        for case in experiment.cases(machine.device, asked.chosen_by):
+            case.plan(machine)
+    if not planned:
         reasons = list(dict.fromkeys(item.reason for item in refused))
-        raise UnsupportedError("this experiment", reasons or ["it has no case: no placement fits any of its worlds"])
+        none = f"none of placements {listed(experiment.placements)} fits any of worlds {listed(experiment.worlds)}"
+        raise UnsupportedError("this experiment", reasons or [none])
     if not measuring.out and closed_from_the_start(sys.stdout) and speaks():
-        raise ConfigError("out", None, "standard output is closed, so results would go nowhere", "a file")
+        raise ConfigError("--out", None, "standard output is closed, so results would go nowhere", "a file")
     output = None
     if measuring.out and speaks():
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))

@@ -17,6 +17,7 @@ from moe_dist.errors import OutputError
 from moe_dist.messages.printable import one_line, printable
 
 WIDTH = 80  # of tables where neither a terminal nor COLUMNS says how wide they may be
+NARROWEST, WIDEST = 20, 1000  # beyond, COLUMNS is a slip: with 0 rich prints nothing, with 1 it takes minutes
 
 
 class Terminal(Console):
@@ -25,6 +26,8 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        if not NARROWEST <= self.width <= WIDEST:
+            self.width = min(max(self.width, NARROWEST), WIDEST)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

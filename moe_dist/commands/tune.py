@@ -14,33 +14,34 @@ from moe_dist.bench.table import tuned_table
 from moe_dist.bench.tune import Tuned, check_tunable, compile_ahead, count_steps, tune_shape
 from moe_dist.commands.asked import asked_for, files_read, one_placement
 from moe_dist.commands.config import override
-from moe_dist.commands.flags import NO_SOURCE, NUMBER, Ep, Json, Overrides, Source, Tp
+from moe_dist.commands.flags import MODEL_KEYS_HELP, NO_SOURCE, NUMBER, NUMBERS, Ep, Json, Source, Tp
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import Terminal, say, to_standard_output
-from moe_dist.commands.yaml_loader import integer
-from moe_dist.errors import ConfigError, OutputError
+from moe_dist.errors import ConfigError, OutputError, listed
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.machine.machine import Machine
 from moe_dist.messages.printable import printable
-from moe_dist.model.spec import MOST_TOKENS
+from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.tables import user_folder
 
 MOST_SEEDS = 1000
+ROWS = [1, 8, 32, 128, 512, 2048, 8192]
 
+Keys = Annotated[str, Parameter(name="key=value", help=MODEL_KEYS_HELP)]
 Backend = Annotated[str, Parameter(help="Whose configs.")]
-Rows = Annotated[str, Parameter(help="Rows entering a rank.")]
+Rows = Annotated[list[int], NUMBERS, Parameter(help="Rows entering a rank.")]
 Seeds = Annotated[int, NUMBER, Parameter(help="Inputs to time and check with.")]
 Out = Annotated[str | None, Parameter(help="Folder for the tables (default: the user's cache).")]
 
 
 def tune(
-    *overrides: Overrides,
+    *overrides: Keys,
     source: Source = NO_SOURCE,
     tp: Tp = 1,
     ep: Ep = 1,
     backend: Backend = "triton",
-    rows: Rows = "1,8,32,128,512,2048,8192",
+    rows: Rows = ROWS,
     seeds: Seeds = 3,
     out: Out = None,
     json: Json = False,
@@ -51,7 +52,8 @@ def tune(
         raise ConfigError("seeds", seeds, "each config is timed and checked with so many", f"1 to {MOST_SEEDS}")
     for assignment in overrides:
         if not assignment.startswith("model."):
-            raise ConfigError("override", assignment, "only the model can be changed here", "model.key=value")
+            legal = f"model.KEY=value with a KEY of {listed(list(MoESpec.model_fields))}"
+            raise ConfigError("override", assignment, "only the model can be changed here", legal)
     experiment = asked_for(override(one_placement(tp, ep, backend), overrides), source, sweep=False).experiment
     machine = Machine.detect(experiment.device)
     case = next(experiment.cases("cpu"))
@@ -76,16 +78,12 @@ def tune(
     return OK if all(found.entry for tuned, _ in done for found in tuned.found) else OUT_OF_TOLERANCE
 
 
-def buckets_of(text: str) -> list[int]:
-    """The numbers of rows that `tune` takes."""
-    try:
-        buckets = sorted({integer(part) for part in text.split(",")})
-    except ValueError:
-        buckets = [0]
-    if not 1 <= buckets[0] <= buckets[-1] <= MOST_TOKENS:
-        legal = f"1 to {MOST_TOKENS}, with commas between them"
-        raise ConfigError("rows", text, "numbers of rows that enter a rank", legal)
-    return buckets
+def buckets_of(rows: list[int]) -> list[int]:
+    """The numbers of rows that `tune` takes, each once."""
+    for number in rows:
+        if not 1 <= number <= MOST_TOKENS:
+            raise ConfigError("rows", number, "is no number of rows that enter a rank", f"1 to {MOST_TOKENS:,}")
+    return sorted(set(rows))
 
 
 def _written(tuned: Tuned, folder: Path) -> Path | None:

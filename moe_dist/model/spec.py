@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.model.refused import as_config_error, legal
 from moe_dist.model.sizes import cdiv
 
 BLOCK = 128  # edge of a weight's scale block and length of an activation's scale group, as in DeepSeek-V3
@@ -37,12 +36,14 @@ LONGEST_WAIT_S = 7 * 86400.0
 Size = Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
 Experts = Annotated[int, Field(strict=True, ge=1, le=MOST_EXPERTS)]
 Ranks = Annotated[int, Field(strict=True, ge=1, le=MOST_RANKS)]
+Tokens = Annotated[int, Field(strict=True, ge=1, le=MOST_TOKENS)]
 Index = Annotated[int, Field(strict=True, ge=-MOST_EXPERTS, le=MOST_EXPERTS)]  # which exist, a placement says
 Seed = Annotated[int, Field(strict=True, ge=LEAST_SEED, le=MOST_SEED)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=LONGEST_WAIT_S, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 
+Activation = Annotated[str, Field(json_schema_extra=legal(lambda: ACTIVATIONS))]  # another one is not supported
 QuantKind = Literal["none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel"]
 TokenLayout = Literal["replicated", "sharded"]
 TokenSplit = Literal["even", "ragged", "one_rank"]
@@ -58,7 +59,7 @@ class Section(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _as_config_error(error, type(self)) from None
+            raise as_config_error(error, type(self), self.section) from None
         except TypeError as error:  # of a section inside, which pydantic makes in the same way
             if "keywords must be strings" not in str(error):
                 raise
@@ -69,33 +70,6 @@ class Section(BaseModel):
     def with_changes(self, /, **changes: Any) -> Any:
         """A validated copy (pydantic's own model_copy does not validate)."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
-
-
-def _as_config_error(error: ValidationError, cls: type[Section]) -> ConfigError:
-    first = error.errors()[0]
-    path = ".".join([cls.section, *map(str, first["loc"])]).strip(".")
-    if first["type"] == "extra_forbidden":
-        return ConfigError(path, first["input"], "unknown key", tuple(cls.model_fields))
-    if first["type"] == "missing":
-        return ConfigError(path, None, "this key is required")
-    field = cls.model_fields.get(str(first["loc"][0])) if len(first["loc"]) == 1 else None
-    context = first.get("ctx", {})
-    legal = (
-        context.get("expected") or _bounds(field.metadata if field else ()) or _bounds((SimpleNamespace(**context),))
-    )
-    return ConfigError(
-        path, first["input"], first["msg"].replace("valid tuple", "list").replace("Tuple", "List"), legal
-    )
-
-
-def _bounds(rules: Iterable[Any]) -> str | None:
-    """A field's bounds as a message has them, from pydantic's own: 1 to 8, 1 and more, above 0 to 5."""
-    found = {name: getattr(rule, name) for rule in rules for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)}
-    least = f"above {found['gt']:,}" if "gt" in found else f"{found['ge']:,}" if "ge" in found else None
-    most = f"below {found['lt']:,}" if "lt" in found else f"{found['le']:,}" if "le" in found else None
-    if least and most:
-        return f"{least} to {most}"
-    return f"{least} and more" if least else f"at most {most}" if most else None
 
 
 class MoESpec(Section):
@@ -118,7 +92,7 @@ class MoESpec(Section):
     num_groups: Experts = 1
     top_groups: Experts = 1
     routed_scaling: float = Field(default=1.0, strict=True, ge=LEAST_SCALING, le=MOST_SCALING, allow_inf_nan=False)
-    activation: str = "swiglu"
+    activation: Activation = "swiglu"
     quant: QuantKind = "fp8_block"
     dtype: Literal["bf16", "fp32"] = "bf16"
     shared_experts: Literal["none", "replicated", "tp"] = "none"
@@ -160,7 +134,8 @@ class MoESpec(Section):
                 raise ConfigError("model.top_groups", self.top_groups, "there is only one group", (1,))
             return
         if self.scoring != "sigmoid":
-            raise ConfigError("model.scoring", self.scoring, "grouped top-k is defined for sigmoid", ("sigmoid",))
+            rule = f"grouped top-k (num_groups {self.num_groups}) is defined for sigmoid"
+            raise ConfigError("model.scoring", self.scoring, rule, ("sigmoid",))
         divisors = [n for n in range(1, self.num_experts // 2 + 1) if self.num_experts % n == 0]
         if self.num_groups not in divisors:
             rule = f"must divide num_experts ({self.num_experts}) into groups of two experts or more"
@@ -252,7 +227,7 @@ class WorkloadSpec(Section):
 
     section: ClassVar[str] = "workload"
 
-    tokens: int = Field(strict=True, ge=1, le=MOST_TOKENS)
+    tokens: Tokens
     token_layout: TokenLayout = "sharded"
     token_split: TokenSplit = "even"
     skew: str = "uniform"

@@ -140,13 +140,13 @@ class TestWithoutRanks:
             (["run", "--skew", "nosuch"], ["'nosuch'", "balanced", "uniform", "zipf:S"]),
             (["run", "--payload", "nosuch", "--ep", "2"], ["'nosuch'", "auto", "unquantized", "fp8"]),
             (["run", "--skew", "router"], ["router", "checkpoint"]),
-            (["run", "nosuch=1"], ["experiment.nosuch", "unknown key", "tokens", "skews"]),
+            (["run", "nosuch=1"], ["nosuch = 1: unknown key", "tokens", "skews"]),
             (["run", "model.nosuch=1"], ["model.nosuch", "unknown key", "num_experts"]),
             (["run", "ray.nosuch=1"], ["nosuch", "unknown key", "cpus_per_rank"]),
             (["run", "model.quant=nosuch"], ["model.quant = 'nosuch'", "fp8_block"]),
-            (["run", "iters=nosuch"], ["experiment.iters = 'nosuch'"]),
+            (["run", "iters=nosuch"], ["iters = 'nosuch'"]),
             (["run", "iters"], ["not an assignment", "key=value"]),
-            (["run", "--tokens", "0"], ["tokens = 0", "1 to 16777216"]),
+            (["run", "--tokens", "0"], ["tokens = 0", "1 to 16,777,216"]),
             (["run", "--ep", "0"], ["--ep = 0", "1 and more"]),
             (["run", "--tp", "6"], ["6", "1 to 5"]),
             (["run", "--ep", "2", "--exchange", "local"], ["exchange local", "supported: all_reduce"]),
@@ -220,9 +220,9 @@ class TestWithoutRanks:
     def test_an_experiment_s_file_may_be_named_as_an_assignment(self, command, tmp_path: Path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         Path("a=1.yaml").write_text("nosuch: 1\n")
-        assert "experiment.nosuch" in command("compare", "a=1.yaml").err
-        assert "experiment.a" in command("compare", "a=2.yaml").err  # no file: an override
-        assert "experiment.b" in command("compare", "--device", "cpu", "b=2", "a=1.yaml").err  # in any order
+        assert "a=1.yaml: nosuch = 1" in command("compare", "a=1.yaml").err
+        assert ": a = '2.yaml'" in command("compare", "a=2.yaml").err  # no file: an override
+        assert ": b = 2" in command("compare", "--device", "cpu", "b=2", "a=1.yaml").err  # in any order
 
     def test_bad_yaml(self, command, tmp_path: Path):
         path = tmp_path / "bad.yaml"
@@ -270,6 +270,14 @@ class TestWithoutRanks:
         assert "2    bad input" in found.out
         for other in COMMANDS if name is None else ():
             assert other in found.out
+
+    @pytest.mark.parametrize(("columns", "widest"), [("0", 20), ("1", 20), ("9" * 20, 1000)])
+    def test_columns_that_are_a_slip(self, command, monkeypatch, columns, widest):
+        monkeypatch.setenv("COLUMNS", columns)
+        for arguments in (["diff", "--help"], ["plan"]):
+            found = command(*arguments)
+            assert found.code == 0
+            assert 3 < max(map(len, found.out.splitlines())) <= widest
 
     def test_help_says_what_is_taken_without_a_flag(self, command):
         said = " ".join(command("check", "--help").out.replace("│", " ").split())

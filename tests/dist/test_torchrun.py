@@ -42,7 +42,7 @@ def test_a_world_that_torchrun_did_not_start_is_refused() -> None:
     arguments = ["run", "--runtime", "torchrun", "--ep", "4", "--tokens", "16", "--device", "cpu", "--json"]
     done = torchrun("-m", "moe_dist", *arguments)
     assert done.returncode == 2  # the program's; torchrun itself always ends with 1
-    message = "world = 4: torchrun started 2 processes (legal: 2)"
+    message = "--ep = 4: torchrun started 2 processes (legal: 2)"
     assert json.loads(done.stdout) == {"error": "ConfigError", "message": message}
     assert done.stderr.count(f"moe-dist: {message}") == 1
 

@@ -23,9 +23,9 @@ class TestReadYaml:
         ("text", "rule"),
         [
             ("a: [1, 2", "no valid YAML"),
-            ("- a\n- b\n", "holds list"),
-            ("", "holds NoneType"),
-            ("just text", "holds str"),
+            ("- a\n- b\n", "holds a list"),
+            ("", "holds nothing"),
+            ("just text", "holds a single value"),
         ],
     )
     def test_anything_else_is_refused_by_name(self, tmp_path: Path, text, rule):

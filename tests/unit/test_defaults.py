@@ -42,7 +42,7 @@ def experiment(**changes) -> Experiment:
 
 def asked(*arguments: str) -> Asked:
     """What `run` with these arguments would measure."""
-    _, bound, _ = cli.parse(["run", *arguments])
+    bound = cli.parse(["run", *arguments]).bound
     given = bound.arguments
     return single(given["overrides"], given["source"], given["grid"])
 

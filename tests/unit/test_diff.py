@@ -102,6 +102,35 @@ def test_files_without_results_are_refused(tmp_path, text):
         read_results(str(tmp_path / "none.json"))
 
 
+@pytest.mark.parametrize("value", ['"x"', "0", "-1", "NaN", "Infinity", "true", "[]", "9" * 400])
+@pytest.mark.parametrize("key", ["p50_us", "scatter_us"])
+def test_a_time_that_is_none_is_refused(tmp_path, key, value):
+    path = tmp_path / "file.json"
+    path.write_text(f'{{"rows": [{{}}, {{"p50_us": 1, "{key}": {value}}}]}}')
+    if (key, value) == ("scatter_us", "0"):
+        assert read_results(str(path))["rows"][1] == {"p50_us": 1, "scatter_us": 0}
+        return
+    with pytest.raises(ConfigError, match=rf"file\.json: rows\.1\.{key} = .* \(legal: ") as raised:
+        read_results(str(path))
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('{"rows": [{"model": "a", "p50_us": 1}]}', 0),
+        ('{"rows": [{"placement": [], "global_tokens": "x", "p50_us": 1}], "machine": {}}', 0),
+        ('{"rows": [{"p50_us": 1}], "machine": [1]}', 2),
+        ("[" * 100_000, 2),
+    ],
+)
+def test_files_that_somebody_has_edited(tmp_path, capsys, text, code):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    assert main(["diff", "--wide", str(path), str(path)]) == code
+    assert ("file.json" in capsys.readouterr().err) == (code == 2)
+
+
 def test_the_command(tmp_path, capsys):
     for name, change in (("old", {}), ("new", {"p50_us": 120.0})):
         (tmp_path / f"{name}.json").write_text(json.dumps(document(change)))

@@ -412,7 +412,7 @@ class TestOptions:
         ],
     )
     def test_an_override_behind_several_values(self, arguments, key, value, overrides):
-        _, bound, _ = cli.parse(["check", *arguments])
+        bound = cli.parse(["check", *arguments]).bound
         assert bound.arguments[key] == value
         assert sorted(bound.arguments["overrides"]) == overrides
 
@@ -427,7 +427,7 @@ class TestOptions:
                 "override = 'seed=2': sets what seed=1 sets too (legal: each key once)",
             ),
             (["--out", "seed=1", "seed=2", "seed=1"], "override = 'seed=1': sets what seed=2 sets too"),
-            (["--tokens", "many"], "--tokens = 'many': is no legal value (legal: a whole number)"),
+            (["--tokens", "many"], "--tokens = 'many': is no legal value (legal: whole numbers, as 1 2 or 1,2)"),
             (["--nosuch\x1b[31m"], r"option = '--nosuch\x1b[31m'"),
         ],
     )

@@ -22,6 +22,7 @@ FLOORS = (
     ("engine",),
     ("runtime",),
     ("bench",),
+    ("report",),
     ("commands", "integrations", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -43,6 +44,7 @@ HOMES = {
     "pynvml": ("machine",),
     "rich": ("bench/answer", "bench/diff", "bench/table", "commands/"),
     "cyclopts": ("commands/",),
+    "jinja2": ("report/",),
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -231,13 +231,13 @@ SMALL = ["--device", "cpu", "model.hidden=64", "model.intermediate=64", "model.n
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--record-routing", "{there}"], "record_routing = '{there}': is there already"),
+        (["--record-routing", "{there}"], "--record-routing = '{there}': is there already"),
         (["--record-routing", "{none}/r.pt"], "its folder is not there"),
         (["--record-routing", "{new}", "tokens=[4,8]"], "holds one routing, and there are 2 tokens"),
         (["--record-routing", "{new}", "record_routing={none}"], "contradicts --record-routing"),
         (["--record-routing", "{new}", "--out", "{new}"], "is the file that the routing is saved in"),
         (["--token-split", "odd"], "odd"),
-        (["--token-split", "ragged", "--token-layout", "replicated"], "experiment.token_splits"),
+        (["--token-split", "ragged", "--token-layout", "replicated"], "divides sharded tokens"),
         (["--token-split", "ragged", "token_splits=[even]"], "contradicts --token-split ragged"),
     ],
 )

@@ -78,8 +78,8 @@ def test_labels_hold_no_path_of_the_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layer", "5"], ["source.layer = 5", "source.checkpoint"]),
-        (["--model", "tiny", "--layer", "5"], ["source.layer = 5"]),
+        (["--layer", "5"], ["--layer = 5", "source.checkpoint"]),
+        (["--model", "tiny", "--layer", "5"], ["--layer = 5"]),
         (["--checkpoint", ""], ["--checkpoint = ''"]),
         (["source.layer=3"], ["source.layer = 3"]),
         (["source.checkpoint=/does/not/exist"], ["source.layer = None"]),
@@ -91,8 +91,9 @@ def test_labels_hold_no_path_of_the_machine(tmp_path: Path) -> None:
         (["--checkpoint", "HERE", "--layer", "1", "source.layer=0"], ["source.layer = 0", "--layer 1"]),
         (["--checkpoint", "HERE", "--layer", "1", "source.checkpoint=/other"], ["'/other'", "--checkpoint"]),
         (["--checkpoint", "HERE", "--layer", "0", "source.layer=false"], ["source.layer = False", "--layer 0"]),
-        (["--checkpoint", "HERE", "--layer", "9"], ["checkpoint.layer = 9"]),
-        (["source.checkpoint=HERE", "source.layer=0"], ["checkpoint.layer = 0", "dense"]),
+        (["--checkpoint", "HERE", "--layer", "9"], [": --layer = 9"]),
+        (["--checkpoint", "HERE"], [": --layer = 0", "dense"]),
+        (["source.checkpoint=HERE", "source.layer=0"], [": source.layer = 0", "dense"]),
     ],
     ids=" ".join,
 )  # fmt: skip

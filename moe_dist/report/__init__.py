@@ -1,0 +1,1 @@
+"""One page, or Markdown, or CSV, from results files: `moe-dist report`."""
