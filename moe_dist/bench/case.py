@@ -16,7 +16,7 @@ from moe_dist.bench.draws import recorded
 from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
 from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.engine.plan import Plan
-from moe_dist.engine.planning import make_plan
+from moe_dist.engine.planning import AUTO, make_plan
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import (
@@ -35,6 +35,7 @@ from moe_dist.model.spec import (
 )
 from moe_dist.runtime.context import RaySpec
 from moe_dist.workloads.skew_names import ROUTINGS, canonical_skew, check_skew_fits
+from moe_dist.workloads.token_splits import most_tokens
 from moe_dist.workloads.traces import check_new, read_trace, trace_of
 
 MOST_CASES = 10_000  # planning as many takes some seconds, measuring them a day
@@ -48,7 +49,7 @@ LISTS = (
 Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=LARGEST_STACK)]
 Mode = Literal["eager", "graph"]
-ChosenBy = Literal["name", "default"]  # who chose the backend
+ChosenBy = Literal["name", "default", "auto"]  # who chose the backend, or with auto the exchange
 
 
 class Case(Section):
@@ -102,7 +103,16 @@ class Case(Section):
             combine_dtype=self.combine_dtype,
             graph=self.graph,
             machine=machine,
+            tokens_per_rank=self.tokens_per_rank,
         )
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """The most that a rank has."""
+        work = self.workload
+        if work.token_layout == "replicated":
+            return work.tokens
+        return most_tokens(work.tokens, self.parallel.world, work.token_split, work.seed)
 
     def at(self, number: int) -> Case:
         """The case of one layer of its stack alone. Of a checkpoint they are neighbours, from source.layer on."""
@@ -261,7 +271,7 @@ class Experiment(Section):
                     warmup=self.warmup,
                     check=self.check,
                     record_routing=self.record_routing,
-                    chosen_by=chosen_by,
+                    chosen_by="auto" if AUTO in (exchange, backend) else chosen_by,
                 )
 
 

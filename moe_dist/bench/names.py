@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from moe_dist.backends import BACKENDS
-from moe_dist.engine.planning import COMBINE_DTYPES, PAYLOADS
+from moe_dist.engine.planning import AUTO, COMBINE_DTYPES, PAYLOADS
 from moe_dist.exchange import EXCHANGES
 from moe_dist.model.refused import legal
 from moe_dist.model.spec import Name
@@ -17,8 +17,10 @@ from moe_dist.workloads.skew_names import SKEWS
 PLACEMENTS = ("tp", "ep", "tp2xep2 and the like")
 
 Placements = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: PLACEMENTS))]
-Exchanges = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(EXCHANGES.names))]
-Backends = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(BACKENDS.names))]
+Exchanges = Annotated[
+    tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: (*EXCHANGES.names(), AUTO)))
+]
+Backends = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: (*BACKENDS.names(), AUTO)))]
 Skews = Annotated[tuple[str, ...], Field(min_length=1, json_schema_extra=legal(lambda: SKEWS))]
 Payload = Annotated[str, Field(json_schema_extra=legal(lambda: PAYLOADS))]
 Form = Annotated[str, Field(json_schema_extra=legal(lambda: ("auto", *FORMS)))]

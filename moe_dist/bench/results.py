@@ -113,6 +113,7 @@ def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
         unstaged_us=None if found.unstaged_us is None else round(found.unstaged_us, 1),
         max_memory=found.max_memory,
         chosen_by=case.chosen_by,
+        why=plan.choice().why or None,
         **_rates(plan, steps, found.bytes_sent, p50),
         ok=within_tolerance(
             found.errors,

@@ -141,7 +141,11 @@ class Row(Result):
         description="bytes on the GPU that holds most: weights and the most that making and running the step took"
         " beside them; null on a CPU"
     )
-    chosen_by: ChosenBy = Field(description="who chose the backend: `name` (the user) or `default` (the machine's)")
+    chosen_by: ChosenBy = Field(
+        description="who chose the backend: `name` (the user), `default` (the machine's) or, of it and of the exchange,"
+        " `auto`"
+    )
+    why: str | None = Field(description="over what `auto` took them, by how much, by which record; else null")
     tflops: Number | None = Field(description="TFLOP/s, the busiest rank's arithmetic / p50_us; null without p50_us")
     hbm_gbps: Number | None = Field(
         description="GB/s, bytes of the busiest rank's active experts, scales not counted, / p50_us; null without"

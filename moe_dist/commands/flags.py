@@ -76,8 +76,10 @@ trace saved by --record-routing, moe_dist.Recorder or torch.save({"ids": ids, "w
 ids [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape.""".replace(
     "\n", " "
 )
-BACKEND_HELP = f"Of {', '.join(BACKENDS.names())}. Default: triton on a Hopper GPU that it can serve, else torch."
-EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}. Default: local on one rank, ag_rs on more."
+AUTO_HELP = "auto: what was fastest when measured, by size of step"
+BACKEND_HELP = f"""Of {", ".join(BACKENDS.names())}; {AUTO_HELP}. Default: triton on a Hopper GPU that it can
+serve, else torch.""".replace("\n", " ")
+EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}; {AUTO_HELP}. Default: local on one rank, ag_rs on more."
 MODEL_KEYS_HELP = f"model.KEY, of every model: {', '.join(MoESpec.model_fields)}."
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import Case
 from moe_dist.bench.output import Output, open_output, rows_in
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.rounds import turns
@@ -23,6 +24,8 @@ from moe_dist.commands.outcome import print_outcome, print_rows
 from moe_dist.commands.printing import console, print_csv, print_json, print_line
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output
+from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
@@ -42,7 +45,7 @@ def measure(
         experiment = experiment.with_changes(ray=experiment.ray.with_changes(verbose=True))
     _check_names_and_launcher(asked)
     if measuring.build:  # here, before any rank is there: one process compiles, and the user sees how far it is
-        for backend in map(BACKENDS.get, experiment.backends):
+        for backend in (BACKENDS.get(name) for name in experiment.backends if name != AUTO):
             if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
                 backend.build()
     planned, refused = plan_cases(experiment.cases(machine.device, asked.chosen_by), machine)
@@ -60,6 +63,7 @@ def measure(
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
     if not as_json and not measuring.csv:
         _print_chosen(asked)
+        _print_taken(planned)
     results = _Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
     start = group_starter(experiment, machine)
 
@@ -97,9 +101,11 @@ def _check_names_and_launcher(asked: Asked) -> None:
     if experiment.runtime == "torchrun":
         launched()
     for name in experiment.backends:
-        BACKENDS.get(name)
+        if name != AUTO:
+            BACKENDS.get(name)
     for name in experiment.exchanges:
-        EXCHANGES.get(name)
+        if name != AUTO:
+            EXCHANGES.get(name)
 
 
 def _print_chosen(asked: Asked) -> None:
@@ -107,6 +113,14 @@ def _print_chosen(asked: Asked) -> None:
         print_line(f"backend {', '.join(asked.experiment.backends)} ({asked.why})")
     if asked.mode_why:
         print_line(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})")
+
+
+def _print_taken(planned: list[tuple[Case, Plan]]) -> None:
+    """What `auto` has taken for each case, and why."""
+    for case, plan in planned:
+        choice = plan.choice()
+        if choice.why:
+            print_line(f"{case.label}: auto takes {choice.exchange} with {choice.backend}: {choice.why}")
 
 
 @dataclass

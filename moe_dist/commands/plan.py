@@ -78,6 +78,11 @@ def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, l
         + (", rows are handed over sorted by expert" if made.form == "expert" else "")
         + (", with a change of token layout around it" if made.converts_layout else ""),
     )
+    for choice in made.choices:
+        if choice.why:
+            sizes = "all sizes" if choice.up_to is None else f"up to {choice.up_to} tokens a rank"
+            last = "larger steps" if choice.up_to is None and len(made.choices) > 1 else sizes
+            console.print(f"auto, {last}: {choice.exchange} with {choice.backend}: {printable(choice.why)}")
     ranks = plain_table(columns=("rank", "experts", "slice of intermediate", "weights"))
     for rank in range(world):
         start, stop = made.placement.slice_of(rank)

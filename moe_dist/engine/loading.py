@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from moe_dist.checkpoint import check_layer, layer_spec, load_router, load_shard
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan, shared_placement
-from moe_dist.engine.planning import EVERYWHERE, FASTEST, available_on, make_plan
+from moe_dist.engine.planning import AUTO, EVERYWHERE, FASTEST, available_on, make_plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
@@ -40,8 +41,9 @@ def load_layer(
 
     `ep` defaults to what the ranks leave beside `tp`. `comm` defaults to the process's default group, on this rank's
     GPU under NCCL, or to one rank alone where there is no group. `exchange` defaults to ag_rs where ranks exchange
-    tokens, to all_reduce where all have them; `backend` to triton on a GPU that it can serve, else to torch. The plan
-    says what was taken: `layer.plan`. `shared_experts`: replicated (the default where the model has one), tp or none.
+    tokens, to all_reduce where all have them; `backend` to triton on a GPU that it can serve, else to torch. `auto`
+    for one or both takes what was fastest when it was measured, by size of step. The plan says what was taken and why:
+    `layer.plan`. `shared_experts`: replicated (the default where the model has one), tp or none.
     `progress` is called after each expert.
 
     Raises ConfigError where tp · ep is not the number of ranks, or for what the checkpoint doesn't have;
@@ -55,6 +57,7 @@ def load_layer(
     if exchange is None:
         exchange = "local" if comm.world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
     plan = plan_for(spec, parallel, exchange, backend, token_layout, machine)
+    _check_alike(plan, comm)
     shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress)
     shared = None
     if spec.shared_experts != "none":
@@ -108,6 +111,15 @@ def plan_for(
     made = plan(backend=EVERYWHERE)
     notice(f"backend {EVERYWHERE} by default, which is slow: {reason}")
     return made
+
+
+def _check_alike(plan: Plan, comm: Comm) -> None:
+    """Collective. Raises ConfigError where ranks have chosen differently, as from different records."""
+    chosen = repr([(each.exchange, each.backend, each.up_to) for each in plan.choices])
+    digest = int.from_bytes(hashlib.sha256(chosen.encode()).digest()[:7])
+    if comm.agree_max(digest) != -comm.agree_max(-digest):
+        rule = f"this rank's records choose {chosen}, and another rank's something else"
+        raise ConfigError("exchange, backend", AUTO, rule, "the same records on all ranks, or names")
 
 
 def _comm() -> Comm:

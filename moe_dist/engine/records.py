@@ -106,6 +106,9 @@ class _Row(BaseModel):
         return Timed(self.tokens_per_rank, *names, self.p50_us or 0.0, self.scatter_us or 0.0)
 
 
+KEYS = tuple(_Row.model_fields)
+
+
 def read_record(path: Path, source: str) -> Record:
     """Raises ConfigError that names the file, and the row, where it is no results file of moe_dist."""
     legal = "a results file of moe-dist, as --out writes it"

@@ -14,6 +14,9 @@ from dist.pool import Pool
 import moe_dist
 from moe_dist import Comm, MoEStack, load_layer
 from moe_dist.checkpoint import make_checkpoint
+from moe_dist.engine import planning
+from moe_dist.engine.choosing import choose
+from moe_dist.engine.records import Pick
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.oracle.reference import relative_error
 
@@ -48,6 +51,7 @@ def output(comm: Comm, checkpoint: Path, options: dict[str, Any]) -> torch.Tenso
         (2, {"tp": 2}),
         (4, {"tp": 2, "ep": 2, "exchange": "all_to_all"}),
         (3, {"ep": 3, "token_layout": "replicated"}),
+        (2, {"exchange": "auto", "backend": "auto"}),
     ],
     ids=lambda each: " ".join(f"{k}={v}" for k, v in each.items()) if isinstance(each, dict) else None,
 )
@@ -61,6 +65,28 @@ def test_every_grid_gives_what_one_rank_gives(
     else:
         y = torch.cat(found)
         assert relative_error(y, alone[: len(y)]) < CLOSE
+
+
+def chosen_apart(comm: Comm, checkpoint: Path) -> str:
+    """Each rank has records of its own."""
+    def choose_own(*given: Any) -> list[Pick]:
+        exchange = ("ag_rs", "all_to_all")[comm.rank]
+        assert given[-1](exchange, "torch")  # its plan is made
+        return [Pick(exchange, "torch", None, "a test's")]
+
+    planning.choose = choose_own
+    try:
+        load_layer(checkpoint, LAYER, comm=comm, exchange="auto", backend="torch")
+    except ConfigError as error:
+        return str(error)
+    finally:
+        planning.choose = choose
+    return ""
+
+
+def test_ranks_that_choose_differently_are_refused(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    for said in pool.run(2, chosen_apart, checkpoints["qwen3_moe"]):
+        assert "another rank's something else (legal: the same records on all ranks, or names)" in said
 
 
 def test_the_shared_expert_comes_with_the_model(checkpoints: dict[str, Path]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_dist.bench.case import Experiment
 from moe_dist.comm import Comm
+from moe_dist.commands.cli import main
+from moe_dist.commands.config import find_model
 from moe_dist.engine import choosing, records
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Choice, Plan
@@ -22,6 +26,7 @@ from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
 
+ROOT = Path(__file__).parent.parent.parent
 H200X4 = Machine.named("h200x4")
 SPEC = MoESpec(name="of tests", hidden=256, intermediate=512, num_experts=16, top_k=2)
 EP4 = ParallelSpec(ep=4)
@@ -207,3 +212,62 @@ def test_a_layer_runs_what_its_plan_has_for_the_size_of_the_step() -> None:
         assert ran.pop() == form
     assert "up to 4 tokens a rank" in repr(layer)
     assert choosing.AUTO not in repr(layer)
+
+
+def test_what_is_shipped_is_what_was_recorded() -> None:
+    spec = spec_from_file_location("make_records", ROOT / "benchmarks" / "make_records.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    shipped = ROOT / "moe_dist" / "records_shipped"
+    assert {path.stem for path in shipped.glob("*.json")} == set(made.NAMES)
+    for name in made.NAMES:
+        assert (shipped / f"{name}.json").read_text() == made.shipped(name)
+
+
+def test_shipped_rows_decide_for_the_model_that_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "SHIPPED", ROOT / "moe_dist" / "records_shipped")
+    spec = find_model("DeepSeek-V3")
+    for parallel in (EP4, ParallelSpec(tp=4), ParallelSpec(ep=2)):
+        assert all("shipped record" in choice.why for choice in auto(spec=spec, parallel=parallel).choices)
+    assert auto().choices[0].why.startswith("by rule")
+
+
+def test_a_case_is_for_its_own_size_and_says_who_chose() -> None:
+    write(records.user_folder(), "mine.json", THREE)
+    given = {"models": (SPEC,), "worlds": (4,), "placements": ("ep",), "tokens": (16, 4096), "modes": ("graph",)}
+    experiment = Experiment(exchanges=("auto", "ag_rs"), backends=("auto", "triton"), **given)
+    found = {}
+    for case in experiment.cases("cuda"):
+        plan = case.plan(H200X4)
+        found[case.workload.tokens, case.exchange, case.backend] = (*taken(plan), case.chosen_by)
+    assert found[16, "auto", "auto"] == (("all_to_all", "triton", None), "auto")
+    assert found[4096, "auto", "auto"] == (("ag_rs", "cutlass", None), "auto")
+    assert found[4096, "ag_rs", "triton"] == (("ag_rs", "triton", None), "name")
+
+
+def test_plan_says_what_it_takes_and_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write(records.user_folder(), "mine.json", THREE)
+    model = tmp_path / "small.yaml"
+    model.write_text("hidden: 256\nintermediate: 512\nnum_experts: 16\ntop_k: 2\n")
+    words = [
+        "plan",
+        "--model",
+        str(model),
+        "--machine",
+        "h200x4",
+        "--ep",
+        "4",
+        "--exchange",
+        "auto",
+        "--backend",
+        "auto",
+    ]
+    assert main([*words, "--tokens", "16"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "exchange all_to_all, backend triton" in said
+    assert "auto, all sizes: all_to_all with triton: 90 us at 8 tokens a rank" in said
+    assert main([*words, "--tokens", "16", "--json"]) == 0
+    (choice,) = json.loads(capsys.readouterr().out)["choices"]
+    assert choice["why"].endswith("user record mine.json")
