@@ -19,6 +19,7 @@ from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes
 from moe_dist.kernels import quantize_rows
 from moe_dist.kernels.triton.pipeline import _weighted_sum
 from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import QuantizedRows
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.step import Routes, Step, Workspace
@@ -242,6 +243,29 @@ def test_rows_and_sums_arrive(parallel, payload, dtype, few, monkeypatch):
         for rank in range(ranks.world):
             ranks.finish(steps, rank)
         ranks.check_flags(seed + 1)
+
+
+@pytest.mark.parametrize("hidden", [256, 272, 1104])
+def test_few_rows_are_quantized_as_they_are_sent(hidden, monkeypatch):
+    """With the bits of quantizing first, whatever is left of the last group of columns."""
+    ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6, hidden)
+    exchanges = [ranks.exchange(rank) for rank in range(3)]
+    for seed, (bucket, few) in enumerate(((6, 512), (4, 512), (6, 5))):
+        monkeypatch.setattr(kernels, "FEW", few)
+        steps = ranks.begin([bucket, 0, bucket - 1], bucket, seed)
+        for step, exchange in zip(steps, exchanges, strict=True):
+            step.step = Step(Workspace(CPU), bucket)
+            given = exchange.to_payload(step.step, step.x, step.routing)
+            assert isinstance(given, torch.Tensor) == (few == 512)
+            step.taken, step.visit = exchange.dispatch(step.step, given, step.routing)
+            assert isinstance(step.taken.x, QuantizedRows)
+        for step in steps:
+            ranks.check_rows(steps, step.rank)
+            ranks.compute(step, seed)
+            ranks.send_sums(step)
+        for rank in range(3):
+            ranks.finish(steps, rank)
+    ranks.check_flags(3)
 
 
 @pytest.mark.parametrize("buckets", [(1, 6), (6, 1), (2, 5)])

@@ -31,7 +31,7 @@ def test_row_kernels_in_the_interpreter():
 
 
 def test_the_nvlink_exchange_in_the_interpreter():
-    in_the_interpreter("nvlink_interpreted.py", passed=51, timeout_s=170)
+    in_the_interpreter("nvlink_interpreted.py", passed=54, timeout_s=170)
 
 
 @pytest.mark.timeout(400)
@@ -92,7 +92,14 @@ def kernels():
         "copy_counts": "*i64", "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),
         **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS"), "i32"),
         **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
-        "TP": 2, "REPLICATED": True, "SCALES": 64, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
+        "TP": 2, "REPLICATED": True, "SCALES": 64, "QUANTIZES": False, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
+    }  # fmt: skip
+    yield nvlink._send_rows, {
+        **ends, "values": "*bf16", "scales": "*bf16", "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
+        "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),
+        **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS"), "i32"),
+        **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
+        "TP": 2, "REPLICATED": False, "SCALES": 64, "QUANTIZES": True, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
     }  # fmt: skip
     yield nvlink._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "WIDTH": "i32",
                               "SUMS_AT": "i32"}  # fmt: skip
@@ -113,7 +120,7 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(22))
+@pytest.mark.parametrize("index", range(23))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -17,7 +17,7 @@ from moe_dist.exchange.nvlink.window import Ends, Regions, Visit, served_here
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes, row_specs, sorting_specs
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
-from moe_dist.model.quantization import Activations
+from moe_dist.model.quantization import Activations, QuantizedRows
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec, TokenLayout
@@ -90,11 +90,26 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             if bucket:
                 from moe_dist.exchange.nvlink import kernels
 
-                copied = self._copies(bucket)
-                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied)
+                copied, quantize = self._copies(bucket), self._quantizes(x)
+                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied, quantize)
                 arrivals = kernels.arrivals(visit, self._ends) if copied else None
             self._last, self._gapless = visit, False
-            return TokenRows(activations_of(x, came[:-2]), *came[-2:], arrivals=arrivals), visit
+            rows = QuantizedRows(came[0], came[1]) if self._quantizes(x) else activations_of(x, came[:-2])
+            return TokenRows(rows, *came[-2:], arrivals=arrivals), visit
+
+    def _quantizes(self, x: Activations) -> bool:
+        """Whether these tokens are quantized by the launch that sends them."""
+        return self.payload == "fp8" and isinstance(x, Tensor)
+
+    def to_payload(self, step: Step, x: Activations, routing: Routing) -> Activations:
+        """Few rows stay as they are: they are quantized as they are sent."""
+        from moe_dist.exchange.nvlink.kernels import few_rows
+
+        bucket = self.check_bucket(routing.tokens, step.bucket)
+        plain = self.spec.quant == "fp8_block" and self.spec.dtype == "bf16" and not self._copies(bucket)
+        if plain and isinstance(x, Tensor) and few_rows(bucket, self.spec.hidden):
+            return x
+        return super().to_payload(step, x, routing)
 
     def arrived(self, step: Step, rows: TokenRows, handle: Visit) -> TokenRows:
         if rows.arrivals is None:

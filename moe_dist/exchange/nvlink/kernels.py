@@ -37,7 +37,9 @@ from moe_dist.exchange.nvlink import window
 from moe_dist.exchange.nvlink.window import Ends, Visit
 from moe_dist.exchange.served import choices, served_by
 from moe_dist.kernels.triton.launch import as_bits, launch
+from moe_dist.kernels.triton.quantize import quantized
 from moe_dist.model.placement import Placement
+from moe_dist.model.quantization import FP8_MAX, TINY
 from moe_dist.model.routing import Routing
 from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
 from moe_dist.step import Arrivals
@@ -45,19 +47,31 @@ from moe_dist.step import Arrivals
 ROWS, SUMS, COPIED = tl.constexpr(window.ROWS), tl.constexpr(window.SUMS), tl.constexpr(window.COPIED)  # phases
 STEP, NUMBER, TICKETS = tl.constexpr(window.STEP), tl.constexpr(window.NUMBER), tl.constexpr(window.TICKETS)
 FLAGS, PHASE = tl.constexpr(window.FLAGS), tl.constexpr(window.MOST_RANKS)
+GROUP, WIDEST = 128, 16384  # columns with one scale; of a row that is quantized as it is sent
+LARGEST, LEAST = tl.constexpr(FP8_MAX), tl.constexpr(TINY)
 WORDS, VALUES = 2048, 1024  # of a row, of a sum, that one program moves
 COPIED_FLAGS = window.FLAGS + window.COPIED * window.MOST_RANKS
 FEW = 512  # thread blocks up to which the last one, or each, sees to the flags; of more a launch of its own is quicker
 
 
 def send_rows(
-    visit: Visit, parts: list[Tensor], placement: Placement, routing: Routing, ends: Ends, copied: bool = False
+    visit: Visit,
+    parts: list[Tensor],
+    placement: Placement,
+    routing: Routing,
+    ends: Ends,
+    copied: bool = False,
+    quantize: bool = False,
 ) -> None:
     """This rank's tokens to where they are computed; returns when everybody's are here, as streams go. `parts`: what
     their rows consist of, which may lie in their own place already. `copied`: to all other ranks by copy engines, and
-    everybody's slots and weights are here then, but rows only as their flags say."""
+    everybody's slots and weights are here then, but rows only as their flags say. `quantize`: the one part is bf16, and
+    is sent as FP8 with a scale for each 128 columns."""
     inputs, sizes, constants = choices(placement, routing, ends.rank)
     parts = [part.contiguous() for part in parts]
+    if quantize:
+        _send_quantized(visit, parts[0], inputs, sizes, constants, ends)
+        return
     starts = visit.regions.row_starts
     own = [visit.window.view(at, tuple(part.shape), part.dtype) for at, part in zip(starts, parts, strict=False)]
     to_own = any(part.data_ptr() != there.data_ptr() for part, there in zip(parts, own, strict=True))
@@ -77,10 +91,44 @@ def send_rows(
             *(visit.tokens, visit.bucket, *sizes, words[0], scale_words),
             *(starts[0], starts[1] if scale_words else 0, starts[-2], starts[-1], ends.limit_ns),
         ),
-        (*constants, *_ranks(ends), power_of_2(max(scale_words, 1)), block, to_own, not copied, at_once, ends.waits),
+        (
+            *constants,
+            *_ranks(ends),
+            power_of_2(max(scale_words, 1)),
+            block,
+            False,
+            to_own,
+            not copied,
+            at_once,
+            ends.waits,
+        ),
     )
     if not at_once:
         launch(_meet, (1, 1, 1), _shared(visit), (ends.rank, ends.limit_ns), (ROWS.value, *_ranks(ends), ends.waits))
+
+
+def few_rows(bucket: int, hidden: int) -> bool:
+    """Whether so many rows can be quantized as they are sent: each program keeps a whole row."""
+    return bucket <= FEW and hidden <= WIDEST
+
+
+def _send_quantized(
+    visit: Visit,
+    x_TH: Tensor,
+    inputs: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    constants: tuple[int, ...],
+    ends: Ends,
+) -> None:
+    hidden, starts = x_TH.shape[1], visit.regions.row_starts
+    groups = cdiv(hidden, GROUP)
+    launch(
+        _send_rows,
+        (visit.bucket, 1, 1),
+        (x_TH, x_TH, *inputs, visit.served_TW, *_shared(visit)),
+        (visit.tokens, visit.bucket, *sizes, hidden // 4, groups, starts[0], starts[1], *starts[-2:], ends.limit_ns),
+        (*constants, *_ranks(ends), power_of_2(groups), 1, True, True, True, True, ends.waits),
+    )
 
 
 def _row_copies(visit: Visit, parts: list[Tensor], ends: Ends) -> list[tuple[Tensor, Tensor]]:
@@ -229,22 +277,30 @@ def _send_rows(
     values, scales, ids, weights, slot_table, group_table, copy_counts, served, header, failed, peers,
     T, BUCKET, rank, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, VALUES_AT, SCALES_AT, SLOTS_AT, WEIGHTS_AT,
     LIMIT_NS, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
-    LANES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, TO_OWN: tl.constexpr, TO_OTHERS: tl.constexpr,
-    ENDS: tl.constexpr, WAITS: tl.constexpr,
+    LANES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, QUANTIZES: tl.constexpr, TO_OWN: tl.constexpr,
+    TO_OTHERS: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """One program for each of the bucket's tokens and each BLOCK words of its row. Every peer gets the token's slots
     there and its weights, -1 and 0 for padding; its row goes to those that hold one of its experts, as TO_OWN and
     TO_OTHERS say. On the rank p places before this one, row t has the place p · BUCKET + t, so nobody counts.
-    `served`[t, w]: whether rank w sends a sum back."""
+    `served`[t, w]: whether rank w sends a sum back. If it QUANTIZES, `values` are bf16, and a program has a whole row
+    in SCALES groups of 128 columns."""
     token, part = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, PLACES)
-    column = part * BLOCK + tl.arange(0, BLOCK)
     beside = tl.arange(0, SCALES)
     real = token < T
-    inside = (column < VALUE_WORDS) & real
-    words = tl.load(as_bits(values) + token.to(tl.int64) * VALUE_WORDS + column, mask=inside)
     scaled = (beside < SCALE_WORDS) & real & (part == 0)
-    scale = tl.load(as_bits(scales) + token.to(tl.int64) * SCALE_WORDS + beside, mask=scaled)
+    if QUANTIZES:
+        column = beside[:, None] * 128 + tl.arange(0, 128)[None, :]
+        inside = (column < VALUE_WORDS * 4) & real
+        found = tl.load(values + token.to(tl.int64) * VALUE_WORDS * 4 + column, mask=inside, other=0.0).to(tl.float32)
+        codes, scale = quantized(found, tl.max(tl.abs(found), 1), LARGEST, LEAST)
+        words = codes.to(tl.float8e4nv)
+    else:
+        column = part * BLOCK + tl.arange(0, BLOCK)
+        inside = (column < VALUE_WORDS) & real
+        words = tl.load(as_bits(values) + token.to(tl.int64) * VALUE_WORDS + column, mask=inside)
+        scale = tl.load(as_bits(scales) + token.to(tl.int64) * SCALE_WORDS + beside, mask=scaled)
     tokens = token + tl.zeros((1,), tl.int32)
     for step in tl.static_range(1, W + 1):
         peer = (rank + step) % W  # its own memory last: others may wait
@@ -255,12 +311,14 @@ def _send_rows(
         wanted = tl.max(tl.max(here.to(tl.int32), 1), 0) > 0
         carried = TO_OWN if step == W else TO_OTHERS
         if carried & wanted:
-            row_there = _there(to, VALUES_AT, tl.int32) + row * VALUE_WORDS
-            tl.store(row_there + column, words, mask=inside)
+            if QUANTIZES:
+                tl.store(_there(to, VALUES_AT, tl.float8e4nv) + row * VALUE_WORDS * 4 + column, words, mask=inside)
+            else:
+                tl.store(_there(to, VALUES_AT, tl.int32) + row * VALUE_WORDS + column, words, mask=inside)
         if part == 0:
             if carried & wanted:
-                scales_there = _there(to, SCALES_AT, tl.int32) + row * SCALE_WORDS
-                tl.store(scales_there + beside, scale, mask=scaled)
+                SCALE: tl.constexpr = tl.float32 if QUANTIZES else tl.int32
+                tl.store(_there(to, SCALES_AT, SCALE) + row * SCALE_WORDS + beside, scale, mask=scaled)
             slot = tl.load(slot_table + (peer // TP) * EXPERTS + expert, mask=here, other=-1)
             weight = tl.load(weights + at, mask=here, other=0.0)
             slots_there = _there(to, SLOTS_AT, tl.int32) + row * K
