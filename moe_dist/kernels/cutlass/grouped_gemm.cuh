@@ -67,10 +67,10 @@ constexpr int MOST_SHARED = 232448;
 
 constexpr int TOKENS = 128, UNIT = 64; // of a tile; of one warpgroup's product
 constexpr int STAGES = 4;
-constexpr int AHEAD = 2;               // tiles that a cluster knows beforehand
-constexpr int NUMBERS = 8;             // of tiles that are kept: nobody is further behind the loads than STAGES tiles
+constexpr int AHEAD = 2;   // tiles that a cluster knows beforehand
+constexpr int NUMBERS = 8; // of tiles that are kept: nobody is further behind the loads than STAGES tiles
 constexpr int ALL_MATH = 1, TURNS = 2, ALL_LOADS = 4; // named barriers: TURNS has one for each warpgroup
-constexpr int SCALES = TOKENS + 4;     // of a stage: the tokens', and one for each half of the weights
+constexpr int SCALES = TOKENS + 4;                    // of a stage: the tokens', and one for each half of the weights
 constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
 constexpr int AT_STAGED = AT_TOKENS + STAGES * TOKENS * BLOCK_K;
 constexpr int AT_SCALES = AT_STAGED + 2 * UNIT * STAGED_ROW;
@@ -222,9 +222,8 @@ template <int CLUSTER, bool WAVES> struct Tiles {
       int total = 0;
       if (WAVES && waves)
         total = add_up(ahead, total, [&](int n) { return first_tiles(n); });
-      add_up(before, total, [&](int n) {
-        return full_tiles(n) * columns + split_tiles(n) - (WAVES && waves ? first_tiles(n) : 0);
-      });
+      add_up(before, total,
+             [&](int n) { return full_tiles(n) * columns + split_tiles(n) - (WAVES && waves ? first_tiles(n) : 0); });
     }
     __syncthreads();
     early = WAVES && waves ? ahead[experts] : 0;
@@ -291,7 +290,7 @@ struct Parities {
 
 template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  using Tile = Tiles<CLUSTER, GEMM != DOWN>; // GEMM2 has nothing to wait for
+  using Tile = Tiles<CLUSTER, GEMM != DOWN>;                   // GEMM2 has nothing to wait for
   static constexpr int COLUMNS = GEMM == UP_GATED ? 128 : 256; // of the output in a tile
 
   const Args &args;
@@ -574,8 +573,7 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 
   // 128 columns of the output from `channel` on: of 64 tokens by each warpgroup, or 64 columns of the same by each.
-  template <int N>
-  __device__ void put(const Tile &tile, const float (&values)[N / 2], int channel, int target) const {
+  template <int N> __device__ void put(const Tile &tile, const float (&values)[N / 2], int channel, int target) const {
     const int group = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32, first = first_row<N>();
     const Place place = {
         shared + AT_STAGED + int(threadIdx.x) / 32 * 16 * STAGED_ROW,
@@ -733,7 +731,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   typename Kernel<GEMM, KIND, CLUSTER>::Tile tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
-                      (args.end - args.first + kernel.COLUMNS - 1) / kernel.COLUMNS);
+                                                  (args.end - args.first + kernel.COLUMNS - 1) / kernel.COLUMNS);
   tile.find(args.starts, args.stops, kernel.waves());
   if constexpr (CLUSTER > 1) { // barriers that the other block arrives at must be there
     cute::cluster_arrive();
