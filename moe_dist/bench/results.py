@@ -19,7 +19,7 @@ import torch
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.findings import GroupResult
-from moe_dist.bench.identity import code_digest
+from moe_dist.bench.identity import case_key, code_digest
 from moe_dist.bench.roofline import floor_us, rank_flops, rank_weight_bytes
 from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, Refused, Row
 from moe_dist.bench.tolerance import within_tolerance
@@ -76,9 +76,9 @@ FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would
 
 
 def make_row(
-    case: Case, plan: Plan, found: GroupResult, runtime: str, key: str, *, run: int = 0, start: int = 0
+    case: Case, plan: Plan, found: GroupResult, runtime: str, key: str | None = None, *, run: int = 0, start: int = 0
 ) -> Row:
-    """One measured case; `runtime` is what started its ranks, the rest as in a row."""
+    """One measured case; `runtime` is what started its ranks, the rest as in a row. `key`: None to make it now."""
     spec, placement, work = plan.spec, plan.placement, case.workload
     times = [time for round_us in found.rounds_us for time in round_us]
     p50, medians = quantile(times, 0.5), [p for each in found.rounds_us if (p := quantile(each, 0.5)) is not None]
@@ -106,7 +106,7 @@ def make_row(
         seed=work.seed,
         iters=len(times),
         runtime=runtime,
-        key=key,
+        key=key or case_key(case, plan, runtime),
         run=run,
         start=start,
         config=found.config,

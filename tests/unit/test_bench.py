@@ -71,7 +71,7 @@ def rank_result(**changes) -> RankResult:
 def row_of(chosen: Case, *ranks: RankResult, machine: Machine = CPU) -> Row:
     """Of ranks that ran what was planned."""
     plan = chosen.plan(machine)
-    return make_row(chosen, plan, merge([replace(rank, ran=ran_by(plan)) for rank in ranks]), "ray", "a key")
+    return make_row(chosen, plan, merge([replace(rank, ran=ran_by(plan)) for rank in ranks]), "ray")
 
 
 def ran_by(plan) -> Ran:
