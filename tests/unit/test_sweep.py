@@ -12,15 +12,19 @@ from unit.test_bench import CPU, SPEC, case, printed, ran_by, rank_result, row
 
 from moe_dist.bench import identity, sweep
 from moe_dist.bench.answer import tied
+from moe_dist.bench.case import Experiment
 from moe_dist.bench.identity import case_key
 from moe_dist.bench.measure import measure, ready
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.resume import resumed
 from moe_dist.bench.rounds import ROUNDS, Turn
-from moe_dist.bench.row import Failed, Row
+from moe_dist.bench.row import Failed
 from moe_dist.bench.sweep import MOST_STARTS, Item, Left, run_cases
 from moe_dist.bench.table import failed_table
-from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, RankFailure, ResourceError
+from moe_dist.commands import measuring
+from moe_dist.commands.flags import Measuring
+from moe_dist.errors import ClusterLost, ConfigError, RankFailure, ResourceError
+from moe_dist.runtime.voice import Launched
 
 LOST = RankFailure(1, "all_gather", 7, "gone")
 EXCHANGES = "ag_rs", "all_to_all", "all_reduce"
@@ -322,6 +326,14 @@ class TestResume:
         with pytest.raises(ConfigError, match="can't be read"):
             resumed(str(path.parent), about, planned(*CASES), "fake")
 
+    def test_torchrun_s_ranks_must_all_read_the_file(self, monkeypatch):
+        asked = Measuring(out="out.json"), Experiment(models=(SPEC,), runtime="torchrun")
+        monkeypatch.setattr(measuring, "launched", lambda: Launched(0, 4, 0, 4))
+        assert measuring._resumable(*asked) == "out.json"
+        monkeypatch.setattr(measuring, "launched", lambda: Launched(0, 4, 0, 2))
+        with pytest.raises(ConfigError, match="several machines"):
+            measuring._resumable(*asked)
+
 
 class TestKeys:
     def key(self, one, runtime="ray"):
@@ -390,5 +402,3 @@ def test_a_failure_takes_the_place_of_what_was_known():
     assert [known.run for known in outcome.failed] == [1]
     outcome.put(row(key="b"))
     assert ([known.key for known in outcome.rows], outcome.failed) == (["a", "b"], [])
-    assert isinstance(outcome.rows[1], Row)
-    assert issubclass(RankFailure, MoeDistError)
