@@ -66,9 +66,11 @@ class Left:
         self.turns[key] -= 1
         self.took[turn.number == 0].append(seconds)
 
-    def again(self, key: str) -> None:
-        """All of a case's turns are to come: what its ranks knew is gone."""
-        self.turns[key] = self.total[key]
+    def failed(self, key: str, keys: list[str]) -> None:
+        """No turn of it is to come, and all turns of those of `keys` that are not finished: what their ranks knew is
+        gone."""
+        self.turns[key] = 0
+        self.turns |= {other: self.total[other] for other in keys if self.turns[other]}
 
     def seconds(self) -> float | None:
         known = {kind: mean(times) for kind, times in self.took.items() if times}
@@ -127,8 +129,6 @@ class _Sweep:
                     self._measured(group, items)
                 self.starts += 1
                 items = [item for item in items if self.left.turns[item.key]]
-                for item in items:
-                    self.left.again(item.key)
                 attempts = MOST_STARTS
 
     def _started(self, world: int, attempts: int) -> Group:
@@ -162,6 +162,7 @@ class _Sweep:
             except MoeDistError as error:
                 if not self.go_on or isinstance(error, ClusterLost):
                     raise
+                self.left.failed(item.key, [other.key for other in items])
                 self._failed(item, error)
                 return
             row = make_row(
@@ -186,7 +187,6 @@ class _Sweep:
             exit_code=code_of(error),
         )
         self.outcome.fail(failed)
-        self.left.turns[item.key] = 0
         self.said(f"{item.case.label}: {error}; going on without it")
         self._tell(failed)
 

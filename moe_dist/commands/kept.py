@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,33 +26,30 @@ from moe_dist.runtime.voice import speaks
 
 class Lines:
     """What `--lines` names. What can't be written is said once, and measuring goes on; a file is tried again with the
-    next line, and what is no file is not."""
+    next line, and what is no file is not, as its reader may have had a part."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
         self.problem: OutputError | None = None
-        self._pending = ""
+        self._pending, self._begun = "", False
 
-    def begin(self, results: Iterable[Result]) -> None:
-        """Instead of what is there."""
-        text = "".join(map(line, results))
-        self._pending = "" if self._try(text, whole=isinstance(self.output, File)) else text
-
-    def add(self, result: Result) -> None:
-        self._pending += line(result)
-        if not self.problem or isinstance(self.output, File):
-            self._pending *= not self._try(self._pending)
-
-    def _try(self, text: str, whole: bool = False) -> bool:
+    def add(self, *results: Result) -> None:
+        """The first ones of a file go instead of what is there."""
+        regular = isinstance(self.output, File)
+        self._pending += "".join(map(line, results))
+        if self.problem and not regular:
+            return
         try:
-            (self.output.write if whole else self.output.append)(text)
+            if regular and not self._begun:
+                self.output.write(self._pending)
+            else:
+                self.output.append(self._pending)
         except OSError as error:
             if self.problem is None:
                 say(f"{self.output.path} can't be written: {said(error)}; measuring goes on")
             self.problem = OutputError(self.output.path, f"{said(error)} (lines are missing)")
-            return False
-        self.problem = None
-        return True
+        else:
+            self._pending, self._begun, self.problem = "", True, None
 
 
 def open_places(
@@ -110,7 +106,7 @@ class Kept:
         """`finished`: the first rows, which are not measured again."""
         if self.lines:
             rows = self.outcome.rows[:finished]
-            self.lines.begin([*self.outcome.earlier, self.about, *self.outcome.refused, *rows])
+            self.lines.add(*self.outcome.earlier, self.about, *self.outcome.refused, *rows)
 
     def document(self) -> dict[str, Any]:
         return results_document(self.about, self.outcome)

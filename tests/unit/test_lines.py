@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,23 +112,42 @@ def test_other_lines_are_refused(tmp_path, rest):
     assert path.read_text() == text
 
 
+@contextmanager
+def no_more_than(size):
+    """No file may become larger."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_older_results_stay_until_there_is_room_for_a_beginning(stack, tmp_path, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"kind": "run", "date": "then"}\n')
+    results = kept(stack, path)
+    with no_more_than(100):
+        results.begin(0)
+    assert path.read_text() == '{"kind": "run", "date": "then"}\n'
+    results.keep(step(row(key="a")))
+    assert [(entry["kind"], entry.get("date") == "then") for entry in entries(path)] == [("run", False), ("row", False)]
+    assert len(said) == 2  # that it is overwritten, that it can't be
+
+
 def test_a_line_without_room_is_taken_back_and_written_later(stack, tmp_path, said):
     path = tmp_path / "rows.jsonl"
     results = kept(stack, path)
     results.begin(0)
     before = path.read_text()
-    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limit[1]))
+    with no_more_than(len(before) + 100):
         results.keep(step(row(key="a")))
         results.keep(step(row(key="b")))
         assert path.read_text() == before
         assert len(said) == 1
         assert "can't be written" in said[0]
         assert isinstance(results.lines.problem, OutputError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
     results.keep(step(row(key="c")))
     assert [entry.get("key") for entry in entries(path)] == [None, "a", "b", "c"]
     assert results.lines.problem is None

@@ -135,7 +135,7 @@ class TestFailures:
         assert ranks.calls.count("started") == ranks.calls.count("closed") == 2
         assert [turn for name, turn in ranks.turns if name == "all_to_all"] == [0, 1]
         assert lines == [f"{CASES[1].label}: {LOST}; going on without it"]
-        assert [step.ended for step in steps].count(failed) == 1
+        assert [step.turns_left for step in steps if step.ended == failed] == [2 * ROUNDS]
         assert steps[-1].turns_left == 0
         assert not outcome.ok
         assert "rank 1: gone" in printed(failed_table(outcome.failed))
@@ -207,8 +207,9 @@ class TestTimeLeft:
         left.done("a", Turn(1, ROUNDS, 0), 1.0)
         left.done("a", Turn(2, ROUNDS, 0), 3.0)
         assert left.seconds() == 20.0 + (2 + 4) * 2.0
-        left.again("a")
-        assert left.seconds() == 2 * 20.0 + 8 * 2.0
+        left.failed("b", ["a", "b"])
+        assert left.turns == {"a": ROUNDS, "b": 0}
+        assert left.seconds() == 20.0 + 4 * 2.0
 
     def test_it_is_told_with_every_step(self, monkeypatch):
         now = iter(range(0, 1000, 2))
