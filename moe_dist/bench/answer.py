@@ -55,13 +55,15 @@ def family(row: Row) -> str:
 
 
 def tied(first: Row, second: Row) -> bool:
-    """Whether two medians differ by no more than scatter explains: that of both rows' rounds, and that of another start
-    of the ranks. Of a row with too few rounds nothing is known, so nothing is claimed."""
+    """Whether two medians differ by no more than scatter explains: that of both rows' rounds, or that of another start
+    of the ranks; of rows that two starts have measured, both together. Of a row with too few rounds nothing is known,
+    so nothing is claimed."""
     if first.scatter_us is None or second.scatter_us is None:
         return True
     times = speed(first), speed(second)
-    explained = max(SCATTERS * hypot(first.scatter_us, second.scatter_us), ANOTHER_START * min(times))
-    return abs(times[1] - times[0]) <= explained
+    explained = SCATTERS * hypot(first.scatter_us, second.scatter_us), ANOTHER_START * min(times)
+    together = (first.run, first.start) == (second.run, second.start)
+    return abs(times[1] - times[0]) <= (max(explained) if together else sum(explained))
 
 
 def answer_table(found: list[Answer], width: int | None = None) -> Table | Group:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_dist.bench.answer import ANOTHER_START, SCATTERS
+from moe_dist.bench.lines import read_document
 from moe_dist.bench.table import number, plain_table
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
@@ -67,9 +68,10 @@ class Diff:
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """The document of a results file of any version. Raises ConfigError for another file, or one without rows."""
+    """The document of a results file of any version, or of `--lines`. Raises ConfigError for another file, or one
+    without rows."""
     try:
-        document: Any = json.loads(read_small_text(Path(path), LARGEST_FILE))
+        document: Any = read_document(read_small_text(Path(path), LARGEST_FILE))
     except OSError as error:
         raise ConfigError("file", path, f"can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

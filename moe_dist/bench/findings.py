@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 from moe_dist.bench.prepared import Prepared
 from moe_dist.errors import MoeDistError
@@ -35,13 +36,14 @@ class Ran:
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `stages_us`, `unstaged_us`:
-    see Prepared.staged. Errors are the whole group's, see bench/check.py; `err_repeat` is what the worst token of a
-    later output differs by from that of the first, `err_again` the same of an output on changed inputs. `max_memory`:
-    bytes of a GPU, the weights and the most that making and running the step took beside them. `rows` are those of all
-    layers and all routings that steps take in turn, `active_experts` the most of any, and `by_layer` has both of each
-    layer, routing by routing. `config`: see Backend.config_sources. `notices`: what this rank had to say in this
-    turn."""
+    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `chained_us`: for each round
+    the time of a step in a queue of `chained_steps`; `clock_us`: of a step that does nothing; see bench/clock.py.
+    `stages_us`, `unstaged_us`: see Prepared.staged. Errors are the whole group's, see bench/check.py; `err_repeat` is
+    what the worst token of a later output differs by from that of the first, `err_again` the same of an output on
+    changed inputs. `max_memory`: bytes of a GPU, the weights and the most that making and running the step took beside
+    them. `rows` are those of all layers and all routings that steps take in turn, `active_experts` the most of any, and
+    `by_layer` has both of each layer, routing by routing. `config`: see Backend.config_sources. `notices`: what this
+    rank had to say in this turn."""
 
     rounds_us: list[list[float]]
     stages_us: dict[str, float]
@@ -60,6 +62,9 @@ class RankResult:
     err_again: float | None = None
     config: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    chained_us: tuple[float, ...] = ()
+    chained_steps: int | None = None
+    clock_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,15 +86,20 @@ class GroupResult:
     ran: Ran
     config: str | None
     notices: dict[str, list[int]]
+    chained_us: float | None
+    chained_steps: int | None
+    clock_us: float | None
 
 
 def merge(results: list[RankResult]) -> GroupResult:
-    """The group's figures: an iteration is as long as its slowest rank, stages are those of the slowest rank. Raises
-    MoeDistError where ranks ran different things: no label would be true."""
+    """The group's figures: an iteration is as long as its slowest rank, and so is a queue of steps, of which the median
+    over rounds is taken; stages are those of the slowest rank. Raises MoeDistError where ranks ran different things: no
+    label would be true."""
     if others := [f"rank {rank}: {result.ran}" for rank, result in enumerate(results) if result.ran != results[0].ran]:
         raise MoeDistError("; ".join([f"ranks ran different things: rank 0: {results[0].ran}", *others]))
     rounds = zip(*(result.rounds_us for result in results), strict=True)
     by_layer = [result.by_layer or ((result.rows, result.active_experts),) for result in results]
+    chains = [max(times) for times in zip(*(result.chained_us for result in results), strict=True)]
     slowest = max(results, key=lambda result: sum(result.stages_us.values()))
     first = results[0]
     return GroupResult(
@@ -105,6 +115,9 @@ def merge(results: list[RankResult]) -> GroupResult:
         ran=first.ran,
         config=", ".join(dict.fromkeys(source for result in results for source in result.config)) or None,
         notices=said_by(results),
+        chained_us=median(chains) if chains else None,
+        chained_steps=first.chained_steps,
+        clock_us=max((result.clock_us for result in results if result.clock_us is not None), default=None),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from moe_dist.bench.again import again_errors
 from moe_dist.bench.case import Case
 from moe_dist.bench.check import Errors, worse
-from moe_dist.bench.clock import time_steps
+from moe_dist.bench.clock import chain_length, time_chain, time_nothing, time_steps
 from moe_dist.bench.collectives import prove_collectives
 from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
@@ -21,7 +22,7 @@ from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
-from moe_dist.machine.machine import check_machine
+from moe_dist.machine.machine import Machine, check_machine
 from moe_dist.messages.notices import collecting
 from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.traces import save_trace
@@ -29,12 +30,18 @@ from moe_dist.workloads.traces import save_trace
 ALONE = Turn()
 
 
+def ready(context: RankContext, machine: Machine) -> None:
+    """Runs on every rank of a new group; collective. Raises ConfigError where the rank's machine is not the plan's, and
+    RankFailure where a collective does not give known answers."""
+    check_machine(machine, context.device)
+    prove_collectives(context)
+
+
 def measure(context: RankContext, case: Case, plan: Plan, turn: Turn = ALONE) -> RankResult:
     """Runs on every rank of the group, by the one plan that was made for all; collective. What comes back holds this
-    turn of the case and those before it. Raises ConfigError where the rank's machine is not the plan's."""
-    check_machine(plan.machine, context.device)
+    turn of the case and those before it. Raises what `ready` raises, where that has not run."""
     with collecting(context.progress if context.runtime == "ray" else None) as said:  # torchrun's ranks are seen
-        prove_collectives(context)
+        ready(context, plan.machine)
         kept, key = Kept.of(context, turn.batch), repr(case)
         if turn.number == 0:
             step = _first_turn(context, case, plan, turn, kept, key)
@@ -122,11 +129,13 @@ def _checked(
 
 
 def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: Kept, key: str) -> None:
-    """A round's iterations, and whether the last of them gave what the step gave first."""
+    """A round's iterations, and behind them, where it can't disturb them, its queue of steps; and whether the last of
+    either gave what the step gave first."""
     iters = turn.iters(case.iters)
     if not iters:
         return
-    comm = context.comm
+    comm, found, captured = context.comm, kept.found[key], step.graph is not None
+    clock_us = _clock_us(context, captured)
     context.progress(f"{case.label}: timing" + (f", round {turn.number + 1} of {turn.of}" if turn.of > 1 else ""))
     for _ in range(case.warmup if turn.number == 0 else min(case.warmup, 1)):
         step.call()
@@ -139,15 +148,32 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: K
     def before(number: int) -> None:
         step.take((done + number) % len(step.steps))
 
-    times = time_steps(comm, call, iters, queued=step.graph is not None, before=before)
-    err_repeat = sketch_error(comm, sketch(step.added(last[0], step.x)), kept.first[key][step.number])
-    found: RankResult = kept.found[key]
+    def changed() -> float:
+        return sketch_error(comm, sketch(step.added(last[0], step.x)), kept.first[key][step.number])
+
+    times = time_steps(comm, call, iters, captured, before)
+    err_repeat = max(changed(), found.err_repeat or 0.0)
+    steps, chained_us = found.chained_steps or chain_length(comm, median(times)), found.chained_us
+    if comm.device.type == "cuda" or turn.number % 2 == 0:  # so that comparisons on a CPU stay quick
+        chained_us = (*chained_us, time_chain(comm, call, steps, captured))
+        err_repeat = max(changed(), err_repeat)
     kept.found[key] = replace(
         found,
         rounds_us=[*found.rounds_us, times],
-        err_repeat=max(err_repeat, found.err_repeat or 0.0),
+        chained_us=chained_us,
+        chained_steps=steps,
+        clock_us=clock_us,
+        err_repeat=err_repeat,
         config=tuple(dict.fromkeys((*found.config, *step.config_sources()))),
     )
+
+
+def _clock_us(context: RankContext, captured: bool) -> float:
+    """What the clock itself costs, found once for a group and mode."""
+    known: dict[bool, float] = context.memo.setdefault("clock_us", {})
+    if captured not in known:
+        known[captured] = time_nothing(context.comm, captured)
+    return known[captured]
 
 
 def _again(context: RankContext, case: Case, step: Prepared, kept: Kept, key: str) -> None:

@@ -5,34 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import secrets
 import select
-import socket
 import stat
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_dist.bench.devices import STANDARD, descriptor_of, open_device
+from moe_dist.bench.guards import claimed, make_folder, older_results, refuse_inputs
 from moe_dist.errors import ConfigError, OutputError
-from moe_dist.files import read_small_text
 
 Say = Callable[[str], None]
 Document = dict[str, Any]
 
-DESCRIPTOR = re.compile(
-    r"/dev/(stdin|stdout|stderr)|/(?:dev/fd|proc/(?:self|thread-self|(\d+))(?:/task/\d+)?/fd)/(\d{1,9})"
-)
-OLDEST_DESCRIPTORS = 1 << 12  # so many are looked at; a shell's own start at 10 or below 256
-STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
-READER_S = 5.0  # that a FIFO's reader may come later than we do
 STALL_S = 30.0  # that a reader may take nothing
-LARGEST_SEEN = 64 << 20  # bytes of an older results file that is looked into
 REFUSED = "a file, a link to one, a pipe, a terminal or /dev/null"
 
 
@@ -42,6 +33,7 @@ class Output(ABC):
 
     def __init__(self, path: Path, say: Say) -> None:
         self.path, self.rows = path, 0
+        self._entries = 0
         self.claim: Any = None  # what keeps other commands away, until it is closed or gone
         self.problem: OutputError | None = None
         self._say = say
@@ -52,8 +44,16 @@ class Output(ABC):
 
     def close(self, document: Document) -> None:
         """At the end, whatever the end was."""
-        if self.problem or len(document["rows"]) > self.rows:
+        if self.problem or _entries(document) > self._entries:
             self._keep(document)
+        self.release()
+
+    def holds(self, document: Document) -> None:
+        """What is there from an earlier run."""
+        self.rows, self._entries = len(document["rows"]), _entries(document)
+
+    def release(self) -> None:
+        """Another command may write there. Nothing more is written; may be called twice."""
         if self.claim is not None:
             self.claim.close()
 
@@ -69,7 +69,11 @@ class Output(ABC):
 
     @abstractmethod
     def write(self, text: str) -> None:
-        """Raises OSError."""
+        """Instead of what is there. Raises OSError."""
+
+    @abstractmethod
+    def append(self, text: str) -> None:
+        """Behind what is there, at once. Raises OSError."""
 
     def _keep(self, document: Document) -> None:
         try:
@@ -79,7 +83,8 @@ class Output(ABC):
                 self._say(f"{self.path} can't be written: {said(error)}; measuring goes on")
             self.problem = OutputError(self.path, f"{said(error)} ({self.kept})")
         else:
-            self.rows, self.problem = len(document["rows"]), None
+            self.holds(document)
+            self.problem = None
 
 
 class File(Output):
@@ -103,12 +108,26 @@ class File(Output):
                 file.flush()
                 os.fsync(descriptor)  # a full disk or quota shows here at the latest
             if _state(self.target) not in (self._state, None):
-                self.rows = 0
-                raise OSError(errno.EBUSY, "something else has written to it since")
+                self.rows = self._entries = 0
+                raise _changed()
             try:
                 self._put(partial, text)
             finally:
                 self._state = _state(self.target)
+
+    def append(self, text: str) -> None:
+        """In one write, which the end of this process can't cut; what a full disk has cut is taken back."""
+        if _state(self.target) != self._state:
+            raise _changed()
+        descriptor = os.open(self.target, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            before, data = os.fstat(descriptor).st_size, text.encode()
+            if os.write(descriptor, data) < len(data):
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+            self._state = _state(self.target)
 
     def _put(self, partial: Path, text: str) -> None:
         if not self._in_place:
@@ -140,7 +159,7 @@ class File(Output):
 
 
 class Through(Output):
-    """What is no regular file is never replaced: the whole document goes through an open descriptor, once."""
+    """What is no regular file is never replaced: text goes through an open descriptor, a document as a whole, once."""
 
     def __init__(self, path: Path, say: Say, descriptor: int) -> None:
         super().__init__(path, say)
@@ -152,14 +171,36 @@ class Through(Output):
         return self._standard
 
     def write(self, text: str) -> None:
+        try:
+            self.append(text)
+        finally:
+            self.release()
+
+    def append(self, text: str) -> None:
         left = memoryview(text.encode())
-        with contextlib.closing(os.fdopen(self._descriptor, "wb", buffering=0)):
-            while left:
-                _, ready, _ = select.select([], [self._descriptor], [], STALL_S)
-                if not ready:
-                    raise OSError(errno.ETIMEDOUT, f"its reader took nothing for {STALL_S:.0f} s")
-                with contextlib.suppress(BlockingIOError):
-                    left = left[os.write(self._descriptor, left[: select.PIPE_BUF]) :]  # so much never waits
+        regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+        most = len(left) if regular else select.PIPE_BUF  # so much never waits
+        while left:
+            _, ready, _ = select.select([], [self._descriptor], [], STALL_S)
+            if not ready:
+                raise OSError(errno.ETIMEDOUT, f"its reader took nothing for {STALL_S:.0f} s")
+            with contextlib.suppress(BlockingIOError):
+                left = left[os.write(self._descriptor, left[:most]) :]
+
+    def release(self) -> None:
+        super().release()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _entries(document: Document) -> int:
+    """Cases whose measuring has come to something."""
+    return len(document["rows"]) + len(document.get("failed", ()))
+
+
+def _changed() -> OSError:
+    return OSError(errno.EBUSY, "something else has written to it since")
 
 
 def rows_in(rows: int, place: str) -> str:
@@ -182,21 +223,6 @@ def _same_file(one: int, other: int) -> bool:
         return False
 
 
-def _claimed(target: Path) -> socket.socket:
-    """Two commands that replace one file would lose each other's rows. This name of the system (an abstract socket's)
-    ends with the process that has it, however that ends, and leaves nothing behind. Raises OSError where another one
-    has it; one in another container or on another machine shows when it has written."""
-    folder = os.stat(target.parent)
-    key = f"{folder.st_dev} {folder.st_ino} ".encode() + os.fsencode(target.name)
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        claim.bind("\0moe-dist-out-" + hashlib.sha256(key).hexdigest())
-    except OSError:
-        claim.close()
-        raise OSError(errno.EBUSY, "another command that is running writes to it") from None
-    return claim
-
-
 def said(error: OSError) -> str:
     return error.strerror or str(error)
 
@@ -206,70 +232,44 @@ def open_output(
     say: Say,
     given: Container[int] | None = None,
     reads: Iterable[Path | str] = (),
+    field: str = "out",
+    resumed: bool = False,
     older: Callable[[Path], str] | None = None,
 ) -> Output:
     """Before anything is measured: results that can't be kept are minutes lost. Makes missing folders, and says which
     older results will be overwritten; a file that holds anything else stays. `given`: the descriptors that may be
-    written to, where not all may. `reads`: files and folders that the command reads. `older`: says what a file holds
-    that is there already, and raises ConfigError for one that must stay; None: only results may be overwritten. Raises
-    ConfigError."""
+    written to, where not all may. `reads`: files and folders that the command reads. `field`: what names `path` in
+    errors. `resumed`: older results are to be kept. `older`: says what a file holds that is there already, and raises
+    ConfigError for one that must stay; None: only results may be overwritten. Raises ConfigError."""
     folder, path = os.fspath(path).endswith("/"), Path(path)
     try:
         if folder:
             raise OSError(errno.EISDIR, "it ends with /, as a folder's name does")
-        _refuse_inputs(path, reads)
-        descriptor = _descriptor_of(path)
+        refuse_inputs(path, reads, field)
+        descriptor = descriptor_of(path)
         if descriptor is not None:
             if given is not None and descriptor not in given:
                 raise OSError(errno.EBADF, "no such descriptor was given to this process")
             return Through(path, say, os.dup(descriptor))
         target = Path(os.path.realpath(path))
         for parent in (path.parent, target.parent):  # the second of a link that points at nothing yet
-            _make_folder(parent)
+            make_folder(parent)
         try:
             found = os.stat(path)
         except FileNotFoundError:
             found = None
         if found is None or stat.S_ISREG(found.st_mode):
-            claim = _claimed(target)
-            output = _regular(path, found, say, older or _older_results)
+            claim = claimed(target)
+            output = _regular(path, found, say, older or partial(older_results, field=field), resumed)
             output.claim = claim
             return output
-        return Through(path, say, _open_device(path, found.st_mode))
+        return Through(path, say, open_device(path, found.st_mode))
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         problem = said(error) if isinstance(error, OSError) else str(error)
-        raise ConfigError("out", str(path), f"can't be written: {problem}", REFUSED) from None
+        raise ConfigError(field, str(path), f"can't be written: {problem}", REFUSED) from None
 
 
-def _refuse_inputs(path: Path, reads: Iterable[Path | str]) -> None:
-    target = Path(os.path.realpath(path))
-    for given in reads:
-        found = Path(os.path.realpath(given))
-        same = target == found or (target.exists() and found.exists() and target.samefile(found))
-        if same or found in target.parents:
-            rule = f"would be written over {given}," if same else f"lies in {given},"
-            raise ConfigError("out", str(path), f"{rule} which this command reads", "a file beside what is read")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        wrong = (part for part in (path, *path.parents) if os.path.lexists(part) and not part.is_dir())
-        raise OSError(errno.ENOTDIR, f"{next(wrong, path)} is no folder") from None
-
-
-def open_descriptors(inherited: bool) -> frozenset[int]:
-    """Of this process, now. `inherited`: only what its parent gave it; what Python opens is never passed on."""
-    found = set()
-    for descriptor in range(OLDEST_DESCRIPTORS):
-        with contextlib.suppress(OSError):
-            if os.get_inheritable(descriptor) or not inherited:
-                found.add(descriptor)
-    return frozenset(found)
-
-
-def _regular(path: Path, found: os.stat_result | None, say: Say, older: Callable[[Path], str]) -> Output:
+def _regular(path: Path, found: os.stat_result | None, say: Say, older: Callable[[Path], str], resumed: bool) -> Output:
     file = File(path, say, in_place=found is not None and found.st_nlink > 1)
     if found is None:
         file.target.parent.mkdir(parents=True, exist_ok=True)  # of a link that points at nothing yet
@@ -277,62 +277,8 @@ def _regular(path: Path, found: os.stat_result | None, say: Say, older: Callable
         if not os.access(path, os.W_OK):
             raise OSError(errno.EACCES, "it is read-only")
         if found.st_size:
-            say(f"{path} is overwritten: it holds {older(path)}")
+            holds = older(path)
+            if not resumed:
+                say(f"{path} is overwritten: it holds {holds}")
     with file.partial():
         return file
-
-
-def _older_results(path: Path) -> str:
-    """What they are, for the line that says that they are overwritten. ConfigError for anything else: a name that was
-    mistyped must not cost a file."""
-    try:
-        document = json.loads(read_small_text(path, LARGEST_SEEN))
-        count = len(document["rows"])
-        return f"{count} row{'s' * (count != 1)} of {str(document['date'])[:40]}"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        rule = "is there already and holds no results of moe-dist; it is not overwritten"
-        raise ConfigError("out", str(path), rule, "a new name, or a file of earlier results") from None
-
-
-def _descriptor_of(path: Path) -> int | None:
-    """The number of a descriptor of this process that `path` names, through links too: /dev/stdout, /dev/fd/3. Opened
-    anew, a file behind it would be written from its start, over what is there."""
-    seen = Path(os.path.abspath(path))
-    for _ in range(40):
-        if match := DESCRIPTOR.fullmatch(str(seen)):
-            if match[2] and int(match[2]) != os.getpid():
-                raise OSError(errno.EPERM, f"it is a descriptor of another process, {match[2]}")
-            return STANDARD[match[1]] if match[1] else int(match[3])
-        if not seen.is_symlink():
-            return None
-        parent = Path(os.path.realpath(seen.parent))  # which may be a link to /dev/fd
-        if DESCRIPTOR.fullmatch(str(parent / seen.name)):
-            seen = parent / seen.name
-            continue
-        seen = Path(os.path.normpath(parent / os.readlink(seen)))
-    return None
-
-
-def _open_device(path: Path, mode: int) -> int:
-    if stat.S_ISCHR(mode):
-        return os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISFIFO(mode):
-        return _open_fifo(path)
-    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISBLK, "a disk"), (stat.S_ISSOCK, "a socket"))
-    raise OSError(errno.EINVAL, "it is " + next((kind for test, kind in kinds if test(mode)), "something else"))
-
-
-def _open_fifo(path: Path) -> int:
-    """Open from now on, so that the reader sees its end with the results'."""
-    deadline = time.monotonic() + READER_S
-    while True:
-        try:
-            return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            if time.monotonic() > deadline:
-                raise OSError(
-                    errno.ENXIO, f"a FIFO that nobody has opened for reading within {READER_S:.0f} s"
-                ) from None
-        time.sleep(0.1)

@@ -20,8 +20,9 @@ import torch
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.findings import GroupResult
+from moe_dist.bench.identity import case_key, code_digest
 from moe_dist.bench.roofline import balanced_floor_us, floor_us, rank_flops, rank_weight_bytes
-from moe_dist.bench.row import Document, Hardware, Notice, Provenance, Refused, Row
+from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, Refused, Row
 from moe_dist.bench.tolerance import within_tolerance
 from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
@@ -32,17 +33,36 @@ from moe_dist.workloads.token_splits import most_tokens
 
 @dataclass
 class Outcome:
-    """`refused`: cases of a sweep that can't run, each with its reason; they are shown, never dropped in silence."""
+    """`refused`: cases of a sweep that can't run, `failed`: those that failed while they ran, each with its reason;
+    they are shown, never dropped in silence. `earlier`: the runs that this one resumes."""
 
     rows: list[Row] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     places: dict[int, list[str]] = field(default_factory=dict)
     notices: dict[str, list[int]] = field(default_factory=dict)  # what ranks had to say, and which of them
+    failed: list[Failed] = field(default_factory=list)
+    earlier: list[Provenance] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Something ran and every row is within tolerance."""
-        return bool(self.rows) and all(row.ok is not False for row in self.rows)
+        """Something ran, nothing failed, and every row is within tolerance."""
+        return bool(self.rows) and not self.failed and all(row.ok is not False for row in self.rows)
+
+    @property
+    def run(self) -> int:
+        """This one's number."""
+        return len(self.earlier)
+
+    def put(self, row: Row) -> None:
+        """What is known of a case now, instead of what was known before."""
+        self.failed = [failed for failed in self.failed if failed.key != row.key]
+        place = next((place for place, known in enumerate(self.rows) if known.key == row.key), len(self.rows))
+        self.rows[place : place + 1] = [row]
+
+    def fail(self, failed: Failed) -> None:
+        """The case loses its row: rounds before a failure prove nothing of it."""
+        self.rows = [row for row in self.rows if row.key != failed.key]
+        self.failed = [*(known for known in self.failed if known.key != failed.key), failed]
 
     def add_notices(self, said: dict[str, list[int]]) -> list[str]:
         """Take in what ranks said; a line for each text that is new."""
@@ -58,8 +78,10 @@ FEWEST_FOR_P99 = 100
 FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would scatter
 
 
-def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
-    """One measured case; `runtime` is what started its ranks."""
+def make_row(
+    case: Case, plan: Plan, found: GroupResult, runtime: str, key: str | None = None, *, run: int = 0, start: int = 0
+) -> Row:
+    """One measured case; `runtime` is what started its ranks, the rest as in a row. `key`: None to make it now."""
     spec, placement, work = plan.spec, plan.placement, case.workload
     times = [time for round_us in found.rounds_us for time in round_us]
     p50, medians = quantile(times, 0.5), [p for each in found.rounds_us if (p := quantile(each, 0.5)) is not None]
@@ -94,9 +116,15 @@ def make_row(case: Case, plan: Plan, found: GroupResult, runtime: str) -> Row:
         seed=work.seed,
         iters=len(times),
         runtime=runtime,
+        key=key or case_key(case, plan, runtime),
+        run=run,
+        start=start,
         config=found.config,
         p50_us=p50,
         p99_us=quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,
+        chained_us=found.chained_us,
+        chained_steps=found.chained_steps,
+        clock_us=found.clock_us,
         per_layer_us=None if p50 is None else p50 / case.layers,
         round_p50_us=tuple(medians),
         scatter_us=stdev(medians) / len(medians) ** 0.5 if len(medians) >= FEWEST_ROUNDS else None,
@@ -189,6 +217,7 @@ def provenance(machine: Machine) -> Provenance:
     return Provenance(
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=commit(),
+        code=code_digest(),
         command=" ".join([_program(), *map(_without_folder, sys.argv[1:])]),
         machine=Hardware(
             gpu=machine.name if gpu else None,
@@ -251,9 +280,11 @@ def results_document(about: Provenance, outcome: Outcome) -> dict[str, Any]:
     """What a results file holds (row.Document), fit for JSON."""
     document = Document(
         **dict(about),
+        runs=(*outcome.earlier, about),
         ranks={world: tuple(lines) for world, lines in outcome.places.items()},
         notices=tuple(Notice(text=text, ranks=tuple(ranks)) for text, ranks in outcome.notices.items()),
         rows=tuple(outcome.rows),
         refused=tuple(outcome.refused),
+        failed=tuple(outcome.failed),
     )
     return document.model_dump(mode="json")

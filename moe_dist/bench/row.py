@@ -70,6 +70,12 @@ class Row(Result):
     seed: int = Field(description="of tokens and routing; weights have their own, see source")
     iters: Count = Field(description="timed iterations so far; 0 where only numbers were checked")
     runtime: str = Field(description="what started the ranks: `ray` or `torchrun`")
+    key: str = Field(
+        description="names the case exactly: the first 32 digits of a SHA-256 over everything that decides a row, see"
+        " below"
+    )
+    run: Count = Field(description="which of the document's runs measured it")
+    start: Count = Field(description="which start of ranks within that run; after a failure ranks are started anew")
     config: str | None = Field(
         description="where the kernel configs that ran came from: `tuned`, `nearest:M`, `default` or several of them;"
         " null where the backend has no choice"
@@ -79,6 +85,18 @@ class Row(Result):
         " iterations"
     )
     p99_us: Number | None = Field(description="µs, 99th percentile; null with fewer than 100 iterations")
+    chained_us: Number | None = Field(
+        description="µs, period of a step in a queue of chained_steps launched back to back, on the slowest rank;"
+        " median over rounds, each of which has one queue (on a CPU every other one); null without iterations"
+    )
+    chained_steps: Some | None = Field(
+        description="steps in that queue: 32, or fewer, at least 4, where they would take over 2 s (30 ms on a CPU);"
+        " null without iterations"
+    )
+    clock_us: Number | None = Field(
+        description="µs, what the clock of p50_us finds for a step that does nothing: median of 20, on the slowest"
+        " rank, once for a group of ranks and mode; null without iterations"
+    )
     per_layer_us: Number | None = Field(description="µs, p50_us / layers of the stack; null without iterations")
     round_p50_us: tuple[Number, ...] = Field(strict=False, description="µs, the median of each round of iterations")
     scatter_us: Number | None = Field(
@@ -164,6 +182,19 @@ class Refused(Result):
     reason: str = Field(description="why it can't run")
 
 
+class Failed(Result):
+    """A case of a sweep that failed while it ran. It has no row."""
+
+    key: str = Field(description="as in a row")
+    run: Count = Field(description="which of the document's runs it failed in")
+    case: str = Field(description="what was to be measured")
+    error: str = Field(description="the kind: `RankFailure`, or another error of `moe_dist/errors.py`")
+    rank: int | None = Field(description="the rank that failed; null where the error names none")
+    op: str | None = Field(description="what that rank was doing; null where the error does not say")
+    reason: str = Field(description="the root cause")
+    exit_code: Count = Field(description="what the command ends with for such an error")
+
+
 class Notice(Result):
     """What ranks had to say while they ran."""
 
@@ -192,6 +223,7 @@ class Provenance(Result):
 
     date: str = Field(description="UTC, 2026-11-27T21:13:12Z")
     commit: str = Field(description="of moe_dist, with `+changes` if files differed from it; `unknown` without git")
+    code: str = Field(description="the first 32 digits of a SHA-256 over all files of the package")
     command: str = Field(description="as it was typed, without folders")
     machine: Hardware = Field(description="see below")
 
@@ -199,7 +231,13 @@ class Provenance(Result):
 class Document(Provenance):
     """A results file, and what `--json` prints."""
 
+    runs: tuple[Provenance, ...] = Field(
+        strict=False,
+        description="the commands that measured what is here: one, and those before it that it resumed; the last is"
+        " also above",
+    )
     ranks: dict[int, tuple[str, ...]] = Field(description="by number of ranks, a line for each: device, GPU, process")
     notices: tuple[Notice, ...] = Field(strict=False, description="what ranks had to say, see below")
     rows: tuple[Row, ...] = Field(strict=False, description="see below; a case has one, which grows with its rounds")
     refused: tuple[Refused, ...] = Field(strict=False, description="cases that could not run, see below")
+    failed: tuple[Failed, ...] = Field(strict=False, description="cases that failed while they ran, see below")

@@ -1,16 +1,10 @@
-"""Cases through groups of ranks: start each world size once, measure, collect rows."""
+"""What is settled before ranks start: what can't run, whether there is room, and how ranks are started."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
-from itertools import groupby
 
 from moe_dist.bench.case import Case, Experiment
-from moe_dist.bench.findings import merge
-from moe_dist.bench.measure import measure
-from moe_dist.bench.results import Outcome, make_row
-from moe_dist.bench.rounds import schedule
 from moe_dist.bench.row import Refused
 from moe_dist.bench.source import check_stored
 from moe_dist.engine.plan import Plan
@@ -64,37 +58,6 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
         what = "GPU memory" if machine.device == "cuda" else "memory"
         gib = f"{size / 2**30:.1f} GiB of {of}", f"{available / 2**30:.1f} GiB"
         raise ResourceError(what, *gib, "Choose a smaller model, fewer layers or tokens, or more ranks.")
-
-
-def run_cases(
-    planned: list[tuple[Case, Plan]],
-    start_group: Callable[[int, Shown], Group],
-    timeout_s: float,
-    outcome: Outcome,
-    shown: Shown,
-    said: Shown,
-    turn_done: Callable[[], None],
-) -> None:
-    """Measure into `outcome`, whose rows hold what is known of each case after each of its turns; consecutive cases of
-    one world size share a group. `said` gets what ranks have to tell the user. A rank's failure ends it."""
-    for world, share in groupby(planned, key=lambda pair: pair[1].placement.world):
-        shown(f"starting {world} ranks")
-        cases = list(share)
-        rows: dict[int, int] = {}  # where a case's row stands
-        with closing(start_group(world, shown)) as group:
-            outcome.places[world] = list(group.describe())
-            for index, turn in schedule(cases, cases[0][1].machine.room):
-                case, plan = cases[index]
-                found = merge(group.run(measure, case, plan, turn, timeout_s=timeout_s, shown=shown))
-                row = make_row(case, plan, found, group.runtime)
-                if index in rows:
-                    outcome.rows[rows[index]] = row
-                else:
-                    rows[index] = len(outcome.rows)
-                    outcome.rows.append(row)
-                for line in outcome.add_notices(found.notices):
-                    said(line)
-                turn_done()
 
 
 def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int, Shown], Group]:

@@ -13,7 +13,7 @@ from rich.table import Column as Header
 from rich.table import Table
 from rich.text import Text
 
-from moe_dist.bench.row import Refused, Row
+from moe_dist.bench.row import Failed, Refused, Row
 from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.bench.tune import Found, Tuned, config_text
 from moe_dist.messages.printable import printable
@@ -120,23 +120,24 @@ def _columns(rows: list[Row]) -> list[Column]:
         Column("exchange", 0, lambda row: printable(row.exchange), right=False),
         Column("backend", 0, lambda row: printable(row.backend), right=False),
         Column("mode", 0, lambda row: "graph" if row.graph else "eager", right=False),
-        Column("payload", 5, lambda row: row.payload_dtype, right=False),
+        Column("payload", 6, lambda row: row.payload_dtype, right=False),
         Column("p50 µs", 0, lambda row: number(row.p50_us)),
         Column("µs/layer", 1, lambda row: number(row.per_layer_us)) if stacked else None,
         Column("±", 2, _scatter),
-        Column("p99 µs", 8, lambda row: number(row.p99_us)),
-        Column("dispatch", 4, stage("dispatch")),
-        Column("convert", 4, lambda row: number(row.stages_us.get("convert") or None)) if converts else None,
-        Column("compute", 4, stage(*COMPUTE)),
-        Column("combine", 4, stage("combine")),
-        Column("unstaged", 8, lambda row: number(row.unstaged_us)),
-        Column("floor", 7, lambda row: number(row.floor_us)) if floors else None,
-        Column("balanced", 8, lambda row: number(row.balanced_floor_us)) if floors else None,
+        Column("chained", 3, lambda row: number(row.chained_us)),
+        Column("p99 µs", 9, lambda row: number(row.p99_us)),
+        Column("dispatch", 5, stage("dispatch")),
+        Column("convert", 5, lambda row: number(row.stages_us.get("convert") or None)) if converts else None,
+        Column("compute", 5, stage(*COMPUTE)),
+        Column("combine", 5, stage("combine")),
+        Column("unstaged", 9, lambda row: number(row.unstaged_us)),
+        Column("floor", 8, lambda row: number(row.floor_us)) if floors else None,
+        Column("balanced", 9, lambda row: number(row.balanced_floor_us)) if floors else None,
         Column("×floor", 1, times_floor) if floors else None,
-        Column("rows max/mean", 6, lambda row: f"{row.imbalance:.2f}"),
-        Column("sent/rank", 6, lambda row: size(row.bytes_sent)),
-        Column("err oracle", 3, lambda row: _error(row, "err_oracle")),
-        Column("err exact", 8, lambda row: _error(row, "err_exact")),
+        Column("rows max/mean", 7, lambda row: f"{row.imbalance:.2f}"),
+        Column("sent/rank", 7, lambda row: size(row.bytes_sent)),
+        Column("err oracle", 4, lambda row: _error(row, "err_oracle")),
+        Column("err exact", 9, lambda row: _error(row, "err_exact")),
         Column("ok", 0, _verdict, right=False),
     ]
     return [column for column in wanted if column is not None]
@@ -183,13 +184,24 @@ def size(count: float) -> str:
 
 
 def refused_table(refused: list[Refused]) -> Table:
-    table = plain_table("Not run, and why")
+    return _reasons("Not run, and why", [(item.reason, item.case) for item in refused])
+
+
+def failed_table(failed: list[Failed]) -> Table:
+    ranks = ("" if item.rank is None else f"rank {item.rank}: " for item in failed)
+    return _reasons(
+        "Failed, and why", [(rank + item.reason, item.case) for rank, item in zip(ranks, failed, strict=True)]
+    )
+
+
+def _reasons(title: str, found: list[tuple[str, str]]) -> Table:
+    table = plain_table(title)
     table.add_column("cases", justify="right")
     table.add_column("the first of them")
     table.add_column("reason")
     by_reason: dict[str, list[str]] = {}
-    for item in refused:
-        by_reason.setdefault(item.reason, []).append(item.case)
+    for reason, case in found:
+        by_reason.setdefault(reason, []).append(case)
     for reason, cases in by_reason.items():
         table.add_row(str(len(cases)), printable(cases[0]), printable(reason))
     return table

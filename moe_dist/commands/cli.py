@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 
-from moe_dist.bench.output import open_descriptors
+from moe_dist.bench.devices import open_descriptors
 from moe_dist.commands.call import Call
 from moe_dist.commands.ending import Ending
 from moe_dist.commands.misused import in_our_words

@@ -18,6 +18,8 @@ from moe_dist.machine.machine import Machine
 
 FILE_HELP = "Experiment file (YAML). Without one: a small layer on a CPU, a real model's on GPUs."
 File = Annotated[str | None, Parameter(help=FILE_HELP)]
+RESUME_HELP = "Keep the finished rows of the file of --out, of the same experiment, commit and machine."
+Resume = Annotated[bool, Parameter(show_default=False, help=RESUME_HELP)]
 
 
 def compare(
@@ -28,6 +30,7 @@ def compare(
     runtime: Runtime = None,
     layers: Layers = None,
     measuring: Measuring = NOT_KEPT,
+    resume: Resume = False,
     json: Json = False,
     call: ThisCall,
 ) -> int:
@@ -40,4 +43,4 @@ def compare(
             build_quickly(default["backends"], machine, say)
         config = default | config
     asked = asked_for(config, source, sweep=True, runtime=runtime, layers=layers)
-    return measure(asked, measuring, call, as_json=json, sweep=True, file=file)
+    return measure(asked, measuring, call, as_json=json, sweep=True, file=file, resume=resume)

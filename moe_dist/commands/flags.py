@@ -164,6 +164,10 @@ class Measuring:
         str | None,
         Parameter(help="Keep results in this file, written after every row; a device or a pipe gets them last."),
     ] = None
+    lines: Annotated[
+        str | None,
+        Parameter(help="Write a line of JSON for every finished row into this file, a device or a pipe, at once."),
+    ] = None
     verbose: Annotated[bool, Parameter(show_default=False, help="Show what Ray and the ranks log.")] = False
     csv: Annotated[bool, Parameter(show_default=False, help="Print rows as CSV instead of tables.")] = False
     wide: Annotated[bool, Parameter(show_default=False, help="Show every row with all columns.")] = False

@@ -4,40 +4,44 @@ progress, and results that are kept whatever happens."""
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack
 
 from moe_dist.backends import BACKENDS
-from moe_dist.bench.case import Case
-from moe_dist.bench.output import Output, open_output, rows_in
-from moe_dist.bench.results import Outcome, provenance, results_document
+from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.results import Outcome, provenance
+from moe_dist.bench.resume import resumed
 from moe_dist.bench.rounds import turns
-from moe_dist.bench.row import Provenance
-from moe_dist.bench.runner import group_starter, plan_cases, run_cases
+from moe_dist.bench.runner import group_starter, plan_cases
+from moe_dist.bench.sweep import Step, run_cases
 from moe_dist.commands.asked import Asked, files_read
 from moe_dist.commands.call import Call
-from moe_dist.commands.ending import Ending
 from moe_dist.commands.flags import Measuring
-from moe_dist.commands.outcome import print_outcome, print_rows
-from moe_dist.commands.printing import console, print_csv, print_json, print_line
+from moe_dist.commands.kept import Kept, open_places
+from moe_dist.commands.printing import print_line
 from moe_dist.commands.progress import Reporter
-from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output
+from moe_dist.commands.terminal import say
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
-from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
+from moe_dist.machine.machine import Machine
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.voice import launched, speaks
 
 
 def measure(
-    asked: Asked, measuring: Measuring, call: Call, *, as_json: bool, sweep: bool, file: str | None = None
+    asked: Asked,
+    measuring: Measuring,
+    call: Call,
+    *,
+    as_json: bool,
+    sweep: bool,
+    file: str | None = None,
+    resume: bool = False,
 ) -> int:
-    """The exit code. `sweep`: a case that can't run is a row of why; without, it is an error. `file`: the experiment's,
-    which results must not go over."""
+    """The exit code. `sweep`: a case that can't run, or fails, is a row of why; without, it is an error. `file`: the
+    experiment's, which results must not go over. `resume`: finished rows of the file of `--out` are kept."""
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
     if measuring.csv and as_json:
         raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
@@ -56,40 +60,59 @@ def measure(
         reasons = list(dict.fromkeys(item.reason for item in refused))
         none = f"none of placements {listed(experiment.placements)} fits any of worlds {listed(experiment.worlds)}"
         raise UnsupportedError("this experiment", reasons or [none])
-    if not measuring.out and closed_from_the_start(sys.stdout) and speaks():
-        raise ConfigError("--out", None, "standard output is closed, so results would go nowhere", "a file")
-    output = None
-    if measuring.out and speaks():
-        output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
-    if not as_json and not measuring.csv:
-        _print_chosen(asked)
-        _print_taken(planned)
-    results = _Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
-    start = group_starter(experiment, machine)
+    with ExitStack() as stack:
+        output, lines = open_places(stack, measuring, call, files_read(experiment, file), as_json, resume)
+        about, outcome, left = provenance(machine), Outcome(), planned
+        if resume:
+            outcome, left = resumed(_resumable(measuring, experiment), about, planned, experiment.runtime)
+            if speaks():
+                say(f"{len(planned) - len(left)} of {len(planned)} cases are finished in {measuring.out}")
+        outcome.refused = refused
+        kept = Kept(ending, measuring, output, lines, as_json, about, outcome)
+        if not as_json and not measuring.csv and not kept.lines_alone:
+            _print_chosen(asked)
+            _print_taken(planned)
+        kept.begin(len(planned) - len(left))
+        try:
+            _run(left, experiment, machine, kept, go_on=sweep and experiment.runtime == "ray")
+        except BaseException:
+            kept.save()
+            raise
+        return kept.finish(sweep)
+
+
+def _run(left: list[tuple[Case, Plan]], experiment: Experiment, machine: Machine, kept: Kept, go_on: bool) -> None:
+    start, signals = group_starter(experiment, machine), kept.ending.signals
 
     def started(world: int, shown: Callable[[str], None]) -> Group:
         try:
             return start(world, shown)
         finally:
             if experiment.runtime == "ray":  # ray.init has set a handler of its own; torchrun's ranks need theirs
-                ending.signals.install()
+                signals.install()
 
-    with Reporter(sum(turns(case) for case, _ in planned), quiet=not speaks()) as reporter:
+    with Reporter(sum(turns(case) for case, _ in left), quiet=not speaks()) as reporter:
 
         def shown(text: str) -> None:
-            ending.signals.check()
+            signals.check()
             reporter.shown(text)
 
-        def turn_done() -> None:
-            reporter.step()
-            results.keep()
+        def step_done(step: Step) -> None:
+            reporter.step(step.turns_left, step.seconds_left)
+            kept.keep(step)
 
-        try:
-            run_cases(planned, started, experiment.case_timeout_s, results.outcome, shown, reporter.said, turn_done)
-        except BaseException:
-            results.save()
-            raise
-    return results.finish(sweep)
+        given = left, started, experiment.case_timeout_s, kept.outcome, shown, reporter.said, step_done
+        run_cases(*given, experiment.runtime, go_on)
+
+
+def _resumable(measuring: Measuring, experiment: Experiment) -> str:
+    """The file that is gone on with, which every rank that runs this command must be able to read."""
+    if measuring.out is None:
+        raise ConfigError("--resume", True, "is of a results file, and none is given", "--out FILE beside it")
+    if experiment.runtime == "torchrun" and (here := launched()).local_world < here.world:
+        rule = "needs every rank to read one file, and torchrun's are on several machines"
+        raise ConfigError("--resume", True, rule, "ranks of one machine, or --runtime ray")
+    return measuring.out
 
 
 def _check_names_and_launcher(asked: Asked) -> None:
@@ -121,69 +144,3 @@ def _print_taken(planned: list[tuple[Case, Plan]]) -> None:
         choice = plan.choice()
         if choice.why:
             print_line(f"{case.label}: auto takes {choice.exchange} with {choice.backend}: {choice.why}")
-
-
-@dataclass
-class _Results:
-    """What is measured, and where it goes. `measuring.out` is where it was asked for, `output` that place, open; None
-    without one, and in torchrun's ranks that don't speak."""
-
-    ending: Ending
-    measuring: Measuring
-    output: Output | None
-    as_json: bool
-    about: Provenance
-    outcome: Outcome = field(default_factory=Outcome)
-
-    def __post_init__(self) -> None:
-        self.ending.kept = (
-            self.output.kept if self.output else rows_in(0, f"in {self.measuring.out}") if self.measuring.out else ""
-        )
-
-    def document(self) -> dict[str, Any]:
-        return results_document(self.about, self.outcome)
-
-    def keep(self) -> None:
-        """After every turn of a case: what was measured before a failure is kept."""
-        if self.output:
-            self.output.update(self.document())
-        self.ending.kept = self.output.kept if self.output else rows_in(len(self.outcome.rows), "measured")
-
-    def save(self) -> None:
-        """After a failure or an interruption: in the file, or where there is none on standard output."""
-        if not self.outcome.rows or not speaks():
-            return
-        document = self.document()
-        if self.output:
-            self.output.close(document)
-            self.ending.kept = self.output.kept
-            self.ending.as_json &= not self.output.on_standard_output  # one document was printed
-        if self.output is None or self.output.problem:
-            lost = f"on standard output; {self.measuring.out} has those that the lost rank wrote"
-            there = lost if self.measuring.out and not self.output else ""
-            self.ending.kept = rows_in(len(self.outcome.rows), there or "on standard output, in no file")
-            self.ending.results = document
-            if not self.as_json:
-                with to_standard_output():
-                    print_rows(console(), self.outcome, self.measuring.wide)
-
-    def finish(self, sweep: bool) -> int:
-        """Write and print them all, and return the exit code."""
-        document = self.document()
-        if self.output:
-            sys.stdout.flush()  # it may be where results go
-            self.output.close(document)
-        if self.as_json:
-            if speaks() and not (self.output and self.output.on_standard_output):
-                print_json(document)
-            self.ending.as_json = False  # one document was printed
-        elif self.measuring.csv:
-            print_csv(self.outcome.rows)
-        else:
-            written = self.measuring.out if self.output and not self.output.problem else None
-            with to_standard_output():
-                print_outcome(console(), self.outcome, written, sweep, self.measuring.wide)
-        if self.output and self.output.problem:
-            self.ending.kept = ""  # the error says it
-            raise self.output.problem
-        return OK if self.outcome.ok else OUT_OF_TOLERANCE

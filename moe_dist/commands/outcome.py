@@ -6,7 +6,7 @@ from moe_dist.bench.answer import Answer, answer_table, answers, last_line
 from moe_dist.bench.results import Outcome
 from moe_dist.bench.row import Row
 from moe_dist.bench.serving import python, sglang, vllm
-from moe_dist.bench.table import ROOMY, number, refused_table, tables
+from moe_dist.bench.table import ROOMY, failed_table, number, refused_table, tables
 from moe_dist.commands.terminal import Terminal, show
 from moe_dist.messages.printable import printable
 
@@ -20,14 +20,14 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
         print_rows(console, outcome, wide)
     if found:
         show(console, answer_table(found, console.width))
-        if outcome.refused and not wide:
-            console.print(refused_table(outcome.refused))
+        if not wide:
+            print_not_run(console, outcome)
     elif not sweep:
         for line in dict.fromkeys(line for row in outcome.rows if (line := balance_line(row))):
             console.print(line)
-    failed = [row for row in outcome.rows if row.ok is False]
-    if failed:
-        console.print(f"{len(failed)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
+    wrong = [row for row in outcome.rows if row.ok is False]
+    if wrong:
+        console.print(f"{len(wrong)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
     if out:
         console.print(f"results: {printable(out)}", soft_wrap=True)
     timed = [row for row in outcome.rows if row.p50_us is not None]
@@ -70,5 +70,11 @@ def print_rows(console: Terminal, outcome: Outcome, wide: bool = False) -> None:
         if wide:
             console.width = max(console.width, ROOMY.measure(table).maximum)
         show(console, table)
+    print_not_run(console, outcome)
+
+
+def print_not_run(console: Terminal, outcome: Outcome) -> None:
     if outcome.refused:
         console.print(refused_table(outcome.refused))
+    if outcome.failed:
+        console.print(failed_table(outcome.failed))

@@ -15,7 +15,7 @@ EVERY_S = 5.0
 
 class Reporter:
     """`shown(text)` says what is going on, `step()` that one of `total` is done. `remaining`: also about how much time
-    is left, for steps that are much alike."""
+    is left, for steps that are much alike; of others `step` is told."""
 
     def __init__(self, total: int, quiet: bool = False, remaining: bool = False) -> None:
         self._console = Terminal(stderr=True, quiet=quiet)
@@ -27,6 +27,7 @@ class Reporter:
             self._task = self._live.add_task("", total=total)
         self._total, self._done, self._last = total, 0, 0.0
         self._start, self._remaining = time.monotonic(), remaining
+        self._end: float | None = None
 
     def __enter__(self) -> Reporter:
         if self._live:
@@ -39,7 +40,7 @@ class Reporter:
 
     def shown(self, text: str) -> None:
         if self._live:
-            self._live.update(self._task, description=one_line(text))
+            self._live.update(self._task, description=one_line(text) + (self._left() if self._end else ""))
         elif time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
             self._print(f"[{self._done}/{self._total}] {one_line(text)}{self._left()}")
@@ -57,12 +58,23 @@ class Reporter:
             self._console.quiet = True
 
     def _left(self) -> str:
-        if not self._remaining or not self._done:
+        if self._end is not None:
+            seconds = self._end - time.monotonic()
+        elif self._remaining and self._done:
+            seconds = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        else:
             return ""
-        seconds = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        if seconds < 1:  # or later than was thought
+            return ""
         return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
-    def step(self) -> None:
+    def step(self, left: int | None = None, seconds: float | None = None) -> None:
+        """`left`: how many are left, where that may be another number than before less one; `seconds`: how long they
+        will take about."""
         self._done += 1
+        if left is not None:
+            self._total = self._done + left
+        if seconds is not None:
+            self._end = time.monotonic() + seconds
         if self._live:
-            self._live.advance(self._task)
+            self._live.update(self._task, completed=self._done, total=self._total)

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from moe_dist.bench import runner
+from moe_dist.bench import sweep
 from moe_dist.bench.results import Outcome
 from moe_dist.commands import cli
 from moe_dist.runtime import torchrun_group
@@ -55,6 +55,10 @@ def work(context: RankContext, *_: Any) -> Any:
     context.comm.barrier()
 
 
+def no_work(*_: Any) -> None:
+    """Before it, so that the sequence numbers of `work` are its own."""
+
+
 def slow_peer(*record: int) -> Peer:
     time.sleep(1)
     return Peer(*record)
@@ -69,7 +73,8 @@ def main() -> int:
     if HOW == "wrong":
         Outcome.ok = property(lambda _: False)  # type: ignore[assignment]
     else:
-        runner.measure = work  # type: ignore[assignment]
+        sweep.measure = work  # type: ignore[assignment]
+        sweep.ready = no_work  # type: ignore[assignment]
     limits = [f"ray.silence_timeout_s={3 if HOW == 'spin' else 30}", f"case_timeout_s={4 if HOW == 'sleep' else 60}"]
     code = cli.main(["run", "--runtime", "torchrun", "--ep", "2", "--device", "cpu", "--iters", "0", "--json", *limits])
     if began:

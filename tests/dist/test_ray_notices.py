@@ -12,7 +12,7 @@ import ray
 from moe_dist.commands import cli, measuring
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
-from moe_dist.bench.measure import measure
+from moe_dist.bench.measure import measure, ready
 from moe_dist.messages.building import say
 from moe_dist.messages.notices import notice
 from moe_dist.runtime.context import RaySpec
@@ -47,8 +47,8 @@ class SpeakingGroup:
         return self._ranks.describe()
 
     def run(self, function, *arguments, **options):
-        assert function is measure
-        return self._ranks.run(on_rank, *arguments, **options)
+        assert function in (ready, measure)
+        return self._ranks.run(on_rank if function is measure else ready, *arguments, **options)
 
     def close(self) -> None:
         self._ranks.close()

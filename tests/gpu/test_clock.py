@@ -28,6 +28,8 @@ def test_a_graphs_stages_are_measured_in_the_graph(tokens):
         (result,) = run_on_ranks(1, measure, case, case.plan(Machine.detect("cuda")))
         p50, staged = median(result.rounds_us[0]), sum(result.stages_us.values())
         assert 0.6 * p50 < staged < 1.25 * p50, f"{backend}: {result.stages_us} of {p50}"
+        assert (len(result.chained_us), result.chained_steps) == (1, 32)
+        assert result.clock_us < result.chained_us[0] < 1.1 * p50, f"{backend}: {result.chained_us}, {result.clock_us}"
         weights = case.plan(Machine.detect("cuda")).weight_bytes(0)
         scratch = 0.5 * weights + tokens * (1 << 20)  # `deep_gemm` has a tile of 128 rows for each of 128 experts
         assert weights < result.max_memory < weights + scratch, f"{backend}: {result.max_memory}"

@@ -47,8 +47,8 @@ STAGES = {
 DESIGNED = [
     "model", "hidden", "intermediate", "num_experts", "top_k", "quant", "tp", "ep", "world", "layer", "exchange",
     "backend", "token_layout", "global_tokens", "tokens_per_rank", "skew", "seed", "iters", "graph", "runtime",
-    "payload_dtype", "combine_dtype", "p50_us", "p99_us", "floor_us", "err_oracle", "err_exact", "active_experts",
-    "imbalance", "stages_us", "tflops", "hbm_gbps", "link_gbps", "chosen_by",
+    "payload_dtype", "combine_dtype", "p50_us", "p99_us", "chained_us", "floor_us", "err_oracle", "err_exact",
+    "active_experts", "imbalance", "stages_us", "tflops", "hbm_gbps", "link_gbps", "chosen_by",
 ]  # fmt: skip
 
 
@@ -90,8 +90,9 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> Row:
         "graph": False, "splits": None, "payload_dtype": "fp8", "combine_dtype": "bf16", "token_layout": "sharded",
         "global_tokens": 64, "tokens_per_rank": 32, "token_split": "even", "skew": "uniform", "seed": 0,
         "layer": "whole", "iters": 3, "routing_p50_us": (), "balanced_floor_us": None,
-        "runtime": "ray", "config": None, "p50_us": p50, "per_layer_us": p50, "round_p50_us": (), "scatter_us": 1.0,
-        "p99_us": None, "floor_us": None, "stages_us": STAGES, "unstaged_us": 6.0, "imbalance": 1.25,
+        "runtime": "ray", "key": "k", "run": 0, "start": 0, "config": None, "p50_us": p50,
+        "chained_us": p50, "chained_steps": 32, "clock_us": 0.5, "per_layer_us": p50, "round_p50_us": (),
+        "scatter_us": 1.0, "p99_us": None, "floor_us": None, "stages_us": STAGES, "unstaged_us": 6.0, "imbalance": 1.25,
         "active_experts": 4, "rows_per_rank": (64, 64), "pairs": 128, "bytes_sent": 2048, "max_memory": None,
         "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.1, "err_repeat": 0.0, "err_again": 0.0,
         "not_finite": (), "tflops": None, "hbm_gbps": None, "link_gbps": None, "chosen_by": "name",
@@ -619,7 +620,9 @@ class TestFile:
         outcome = Outcome([wrong], [Refused(case="c", reason="r")], {2: ["rank 0"]})
         open_output(path, pytest.fail).update(results_document(provenance(CPU), outcome))
         document = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
-        assert set(document) == {"date", "commit", "command", "machine", "ranks", "notices", "rows", "refused"}
+        assert set(document) == {
+            "date", "commit", "code", "command", "machine", "runs", "ranks", "notices", "rows", "refused", "failed",
+        }  # fmt: skip
         assert {"gpu", "count", "driver", "torch", "triton", "nccl", "flashinfer"} <= set(document["machine"])
         assert document["machine"]["gpu"] is None
         assert document["rows"][0]["err_oracle"] is None

@@ -18,15 +18,16 @@ from moe_dist.runtime.context import RaySpec
 
 # Flags that set no key of an experiment.
 OTHERS = {
-    "--build", "--csv", "--format", "--json", "--machine", "--model-type", "--out", "--rows", "--seed", "--seeds",
-    "--verbose", "--wide",
+    "--build", "--csv", "--format", "--json", "--lines", "--machine", "--model-type", "--out", "--resume", "--rows",
+    "--seed", "--seeds", "--verbose", "--wide",
 }  # fmt: skip
 WRONG = {
     "--model": "nosuch", "--checkpoint": "nosuch", "--layer": "-1", "--layers": "0", "--device": "tpu",
     "--runtime": "slurm", "--world": "0", "--tp": "99999", "--ep": "99999", "--exchange": "nosuch",
     "--backend": "nosuch", "--tokens": "0", "--token-layout": "striped", "--skew": "nosuch", "--payload": "fp4",
     "--iters": "-1", "--machine": "h300x4", "--seeds": "0", "--rows": "0", "--seed": "9" * 30, "--out": "/",
-    "--model-type": "llama", "--token-split": "striped", "--record-routing": "nosuch/r.pt", "--format": "pdf",
+    "--model-type": "llama", "--token-split": "striped", "--record-routing": "nosuch/r.pt",
+    "--format": "pdf", "--lines": "/",
 }  # fmt: skip
 ELSEWHERE = {
     ("tune", "--out"),  # in test_tune.py, with a backend that can be tuned here

@@ -136,7 +136,7 @@ def test_help_waits_for_no_command():
         assert {"torch", "pydantic", "yaml", "numpy"} & set(names) == set()
 
 
-@pytest.mark.parametrize("module", ["moe_dist.engine.layer", "moe_dist.bench.runner", "moe_dist.commands.measuring"])
+@pytest.mark.parametrize("module", ["moe_dist.engine.layer", "moe_dist.bench.sweep", "moe_dist.commands.measuring"])
 def test_libraries_wait_until_they_are_chosen(module):
     names, _ = modules_after(f"import {module}")
     chosen_later = {"ray", "triton", "flashinfer", "deep_gemm", "transformers", "sglang", "vllm"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from unit.test_bench import row
 
+from moe_dist.bench import devices
 from moe_dist.bench import output as module
 from moe_dist.bench.output import open_output
 from moe_dist.errors import ConfigError
@@ -266,7 +267,7 @@ class TestThrough:
         assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
     def test_a_fifo_without_reader_is_refused_in_bounded_time(self, written, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "READER_S", 0.3)
+        monkeypatch.setattr(devices, "READER_S", 0.3)
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(ConfigError, match="nobody has opened for reading"):
             written(tmp_path / "fifo")
@@ -329,7 +330,7 @@ class TestThrough:
     def test_only_a_descriptor_that_was_given_is_taken(self, tmp_path, said):
         (tmp_path / "link").symlink_to("/proc/self/fd")
         with open(tmp_path / "log", "w") as log:
-            inherited, everything = module.open_descriptors(True), module.open_descriptors(False)
+            inherited, everything = devices.open_descriptors(True), devices.open_descriptors(False)
             assert {0, 1, 2} <= inherited
             assert log.fileno() in everything - inherited  # opened here: no parent gave it
             for folder in ("/dev/fd", "/proc/self/fd", f"/proc/{os.getpid()}/fd", tmp_path / "link"):
@@ -383,4 +384,4 @@ class TestThrough:
     def test_a_disk_is_refused(self):
         """As root, what writes through would write over it."""
         with pytest.raises(OSError, match="it is a disk"):
-            module._open_device(Path("/dev/none"), stat.S_IFBLK | 0o660)
+            devices.open_device(Path("/dev/none"), stat.S_IFBLK | 0o660)

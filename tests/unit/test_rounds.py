@@ -1,4 +1,4 @@
-"""Cases in rounds: who is measured when, what a rank keeps until the next turn, what is kept when a rank fails."""
+"""Cases in rounds: who is measured when, and what a rank keeps until the next turn."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sinks import Scaled
-from unit.test_bench import CPU, H200, SPEC, case, ran_by, rank_result
+from unit.test_bench import CPU, H200, SPEC, case
 
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import loading
 from moe_dist.bench import measure as measuring
 from moe_dist.bench import prepared as steps
+from moe_dist.bench.findings import merge
 from moe_dist.bench.measure import measure
 from moe_dist.bench.results import Outcome
 from moe_dist.bench.rounds import ROUNDS, Turn, batches, group_bytes, schedule, turns
-from moe_dist.bench.runner import run_cases
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
-from moe_dist.errors import RankFailure
 from moe_dist.machine.machine import Machine
 from moe_dist.messages.notices import notice
 from moe_dist.runtime.context import RankContext
@@ -82,6 +81,13 @@ class Alternating(TorchBackend):
         super().forward(step, rows, Scaled(sink, 1 + self.count % 2))
 
 
+class Switched(TorchBackend):
+    factor = 1
+
+    def forward(self, step, rows, sink):
+        super().forward(step, rows, Scaled(sink, self.factor))
+
+
 class Speaking(TorchBackend):
     def forward(self, step, rows, sink):
         notice("said while it ran")
@@ -93,7 +99,7 @@ class Speaking(TorchBackend):
 
 @pytest.fixture
 def backends():
-    added = {"alternating": Alternating, "speaking": Speaking}
+    added = {"alternating": Alternating, "switched": Switched, "speaking": Speaking}
     for name, backend in added.items():
         BACKENDS.register(name, backend)
     yield
@@ -149,6 +155,36 @@ class TestOnARank:
             assert results[-1].err_again < 1e-2
             assert sum(results[0].stages_us.values()) > 0
         assert context.memo["kept"].steps == {}  # after the last turn nothing is
+
+    def test_steps_in_a_queue_are_timed_in_every_other_round_on_a_cpu(self, context, monkeypatch):
+        """And the clock itself once in all; `merge` takes the slowest rank of each queue."""
+        lengths, nothing = [], []
+        chain, empty = measuring.time_chain, measuring.time_nothing
+        monkeypatch.setattr(measuring, "time_chain", lambda *given: lengths.append(given[2]) or chain(*given))
+        monkeypatch.setattr(measuring, "time_nothing", lambda *given: nothing.append(1) or empty(*given))
+        found = all_turns(context, alone(), alone(workload={"tokens": 9}))
+        for results in found.values():
+            assert [len(result.chained_us) for result in results] == [1, 1, 2, 2, 3]
+            assert len({(result.chained_steps, result.clock_us) for result in results}) == 1
+            assert 4 <= results[-1].chained_steps <= 32
+            assert min(results[-1].chained_us) > results[-1].clock_us > 0
+        assert sorted(lengths) == sorted([results[-1].chained_steps for results in found.values()] * 3)
+        assert nothing == [1]
+        last = replace(found[0][-1], chained_us=(1.0, 9.0, 5.0), clock_us=0.2)
+        other = replace(last, chained_us=(2.0, 8.0, 6.0), clock_us=0.1)
+        assert (merge([last, other]).chained_us, merge([last, other]).clock_us) == (6.0, 0.2)
+
+    def test_the_output_of_a_queue_is_checked(self, context, backends, monkeypatch):
+        """Where nothing but its last step is wrong."""
+
+        def chain(comm, step, steps, queued):
+            Switched.factor = 2
+            step()
+            Switched.factor = 1
+            return 1.0
+
+        monkeypatch.setattr(measuring, "time_chain", chain)
+        assert measured(context, alone(backend="switched")).err_repeat > 0.3
 
     def test_time_in_no_stage_is_told(self, context, monkeypatch):
         forward = MoELayer.forward
@@ -222,74 +258,13 @@ class TestOnARank:
     def test_without_times_nothing_is_timed(self, context, made):
         result = measured(context, alone(iters=0))
         assert (result.rounds_us, result.stages_us, result.unstaged_us, result.err_repeat) == ([], {}, None, 0.0)
+        assert (result.chained_us, result.chained_steps, result.clock_us) == ((), None, None)
         assert result.err_oracle < 1e-2
         assert len(made) == 1
 
 
-class FakeGroup:
-    """Ranks whose findings are known; `fails_after` so many calls."""
-
-    runtime = "fake"
-
-    def __init__(self, world, calls, said, fails_after=10**9):
-        self.world, self.calls, self.said, self.fails_after = world, calls, said, fails_after
-        self.rounds = {}
-
-    def describe(self):
-        return [f"rank {rank}" for rank in range(self.world)]
-
-    def run(self, function, one, plan, turn, *, timeout_s, shown):
-        assert function is measure
-        if len(self.calls) == self.fails_after:
-            raise RankFailure(1, "all_gather", 7, "gone")
-        self.calls.append((one.exchange, turn))
-        times = self.rounds.setdefault(one.exchange, [])
-        times.append([100.0 * (turn.number + 1)])
-        given = {"rounds_us": list(times), "ran": ran_by(plan)}
-        ranks = [rank_result(**given, notices=self.said.get(rank, ())) for rank in range(self.world)]
-        return [replace(ranks[0], rows=20), *ranks[1:]]
-
-    def close(self):
-        self.calls.append("closed")
-
-
-class TestRun:
-    CASES = (case(exchange="ag_rs", iters=5), case(exchange="all_to_all", iters=5))
-
-    def run(self, said=None, fails_after=10**9):
-        calls, outcome, lines, seen = [], Outcome(), [], []
-        try:
-            run_cases(
-                planned(*self.CASES), lambda world, _: FakeGroup(world, calls, said or {}, fails_after), 1.0, outcome,
-                lambda _: None, lines.append, lambda: seen.append(list(outcome.rows)),
-            )  # fmt: skip
-        except RankFailure:
-            lines.append("failed")
-        return calls, outcome, lines, seen
-
-    def test_a_case_has_one_row_which_grows(self):
-        calls, outcome, _, seen = self.run()
-        assert len(calls) == 2 * ROUNDS + 1
-        assert [row.exchange for row in outcome.rows] == ["ag_rs", "all_to_all"]
-        for row in outcome.rows:
-            assert row.round_p50_us == (100.0, 200.0, 300.0, 400.0, 500.0)
-        assert [[len(row.round_p50_us) for row in rows] for rows in seen[:4]] == [[1], [1, 1], [2, 1], [2, 2]]
-        assert len(seen) == 2 * ROUNDS
-
-    def test_what_was_measured_before_a_failure_is_kept(self):
-        calls, outcome, lines, _ = self.run(fails_after=3)
-        assert calls[-1] == "closed"
-        assert lines == ["failed"]
-        assert sorted(len(row.round_p50_us) for row in outcome.rows) == [1, 2]
-        assert {row.iters for row in outcome.rows} == {1, 2}
-
-    def test_ranks_are_heard_once(self):
-        _, outcome, lines, _ = self.run(said={0: ("a",), 1: ("a", "b")})
-        assert lines == ["rank 0, 1: a", "rank 1: b"]
-        assert outcome.notices == {"a": [0, 1], "b": [1]}
-
-    def test_ranks_that_say_it_later_are_named_in_the_results(self):
-        outcome = Outcome()
-        assert outcome.add_notices({"a": [2]}) == ["rank 2: a"]
-        assert outcome.add_notices({"a": [0], "b": [1]}) == ["rank 1: b"]
-        assert outcome.notices == {"a": [0, 2], "b": [1]}
+def test_ranks_that_say_it_later_are_named_in_the_results():
+    outcome = Outcome()
+    assert outcome.add_notices({"a": [2]}) == ["rank 2: a"]
+    assert outcome.add_notices({"a": [0], "b": [1]}) == ["rank 1: b"]
+    assert outcome.notices == {"a": [0, 2], "b": [1]}

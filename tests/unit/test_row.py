@@ -14,7 +14,7 @@ from unit.test_bench import CPU, STAGES, row
 
 from moe_dist.bench.findings import ERRORS
 from moe_dist.bench.results import Outcome, provenance, results_document
-from moe_dist.bench.row import Document, Hardware, Notice, Refused, Row
+from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, Refused, Row
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -70,6 +70,7 @@ class TestDocument:
         assert found.rows == tuple(outcome.rows)
         assert found.notices == (Notice(text="said", ranks=(0, 1)),)
         assert found.ranks == {2: ("a", "b")}
+        assert found.runs == (provenance(CPU).model_copy(update={"date": found.date}),)
         assert found.model_dump(mode="json") == written
 
     def test_its_schema_says_what_every_key_means(self):
@@ -101,7 +102,7 @@ def documented(model: type[BaseModel]) -> str:
 
 
 class TestPage:
-    @pytest.mark.parametrize("model", [Document, Hardware, Row, Notice, Refused])
+    @pytest.mark.parametrize("model", [Document, Hardware, Provenance, Row, Notice, Refused, Failed])
     def test_has_every_key_as_the_model_has_it(self, model):
         wanted = documented(model)
         assert wanted in PAGE, f"docs/results.md must hold this table:\n{wanted}"

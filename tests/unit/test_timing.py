@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from moe_dist.bench import clock
-from moe_dist.bench.clock import MOST_CYCLES, SLEEP_CYCLES, time_steps
+from moe_dist.bench.clock import (
+    CHAIN_CYCLES,
+    CHAINED,
+    EMPTY_STEPS,
+    FEWEST_CHAINED,
+    MOST_CYCLES,
+    SLEEP_CYCLES,
+    chain_length,
+    time_chain,
+    time_nothing,
+    time_steps,
+)
+from moe_dist.comm import Comm
 from moe_dist.messages.notices import collecting
 
 
@@ -111,3 +123,56 @@ def test_a_cpu_has_no_sleep(monkeypatch):
     device.device = torch.device("cpu")
     assert len(time_steps(device, device.step, 2, queued=True)) == 2
     assert device.calls == 2
+
+
+class TestQueue:
+    def test_its_steps_are_launched_one_behind_another(self, monkeypatch):
+        """One alignment for all of them, and a time that is divided by their number."""
+        device = Device(0)
+        monkeypatch.setattr(torch.cuda, "Event", device.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+        assert time_chain(device, device.step, 32, queued=True) == 32 * 1000 / 32
+        assert device.sleeps == [CHAIN_CYCLES]
+        assert device.calls == 32
+        assert time_chain(device, device.step, 4, queued=False) == 36 * 1000 / 4
+        assert device.sleeps == [CHAIN_CYCLES, 0]
+
+    def test_all_of_it_is_launched_before_the_stream_gets_there(self, monkeypatch):
+        device = Device(3 * CHAIN_CYCLES)
+        monkeypatch.setattr(torch.cuda, "Event", device.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+        time_chain(device, device.step, 32, queued=True)
+        assert device.sleeps == [CHAIN_CYCLES, 2 * CHAIN_CYCLES, 4 * CHAIN_CYCLES]
+
+    def test_on_a_cpu_it_is_the_mean_of_its_steps(self, monkeypatch):
+        now = iter([10.0, 10.5])
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+        calls = []
+        assert time_chain(Comm.single("cpu"), lambda: calls.append(1), 8, queued=False) == pytest.approx(5e5 / 8)
+        assert len(calls) == 8
+
+    @pytest.mark.parametrize(
+        ("kind", "step_us", "steps"),
+        [
+            ("cuda", 50.0, CHAINED), ("cuda", 62_500.0, CHAINED), ("cuda", 100_000.0, 20),
+            ("cuda", 1e9, FEWEST_CHAINED),
+            ("cpu", 0.0, CHAINED), ("cpu", 900.0, CHAINED), ("cpu", 3_000.0, 10), ("cpu", 14_000.0, FEWEST_CHAINED),
+        ],
+    )  # fmt: skip
+    def test_it_is_shorter_where_steps_are_long(self, kind, step_us, steps):
+        device = Device(0)
+        device.device = torch.device(kind)
+        device.agree_max = lambda value: max(value, 2)
+        assert chain_length(device, step_us) == steps
+
+    def test_the_slowest_rank_decides(self):
+        device = Device(0)
+        device.agree_max = lambda value: max(value, 100_000)
+        assert chain_length(device, 50.0) == 20
+
+
+def test_a_step_that_does_nothing_takes_what_the_clock_takes(monkeypatch):
+    now = iter([0.0, 1e-6] * (EMPTY_STEPS - 1) + [0.0, 1.0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    assert time_nothing(Comm.single("cpu"), queued=False) == pytest.approx(1.0)  # the median
+    assert next(now, None) is None

@@ -1,0 +1,83 @@
+"""Going on with an earlier run of the same experiment: its finished rows are kept where nothing has changed that moves
+numbers; what has is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_dist.bench.case import Case
+from moe_dist.bench.guards import LARGEST_SEEN
+from moe_dist.bench.identity import case_key
+from moe_dist.bench.results import Outcome
+from moe_dist.bench.row import Document, Failed, Hardware, Provenance, Row
+from moe_dist.engine.plan import Plan
+from moe_dist.errors import ConfigError
+from moe_dist.files import read_small_text
+
+FLAG = "--resume"
+Planned = list[tuple[Case, Plan]]
+
+
+def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tuple[Outcome, Planned]:
+    """What is in the results file at `path`, and the cases that are not finished there. A case is finished when its row
+    has all its rounds; rows with fewer stay until the case has a new one, failures too. A file that is not there yet
+    holds nothing. Finished rows come first.
+
+    Raises ConfigError for a file that this version did not write, for one of another commit, machine or version of a
+    library, and for one with a case that is none of `planned`.
+    """
+    document = _read(path)
+    if document is None:
+        return Outcome(), planned
+    if found := differences(document, about):
+        rule = f"was measured by another commit or machine: {'; '.join(found)}"
+        raise ConfigError(FLAG, path, rule, "the same as then; or start anew, without --resume")
+    cases = {case_key(case, plan, runtime): (case, plan) for case, plan in planned}
+    measured: list[Row | Failed] = [*document.rows, *document.failed]
+    if strangers := [each for each in measured if each.key not in cases]:
+        rule = (
+            f"holds {len(strangers)} of {len(measured)} cases that this experiment does not have: {_name(strangers[0])}"
+        )
+        raise ConfigError(FLAG, path, rule, "the experiment of that file, or one with more cases")
+    finished = {row.key for row in document.rows if row.iters == cases[row.key][0].iters}
+    outcome = Outcome(
+        rows=sorted(document.rows, key=lambda row: row.key not in finished),
+        places={world: list(lines) for world, lines in document.ranks.items()},
+        notices={notice.text: list(notice.ranks) for notice in document.notices},
+        failed=list(document.failed),
+        earlier=list(document.runs),
+    )
+    return outcome, [pair for key, pair in cases.items() if key not in finished]
+
+
+def differences(document: Provenance, about: Provenance) -> list[str]:
+    """What forbids that numbers of the one stand beside those of the other."""
+    pairs = {name: (getattr(document, name), getattr(about, name)) for name in ("commit", "code")}
+    pairs |= {name: (getattr(document.machine, name), getattr(about.machine, name)) for name in Hardware.model_fields}
+    return [f"{name} {before} then, {now} now" for name, (before, now) in pairs.items() if before != now]
+
+
+def _read(path: str) -> Document | None:
+    try:
+        return Document.model_validate_json(read_small_text(Path(path), LARGEST_SEEN))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(FLAG, path, f"can't be read: {error.strerror}", "a results file of --out") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        rule = f"is no results file that this version wrote: {where}: {first['msg']}"
+        raise ConfigError(FLAG, path, rule, "start anew, without --resume") from None
+
+
+def _name(stranger: Row | Failed) -> str:
+    if isinstance(stranger, Failed):
+        return stranger.case
+    row, mode = stranger, "graph" if stranger.graph else "eager"
+    return (
+        f"{row.model} {row.placement} {row.exchange} {row.backend} {row.global_tokens} {row.token_layout} tokens"
+        f" {row.skew} {mode}, {row.source}, seed {row.seed}, {row.iters} iterations"
+    )
