@@ -14,11 +14,14 @@ from moe_dist.commands.config import find_model, override, read_experiment
 from moe_dist.commands.flags import NO_SOURCE, NOT_KEPT, Json, Layers, Measuring, Overrides, Runtime, Source
 from moe_dist.commands.measuring import measure
 from moe_dist.commands.terminal import say
+from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 
 FILE_HELP = "Experiment file (YAML). Without one: a small layer on a CPU, a real model's on GPUs."
 File = Annotated[str | None, Parameter(help=FILE_HELP)]
 RESUME_HELP = "Keep the finished rows of the file of --out, of the same experiment, commit and machine."
+REMEMBER_HELP = "Keep the results where `auto` chooses from, under the user's cache folder."
+Remember = Annotated[bool, Parameter(show_default=False, help=REMEMBER_HELP)]
 Resume = Annotated[bool, Parameter(show_default=False, help=RESUME_HELP)]
 
 
@@ -31,10 +34,13 @@ def compare(
     layers: Layers = None,
     measuring: Measuring = NOT_KEPT,
     resume: Resume = False,
+    remember: Remember = False,
     json: Json = False,
     call: ThisCall,
 ) -> int:
     machine = Machine.detect(source.device or "auto")
+    if remember and machine.device != "cuda":
+        raise ConfigError("--remember", True, "is of times on GPUs, and this runs on a CPU", "no such flag here")
     config = override(read_experiment(file) if file else {}, overrides)
     config = with_source(config, source.checkpoint, source.layer)
     if not file:
@@ -43,4 +49,4 @@ def compare(
             build_quickly(default["backends"], machine, say)
         config = default | config
     asked = asked_for(config, source, sweep=True, runtime=runtime, layers=layers)
-    return measure(asked, measuring, call, as_json=json, sweep=True, file=file, resume=resume)
+    return measure(asked, measuring, call, as_json=json, sweep=True, file=file, resume=resume, remember=remember)

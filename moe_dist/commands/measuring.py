@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.output import said
 from moe_dist.bench.results import Outcome, provenance
 from moe_dist.bench.resume import resumed
 from moe_dist.bench.rounds import turns
@@ -21,9 +22,10 @@ from moe_dist.commands.kept import Kept, open_places
 from moe_dist.commands.printing import print_line
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import say
+from moe_dist.engine import records
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO
-from moe_dist.errors import ConfigError, UnsupportedError, listed
+from moe_dist.errors import ConfigError, OutputError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
 from moe_dist.runtime.context import Group
@@ -39,9 +41,11 @@ def measure(
     sweep: bool,
     file: str | None = None,
     resume: bool = False,
+    remember: bool = False,
 ) -> int:
     """The exit code. `sweep`: a case that can't run, or fails, is a row of why; without, it is an error. `file`: the
-    experiment's, which results must not go over. `resume`: finished rows of the file of `--out` are kept."""
+    experiment's, which results must not go over. `resume`: finished rows of the file of `--out` are kept. `remember`:
+    all rows become a record that `auto` chooses from."""
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
     if measuring.csv and as_json:
         raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
@@ -78,7 +82,10 @@ def measure(
         except BaseException:
             kept.save()
             raise
-        return kept.finish(sweep)
+        code = kept.finish(sweep)
+        if remember and speaks():
+            _remember(kept)
+        return code
 
 
 def _run(left: list[tuple[Case, Plan]], experiment: Experiment, machine: Machine, kept: Kept, go_on: bool) -> None:
@@ -103,6 +110,22 @@ def _run(left: list[tuple[Case, Plan]], experiment: Experiment, machine: Machine
 
         given = left, started, experiment.case_timeout_s, kept.outcome, shown, reporter.said, step_done
         run_cases(*given, experiment.runtime, go_on)
+
+
+def _remember(kept: Kept) -> None:
+    """Say what `auto` takes from now on. A row that is not ok, or not of a plain layer, decides nothing."""
+    try:
+        record = records.remember(kept.document())
+    except OSError as error:
+        raise OutputError(records.user_folder(), said(error)) from None
+    for setting, timed in record.rows.items():
+        mode = "graph" if setting.graph else "eager"
+        for pick in records.pick(record, timed):
+            size = "larger steps" if pick.up_to is None else f"up to {pick.up_to:,} tokens a rank"
+            where = f"TP{setting.tp} x EP{setting.ep}, {setting.token_layout} tokens, {mode}, {size}"
+            say(f"auto, {where}: {pick.exchange} with {pick.backend}: {pick.why}")
+    if not record.rows:
+        say("no row of these results is one that auto chooses by")
 
 
 def _resumable(measuring: Measuring, experiment: Experiment) -> str:

@@ -61,5 +61,5 @@ def _by_rule(parallel: ParallelSpec, token_layout: str, machine: Machine, able: 
         )
 
     exchange, backend = min(able, key=order)
-    why = "by rule, as no row of such a layer was measured on such a machine; moe-dist record measures some"
+    why = "by rule, as no row of such a layer was measured on such a machine; moe-dist compare --remember measures some"
     return Pick(exchange, backend, None, why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -207,12 +208,12 @@ def _merged(found: list[Pick]) -> list[Pick]:
     return merged
 
 
-def remember(path: Path, document: dict[str, Any]) -> Path:
-    """Keep a results file's document under the user's records. Returns where; raises OSError."""
+def remember(document: dict[str, Any]) -> Record:
+    """Keep a results document under the user's records; what it says. Raises OSError where it can't be written."""
     folder = user_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / (re.sub(r"[^\w.-]+", "_", path.stem) + ".json")
-    partial = target.with_suffix(".partial")
+    name = re.sub(r"[^\w.-]+", "", f"{document['date']}-{document['machine']['gpu']}")
+    target, partial = folder / f"{name}.json", folder / f"{name}.{os.getpid()}.partial"
     partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     partial.replace(target)
-    return target
+    return read_record(target, "user")

@@ -271,3 +271,18 @@ def test_plan_says_what_it_takes_and_why(capsys: pytest.CaptureFixture[str], tmp
     assert main([*words, "--tokens", "16", "--json"]) == 0
     (choice,) = json.loads(capsys.readouterr().out)["choices"]
     assert choice["why"].endswith("user record mine.json")
+
+
+def test_results_that_are_remembered_decide_from_then_on() -> None:
+    document = {"date": "2026-11-28T01:02:03Z", "machine": {"gpu": "NVIDIA H200"}, "rows": THREE}
+    assert auto().choices[0].why.startswith("by rule")
+    record = records.remember(document)
+    assert record.name == "2026-11-28T010203Z-NVIDIAH200.json"
+    assert [path.name for path in records.user_folder().iterdir()] == [record.name]
+    assert taken(auto())[0][:2] == ("all_to_all", "triton")
+    assert len(list(record.rows)) == 1
+
+
+def test_times_of_a_cpu_are_not_remembered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--remember", "--device", "cpu"]) == 2
+    assert "--remember = True: is of times on GPUs" in capsys.readouterr().err
