@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from moe_dist.bench.peaks import Peaks, peaks_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Measured ceilings of one device: dense FP8 and bf16 matmul in FLOP/s, device copy in bytes/s."""
-
-    fp8_flops: float
-    bf16_flops: float
-    bandwidth: float
-
-
-# Only what was measured on the device itself; a device that is not here gets no floor rather than a datasheet's.
-# H200: torch._scaled_mm and bf16 matmul of 8192³ and a device-to-device copy, November 2026.
-PEAKS = {"NVIDIA H200": Peaks(1422e12, 788e12, 4.29e12)}
 
 
 def rank_flops(spec: MoESpec, placement: Placement, rank: int, rows: int) -> float:
@@ -38,10 +23,11 @@ def floor_us(
     spec: MoESpec, placement: Placement, rows_per_rank: list[int], active_per_rank: list[int], device: str
 ) -> float | None:
     """The largest rank's floor in microseconds, exchange not counted; None for a device without measured peaks."""
-    if device not in PEAKS:
+    peaks = peaks_of(device)
+    if peaks is None:
         return None
     return max(
-        rank_floor_us(spec, placement, rank, rows, active, PEAKS[device])
+        rank_floor_us(spec, placement, rank, rows, active, peaks)
         for rank, (rows, active) in enumerate(zip(rows_per_rank, active_per_rank, strict=True))
     )
 
@@ -53,9 +39,9 @@ def balanced_floor_us(
     the mean of their arithmetic and the mean of their traffic, on the widest slices. No rearrangement of these experts
     can have a lower floor, since the largest of several numbers is at least their mean (Graham, Bounds on
     Multiprocessing Timing Anomalies, 1969). Copies count where they have pairs. With one group it is the floor."""
-    if device not in PEAKS:
+    peaks, tp, ep = peaks_of(device), placement.tp, placement.ep
+    if peaks is None:
         return None
-    peaks, tp, ep = PEAKS[device], placement.tp, placement.ep
     rate = peaks.fp8_flops if spec.quantized else peaks.bf16_flops
     flops, traffic = [0.0] * tp, [0.0] * tp
     for rank, (rows, active) in enumerate(zip(rows_per_rank, active_per_rank, strict=True)):

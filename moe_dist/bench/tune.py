@@ -17,8 +17,9 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
+from moe_dist.bench.peaks import peaks_of
 from moe_dist.bench.results import provenance
-from moe_dist.bench.roofline import PEAKS, rank_floor_us
+from moe_dist.bench.roofline import rank_floor_us
 from moe_dist.bench.tolerance import margin
 from moe_dist.comm import Comm
 from moe_dist.engine.graph import capture
@@ -138,7 +139,7 @@ def tune_shape(
     backend.use_config(None)
     entries = {found.rows: found.entry for found in tuned.found if found.entry is not None}
     if entries:
-        about = provenance(plan.machine).model_dump()
+        about = provenance(plan.machine).model_dump(include={"date", "commit", "command", "machine"})
         tuned.table = TuningTable(shape=part.shape, revision=backend.table_revision, entries=entries, **about)
     return tuned
 
@@ -198,7 +199,7 @@ def _routings(part: Part, rows: int, seed: int, device: torch.device) -> Iterato
 
 def _floor(part: Part, drawn: list[Tensor]) -> float | None:
     """The mean over routings; None for a device without measured peaks."""
-    peaks = PEAKS.get(part.shape.device)
+    peaks = peaks_of(part.shape.device)
     if peaks is None:
         return None
     floors = []

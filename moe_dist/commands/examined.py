@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
 
 from moe_dist.backends import BACKENDS, Backend
+from moe_dist.bench.peaks import RECORDED, Peaks, measured
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
@@ -40,11 +42,16 @@ def examine() -> dict[str, Any]:
             "gpus": [{"name": gpu.name, "memory_gib": _gib(gpu.memory)} for gpu in (driver.gpus if driver else ())],
         },
         "packages": {package: _version(package) for package in PACKAGES},
+        "peaks": {"recorded": _peaks(RECORDED, machine.name), "measured": _peaks(measured(), machine.name)},
         "nvcc": _nvcc(),
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
         "exchanges": {name: _asked(EXCHANGES, name, _exchange, machine.device) for name in EXCHANGES.names()},
     }
+
+
+def _peaks(known: dict[str, Peaks], device: str) -> dict[str, float] | None:
+    return asdict(known[device]) if device in known else None
 
 
 def _gib(size: int | None) -> float | None:

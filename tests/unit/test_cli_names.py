@@ -18,9 +18,8 @@ from moe_dist.runtime.context import RaySpec
 
 # Flags that set no key of an experiment.
 OTHERS = {
-    "--build", "--csv", "--format", "--json", "--lines", "--machine", "--model-type", "--out", "--remember", "--resume",
-    "--rows",
-    "--seed", "--seeds", "--verbose", "--wide",
+    "--build", "--csv", "--format", "--json", "--lines", "--machine", "--measure", "--model-type", "--out",
+    "--remember", "--resume", "--rows", "--seed", "--seeds", "--verbose", "--wide",
 }  # fmt: skip
 WRONG = {
     "--model": "nosuch", "--checkpoint": "nosuch", "--layer": "-1", "--layers": "0", "--device": "tpu",

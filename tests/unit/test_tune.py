@@ -13,9 +13,10 @@ import torch
 from moe_dist import tables
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
-from moe_dist.bench import roofline, tune
+from moe_dist.bench import peaks, tune
 from moe_dist.bench.case import Case
-from moe_dist.bench.roofline import Peaks, floor_us
+from moe_dist.bench.peaks import Peaks
+from moe_dist.bench.roofline import floor_us
 from moe_dist.bench.tune import count_steps, tune_shape
 from moe_dist.commands.cli import main
 from moe_dist.engine.plan import Plan
@@ -167,7 +168,7 @@ class TestTuneShape:
         assert all((rows.slots_RK >= 0).any() for rows in distinct.values())
 
     def test_floor(self, monkeypatch):
-        monkeypatch.setitem(roofline.PEAKS, "cpu", Peaks(1e9, 1e9, 1e30))
+        monkeypatch.setitem(peaks.RECORDED, "cpu", Peaks(1e9, 1e9, 1e30))
         (found,) = tuned(plan(), [4]).found
         whole = Placement.build(SPEC, ParallelSpec())
         assert found.entry.floor_us == pytest.approx(floor_us(SPEC, whole, [4 * SPEC.top_k], [6], "cpu"), abs=0.01)
