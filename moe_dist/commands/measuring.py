@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import Case
 from moe_dist.bench.output import Output, open_output, rows_in
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.rounds import turns
-from moe_dist.bench.row import Provenance
+from moe_dist.bench.row import Provenance, Result
 from moe_dist.bench.runner import group_starter, plan_cases, run_cases
 from moe_dist.commands.asked import Asked, files_read
 from moe_dist.commands.call import Call
@@ -22,7 +23,7 @@ from moe_dist.commands.flags import Measuring
 from moe_dist.commands.outcome import print_outcome, print_rows
 from moe_dist.commands.printing import console, print_csv, print_json, print_line
 from moe_dist.commands.progress import Reporter
-from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output
+from moe_dist.commands.terminal import Terminal, closed_from_the_start, say, to_standard_output
 from moe_dist.errors import ConfigError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
@@ -35,6 +36,22 @@ def measure(
 ) -> int:
     """The exit code. `sweep`: a case that can't run is a row of why; without, it is an error. `file`: the experiment's,
     which results must not go over."""
+    cases = asked.experiment.cases(asked.machine.device, asked.chosen_by)
+    return measured(asked, cases, measuring, call, as_json=as_json, sweep=sweep, file=file).finish(sweep)
+
+
+def measured(
+    asked: Asked,
+    wanted: Iterable[Case],
+    measuring: Measuring,
+    call: Call,
+    *,
+    as_json: bool,
+    sweep: bool,
+    file: str | None = None,
+) -> Results:
+    """See `measure`: the `wanted` cases, before anything is printed of them."""
+    cases = list(wanted)
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
     if measuring.csv and as_json:
         raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
@@ -45,9 +62,9 @@ def measure(
         for backend in map(BACKENDS.get, experiment.backends):
             if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
                 backend.build()
-    planned, refused = plan_cases(experiment.cases(machine.device, asked.chosen_by), machine)
+    planned, refused = plan_cases(cases, machine)
     if refused and not sweep:  # then its reason is the error, with all that it knows
-        for case in experiment.cases(machine.device, asked.chosen_by):
+        for case in cases:
             case.plan(machine)
     if not planned:
         reasons = list(dict.fromkeys(item.reason for item in refused))
@@ -60,7 +77,7 @@ def measure(
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
     if not as_json and not measuring.csv:
         _print_chosen(asked)
-    results = _Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
+    results = Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
     start = group_starter(experiment, machine)
 
     def started(world: int, shown: Callable[[str], None]) -> Group:
@@ -85,7 +102,7 @@ def measure(
         except BaseException:
             results.save()
             raise
-    return results.finish(sweep)
+    return results
 
 
 def _check_names_and_launcher(asked: Asked) -> None:
@@ -109,8 +126,18 @@ def _print_chosen(asked: Asked) -> None:
         print_line(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})")
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What rows come to, which is shown instead of them: `results` in JSON under `key` beside the document and as CSV,
+    and to people what `show` prints, which is told where the rows are kept, None where nowhere."""
+
+    key: str
+    results: Sequence[Result]
+    show: Callable[[Terminal, str | None], None]
+
+
 @dataclass
-class _Results:
+class Results:
     """What is measured, and where it goes. `measuring.out` is where it was asked for, `output` that place, open; None
     without one, and in torchrun's ranks that don't speak."""
 
@@ -153,9 +180,11 @@ class _Results:
                 with to_standard_output():
                     print_rows(console(), self.outcome, self.measuring.wide)
 
-    def finish(self, sweep: bool) -> int:
+    def finish(self, sweep: bool, summary: Summary | None = None) -> int:
         """Write and print them all, and return the exit code."""
         document = self.document()
+        if summary:
+            document[summary.key] = [each.model_dump(mode="json") for each in summary.results]
         if self.output:
             sys.stdout.flush()  # it may be where results go
             self.output.close(document)
@@ -164,11 +193,14 @@ class _Results:
                 print_json(document)
             self.ending.as_json = False  # one document was printed
         elif self.measuring.csv:
-            print_csv(self.outcome.rows)
+            print_csv(summary.results if summary else self.outcome.rows)
         else:
             written = self.measuring.out if self.output and not self.output.problem else None
             with to_standard_output():
-                print_outcome(console(), self.outcome, written, sweep, self.measuring.wide)
+                if summary:
+                    summary.show(console(), written)
+                else:
+                    print_outcome(console(), self.outcome, written, sweep, self.measuring.wide)
         if self.output and self.output.problem:
             self.ending.kept = ""  # the error says it
             raise self.output.problem
