@@ -13,7 +13,7 @@ from pydantic import Field
 from moe_dist.bench.case import Case, ChosenBy, Experiment
 from moe_dist.bench.row import Number, Provenance, Result, Row, Some
 from moe_dist.bench.runner import plan_cases
-from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.errors import CheckpointError, ConfigError, ResourceError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MOST_TOKENS, TokenLayout, TokenSplit
 
@@ -84,17 +84,20 @@ def phase_cases(
     }
 
 
-def fitting_layers(experiment: Experiment, machine: Machine, requests: Sequence[Request], layers: int) -> int:
-    """How many of `layers` are measured where nobody says it: MEASURED, or as many as there are and fit. 1 where not
-    even one fits, which planning refuses then."""
+def fitting_layers(
+    experiment: Experiment, machine: Machine, requests: Sequence[Request], layers: int
+) -> tuple[int, str]:
+    """How many of `layers` are measured where nobody says it, and why no more where that is less than MEASURED: as many
+    as fit and, of a checkpoint, as are there. 1 where not even one does, which planning refuses then."""
+    reason = ""
     for count in range(min(layers, MEASURED), 1, -1):
         of_phases = phase_cases(experiment.with_changes(layers=count), machine.device, "name", requests)
         try:
             plan_cases([case for cases in of_phases.values() for case in cases], machine)
-            return count
-        except ResourceError:
-            continue
-    return 1
+            return count, reason
+        except (ResourceError, ConfigError, CheckpointError) as error:
+            reason = str(error)
+    return 1, reason
 
 
 class TimedSteps(Result):

@@ -39,7 +39,7 @@ from moe_dist.commands.measuring import Summary, measured
 from moe_dist.commands.outcome import print_rows
 from moe_dist.commands.phases_table import print_phases, report
 from moe_dist.commands.profiling import print_traces, profiled
-from moe_dist.commands.terminal import Terminal
+from moe_dist.commands.terminal import Terminal, say
 from moe_dist.errors import ConfigError, OutputError
 from moe_dist.files import one_path
 from moe_dist.messages.printable import printable
@@ -101,7 +101,9 @@ def bench(
     asked = _one(asked_for(_overridden(config, overrides), source, sweep=False, runtime=runtime), skip_warmup)
     _check_places(result_filename, measuring.out)
     if measured_layers is None:
-        measured_layers = fitting_layers(asked.experiment, asked.machine, requests, layers)
+        measured_layers, reason = fitting_layers(asked.experiment, asked.machine, requests, layers)
+        if reason and speaks():
+            say(f"{measured_layers} of {layers} layers will be timed, as {measured_layers + 1} can't be: {reason}")
     experiment = asked.experiment.with_changes(layers=measured_layers)
     of_phases = phase_cases(experiment, asked.machine.device, asked.chosen_by, requests)
     wanted = profiled(of_phases, profiling, measuring.out or result_filename)

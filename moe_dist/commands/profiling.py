@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,17 +46,16 @@ def print_traces(cases: Sequence[Case]) -> None:
 
 
 def _folder(given: str | None, results: str | None) -> Path:
-    beside = Path(results) if results else None
-    default = beside.with_name(f"{beside.stem}-profile") if beside and beside.name else Path(FOLDER)
-    folder = Path(given or default).absolute()
+    beside = Path(results) if results and (Path(results).is_file() or not Path(results).exists()) else None
+    folder = Path(given or (beside.with_name(f"{beside.stem}-profile") if beside else FOLDER)).absolute()
     field, legal = "profile_output_dir", "a new folder, or an empty one"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(field, str(folder), "is no folder", legal)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(field, str(folder), f"{there} is no folder that can be written to", legal)
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(field, str(folder), "holds files already, and none is overwritten", legal)
+        holds = there == folder and any(folder.iterdir())
     except OSError as error:
         raise ConfigError(field, str(folder), f"can't be read: {error.strerror}", legal) from None
-    if not folder.is_dir() and not folder.parent.is_dir():
-        raise ConfigError(field, str(folder), "lies in a folder that is not there", legal)
+    if holds:
+        raise ConfigError(field, str(folder), "holds files already, and none is overwritten", legal)
     return folder

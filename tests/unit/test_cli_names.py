@@ -121,7 +121,7 @@ def test_a_flag_s_value_is_called_by_the_flag(command, flag, said):
         (["bench", "--profile", "--profile-steps", "0"], "--profile-steps = 0"),
         (["run", "--profile", "--profile-output-dir", "e.yaml"], "--profile-output-dir = "),
         (["run", "--profile", "--profile-output-dir", "."], "--profile-output-dir = "),
-        (["run", "--profile", "--profile-output-dir", "nosuch/traces"], "--profile-output-dir = "),
+        (["run", "--profile", "--profile-output-dir", "e.yaml/traces"], "--profile-output-dir = "),
         (["bench", "--result-filename", "e.yaml"], "--result-filename = 'e.yaml': does not end in a line"),
         (["bench", "--result-filename", "nosuch/r.jsonl"], "--result-filename = 'nosuch/r.jsonl'"),
         (["bench", "--result-filename", "a", "--out", "a"], "--result-filename = 'a': is the file of --out too"),

@@ -99,8 +99,9 @@ def test_as_many_layers_are_measured_as_fit():
     for layers in (0, 1, 2, 3, 1000):  # and half a layer for all that is beside weights
         Room.bytes = int((layers + 0.5) * layer / 0.9)
         found.append(fitting_layers(large, Room("cpu", 1, "a test's CPU"), requests, 58))
-    assert found == [1, 1, 2, 3, MEASURED]
-    assert fitting_layers(large, Room("cpu", 1, "a test's CPU"), requests, 3) == 3
+    assert [count for count, _ in found] == [1, 1, 2, 3, MEASURED]
+    assert ["not enough memory" in reason for _, reason in found] == [True, True, True, True, False]
+    assert fitting_layers(large, Room("cpu", 1, "a test's CPU"), requests, 3) == (3, "")
 
 
 def rows_of(request: Request, **changes: Any) -> list[Any]:
