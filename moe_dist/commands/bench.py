@@ -11,6 +11,7 @@ from moe_dist.bench.case import LARGEST_STACK, LISTS
 from moe_dist.bench.phases import (
     MEASURED,
     MOST_LAYERS,
+    BenchResult,
     combined,
     fitting_layers,
     phase_cases,
@@ -18,6 +19,8 @@ from moe_dist.bench.phases import (
     step_sizes,
 )
 from moe_dist.bench.phases_lines import append_lines, check_lines
+from moe_dist.bench.results import Outcome
+from moe_dist.bench.row import Provenance
 from moe_dist.commands.asked import Asked, asked_for, configuration
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import override
@@ -35,7 +38,7 @@ from moe_dist.commands.flags import (
     Source,
     keys_help,
 )
-from moe_dist.commands.measuring import Summary, measured
+from moe_dist.commands.measuring import Summary, measure
 from moe_dist.commands.outcome import print_rows
 from moe_dist.commands.phases_table import print_phases, report
 from moe_dist.commands.profiling import print_traces, profiled
@@ -108,25 +111,28 @@ def bench(
     of_phases = phase_cases(experiment, asked.machine.device, asked.chosen_by, requests)
     wanted = profiled(of_phases, profiling, measuring.out or result_filename)
     once = list({(case.workload.tokens, case.graph): case for case in wanted}.values())
-    results = measured(asked, once, measuring, call, as_json=json, sweep=False)
-    rows = results.outcome.rows
-    found = [combined(request, of_phases, rows, run_name, layers, results.about) for request in requests]
+    problems: list[OutputError] = []
 
-    def shown(console: Terminal, kept: str | None) -> None:
-        if measuring.wide:
-            print_rows(console, results.outcome, wide=True)
-        print_phases(console, found)
-        if show_report:
-            console.print(report(found), soft_wrap=True, markup=False, highlight=False)
-        for name, path in (("rows", kept), ("results", result_filename)):
-            if path:
-                console.print(f"{name}: {printable(path)}", soft_wrap=True)
-        print_traces(once)
+    def summed(outcome: Outcome, about: Provenance) -> Summary:
+        found = [combined(request, of_phases, outcome.rows, run_name, layers, about) for request in requests]
+        problems.extend(_appended(result_filename, found))
 
-    problem = _appended(result_filename, found)
-    code = results.finish(False, Summary("bench", found, shown))
-    if problem:
-        raise problem
+        def show(console: Terminal, kept: str | None) -> None:
+            if measuring.wide:
+                print_rows(console, outcome, wide=True)
+            print_phases(console, found)
+            if show_report:
+                console.print(report(found), soft_wrap=True, markup=False, highlight=False)
+            for name, path in (("rows", kept), ("results", None if problems else result_filename)):
+                if path:
+                    console.print(f"{name}: {printable(path)}", soft_wrap=True)
+            print_traces(once)
+
+        return Summary("bench", found, show)
+
+    code = measure(asked, measuring, call, as_json=json, sweep=False, cases=once, summed=summed)
+    if problems:
+        raise problems[0]
     return code
 
 
@@ -168,11 +174,11 @@ def _check_places(result_filename: str | None, out: str | None) -> None:
         check_lines(result_filename)
 
 
-def _appended(result_filename: str | None, found: Sequence[Any]) -> OutputError | None:
-    if result_filename is None or not speaks():
-        return None
+def _appended(result_filename: str | None, found: Sequence[BenchResult]) -> list[OutputError]:
+    """What went wrong with it, to be raised when all is printed."""
     try:
-        append_lines(result_filename, found)
+        if result_filename is not None and speaks():
+            append_lines(result_filename, found)
     except OutputError as error:
-        return error
-    return None
+        return [error]
+    return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,26 +32,19 @@ from moe_dist.runtime.voice import launched, speaks
 
 
 def measure(
-    asked: Asked, measuring: Measuring, call: Call, *, as_json: bool, sweep: bool, file: str | None = None
-) -> int:
-    """The exit code. `sweep`: a case that can't run is a row of why; without, it is an error. `file`: the experiment's,
-    which results must not go over."""
-    cases = asked.experiment.cases(asked.machine.device, asked.chosen_by)
-    return measured(asked, cases, measuring, call, as_json=as_json, sweep=sweep, file=file).finish(sweep)
-
-
-def measured(
     asked: Asked,
-    wanted: Iterable[Case],
     measuring: Measuring,
     call: Call,
     *,
     as_json: bool,
     sweep: bool,
     file: str | None = None,
-) -> Results:
-    """See `measure`: the `wanted` cases, before anything is printed of them."""
-    cases = list(wanted)
+    cases: Sequence[Case] | None = None,
+    summed: Callable[[Outcome, Provenance], Summary] | None = None,
+) -> int:
+    """The exit code. `sweep`: a case that can't run is a row of why; without, it is an error. `file`: the experiment's,
+    which results must not go over. `cases`: instead of all of the experiment's. `summed`: what is shown in place of the
+    rows, once they are measured."""
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
     if measuring.csv and as_json:
         raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
@@ -62,6 +55,8 @@ def measured(
         for backend in map(BACKENDS.get, experiment.backends):
             if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
                 backend.build()
+    if cases is None:
+        cases = list(experiment.cases(machine.device, asked.chosen_by))
     planned, refused = plan_cases(cases, machine)
     if refused and not sweep:  # then its reason is the error, with all that it knows
         for case in cases:
@@ -77,7 +72,7 @@ def measured(
         output = open_output(measuring.out, say, call.descriptors, files_read(experiment, file))
     if not as_json and not measuring.csv:
         _print_chosen(asked)
-    results = Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
+    results = _Results(ending, measuring, output, as_json, provenance(machine), Outcome(refused=refused))
     start = group_starter(experiment, machine)
 
     def started(world: int, shown: Callable[[str], None]) -> Group:
@@ -102,7 +97,7 @@ def measured(
         except BaseException:
             results.save()
             raise
-    return results
+    return results.finish(sweep, summed(results.outcome, results.about) if summed else None)
 
 
 def _check_names_and_launcher(asked: Asked) -> None:
@@ -137,7 +132,7 @@ class Summary:
 
 
 @dataclass
-class Results:
+class _Results:
     """What is measured, and where it goes. `measuring.out` is where it was asked for, `output` that place, open; None
     without one, and in torchrun's ranks that don't speak."""
 

@@ -24,6 +24,7 @@ SCOPE = (
 
 def print_phases(console: Terminal, results: Sequence[BenchResult]) -> None:
     table = plain_table(title_of(results[0]))
+    table.padding = (0, 1, 0, 0)  # nine columns in 80
     for name in HEAD:
         table.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
     for result in results:
@@ -72,14 +73,16 @@ def _cells(result: BenchResult) -> list[str]:
         f"{result.batch_size:,}",
         f"{result.input_len:,}",
         f"{result.output_len:,}",
-        f"{result.latency:,.2f}" if result.latency >= 0.1 else f"{result.latency:.4f}",
+        _short(result.latency),
         f"{result.input_throughput:,.0f}",
         f"{result.output_throughput:,.0f}",
-        _ms(1e3 * result.ttft),
-        _ms(result.itl_ms),
+        _short(1e3 * result.ttft),
+        _short(result.itl_ms),
         {True: "yes", False: "NO", None: "unchecked"}[result.ok],
     ]
 
 
-def _ms(value: float) -> str:
-    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+def _short(value: float) -> str:
+    """In few digits, the whole ones all of them."""
+    places = next((places for places, least in enumerate((1000, 100, 1, 0.1)) if value >= least), 4)
+    return f"{value:,.{places}f}"

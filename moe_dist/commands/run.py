@@ -19,7 +19,7 @@ from moe_dist.commands.flags import (
     Runtime,
     Source,
 )
-from moe_dist.commands.measuring import measured
+from moe_dist.commands.measuring import measure
 from moe_dist.commands.profiling import print_traces, profiled
 from moe_dist.errors import ConfigError
 from moe_dist.files import one_path
@@ -43,7 +43,7 @@ def run(
         raise ConfigError("out", measuring.out, "is the file that the routing is saved in", "another file")
     cases = list(asked.experiment.cases(asked.machine.device, asked.chosen_by))
     cases = profiled({"step": cases}, profiling, measuring.out)
-    code = measured(asked, cases, measuring, call, as_json=json, sweep=False).finish(sweep=False)
+    code = measure(asked, measuring, call, as_json=json, sweep=False, cases=cases)
     if not json and not measuring.csv:
         print_traces(cases)
     return code

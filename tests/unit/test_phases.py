@@ -24,7 +24,7 @@ from moe_dist.bench.phases import (
 from moe_dist.bench.results import provenance
 from moe_dist.commands import measuring
 from moe_dist.commands.cli import main
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, OutputError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec
 from moe_dist.report.recorded import read_files
@@ -200,6 +200,18 @@ def test_lines_are_appended_and_the_file_has_rows_for_other_commands(without_ran
     assert document["bench"] == [line.model_dump(mode="json") for line in lines[2:]]
     assert json.loads(Path("r.json").read_text()) == document
     assert len(read_results("r.json")["rows"]) == len(read_files(["r.json"])[0].rows) == len(document["rows"])
+
+
+def test_a_file_that_can_t_be_written_costs_no_results(without_ranks, monkeypatch, capsys):
+    def full(path: str, results: Any) -> None:
+        raise OutputError(path, "No space left on device")
+
+    monkeypatch.setattr("moe_dist.commands.bench.append_lines", full)
+    assert main([*SIZES, "--result-filename", "r.jsonl"]) == 6
+    out, err = capsys.readouterr()
+    assert "throughput" in out
+    assert "results:" not in out
+    assert "r.jsonl can't be written: No space left on device" in err
 
 
 @pytest.mark.parametrize("there", ["{}\n", '{"run_name": "a"}\n', "no JSON\n", "[" * 9999 + "\n", '{"run_name": 1'])
