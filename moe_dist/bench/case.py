@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_dist.bench.draws import recorded
 from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
+from moe_dist.bench.profile_spec import ProfileSpec
 from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO, make_plan
@@ -55,7 +56,8 @@ ChosenBy = Literal["name", "default", "auto"]  # who chose the backend, or with 
 class Case(Section):
     """Everything that decides one row of results. With `layers` the step is a stack of so many, with weights and a
     routing of their own each. `depth`: which layer of a stack this one is; see `at`. `step`: which of the workload's
-    routings this is of, where steps take several in turn. `record_routing`: the file that rank 0 saves them in."""
+    routings this is of, where steps take several in turn. `record_routing`: the file that rank 0 saves them in.
+    `profile`: what is traced when everything is measured."""
 
     section = "case"
 
@@ -69,6 +71,7 @@ class Case(Section):
     depth: int = Field(default=0, strict=True, ge=0, lt=LARGEST_STACK)
     step: int = Field(default=0, strict=True, ge=0, lt=ROUTINGS)
     record_routing: str | None = None
+    profile: ProfileSpec | None = None
     payload: Payload = "auto"
     form: Form = "auto"
     combine_dtype: CombineDtype | None = None

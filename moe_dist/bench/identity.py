@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ def case_key(case: Case, plan: Plan, runtime: str) -> str:
     labels = {
         "parallel": plan.parallel.label,
         "token_layout": plan.token_layout,
-        "choices": [asdict(choice) for choice in plan.choices],
+        "choices": [asdict(replace(choice, why="")) for choice in plan.choices],
         "combine_dtype": plan.combine_dtype,
         "graph": plan.graph,
     }
     return digest(
         {
-            "case": case.model_dump(mode="json"),
+            "case": case.model_dump(mode="json", exclude={"profile", "record_routing"}),  # change no time
             "plan": labels,
             "tables": _tables(plan),
             "checkpoint": _files(case.source.checkpoint),

@@ -17,6 +17,7 @@ from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
 from moe_dist.bench.loading import Weights, weights_of
 from moe_dist.bench.prepared import Kept, Prepared, prepare
+from moe_dist.bench.profile import profile_steps
 from moe_dist.bench.rounds import Turn
 from moe_dist.bench.sketch import sketch, sketch_error
 from moe_dist.bench.stack_check import step_errors
@@ -51,6 +52,7 @@ def measure(context: RankContext, case: Case, plan: Plan, turn: Turn = ALONE) ->
         _again(context, case, step, kept, key)
         result: RankResult = kept.found[key]
         if turn.last:
+            profile_steps(context, case, step)
             kept.drop(key)
     return replace(result, notices=tuple(said))
 

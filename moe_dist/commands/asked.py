@@ -10,7 +10,7 @@ from moe_dist.bench.case import LISTS, ChosenBy, Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
 from moe_dist.bench.source import check_models, with_source
 from moe_dist.commands.config import check_keys, override, resolve_models
-from moe_dist.commands.flags import Grid, Source
+from moe_dist.commands.flags import Configuration, Grid, Source
 from moe_dist.commands.terminal import say
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
@@ -38,21 +38,22 @@ def single(
     record_routing: str | None = None,
 ) -> Asked:
     """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one."""
-    config = one_placement(grid.tp, grid.ep, grid.backend) | {
-        "name": "run",
-        "tokens": [grid.tokens],
-        "token_layouts": [grid.token_layout],
-        "token_splits": [grid.token_split],
-        "skews": [grid.skew],
-        "payload": grid.payload,
-        "iters": grid.iters,
-    }
-    if grid.exchange:
-        config["exchanges"] = [grid.exchange]
+    config = configuration(grid) | {"name": "run", "tokens": [grid.tokens], "iters": grid.iters}
     if record_routing is not None:
         config["record_routing"] = record_routing
     config = override(config, overrides)
     return asked_for(config, source, sweep=False, runtime=runtime, layers=layers, machine=machine)
+
+
+def configuration(chosen: Configuration) -> dict[str, Any]:
+    """What its flags set of an experiment."""
+    config = one_placement(chosen.tp, chosen.ep, chosen.backend) | {
+        "token_layouts": [chosen.token_layout],
+        "token_splits": [chosen.token_split],
+        "skews": [chosen.skew],
+        "payload": chosen.payload,
+    }
+    return config | ({"exchanges": [chosen.exchange]} if chosen.exchange else {})
 
 
 def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "What this machine has, and what can run on it.",
     "plan": "What would run, and why not something else; loads no weights.",
     "run": "Measure one configuration.",
+    "bench": "Prefill and decode of a model's MoE layers, as bench_one_batch_server of SGLang shows a model's.",
     "compare": "Placements × exchanges × backends × tokens × skews, side by side.",
     "diff": "Two results files, row by row: what became slower or faster.",
     "report": "One page from results files: which placement is fastest, charts, all rows.",

@@ -19,15 +19,17 @@ from moe_dist.exchange import EXCHANGES
 from moe_dist.model.spec import TOKEN_LAYOUTS, TOKEN_SPLITS, MoESpec
 from moe_dist.runtime.context import RaySpec
 
-# Flags, and the keys of an experiment that they set; of --tp and --ep, what the library calls them too. A test holds
-# that every flag of every command stands here or sets no key.
+# Flags, and the keys of an experiment that they set; of those that make a key together, what the library calls them
+# too. A test holds that every flag of every command stands here or sets no key.
 SETS = {
     "--model": ("models",), "--checkpoint": ("source.checkpoint",), "--layer": ("source.layer",),
     "--device": ("device",), "--runtime": ("runtime",), "--layers": ("layers",), "--world": ("worlds",),
     "--tp": ("placements", "worlds", "parallel.tp"), "--ep": ("placements", "worlds", "parallel.ep"),
     "--exchange": ("exchanges",), "--backend": ("backends",), "--tokens": ("tokens",),
     "--token-layout": ("token_layouts",), "--token-split": ("token_splits",), "--skew": ("skews",),
-    "--payload": ("payload",), "--iters": ("iters",), "--record-routing": ("record_routing",),
+    "--payload": ("payload",), "--iters": ("iters",), "--record-routing": ("record_routing",), "--seed": ("seed",),
+    "--batch-size": ("tokens", "batch_size"), "--input-len": ("tokens", "input_len"),
+    "--chunked-prefill-size": ("tokens", "chunked_prefill_size"),
 }  # fmt: skip
 
 
@@ -132,14 +134,13 @@ class Source:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One configuration."""
+class Configuration:
+    """How a step is computed, and on what workload but for its size."""
 
     tp: Tp = 1
     ep: Ep = 1
     exchange: Annotated[str | None, Parameter(help=EXCHANGE_HELP)] = None
     backend: Annotated[str | None, Parameter(help=BACKEND_HELP)] = None
-    tokens: Annotated[int, NUMBER, Parameter(help="Global tokens of a step.")] = 64
     token_layout: Annotated[
         str, Parameter(choices=TOKEN_LAYOUTS, help="Whether each rank has all tokens or a share of them.")
     ] = "sharded"
@@ -149,6 +150,14 @@ class Grid:
     ] = "even"
     skew: Annotated[str, Parameter(help=SKEWS_HELP)] = "uniform"
     payload: Annotated[str, Parameter(help=f"How rows travel: {', '.join(PAYLOADS)}.")] = "auto"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Grid(Configuration):
+    """One configuration on steps of one size."""
+
+    tokens: Annotated[int, NUMBER, Parameter(help="Global tokens of a step.")] = 64
     iters: Annotated[int, NUMBER, Parameter(help="Timed steps.")] = 100
 
 
@@ -173,8 +182,31 @@ class Measuring:
     wide: Annotated[bool, Parameter(show_default=False, help="Show every row with all columns.")] = False
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Profiling:
+    """Traces of steps. Raises ConfigError for what is said of them where none is asked for."""
+
+    profile: Annotated[
+        bool, Parameter(show_default=False, help="Trace a few further steps of each case, a file a rank for Perfetto.")
+    ] = False
+    profile_steps: Annotated[int | None, NUMBER, Parameter(help="How many steps (default 3).")] = None
+    profile_output_dir: Annotated[
+        str | None,
+        Parameter(help="New or empty folder for the traces (default: beside the results, or moe-dist-profile here)."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        for field in ("profile_steps", "profile_output_dir"):
+            value = getattr(self, field)
+            if value is not None and not self.profile:
+                flag = f"--{field.replace('_', '-')}"
+                raise ConfigError(flag, value, "is of a profile, and none is asked for", "--profile beside it")
+
+
 Recording = Annotated[
     str | None, Parameter(help="Save the routing that was measured in this new file, for --skew file:PATH.")
 ]
 
-NO_SOURCE, ONE, NOT_KEPT = Source(), Grid(), Measuring()  # what commands have where no such flag is given
+# What commands have where no such flag is given.
+NO_SOURCE, ONE, NOT_KEPT, NO_PROFILE = Source(), Grid(), Measuring(), Profiling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,20 @@ from moe_dist.commands.ending import Ending
 from moe_dist.commands.flags import Measuring
 from moe_dist.commands.outcome import print_outcome, print_rows
 from moe_dist.commands.printing import console, print_csv, print_json
-from moe_dist.commands.terminal import closed_from_the_start, say, to_standard_output
+from moe_dist.commands.terminal import Terminal, closed_from_the_start, say, to_standard_output
 from moe_dist.errors import ConfigError, OutputError
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.runtime.voice import speaks
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What rows come to, which is shown instead of them: `results` in JSON under `key` beside the document and as CSV,
+    and to people what `show` prints, which is told where the rows are kept, None where nowhere."""
+
+    key: str
+    results: Sequence[Result]
+    show: Callable[[Terminal, str | None], None]
 
 
 class Lines:
@@ -137,9 +148,11 @@ class Kept:
                 with to_standard_output():
                     print_rows(console(), self.outcome, self.measuring.wide)
 
-    def finish(self, sweep: bool) -> int:
+    def finish(self, sweep: bool, summary: Summary | None = None) -> int:
         """Write and print them all, and return the exit code."""
         document = self.document()
+        if summary:
+            document[summary.key] = [each.model_dump(mode="json") for each in summary.results]
         if self.output:
             sys.stdout.flush()  # it may be where results go
             self.output.close(document)
@@ -150,11 +163,14 @@ class Kept:
         elif self.lines_alone:
             pass
         elif self.measuring.csv:
-            print_csv(self.outcome.rows)
+            print_csv(summary.results if summary else self.outcome.rows)
         else:
             written = self.measuring.out if self.output and not self.output.problem else None
             with to_standard_output():
-                print_outcome(console(), self.outcome, written, sweep, self.measuring.wide)
+                if summary:
+                    summary.show(console(), written)
+                else:
+                    print_outcome(console(), self.outcome, written, sweep, self.measuring.wide)
         if self.output and self.output.problem:
             self.ending.kept = ""  # the error says it
             raise self.output.problem

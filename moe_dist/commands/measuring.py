@@ -4,7 +4,7 @@ progress, and results that are kept whatever happens."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from moe_dist.backends import BACKENDS
@@ -13,12 +13,13 @@ from moe_dist.bench.output import said
 from moe_dist.bench.results import Outcome, provenance
 from moe_dist.bench.resume import resumed
 from moe_dist.bench.rounds import turns
+from moe_dist.bench.row import Provenance
 from moe_dist.bench.runner import group_starter, plan_cases
 from moe_dist.bench.sweep import Step, run_cases
 from moe_dist.commands.asked import Asked, files_read
 from moe_dist.commands.call import Call
 from moe_dist.commands.flags import Measuring
-from moe_dist.commands.kept import Kept, open_places
+from moe_dist.commands.kept import Kept, Summary, open_places
 from moe_dist.commands.printing import print_line
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import say
@@ -42,10 +43,13 @@ def measure(
     file: str | None = None,
     resume: bool = False,
     remember: bool = False,
+    cases: Sequence[Case] | None = None,
+    summed: Callable[[Outcome, Provenance], Summary] | None = None,
 ) -> int:
     """The exit code. `sweep`: a case that can't run, or fails, is a row of why; without, it is an error. `file`: the
     experiment's, which results must not go over. `resume`: finished rows of the file of `--out` are kept. `remember`:
-    all rows become a record that `auto` chooses from."""
+    all rows become a record that `auto` chooses from. `cases`: instead of all of the experiment's. `summed`: what is
+    shown in place of the rows, once they are measured."""
     experiment, machine, ending = asked.experiment, asked.machine, call.ending
     if measuring.csv and as_json:
         raise ConfigError("--csv", True, "is not given beside --json", "one of the two")
@@ -56,9 +60,11 @@ def measure(
         for backend in (BACKENDS.get(name) for name in experiment.backends if name != AUTO):
             if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
                 backend.build()
-    planned, refused = plan_cases(experiment.cases(machine.device, asked.chosen_by), machine)
+    if cases is None:
+        cases = list(experiment.cases(machine.device, asked.chosen_by))
+    planned, refused = plan_cases(cases, machine)
     if refused and not sweep:  # then its reason is the error, with all that it knows
-        for case in experiment.cases(machine.device, asked.chosen_by):
+        for case in cases:
             case.plan(machine)
     if not planned:
         reasons = list(dict.fromkeys(item.reason for item in refused))
@@ -82,7 +88,7 @@ def measure(
         except BaseException:
             kept.save()
             raise
-        code = kept.finish(sweep)
+        code = kept.finish(sweep, summed(outcome, about) if summed else None)
         if remember and speaks():
             _remember(kept)
         return code

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moe_dist.bench.row import Row
+from moe_dist.bench.row import Result, Row
 from moe_dist.commands.terminal import Terminal, terminal, to_standard_output
 from moe_dist.messages.printable import one_line
 from moe_dist.runtime.voice import speaks
@@ -24,12 +24,13 @@ def print_json(document: Any, indent: int | None = None) -> None:
         print(json.dumps(document, allow_nan=False, indent=indent))
 
 
-def print_csv(rows: Sequence[Row]) -> None:
+def print_csv(rows: Sequence[Result]) -> None:
     """A line for each row, under the keys of docs/results.md; lists and stages as JSON. Only the rank that speaks."""
     if not speaks():
         return
     with to_standard_output():
-        writer = csv.DictWriter(sys.stdout, list(Row.model_fields), lineterminator="\n")
+        columns = list(type(rows[0]).model_fields if rows else Row.model_fields)
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             values = row.model_dump(mode="json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_dist.commands.asked import single
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.flags import (
+    NO_PROFILE,
     NO_SOURCE,
     NOT_KEPT,
     ONE,
@@ -13,11 +14,13 @@ from moe_dist.commands.flags import (
     Layers,
     Measuring,
     Overrides,
+    Profiling,
     Recording,
     Runtime,
     Source,
 )
 from moe_dist.commands.measuring import measure
+from moe_dist.commands.profiling import print_traces, profiled
 from moe_dist.errors import ConfigError
 from moe_dist.files import one_path
 
@@ -29,6 +32,7 @@ def run(
     layers: Layers = None,
     grid: Grid = ONE,
     record_routing: Recording = None,
+    profiling: Profiling = NO_PROFILE,
     measuring: Measuring = NOT_KEPT,
     json: Json = False,
     call: ThisCall,
@@ -37,4 +41,9 @@ def run(
     recording = asked.experiment.record_routing
     if recording and measuring.out and one_path(measuring.out) == one_path(recording):
         raise ConfigError("out", measuring.out, "is the file that the routing is saved in", "another file")
-    return measure(asked, measuring, call, as_json=json, sweep=False)
+    cases = list(asked.experiment.cases(asked.machine.device, asked.chosen_by))
+    cases = profiled({"step": cases}, profiling, measuring.out)
+    code = measure(asked, measuring, call, as_json=json, sweep=False, cases=cases)
+    if not json and not measuring.csv:
+        print_traces(cases)
+    return code

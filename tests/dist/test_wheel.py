@@ -68,6 +68,7 @@ def test_every_command_of_the_docs_outside_of_a_checkout(installed: Path, tmp_pa
     (tmp_path / "results").mkdir()
     few = {
         "run": ["--device", "cpu", "iters=2"],
+        "bench": ["--device", "cpu", "--output-len", "2", "iters=2"],
         "compare": ["--device", "cpu", "iters=6", "worlds=[2]", "skews=[uniform]", "tokens=[8]", "exchanges=[ag_rs]"],
         "check": ["--device", "cpu", "--tokens", "1"],
     }

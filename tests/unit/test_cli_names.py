@@ -18,16 +18,19 @@ from moe_dist.runtime.context import RaySpec
 
 # Flags that set no key of an experiment.
 OTHERS = {
-    "--build", "--csv", "--format", "--json", "--lines", "--machine", "--measure", "--model-type", "--out",
-    "--remember", "--resume", "--rows", "--seed", "--seeds", "--verbose", "--wide",
+    "--build", "--csv", "--format", "--json", "--lines", "--machine", "--measure", "--measured-layers", "--model-type",
+    "--out", "--output-len", "--profile", "--profile-output-dir", "--profile-steps", "--remember", "--result-filename",
+    "--resume", "--rows", "--run-name", "--seeds", "--show-report", "--skip-warmup", "--verbose", "--wide",
 }  # fmt: skip
 WRONG = {
     "--model": "nosuch", "--checkpoint": "nosuch", "--layer": "-1", "--layers": "0", "--device": "tpu",
     "--runtime": "slurm", "--world": "0", "--tp": "99999", "--ep": "99999", "--exchange": "nosuch",
     "--backend": "nosuch", "--tokens": "0", "--token-layout": "striped", "--skew": "nosuch", "--payload": "fp4",
     "--iters": "-1", "--machine": "h300x4", "--seeds": "0", "--rows": "0", "--seed": "9" * 30, "--out": "/",
-    "--model-type": "llama", "--token-split": "striped", "--record-routing": "nosuch/r.pt",
-    "--format": "pdf", "--lines": "/",
+    "--model-type": "llama", "--token-split": "striped", "--record-routing": "nosuch/r.pt", "--format": "pdf",
+    "--batch-size": "0", "--input-len": "0", "--output-len": "0", "--chunked-prefill-size": "0",
+    "--measured-layers": "2", "--run-name": "", "--result-filename": "/", "--profile-steps": "0",
+    "--profile-output-dir": "nosuch/traces", "--lines": "/",
 }  # fmt: skip
 ELSEWHERE = {
     ("tune", "--out"),  # in test_tune.py, with a backend that can be tuned here
@@ -62,7 +65,8 @@ def options() -> Iterator[tuple[str, Argument]]:
 def test_every_flag_sets_a_key_or_none():
     found = {argument.name for _, argument in options()}
     assert found == {*SETS, *OTHERS}, "a new flag: does it set a key?"
-    keys = {key for names in SETS.values() for key in names if not key.startswith("parallel.")}
+    of_library = {"batch_size", "input_len", "chunked_prefill_size"}
+    keys = {key for names in SETS.values() for key in names if not key.startswith("parallel.")} - of_library
     assert {key for key in keys if "." not in key} <= set(Experiment.model_fields)
     assert {key for key in keys if "." in key} == {"source.checkpoint", "source.layer"}
 
@@ -102,6 +106,25 @@ def test_a_flag_s_value_is_called_by_the_flag(command, flag, said):
         (["run", "ray.strategy=any"], "ray.strategy = 'any'"),
         (["run", "source.layer=3"], "source.layer = 3"),
         (["run", "source.checkpoint=a"], "source.layer = None"),
+        (
+            ["bench", "--batch-size", "16", "--chunked-prefill-size", "-1", "--input-len", "9999999"],
+            "--chunked-prefill-size = -1",
+        ),
+        (["bench", "tokens=[8]"], "tokens = [8]"),
+        (["bench", "layers=2"], "layers = 2"),
+        (["bench", "iters=0"], "iters = 0"),
+        (["bench", "--iters", "0"], "--iters = 0"),
+        (["bench", "skews=[uniform, balanced]"], "skews = ['uniform', 'balanced']"),
+        (["bench", "modes=[eager, graph]"], "modes = ['eager', 'graph']"),
+        (["bench", "--skip-warmup", "warmup=3"], "warmup = 3: contradicts --skip-warmup"),
+        (["bench", "--seed", "3", "seed=4"], "seed = 4: contradicts --seed 3"),
+        (["bench", "--profile", "--profile-steps", "0"], "--profile-steps = 0"),
+        (["run", "--profile", "--profile-output-dir", "e.yaml"], "--profile-output-dir = "),
+        (["run", "--profile", "--profile-output-dir", "."], "--profile-output-dir = "),
+        (["run", "--profile", "--profile-output-dir", "e.yaml/traces"], "--profile-output-dir = "),
+        (["bench", "--result-filename", "e.yaml"], "--result-filename = 'e.yaml': does not end in a line"),
+        (["bench", "--result-filename", "nosuch/r.jsonl"], "--result-filename = 'nosuch/r.jsonl'"),
+        (["bench", "--result-filename", "a", "--out", "a"], "--result-filename = 'a': is the file of --out too"),
         (["compare", "e.yaml", "tokens=[]"], "tokens = []"),
         (["compare", "e.yaml", "--layers", "1000"], "--layers = 1000"),
         (["compare", "e.yaml", "--layer", "5"], "e.yaml: source.layer = 3: contradicts --layer 5"),
@@ -235,6 +258,7 @@ def test_help_lists_the_keys_that_a_command_takes_and_no_others(capsys):
     models = {f"model.{key}" for key in MoESpec.model_fields}
     every = {*Experiment.model_fields} | {f"{name}.{key}" for name, cls in inner.items() for key in cls.model_fields}
     takes = {"run": every, "plan": every, "compare": every, "check": every - {"check"}, "tune": models}
+    takes["bench"] = every - {"tokens", "layers", "record_routing"}
     for command in cli.COMMANDS:
         assert keys_in_help(command, capsys) == takes.get(command, set()), command
         for key in sorted(every - takes.get(command, set())):

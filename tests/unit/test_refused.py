@@ -23,6 +23,7 @@ GOOD = {
     "MoESpec": SIZES,
     "WorkloadSpec": {"tokens": 1},
     "Experiment": {"models": [SIZES]},
+    "ProfileSpec": {"folder": "/traces", "name": "EP2"},
     "Case": {"model": SIZES, "parallel": {}, "exchange": "local", "backend": "torch", "workload": {"tokens": 1}},
 }
 BAD = [

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from unit.test_bench import CPU, STAGES, row
 
 from moe_dist.bench.findings import ERRORS
+from moe_dist.bench.phases import BenchResult, TimedSteps
 from moe_dist.bench.results import Outcome, provenance, results_document
 from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, Refused, Row
 
@@ -102,7 +103,9 @@ def documented(model: type[BaseModel]) -> str:
 
 
 class TestPage:
-    @pytest.mark.parametrize("model", [Document, Hardware, Provenance, Row, Notice, Refused, Failed])
+    @pytest.mark.parametrize(
+        "model", [Document, Hardware, Provenance, Row, Notice, Refused, Failed, BenchResult, TimedSteps]
+    )
     def test_has_every_key_as_the_model_has_it(self, model):
         wanted = documented(model)
         assert wanted in PAGE, f"docs/results.md must hold this table:\n{wanted}"
