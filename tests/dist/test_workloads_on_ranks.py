@@ -13,6 +13,7 @@ import torch
 from dist.pool import Pool
 from torch import Tensor
 
+import moe_dist.bench.clock
 import moe_dist.bench.measure
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.findings import merge
@@ -61,10 +62,12 @@ def as_graph() -> Any:
 
         return SimpleNamespace(replay=replay), result
 
-    graph.capture, Plan.capturable = capture, Support(True)
+    graph.capture = moe_dist.bench.clock.capture = capture
+    Plan.capturable = Support(True)
 
     def undo() -> None:
         graph.capture, Plan.capturable = before
+        moe_dist.bench.clock.capture = graph.capture
 
     return undo
 
