@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_dist.balance.placement_file import KIND, read_placement
 from moe_dist.bench.draws import recorded
 from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
 from moe_dist.bench.source_spec import SourceSpec
@@ -124,7 +125,7 @@ class Case(Section):
 
 class Experiment(Section):
     """The product of its lists, in which a value that stands twice counts once. `placements` may name `tp`, `ep` (over
-    all of `worlds`) and `tpXepY`."""
+    all of `worlds`), `tpXepY` and `map:FILE`."""
 
     section = "experiment"
 
@@ -283,7 +284,11 @@ def check_step(tokens: int, model: MoESpec) -> None:
 
 
 def parse_placement(text: str, world: int) -> ParallelSpec | None:
-    """`tp`, `ep`: all of the world one way. `tp2xep2`: that grid, None where its size is not the world's."""
+    """`tp`, `ep`: all of the world one way. `tp2xep2`: that grid, and `map:FILE`: the one in the file, with its experts
+    where that says; None where its size is not the world's."""
+    if text.startswith(KIND):
+        stored = read_placement(text.removeprefix(KIND))
+        return stored if stored.world == world else None
     if text in ("tp", "ep"):
         return ParallelSpec(**{text: world})
     sizes: dict[str, int] = {}
