@@ -28,6 +28,8 @@ SETS = {
     "--exchange": ("exchanges",), "--backend": ("backends",), "--tokens": ("tokens",),
     "--token-layout": ("token_layouts",), "--token-split": ("token_splits",), "--skew": ("skews",),
     "--payload": ("payload",), "--iters": ("iters",), "--record-routing": ("record_routing",),
+    "--placements": ("placements",), "--exchanges": ("exchanges",), "--backends": ("backends",),
+    "--tokens-per-rank": ("tokens",),
 }  # fmt: skip
 
 
@@ -76,7 +78,8 @@ trace saved by --record-routing, moe_dist.Recorder or torch.save({"ids": ids, "w
 ids [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights of the same shape.""".replace(
     "\n", " "
 )
-BACKEND_HELP = f"Of {', '.join(BACKENDS.names())}. Default: triton on a Hopper GPU that it can serve, else torch."
+BACKEND_NAMES = ", ".join(BACKENDS.names())
+BACKEND_HELP = f"Of {BACKEND_NAMES}. Default: triton on a Hopper GPU that it can serve, else torch."
 EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}. Default: local on one rank, ag_rs on more."
 MODEL_KEYS_HELP = f"model.KEY, of every model: {', '.join(MoESpec.model_fields)}."
 
@@ -167,6 +170,15 @@ class Measuring:
     wide: Annotated[bool, Parameter(show_default=False, help="Show every row with all columns.")] = False
 
 
+MODEL_HELP = f"One of {', '.join(model_names())}, or a YAML file."
+Model = Annotated[str, Parameter(help=MODEL_HELP)]
+Calibrate = Annotated[
+    list[str] | None,
+    Parameter(
+        consume_multiple=(1, None),
+        help="Results files whose rows predictions are calibrated on (default: those of a checkout's benchmarks).",
+    ),
+]
 Recording = Annotated[
     str | None, Parameter(help="Save the routing that was measured in this new file, for --skew file:PATH.")
 ]

@@ -19,7 +19,7 @@ from moe_dist.runtime.context import RaySpec
 # Flags that set no key of an experiment.
 OTHERS = {
     "--build", "--csv", "--format", "--json", "--machine", "--model-type", "--out", "--rows", "--seed", "--seeds",
-    "--verbose", "--wide",
+    "--verbose", "--wide", "--calibrate", "--network-gbps", "--network-us", "--redundant", "--move-gbps",
 }  # fmt: skip
 WRONG = {
     "--model": "nosuch", "--checkpoint": "nosuch", "--layer": "-1", "--layers": "0", "--device": "tpu",
@@ -27,6 +27,8 @@ WRONG = {
     "--backend": "nosuch", "--tokens": "0", "--token-layout": "striped", "--skew": "nosuch", "--payload": "fp4",
     "--iters": "-1", "--machine": "h300x4", "--seeds": "0", "--rows": "0", "--seed": "9" * 30, "--out": "/",
     "--model-type": "llama", "--token-split": "striped", "--record-routing": "nosuch/r.pt", "--format": "pdf",
+    "--calibrate": "nosuch.json", "--network-gbps": "0", "--network-us": "-1", "--redundant": "-1", "--move-gbps": "0",
+    "--placements": "pp", "--exchanges": "nosuch", "--backends": "nosuch", "--tokens-per-rank": "0",
 }  # fmt: skip
 ELSEWHERE = {
     ("tune", "--out"),  # in test_tune.py, with a backend that can be tuned here
