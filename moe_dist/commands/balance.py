@@ -32,7 +32,7 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.simulate.calibration import Calibration, calibration
-from moe_dist.simulate.gain import EXCHANGE, Change, Gain, break_even_zipf, steps_to_pay
+from moe_dist.simulate.gain import EXCHANGE, Change, Gain, Sweep, steps_to_pay
 from moe_dist.workloads.skew_names import canonical_skew
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.traces import read_trace
@@ -53,7 +53,7 @@ Out = Annotated[str | None, Parameter(help="Save the placement in this file, for
 
 @dataclass(frozen=True)
 class Predicted:
-    """What rows of measured steps say of a change. `from_zipf`: see break_even_zipf."""
+    """What rows of measured steps say of a change. `from_zipf`: see Sweep.break_even."""
 
     gpu: str
     backend: str
@@ -136,7 +136,7 @@ def _predicted(
         gain=gain,
         move_gbps=gbps,
         steps_to_pay=steps_to_pay(gain, max(change.moved_bytes()), gbps),
-        from_zipf=break_even_zipf(made.model, backend, change.spec, change.before, redundant, routing.tokens),
+        from_zipf=Sweep(made.model, backend, change.spec, change.before, redundant, routing.tokens).break_even(),
         beyond=made.model.beyond(change.work(routing, routing.tokens)[0]),
         made=made,
     )

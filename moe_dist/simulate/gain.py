@@ -98,23 +98,32 @@ def steps_to_pay(gain: Gain, moved: int, gbps: float) -> int | None:
     return ceil(moved / (1e3 * gbps) / gain.gain_us) if gain.gain_us > 0 else None
 
 
-def break_even_zipf(model: CostModel, backend: str, spec: MoESpec, parallel: ParallelSpec, redundant: int,
-                    tokens: int) -> float | None:  # fmt: skip
-    """The least exponent of EXPONENTS from which on, of zipf:S, a placement gains more than scatter explains, the median
-    over SEEDS draws; None where the largest does not. It is made for SAMPLE tokens and judged on a step of others with
-    the same odds, since a step's own loads are not known before it."""
-    found = None
-    for exponent in EXPONENTS:
-        gains = [_of_draw(model, backend, spec, parallel, redundant, tokens, exponent, seed) for seed in range(SEEDS)]
-        seen = median(gain.gain_us - gain.scatter_us for gain in gains) > 0
-        found = (exponent if found is None else found) if seen else None
-    return found
+@dataclass(frozen=True)
+class Sweep:
+    """Over exponents of zipf:S, for a grid whose experts are rearranged, with `redundant` copies. A placement is made
+    for SAMPLE tokens and judged on a step of others with the same odds: a step's own loads are not known before it."""
 
+    model: CostModel
+    backend: str
+    spec: MoESpec
+    parallel: ParallelSpec
+    redundant: int
+    tokens: int
 
-def _of_draw(model: CostModel, backend: str, spec: MoESpec, parallel: ParallelSpec, redundant: int, tokens: int,
-             exponent: float, seed: int) -> Gain:  # fmt: skip
-    judged = min(tokens, SAMPLE)
-    drawn = synthetic_routing(spec, SAMPLE + judged, f"zipf:{exponent:g}", seed)
-    earlier, later = drawn.rows(0, SAMPLE), drawn.rows(SAMPLE, SAMPLE + judged)
-    after = balanced(expert_loads(earlier, spec.num_experts), parallel, redundant)
-    return Change(spec, parallel, after).gain(model, backend, later, tokens)
+    def break_even(self) -> float | None:
+        """The least of EXPONENTS from which on the gain is more than scatter explains, the median over SEEDS draws;
+        None where that of the largest is not. Raises UnsupportedError as the model."""
+        found = None
+        for exponent in EXPONENTS:
+            gains = [self.gain(exponent, seed) for seed in range(SEEDS)]
+            seen = median(gain.gain_us - gain.scatter_us for gain in gains) > 0
+            found = (exponent if found is None else found) if seen else None
+        return found
+
+    def gain(self, exponent: float, seed: int) -> Gain:
+        """Of one draw."""
+        judged = min(self.tokens, SAMPLE)
+        drawn = synthetic_routing(self.spec, SAMPLE + judged, f"zipf:{exponent:g}", seed)
+        earlier, later = drawn.rows(0, SAMPLE), drawn.rows(SAMPLE, SAMPLE + judged)
+        after = balanced(expert_loads(earlier, self.spec.num_experts), self.parallel, self.redundant)
+        return Change(self.spec, self.parallel, after).gain(self.model, self.backend, later, self.tokens)

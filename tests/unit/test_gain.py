@@ -19,7 +19,7 @@ from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.simulate.calibration import calibration
 from moe_dist.simulate.cost import CostModel
-from moe_dist.simulate.gain import Change, Gain, break_even_zipf, steps_to_pay
+from moe_dist.simulate.gain import Change, Gain, Sweep, steps_to_pay
 from moe_dist.workloads.skews import synthetic_routing
 
 V3 = find_model("DeepSeek-V3")
@@ -29,6 +29,13 @@ SPEC = MoESpec(hidden=128, intermediate=256, num_experts=6, top_k=2)
 @pytest.fixture(scope="module")
 def model() -> CostModel:
     return calibration(None).model
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds, with all of them."""
+    monkeypatch.setattr("moe_dist.simulate.gain.EXPONENTS", [0.0, 0.2, 1.0, 2.0])
+    monkeypatch.setattr("moe_dist.simulate.gain.SEEDS", 1)
 
 
 @pytest.fixture
@@ -70,10 +77,11 @@ class TestGain:
 
     def test_break_even(self, model):
         """Even routing has nothing to gain, and a steep one has at prefill; under TP alone no skew has."""
-        found = break_even_zipf(model, "cutlass", V3, ParallelSpec(ep=4), 0, 8192)
-        assert found is not None
-        assert 0.1 < found < 1.5
-        assert break_even_zipf(model, "cutlass", V3, ParallelSpec(tp=4), 0, 64) is None
+        sweep = Sweep(model, "cutlass", V3, ParallelSpec(ep=4), 0, 8192)
+        assert sweep.break_even() == 1.0
+        assert not sweep.gain(0.0, 0).seen
+        assert sweep.gain(2.0, 0).seen
+        assert Sweep(model, "cutlass", V3, ParallelSpec(tp=4), 0, 64).break_even() is None
 
 
 class TestBalance:
