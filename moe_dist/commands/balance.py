@@ -17,15 +17,15 @@ from moe_dist.balance.balancer import balanced
 from moe_dist.balance.loads import RankLoads, expert_loads
 from moe_dist.balance.placement_file import KEYS, KIND, placement_text, read_placement
 from moe_dist.bench.case import check_step
-from moe_dist.bench.output import open_output, said
+from moe_dist.bench.output import open_output
 from moe_dist.bench.roofline import balanced_floor_us, floor_us
 from moe_dist.bench.table import number, plain_table, size
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import find_model
 from moe_dist.commands.flags import BACKEND_NAMES, NUMBER, SKEWS_HELP, Calibrate, Ep, Json, Model, Tp
-from moe_dist.commands.printing import console, print_json
+from moe_dist.commands.printing import console, print_json, write_once
 from moe_dist.commands.terminal import Terminal, say, show, to_standard_output
-from moe_dist.errors import ConfigError, OutputError, UnsupportedError
+from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.messages.printable import printable
 from moe_dist.model.placement import Placement
@@ -92,6 +92,7 @@ def balance(
     Placement.build(spec, before)
     made_for, judged_on = _routings(spec, work)
     change = Change(spec, before, balanced(expert_loads(made_for, spec.num_experts), before, redundant))
+    output = None if out is None else open_output(out, say, call.descriptors, (), _older)
     found: Predicted | str
     try:
         found = _predicted(change, calibration(calibrate), backend, judged_on, redundant, move_gbps)
@@ -99,8 +100,8 @@ def balance(
         if calibrate is not None:
             raise
         found = str(error)
-    if out is not None:
-        _save(change.after, out, call)
+    if output is not None:
+        write_once(output, placement_text(change.after))
     apart = made_for is not judged_on
     if json:
         print_json(_document(change, work, judged_on, apart, found))
@@ -129,7 +130,10 @@ def _predicted(
     change: Change, made: Calibration, backend: str, routing: Routing, redundant: int, move_gbps: float | None
 ) -> Predicted:
     gain = change.gain(made.model, backend, routing, routing.tokens)
-    gbps = move_gbps or made.model.link(EXCHANGE).gbps or MOST_GBPS
+    gbps = move_gbps or made.model.link(EXCHANGE).gbps
+    if gbps is None:
+        rule = f"has no default here: in the measured rows bytes of {EXCHANGE} cost nothing"
+        raise ConfigError("move_gbps", None, rule, "a rate in GB/s")
     return Predicted(
         gpu=made.model.gpu,
         backend=backend,
@@ -140,17 +144,6 @@ def _predicted(
         beyond=made.model.beyond(change.work(routing, routing.tokens)[0]),
         made=made,
     )
-
-
-def _save(parallel: ParallelSpec, out: str, call: Any) -> None:
-    output = open_output(out, say, call.descriptors, (), _older)
-    try:
-        output.write(placement_text(parallel))
-    except OSError as error:
-        raise OutputError(output.path, said(error)) from None
-    finally:
-        if output.claim is not None:
-            output.claim.close()
 
 
 def _older(path: Path) -> str:
@@ -206,7 +199,8 @@ def print_balance(
     console: Terminal, change: Change, work: WorkloadSpec, routing: Routing, apart: bool, found: Predicted | str
 ) -> None:
     first, second = loads = change.loads(routing)
-    title = f"{change.spec.name} {change.spec.quant_label}, {work.tokens:,} tokens, routing {work.skew}"
+    title = f"{change.spec.name} {change.spec.quant_label} as {change.before.label}"
+    title += f", {work.tokens:,} tokens, routing {work.skew}"
     console.print(printable(title), style="bold", soft_wrap=True)
     show(console, loads_table(change, first, second))
     console.print(
