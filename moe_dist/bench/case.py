@@ -284,11 +284,10 @@ def check_step(tokens: int, model: MoESpec) -> None:
 
 
 def parse_placement(text: str, world: int) -> ParallelSpec | None:
-    """`tp`, `ep`: all of the world one way. `tp2xep2`: that grid, and `map:FILE`: the one in the file, with its experts
-    where that says; None where its size is not the world's."""
+    """`tp`, `ep`: all of the world one way. `tp2xep2`, `map:FILE`: that grid, None where its size is not the world's."""
     if text.startswith(KIND):
-        stored = read_placement(text.removeprefix(KIND))
-        return stored if stored.world == world else None
+        parallel = read_placement(text.removeprefix(KIND))
+        return parallel if parallel.world == world else None
     if text in ("tp", "ep"):
         return ParallelSpec(**{text: world})
     sizes: dict[str, int] = {}
