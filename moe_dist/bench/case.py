@@ -284,7 +284,7 @@ def check_step(tokens: int, model: MoESpec) -> None:
 
 
 def parse_placement(text: str, world: int) -> ParallelSpec | None:
-    """`tp`, `ep`: all of the world one way. `tp2xep2`, `map:FILE`: that grid, None where its size is not the world's."""
+    """`tp`, `ep`: all of the world one way. `tp2xep2`, `map:FILE`: that grid; None if its size is not the world's."""
     if text.startswith(KIND):
         parallel = read_placement(text.removeprefix(KIND))
         return parallel if parallel.world == world else None
