@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends import BACKENDS
-from moe_dist.bench.peaks import RECORDED
+from moe_dist.bench.peaks import PEAKS
 from moe_dist.bench.results import provenance
 from moe_dist.bench.roofline import rank_floor_us
 from moe_dist.bench.tune import FORWARDS, Sample, calls_us, draw_sample, forward_us
@@ -197,9 +197,7 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
             calls += two_gemms(shard, counts, Stream("rows of GEMMs alone", count, seed, number, device="cuda"))
             work.append(flops(plan, part, slots))
             pairs, active = int(counts.sum()), int((counts > 0).sum())
-            least.append(
-                rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, RECORDED[plan.machine.name])
-            )
+            least.append(rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, PEAKS[plan.machine.name]))
 
         def all_gemms(calls: list[Any] = calls) -> None:
             for rows, weights, out, expert in calls:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_dist.balance.placement_file import KIND, read_placement
 from moe_dist.bench.draws import recorded
 from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
 from moe_dist.bench.profile_spec import ProfileSpec
@@ -137,7 +138,7 @@ class Case(Section):
 
 class Experiment(Section):
     """The product of its lists, in which a value that stands twice counts once. `placements` may name `tp`, `ep` (over
-    all of `worlds`) and `tpXepY`."""
+    all of `worlds`), `tpXepY` and `map:FILE`."""
 
     section = "experiment"
 
@@ -296,7 +297,10 @@ def check_step(tokens: int, model: MoESpec) -> None:
 
 
 def parse_placement(text: str, world: int) -> ParallelSpec | None:
-    """`tp`, `ep`: all of the world one way. `tp2xep2`: that grid, None where its size is not the world's."""
+    """`tp`, `ep`: all of the world one way. `tp2xep2`, `map:FILE`: that grid; None if its size is not the world's."""
+    if text.startswith(KIND):
+        parallel = read_placement(text.removeprefix(KIND))
+        return parallel if parallel.world == world else None
     if text in ("tp", "ep"):
         return ParallelSpec(**{text: world})
     sizes: dict[str, int] = {}

@@ -14,7 +14,7 @@ from moe_dist.model.spec import Name
 from moe_dist.step import FORMS
 from moe_dist.workloads.skew_names import SKEWS
 
-PLACEMENTS = ("tp", "ep", "tp2xep2 and the like")
+PLACEMENTS = ("tp", "ep", "tp2xep2 and the like", "map:FILE of moe-dist balance --out")
 
 Placements = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: PLACEMENTS))]
 Exchanges = Annotated[

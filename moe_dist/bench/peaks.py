@@ -42,7 +42,7 @@ class Peaks:
 
 # Only what was measured on the device itself; a device that is neither here nor measured by its user gets no floor
 # rather than a datasheet's. torch._scaled_mm and bf16 matmul of 8192³ and a device-to-device copy, November 2026.
-RECORDED = {
+PEAKS = {
     "NVIDIA H200": Peaks(1422e12, 788e12, 4.29e12),
     "NVIDIA H100 80GB HBM3": Peaks(1311e12, 693e12, 3.02e12),
 }
@@ -50,7 +50,7 @@ RECORDED = {
 
 def peaks_of(device: str) -> Peaks | None:
     """The recorded ones of such a card, so that floors of one card are the same everywhere; else this user's own."""
-    return RECORDED.get(device) or measured().get(device)
+    return PEAKS.get(device) or measured().get(device)
 
 
 def measured() -> dict[str, Peaks]:

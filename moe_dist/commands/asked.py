@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from moe_dist import checkpoint
+from moe_dist.balance.placement_file import KIND
 from moe_dist.bench.case import LISTS, ChosenBy, Experiment
 from moe_dist.bench.defaults import default_backend, default_modes
 from moe_dist.bench.source import check_models, with_source
@@ -116,4 +117,5 @@ def files_read(experiment: Experiment, file: str | None = None) -> list[str]:
     """Files and folders that `--out` must not write over; `file` is the experiment's. A model's file is one that holds
     no results."""
     traces = [skew.removeprefix("file:") for skew in experiment.skews if skew.startswith("file:")]
-    return [*(path for path in (file, experiment.source.checkpoint) if path is not None), *traces]
+    maps = [name.removeprefix(KIND) for name in experiment.placements if name.startswith(KIND)]
+    return [*(path for path in (file, experiment.source.checkpoint) if path is not None), *traces, *maps]

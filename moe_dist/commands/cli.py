@@ -31,6 +31,8 @@ COMMANDS = {
     "compare": "Placements × exchanges × backends × tokens × skews, side by side.",
     "diff": "Two results files, row by row: what became slower or faster.",
     "report": "One page from results files: which placement is fastest, charts, all rows.",
+    "balance": "Loads of experts, a placement that evens them out, and what it is predicted to gain.",
+    "simulate": "Predicted steps of a machine that is not at hand, from measured rows.",
     "check": "Numbers against the oracle at a model's real shapes.",
     "build": "Compile what a backend needs, once; can take many minutes.",
     "tune": "Find a backend's fastest configs for a model's shapes (random weights), for its tables.",

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_dist.backends import BACKENDS, Backend
-from moe_dist.bench.peaks import RECORDED, Peaks, measured
+from moe_dist.bench.peaks import PEAKS, Peaks, measured
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
@@ -42,7 +42,7 @@ def examine() -> dict[str, Any]:
             "gpus": [{"name": gpu.name, "memory_gib": _gib(gpu.memory)} for gpu in (driver.gpus if driver else ())],
         },
         "packages": {package: _version(package) for package in PACKAGES},
-        "peaks": {"recorded": _peaks(RECORDED, machine.name), "measured": _peaks(measured(), machine.name)},
+        "peaks": {"recorded": _peaks(PEAKS, machine.name), "measured": _peaks(measured(), machine.name)},
         "nvcc": _nvcc(),
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},

@@ -30,6 +30,8 @@ SETS = {
     "--payload": ("payload",), "--iters": ("iters",), "--record-routing": ("record_routing",), "--seed": ("seed",),
     "--batch-size": ("tokens", "batch_size"), "--input-len": ("tokens", "input_len"),
     "--chunked-prefill-size": ("tokens", "chunked_prefill_size"),
+    "--placements": ("placements",), "--exchanges": ("exchanges",), "--backends": ("backends",),
+    "--tokens-per-rank": ("tokens",),
 }  # fmt: skip
 
 
@@ -79,8 +81,9 @@ ids [rows, top_k] from 0 to experts - 1, -1 for none, and floating-point weights
     "\n", " "
 )
 AUTO_HELP = "auto: what was fastest when measured, by size of step"
-BACKEND_HELP = f"""Of {", ".join(BACKENDS.names())}; {AUTO_HELP}. Default: triton on a Hopper GPU that it can
-serve, else torch.""".replace("\n", " ")
+BACKEND_NAMES = ", ".join(BACKENDS.names())
+BACKEND_HELP = f"""Of {BACKEND_NAMES}; {AUTO_HELP}. Default: triton on a Hopper GPU that it can serve, else
+torch.""".replace("\n", " ")
 EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}; {AUTO_HELP}. Default: local on one rank, ag_rs on more."
 MODEL_KEYS_HELP = f"model.KEY, of every model: {', '.join(MoESpec.model_fields)}."
 
@@ -204,6 +207,15 @@ class Profiling:
                 raise ConfigError(flag, value, "is of a profile, and none is asked for", "--profile beside it")
 
 
+MODEL_HELP = f"One of {', '.join(model_names())}, or a YAML file."
+Model = Annotated[str, Parameter(help=MODEL_HELP)]
+Calibrate = Annotated[
+    list[str] | None,
+    Parameter(
+        consume_multiple=(1, None),
+        help="Results files whose rows predictions are calibrated on (default: those of a checkout's benchmarks).",
+    ),
+]
 Recording = Annotated[
     str | None, Parameter(help="Save the routing that was measured in this new file, for --skew file:PATH.")
 ]

@@ -13,7 +13,7 @@ from moe_dist.errors import UNKNOWN_KEY, ConfigError, listed
 KEYS = {
     "world": "worlds", "exchange": "exchanges", "backend": "backends", "token_layout": "token_layouts",
     "token_split": "token_splits", "skew": "skews", "parallel.tp": "placements", "parallel.ep": "placements",
-    "checkpoint.layer": "source.layer",
+    "parallel.expert_map": "placements", "parallel.replicas": "placements", "checkpoint.layer": "source.layer",
 }  # fmt: skip
 SECTIONS = re.compile(r"^(experiment|workload|case)\.")  # which the user's keys are not under
 

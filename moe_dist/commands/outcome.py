@@ -9,6 +9,7 @@ from moe_dist.bench.serving import python, sglang, vllm
 from moe_dist.bench.table import ROOMY, failed_table, number, refused_table, tables
 from moe_dist.commands.terminal import Terminal, show
 from moe_dist.messages.printable import printable
+from moe_dist.model.spec import MAPPED
 
 BALANCED = 1.005  # a floor that is so near to what balance would give is balanced
 
@@ -58,7 +59,8 @@ def print_next(console: Terminal, found: list[Answer]) -> None:
         return
     winners = {found[number].best[0].placement: found[number].best[0] for number in (0, -1)}
     for row in winners.values():
-        console.print(f"To use {row.placement}, the fastest at {row.global_tokens:,} tokens:")
+        mapped = " (without its map of experts, for which there is no flag)" if MAPPED in row.placement else ""
+        console.print(f"To use {row.placement}, the fastest at {row.global_tokens:,} tokens{mapped}:")
         for name, text in (("SGLang", sglang(row)), ("vLLM", vllm(row)), ("Python", python(row))):
             if text:
                 console.print(f"  {name:<7} {printable(text)}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What commands print as their answer."""
+"""What commands print as their answer, or write in its place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from moe_dist.bench.output import Output, said
 from moe_dist.bench.row import Result, Row
 from moe_dist.commands.terminal import Terminal, terminal, to_standard_output
+from moe_dist.errors import OutputError
 from moe_dist.messages.printable import one_line
 from moe_dist.runtime.voice import speaks
 
@@ -40,3 +42,14 @@ def print_csv(rows: Sequence[Result]) -> None:
 def print_line(text: str) -> None:
     with to_standard_output():
         console().print(one_line(text), soft_wrap=True)
+
+
+def write_once(output: Output, text: str) -> None:
+    """All that is written there. Raises OutputError."""
+    try:
+        output.write(text)
+    except OSError as error:
+        raise OutputError(output.path, said(error)) from None
+    finally:
+        if output.claim is not None:
+            output.claim.close()

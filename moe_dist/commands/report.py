@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from moe_dist.bench.output import Output, open_output, said
+from moe_dist.bench.output import open_output, said
 from moe_dist.commands.call import ThisCall
-from moe_dist.commands.printing import print_line
+from moe_dist.commands.printing import print_line, write_once
 from moe_dist.commands.terminal import say, to_standard_output
-from moe_dist.errors import ConfigError, OutputError
+from moe_dist.errors import ConfigError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.report.formats import csv_text, is_report, markdown
 from moe_dist.report.page import page
@@ -36,21 +36,11 @@ def report(files: Files, /, *, out: Out = None, format: Format = "html", call: T
         with to_standard_output():
             sys.stdout.write(text)
         return OK
-    _write(output, text)
+    write_once(output, text)
     if not output.on_standard_output:
         rows = sum(len(file.rows) for file in found)
         print_line(f"report: {output.path}, {rows:,} rows of {len(found)} file{'s' * (len(found) != 1)}")
     return OK
-
-
-def _write(output: Output, text: str) -> None:
-    try:
-        output.write(text)
-    except OSError as error:
-        raise OutputError(output.path, said(error)) from None
-    finally:
-        if output.claim is not None:
-            output.claim.close()
 
 
 def _older_report(path: Path) -> str:

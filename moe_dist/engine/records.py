@@ -82,6 +82,7 @@ class _Row(BaseModel):
     quant: str
     tp: int
     ep: int
+    placement: str
     token_layout: str
     graph: bool
     layer: str
@@ -99,6 +100,7 @@ class _Row(BaseModel):
     @property
     def usable(self) -> bool:
         plain = self.layer == "whole" and self.skew in SKEWS and self.token_split == "even" and self.peer is None
+        plain &= not {"+", "@"} & set(self.placement)  # no copies of experts, no map of them
         return plain and bool(self.ok) and bool(self.p50_us)
 
     def timed(self) -> Timed:

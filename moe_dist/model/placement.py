@@ -6,7 +6,7 @@ grid of both. Rank r is tensor-parallel member `r % tp` of expert group `r // tp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import torch
@@ -18,23 +18,29 @@ from moe_dist.model.spec import MoESpec, ParallelSpec, slice_bounds, split_bound
 
 @dataclass(frozen=True)
 class Placement:
-    """`slices[t]` is the range of the intermediate size that TP member t holds; `homes[g]` lists the global ids of the
-    experts of group g in the order of their local slots: its own ascending, then its replicas of others."""
+    """`slices[t]` is the range of the intermediate size that TP member t holds; `owners[e]` is the group that owns
+    expert e; `homes[g]` lists the global ids of the experts of group g in the order of their local slots: its own
+    ascending, then its replicas of others."""
 
     num_experts: int
     intermediate: int
     slices: tuple[tuple[int, int], ...]
+    owners: tuple[int, ...] = field(hash=False)  # tables are looked up by the hash in every step
     homes: tuple[tuple[int, ...], ...]
 
     @classmethod
     def build(cls, spec: MoESpec, parallel: ParallelSpec) -> Placement:
-        """Raises ConfigError when a rank would hold nothing, or a replica names no expert or group."""
+        """Raises ConfigError when a rank would hold nothing, when the map of experts is not one group for each expert,
+        or when a replica names no expert or group."""
         allow = parallel.allow_empty_shards
         slices = slice_bounds(spec.intermediate, parallel.tp, spec.granularity, "parallel.tp", allow)
         if parallel.ep > spec.num_experts and not allow:
             rule = f"{spec.num_experts} experts leave a rank with none (allow_empty_shards=true permits that)"
             raise ConfigError("parallel.ep", parallel.ep, rule, f"1 to {spec.num_experts}")
-        homes = [list(range(start, stop)) for start, stop in split_bounds(spec.num_experts, parallel.ep)]
+        owners = _owners(spec, parallel)
+        homes: list[list[int]] = [[] for _ in range(parallel.ep)]
+        for expert, group in enumerate(owners):
+            homes[group].append(expert)
         for expert, groups in parallel.replicas:
             if not 0 <= expert < spec.num_experts:
                 raise ConfigError("parallel.replicas", expert, "no such expert", f"0 to {spec.num_experts - 1}")
@@ -46,7 +52,10 @@ class Placement:
                     rule = f"expert {expert} lives in this group already"
                     raise ConfigError("parallel.replicas", group, rule)
                 homes[group].append(expert)
-        return cls(spec.num_experts, spec.intermediate, tuple(slices), tuple(map(tuple, homes)))
+        if parallel.expert_map and [] in homes and not allow:
+            rule = f"leaves group {homes.index([])} without an expert (allow_empty_shards=true permits that)"
+            raise ConfigError("parallel.expert_map", parallel.expert_map, rule, "an expert in each group")
+        return cls(spec.num_experts, spec.intermediate, tuple(slices), owners, tuple(map(tuple, homes)))
 
     @property
     def tp(self) -> int:
@@ -128,6 +137,21 @@ class Placement:
         return [counts[rank // self.tp] for rank in range(self.world)]
 
 
+def _owners(spec: MoESpec, parallel: ParallelSpec) -> tuple[int, ...]:
+    """The group that owns each expert: by the map, or in equal runs."""
+    if not parallel.expert_map:
+        bounds = split_bounds(spec.num_experts, parallel.ep)
+        return tuple(group for group, (start, stop) in enumerate(bounds) for _ in range(start, stop))
+    if len(parallel.expert_map) != spec.num_experts:
+        rule = f"names the groups of {len(parallel.expert_map)} experts, and the model has {spec.num_experts}"
+        raise ConfigError("parallel.expert_map", parallel.expert_map, rule, f"{spec.num_experts} groups of experts")
+    for expert, group in enumerate(parallel.expert_map):
+        if not 0 <= group < parallel.ep:
+            rule = f"no such expert group for expert {expert}"
+            raise ConfigError("parallel.expert_map", group, rule, f"0 to {parallel.ep - 1}")
+    return parallel.expert_map
+
+
 def imbalance(rows_per_rank: list[int]) -> float:
     """Most rows over mean rows; 1.0 is perfect balance, the world size is the worst."""
     total = sum(rows_per_rank)
@@ -147,12 +171,10 @@ class Tables:
 def tables_on(placement: Placement, device: torch.device) -> Tables:
     slots = torch.full((placement.ep, placement.num_experts + 1), -1, dtype=torch.int32, device="cpu")
     groups: list[list[int]] = [[] for _ in range(placement.num_experts)]
-    owners = split_bounds(placement.num_experts, placement.ep)
     for group, experts in enumerate(placement.homes):
         for slot, expert in enumerate(experts):
             slots[group, expert] = slot
-            own = owners[group][0] <= expert < owners[group][1]
-            groups[expert].insert(0 if own else len(groups[expert]), group)
+            groups[expert].insert(0 if placement.owners[expert] == group else len(groups[expert]), group)
     most = max(map(len, groups))
     groups.append([])
     padded = torch.tensor([held + [-1] * (most - len(held)) for held in groups], dtype=torch.int64, device="cpu")

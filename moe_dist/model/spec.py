@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -31,6 +32,7 @@ MOST_TOKENS = 1 << 24
 LEAST_SCALING, MOST_SCALING = 1e-6, 1e6
 LEAST_SEED, MOST_SEED = -(1 << 63), (1 << 63) - 1  # 64 bits
 LONGEST_NAME = 300
+MAPPED = "@"  # in the label of a placement that has a map of experts
 LONGEST_WAIT_S = 7 * 86400.0
 
 Size = Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
@@ -183,13 +185,15 @@ class MoESpec(Section):
 class ParallelSpec(Section):
     """The grid: `tp` slices of every expert times `ep` groups of experts, world = tp × ep.
 
-    `replicas` gives an expert extra homes: {expert: [ep group, ...]}, beside the group that owns it anyway.
+    `expert_map[e]` is the ep group that owns expert e; without it, groups own equal runs of experts. `replicas` gives
+    an expert extra homes: {expert: [ep group, ...]}, beside the group that owns it anyway.
     """
 
     section: ClassVar[str] = "parallel"
 
     tp: Ranks = 1
     ep: Ranks = 1
+    expert_map: Annotated[tuple[Index, ...], Field(max_length=MOST_EXPERTS)] = ()
     replicas: tuple[tuple[Index, tuple[Index, ...]], ...] = ()
     allow_empty_shards: Flag = False
 
@@ -214,10 +218,16 @@ class ParallelSpec(Section):
 
     @property
     def label(self) -> str:
-        """TP4, EP4, TP2xEP2 or, on one rank, single; with +n for n extra copies of experts."""
+        """TP4, EP4, TP2xEP2 or, on one rank, single; with +n for n extra copies of experts, and with @ and six digits
+        of a hash that tell one map of experts and their copies from another."""
         parts = [f"TP{self.tp}"] * (self.tp > 1) + [f"EP{self.ep}"] * (self.ep > 1)
         copies = sum(len(groups) for _, groups in self.replicas)
-        return ("x".join(parts) or "single") + (f"+{copies}" if copies else "")
+        digits = sha256(repr((self.expert_map, self.replicas)).encode()).hexdigest()[:6]
+        return (
+            ("x".join(parts) or "single")
+            + (f"+{copies}" if copies else "")
+            + (f"{MAPPED}{digits}" if self.expert_map else "")
+        )
 
 
 class WorkloadSpec(Section):

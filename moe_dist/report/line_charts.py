@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from moe_dist.bench.peaks import RECORDED
+from moe_dist.bench.peaks import PEAKS
 from moe_dist.bench.row import Row
 from moe_dist.report import svg
 from moe_dist.report.findings import FAMILIES, Crossing, Setup
@@ -98,7 +98,7 @@ def roofline(setup: Setup) -> Figure | None:
     points = [point for line in lines.values() for point in line]
     if not points:
         return None
-    peaks = RECORDED.get(setup.file.machine.get("gpu", ""))
+    peaks = PEAKS.get(setup.file.machine.get("gpu", ""))
     flops = (peaks.fp8_flops if setup.first.quant.startswith("fp8") else peaks.bf16_flops) / 1e12 if peaks else 0.0
     knee = [(flops * 1e12 / peaks.bandwidth, flops)] if peaks else []
     head, top = svg.legend([(FAMILIES.index(name), f"best {name}") for name in lines], "peak rates" if peaks else "")

@@ -60,6 +60,7 @@ PLACEMENTS = [
     ParallelSpec(tp=2, ep=2),
     ParallelSpec(ep=4, replicas={0: (1, 3), 5: (0,), 9: (0, 1, 2)}),
     ParallelSpec(tp=2, ep=2, replicas={1: (1,), 8: (0,)}),
+    ParallelSpec(tp=2, ep=2, expert_map=(1, 0, 1, 1, 0, 1, 1, 0, 1, 1), replicas={1: (1,), 8: (0,)}),
     ParallelSpec(tp=8),
     ParallelSpec(ep=8),
     ParallelSpec(tp=2, ep=4),

@@ -321,6 +321,25 @@ class TestWithRanks:
         assert next(line for line in found.out.splitlines() if "single" in line).rstrip(" │").endswith("NO")
         assert "1 of 1 rows are out of tolerance." in found.out
 
+    def test_a_placement_that_balance_made(self, command, tmp_path: Path):
+        workload = ["--model", "tiny", "--device", "cpu", "worlds=[2]", "exchanges=[ag_rs]", "tokens=[64]"]
+        plain = command("balance", "--model", "tiny", "--ep", "2", "--tokens", "64", "--out", tmp_path / "moved")
+        assert plain.code == 0
+        options = ["--tokens", "64", "--redundant", "2", "--out", tmp_path / "copied", "--json"]
+        said = command("balance", "--model", "tiny", "--ep", "2", *options).document
+        placements = f"placements=[ep,map:{tmp_path / 'moved'},map:{tmp_path / 'copied'}]"
+        found = command("compare", *workload, placements, "skews=['zipf:1.2']", "iters=1", "warmup=0", "--json")
+        assert found.code == 0
+        before, moved, copied = found.document["rows"]
+        assert (before["placement"], copied["placement"]) == ("EP2", said["placement"])
+        assert copied["placement"].startswith("EP2+2@")
+        assert all(row["ok"] is True for row in (before, moved, copied))
+        assert before["pairs"] == moved["pairs"] == copied["pairs"] == 64 * 4
+        assert before["rows_per_rank"] == said["before"]["pairs"]  # as it was predicted
+        assert copied["rows_per_rank"] == said["after"]["pairs"]
+        assert before["imbalance"] > 1.3
+        assert max(moved["imbalance"], copied["imbalance"]) < 1.1
+
     def test_compare_on_a_checkpoint(self, command, demo: Path, tmp_path: Path):
         experiment = tmp_path / "experiment.yaml"
         experiment.write_text(

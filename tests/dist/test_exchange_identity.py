@@ -63,12 +63,14 @@ def draw(seed: int, world: int, quant: str = "none", spread_evenly: bool = False
         top_k=choose.randint(1, min(experts, 5)), quant=quant, dtype="fp32" if quant == "none" else "bf16",
     )  # fmt: skip
     owner = [group for group, (a, b) in enumerate(split_bounds(experts, ep)) for _ in range(a, b)]
+    expert_map = choose.choice([(), tuple(choose.choices(range(ep), k=experts))])
+    owner = list(expert_map or owner)
     replicas = {}
     for expert in choose.sample(range(experts), choose.randint(0, experts)) if choose.random() < 0.8 else []:
         others = [group for group in range(ep) if group != owner[expert]]
         if others:
             replicas[expert] = tuple(choose.sample(others, choose.randint(1, min(2, len(others)))))
-    parallel = ParallelSpec(tp=tp, ep=ep, replicas=replicas, allow_empty_shards=True)
+    parallel = ParallelSpec(tp=tp, ep=ep, expert_map=expert_map, replicas=replicas, allow_empty_shards=True)
     placement = Placement.build(spec, parallel)
     most = choose.choice([1, 5, 9, 9])
     counts = tuple(choose.choice([0, choose.randint(0, most), most]) for _ in range(world))
@@ -94,7 +96,7 @@ def serving_ranks(problem: Draw, token: int, source: int) -> dict[int, list[int]
     for expert in problem.routing.ids_TK[token].tolist():
         if expert < 0:
             continue
-        own = [g for g, (a, b) in enumerate(split_bounds(placement.num_experts, placement.ep)) if a <= expert < b]
+        own = [placement.owners[expert]]
         copies = own + [g for g, held in enumerate(placement.homes) if expert in held and g not in own]
         home = source // placement.tp
         group = home if home in copies else copies[(row + expert) % len(copies)]
@@ -351,9 +353,10 @@ def test_overflow_of_the_bucket_raises(pool: Pool, exchange: str) -> None:
 
 
 def test_brute_force_sees_replicas() -> None:
-    """The generator makes what it is for: replicas, idle ranks, holes, uneven shards."""
+    """The generator makes what it is for: replicas, maps of experts, idle ranks, holes, uneven shards."""
     problems = [draw(seed, world) for seed in range(DRAWS) for world in (2, 3, 4, 8)]
     assert sum(problem.placement.replicated for problem in problems) > 5
+    assert sum(problem.placement.owners != tuple(sorted(problem.placement.owners)) for problem in problems) > 5
     assert sum(0 in problem.counts and any(problem.counts) for problem in problems) > 5
     assert sum(bool((problem.routing.ids_TK < 0).any()) for problem in problems) > 5
     assert {problem.placement.tp for problem in problems} >= {1, 2, 3, 4}

@@ -41,7 +41,8 @@ def nothing_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def row(tokens: int, exchange: str, backend: str, us: float, /, **changes: Any) -> dict[str, Any]:
     return {
         "hidden": 256, "intermediate": 512, "num_experts": 16, "top_k": 2, "activation": "swiglu", "quant": "fp8_block",
-        "tp": 1, "ep": 4, "token_layout": "sharded", "graph": True, "layer": "whole", "skew": "uniform",
+        "tp": 1, "ep": 4, "placement": "EP4", "token_layout": "sharded", "graph": True, "layer": "whole",
+        "skew": "uniform",
         "tokens_per_rank": tokens, "exchange": exchange, "backend": backend, "payload_dtype": "fp8", "p50_us": us,
         "scatter_us": 0.1, "ok": True, "more": "keys are of no account",
     } | changes  # fmt: skip
@@ -93,6 +94,7 @@ def test_a_name_that_is_given_stays() -> None:
     "changes",
     [{"ok": False}, {"ok": None}, {"p50_us": None}, {"layer": "stack:4"}, {"skew": "zipf:1.2"}, {"peer": "somebody's"},
      {"hidden": 512}, {"ep": 2}, {"token_layout": "replicated"}, {"payload_dtype": "bf16"}, {"token_split": "ragged"},
+     {"placement": "EP4+8"}, {"placement": "EP4@1a2b3c"},
      {"exchange": "local"}, {"backend": "torch"}, {"backend": "somebody's"}],
 )  # fmt: skip
 def test_rows_of_something_else_do_not_count(changes: dict[str, Any]) -> None:

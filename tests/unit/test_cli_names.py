@@ -18,9 +18,10 @@ from moe_dist.runtime.context import RaySpec
 
 # Flags that set no key of an experiment.
 OTHERS = {
-    "--build", "--csv", "--format", "--json", "--lines", "--machine", "--measure", "--measured-layers", "--model-type",
-    "--out", "--output-len", "--profile", "--profile-output-dir", "--profile-steps", "--remember", "--result-filename",
-    "--resume", "--rows", "--run-name", "--seeds", "--show-report", "--skip-warmup", "--verbose", "--wide",
+    "--build", "--calibrate", "--csv", "--format", "--json", "--lines", "--machine", "--measure", "--measured-layers",
+    "--model-type", "--move-gbps", "--network-gbps", "--network-us", "--out", "--output-len", "--profile",
+    "--profile-output-dir", "--profile-steps", "--redundant", "--remember", "--result-filename", "--resume", "--rows",
+    "--run-name", "--seeds", "--show-report", "--skip-warmup", "--verbose", "--wide",
 }  # fmt: skip
 WRONG = {
     "--model": "nosuch", "--checkpoint": "nosuch", "--layer": "-1", "--layers": "0", "--device": "tpu",
@@ -31,6 +32,8 @@ WRONG = {
     "--batch-size": "0", "--input-len": "0", "--output-len": "0", "--chunked-prefill-size": "0",
     "--measured-layers": "2", "--run-name": "", "--result-filename": "/", "--profile-steps": "0",
     "--profile-output-dir": "nosuch/traces", "--lines": "/",
+    "--calibrate": "nosuch.json", "--network-gbps": "0", "--network-us": "-1", "--redundant": "-1", "--move-gbps": "0",
+    "--placements": "pp", "--exchanges": "nosuch", "--backends": "nosuch", "--tokens-per-rank": "0",
 }  # fmt: skip
 ELSEWHERE = {
     ("tune", "--out"),  # in test_tune.py, with a backend that can be tuned here

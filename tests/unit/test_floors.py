@@ -16,13 +16,13 @@ ROOT = Path(moe_dist.__file__).parent
 FLOORS = (
     ("errors", "exits", "messages", "files", "registry", "machine"),
     ("model",),
-    ("workloads", "oracle", "tables", "step"),
+    ("workloads", "oracle", "tables", "step", "balance"),
     ("checkpoint", "comm", "kernels"),
     ("exchange", "backends"),
     ("engine",),
     ("runtime",),
     ("bench",),
-    ("report",),
+    ("report", "simulate"),
     ("commands", "integrations", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_dist.bench import peaks
-from moe_dist.bench.peaks import RECORDED, Peaks, keep, measure_peaks, measured, peaks_of
+from moe_dist.bench.peaks import PEAKS, Peaks, keep, measure_peaks, measured, peaks_of
 from moe_dist.bench.roofline import floor_us
 from moe_dist.comm import Comm
 from moe_dist.commands.cli import main
@@ -40,9 +40,9 @@ def test_what_was_measured_gives_a_floor() -> None:
 
 
 def test_a_recorded_card_keeps_its_recorded_peaks() -> None:
-    name = next(iter(RECORDED))
+    name = next(iter(PEAKS))
     keep(name, Peaks(1.0, 1.0, 1.0))
-    assert peaks_of(name) == RECORDED[name]
+    assert peaks_of(name) == PEAKS[name]
 
 
 @pytest.mark.parametrize(

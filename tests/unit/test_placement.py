@@ -93,10 +93,50 @@ def test_bad_replicas_are_refused(replicas, value):
     assert (caught.value.field, caught.value.value) == ("parallel.replicas", value)
 
 
+def test_a_map_says_who_owns_each_expert():
+    spec = make_spec(num_experts=5)
+    mapped = ParallelSpec(tp=2, ep=2, expert_map=(1, 0, 1, 1, 0), replicas={3: [0]})
+    placement = Placement.build(spec, mapped)
+    assert placement.homes == ((1, 4, 3), (0, 2, 3))
+    ids = torch.tensor([[0, 1], [4, -1]], dtype=torch.int32)
+    assert placement.serving_groups(ids, torch.arange(2), None).tolist() == [[1, 0], [0, -1]]
+    assert placement.slots_served(ids, placement.serving_groups(ids, torch.arange(2), None)).tolist() == [
+        [0, 0],
+        [1, -1],
+    ]
+    runs = Placement.build(spec, ParallelSpec(tp=2, ep=2, expert_map=(0, 0, 0, 1, 1)))
+    assert runs == Placement.build(spec, ParallelSpec(tp=2, ep=2))
+    assert mapped.label.startswith("TP2xEP2+1@")
+    assert mapped.label != mapped.with_changes(replicas={1: [1]}).label
+
+
+@pytest.mark.parametrize(
+    ("expert_map", "value", "rule"),
+    [
+        ((0, 1), (0, 1), "names the groups of 2 experts, and the model has 3"),
+        ((0, 1, 2), 2, "no such expert group for expert 2"),
+        ((0, -1, 1), -1, "no such expert group for expert 1"),
+        ((1, 1, 1), (1, 1, 1), "leaves group 0 without an expert"),
+    ],
+)
+def test_bad_maps_are_refused(expert_map, value, rule):
+    with pytest.raises(ConfigError, match=rule) as caught:
+        Placement.build(make_spec(num_experts=3), ParallelSpec(ep=2, expert_map=expert_map))
+    assert (caught.value.field, caught.value.value) == ("parallel.expert_map", value)
+
+
+def test_a_group_without_experts_only_on_request():
+    mapped = ParallelSpec(ep=2, expert_map=(1, 1, 1), allow_empty_shards=True)
+    assert Placement.build(make_spec(num_experts=3), mapped).homes == ((), (0, 1, 2))
+    copied = ParallelSpec(ep=2, expert_map=(1, 1, 1), replicas={2: [0]})
+    assert Placement.build(make_spec(num_experts=3), copied).homes == ((2,), (0, 1, 2))
+
+
 @st.composite
 def placements(draw):
     experts, tp, ep = draw(st.integers(1, 12)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    parallel = ParallelSpec(tp=tp, ep=ep, allow_empty_shards=True)
+    expert_map = draw(st.lists(st.integers(0, ep - 1), min_size=experts, max_size=experts) | st.just([]))
+    parallel = ParallelSpec(tp=tp, ep=ep, expert_map=expert_map, allow_empty_shards=True)
     spec = MoESpec(hidden=8, intermediate=384, num_experts=experts, top_k=1)
     plain = Placement.build(spec, parallel)
     free = [(e, g) for e in range(experts) for g in range(ep) if e not in plain.homes[g]]

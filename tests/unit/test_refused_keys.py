@@ -126,7 +126,7 @@ def test_a_new_constraint_can_not_slip_through():
         (WorkloadSpec, {"tokens": 1, "trace": "x"}, "(legal: text that ^[0-9a-f]{64}$ matches)"),
         (Experiment, {"exchanges": []}, "is empty (legal: a list with one or more of local, all_reduce, ag_rs"),
         (Experiment, {"backends": []}, "is empty (legal: a list with one or more of torch, "),
-        (Experiment, {"placements": []}, "is empty (legal: a list with one or more of tp, ep, tp2xep2 and the like)"),
+        (Experiment, {"placements": []}, "is empty (legal: a list with one or more of tp, ep, tp2xep2 and the like, "),
         (Experiment, {"skews": []}, "is empty (legal: a list with one or more of balanced, uniform, "),
         (Experiment, {"tokens": []}, "is empty (legal: a list with one or more of 1 to 16,777,216)"),
         (Experiment, {"worlds": []}, "is empty (legal: a list with one or more of 1 to 4,096)"),

@@ -82,7 +82,7 @@ def test_a_missing_size_is_named(missing):
 def test_an_unknown_key_lists_the_known_ones():
     with pytest.raises(ConfigError) as caught:
         ParallelSpec(pp=2)
-    assert caught.value.legal == ("tp", "ep", "replicas", "allow_empty_shards")
+    assert caught.value.legal == ("tp", "ep", "expert_map", "replicas", "allow_empty_shards")
 
 
 @pytest.mark.parametrize("activation", ["silu", "", "SWIGLU"])

@@ -168,7 +168,7 @@ class TestTuneShape:
         assert all((rows.slots_RK >= 0).any() for rows in distinct.values())
 
     def test_floor(self, monkeypatch):
-        monkeypatch.setitem(peaks.RECORDED, "cpu", Peaks(1e9, 1e9, 1e30))
+        monkeypatch.setitem(peaks.PEAKS, "cpu", Peaks(1e9, 1e9, 1e30))
         (found,) = tuned(plan(), [4]).found
         whole = Placement.build(SPEC, ParallelSpec())
         assert found.entry.floor_us == pytest.approx(floor_us(SPEC, whole, [4 * SPEC.top_k], [6], "cpu"), abs=0.01)

@@ -1,0 +1,74 @@
+"""A cost model with what it was calibrated on, and its errors on rows that were held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import ConfigError
+from moe_dist.simulate.cost import CostModel, HeldOut, calibrated, held_out
+from moe_dist.simulate.measured import Measured, read_measured
+
+RECORDED = Path(__file__).parents[2] / "benchmarks"  # of a checkout
+FOLDS: dict[str, Callable[[Measured], Hashable]] = {
+    "files": lambda row: row.file,
+    "numbers of GPUs": lambda row: row.work.world,
+    "numbers of tokens": lambda row: row.tokens_per_rank,
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`rows` of `files` that were taken, and how many others they have. `held_out`: by what is held out, one value of
+    it after the other."""
+
+    model: CostModel
+    files: list[str]
+    rows: int
+    others: int
+    held_out: dict[str, HeldOut]
+
+    def as_dict(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "gpu": model.gpu,
+            "files": self.files,
+            "rows": self.rows,
+            "other_rows": self.others,
+            "local_factors": {
+                backend: dict(zip(("arithmetic", "weights", "rows"), factors, strict=True))
+                for backend, factors in model.local.items()
+            },
+            "exchanges": {
+                name: {"latency_us": link.latency_us, "gbps": link.gbps} for name, link in model.links.items()
+            },
+            "measured_ranges": {name: list(bounds) for name, bounds in model.ranges.items()},
+            "held_out": {name: asdict(found) for name, found in self.held_out.items()},
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        errors = [
+            f"other {name} {found.median:.0%} and {found.worst:.0%} ({found.rows} rows)"
+            for name, found in self.held_out.items()
+            if found.median is not None
+        ]
+        of = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
+        return [
+            f"Calibrated on {self.rows} measured rows of {of}; {self.others} other rows are no whole layer in a graph.",
+            f"Error on held-out rows, median and worst: {', '.join(errors) or 'not known, too few rows'}.",
+        ]
+
+
+def calibration(files: Sequence[str] | None) -> Calibration:
+    """None: the recorded files of a checkout. Raises ConfigError where there are none, and as `read_measured` and
+    `calibrated`."""
+    taken = list(files) if files is not None else sorted(map(str, RECORDED.glob("*x[0-9]*.json")))
+    if not taken:
+        rule = "no results file is named, and an installed package has none"
+        raise ConfigError("calibrate", None, rule, "files of run or compare --out, measured on GPUs")
+    rows, others = read_measured(taken)
+    held = {name: held_out(rows, fold) for name, fold in FOLDS.items()}
+    return Calibration(calibrated(rows), [Path(path).name for path in taken], len(rows), others, held)
