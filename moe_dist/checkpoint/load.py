@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.layout import Layer, Piece, Source, open_layer
+from moe_dist.checkpoint.layout import Layer, Source, open_layer
+from moe_dist.checkpoint.pieces import Piece
 from moe_dist.checkpoint.reader import Checkpoint
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.model.placement import Placement
@@ -66,7 +67,7 @@ def load_router(source: Source, layer: int, device: torch.device | str = "cpu") 
         _check_values(found.checkpoint, tensor.name, values, bias=tensor is not wanted[0])
         loaded.append(values.to(device))
     gate, *bias = loaded
-    return RouterWeights(gate, bias[0].float() if bias else None)
+    return RouterWeights(gate, bias[0].float().reshape(-1) if bias else None)
 
 
 def _check_placement(spec: MoESpec, placement: Placement, rank: int) -> None:
@@ -109,21 +110,23 @@ def _load(
 
 
 def _targets(weights: ExpertWeights, slot: int) -> list[Tensor]:
-    """Where the pieces of one expert go, in the order of `Layer.expert`: the rows of w13 are [gate; up]."""
-    parts = [*weights.w13_eFH[slot].chunk(2), weights.w2_eHi[slot]]
+    """Where the pieces of one expert go, in the order of `Layer.expert`: the rows of w13 are [gate; up], or those of up
+    alone."""
+    halves = 2 if weights.gated else 1
+    parts = [*weights.w13_eFH[slot].chunk(halves), weights.w2_eHi[slot]]
     if weights.s13 is None or weights.s2 is None:
         return parts
-    scales = [*weights.s13[slot].chunk(2), weights.s2[slot]]
+    scales = [*weights.s13[slot].chunk(halves), weights.s2[slot]]
     return [tensor for pair in zip(parts, scales, strict=True) for tensor in pair]
 
 
 def _fill(checkpoint: Checkpoint, piece: Piece, target: Tensor, start: int, stop: int) -> None:
     """Read columns [start, stop) of the expert's width into `target`, and check them where they now lie."""
     values = checkpoint.read(piece.tensor.name, *piece.part(start, stop))
-    target.copy_((values if piece.expert is None else values[0]).to(target.dtype))
+    target.copy_(piece.canonical(values, tuple(target.shape)).to(target.dtype))
     if not piece.scale and not _any(target):  # padding may fill a rank's whole slice, but not the expert
         target = checkpoint.read(piece.tensor.name, *piece.whole())
-    _check_values(checkpoint, piece.tensor.name, target, piece.scale, piece.expert)
+    _check_values(checkpoint, piece.tensor.name, target, piece.scale is not None, piece.expert)
 
 
 def _check_values(

@@ -17,6 +17,7 @@ from typing import Any
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, exists, read_json, shown
 from moe_dist.checkpoint.graphs import MOST_WORK, TooMuchWork
 from moe_dist.checkpoint.patterns import Pattern
+from moe_dist.checkpoint.scheme import FP8_BLOCKS, Scheme
 from moe_dist.errors import CheckpointError, UnsupportedError
 from moe_dist.model.spec import BLOCK
 
@@ -116,37 +117,38 @@ def _is_pattern(entry: str) -> bool:
 
 @dataclass(frozen=True)
 class Quantization:
-    """One section that quantizes modules, and how: as FP8 blocks if `reasons` is empty, else as these say."""
+    """One section that quantizes modules, and how: by `scheme` if `reasons` is empty, else as these say."""
 
     where: str
     reasons: tuple[str, ...]
     exceptions: Exceptions
     supported: tuple[str, ...] = READ
+    scheme: Scheme = FP8_BLOCKS
     _found: dict[tuple[str, int], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def refuse(self) -> None:
         if self.reasons:
             raise UnsupportedError(self.where, self.reasons, self.supported)
 
-    def converts(self, prefix: str, experts: int) -> bool:
-        """Whether the `experts` experts `prefix`.0 and so on are quantized, or fused ones, which are listed as
-        `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are, CheckpointError where the list is too
-        much work. A layer is looked up once."""
+    def converts(self, prefix: str, experts: int, matrices: tuple[str, ...] = PROJECTIONS) -> bool:
+        """Whether the `experts` experts `prefix`.0 and so on are quantized, whose `matrices` are modules of theirs, or
+        fused ones, which are listed as `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are,
+        CheckpointError where the list is too much work. A layer is looked up once."""
         if (prefix, experts) not in self._found:
             try:
-                self._found[prefix, experts] = self._converts(prefix, experts)
+                self._found[prefix, experts] = self._converts(prefix, experts, matrices)
             except TooMuchWork:
-                listed = f"{len(self.exceptions.patterns):,} patterns for {experts * len(PROJECTIONS):,} modules"
+                listed = f"{len(self.exceptions.patterns):,} patterns for {experts * len(matrices):,} modules"
                 problem = f"{self.where} lists {listed} of {prefix}, which takes more than {MOST_WORK:,} steps"
                 raise CheckpointError(self.exceptions.path, problem) from None
         return self._found[prefix, experts]
 
-    def _converts(self, prefix: str, experts: int) -> bool:
+    def _converts(self, prefix: str, experts: int, matrices: tuple[str, ...]) -> bool:
         if self.exceptions.empty or self.exceptions.cover(prefix):
             return self.exceptions.empty
         if all(self.exceptions.cover(f"{prefix}.{name}") for name in FUSED):
             return False
-        modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in PROJECTIONS]
+        modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in matrices]
         kept = {module for module in modules if self.exceptions.cover(module)}
         if kept and len(kept) < len(modules):
             converted = next(module for module in modules if module not in kept)
