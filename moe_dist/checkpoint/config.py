@@ -70,6 +70,9 @@ class ModelConfig:
         if converting and leaving:
             both = f"{converting[0].where} quantizes the experts of layer {layer}, {leaving[0].where} leaves them out"
             raise CheckpointError(self.path, both)
+        if len({found.scheme for found in converting}) > 1:
+            both = f"{converting[0].where} and {converting[1].where} quantize layer {layer} in two ways"
+            raise CheckpointError(self.path, both)
         return converting[0] if converting else None
 
     def typical(self) -> MoESpec:

@@ -16,7 +16,7 @@ from pathlib import Path
 from moe_dist.checkpoint.config import ModelConfig
 from moe_dist.checkpoint.folder import plain
 from moe_dist.checkpoint.names import FUSED, Names
-from moe_dist.checkpoint.pieces import FP8_DTYPE, WEIGHT_DTYPES, Piece, alone, fused
+from moe_dist.checkpoint.pieces import FP8_DTYPE, WEIGHT_DTYPES, Piece, alone, fused, input_scale
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.checkpoint.scheme import Scheme
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
@@ -194,6 +194,24 @@ class Layer:
             raise UnsupportedError(what, ["it must have the format of the routed experts"], wanted)
         return pieces
 
+    def inputs(self) -> list[TensorFormat]:
+        """The static scales of what goes into the experts' first matrices, those of the shared expert among them where
+        it has some; none where activations have dynamic ones."""
+        if not (self.scheme and self.scheme.static):
+            return []
+        prefixes = [f"{self.names.experts(self.number)}.{expert}" for expert in range(self.spec.num_experts)]
+        shared = f"{self._mlp}.{self.names.shared}"
+        if f"{shared}.{self.names.up}.input_scale" in self.checkpoint.files:
+            prefixes.append(shared)
+        first = [module for matrix, module in self.names.matrices.items() if matrix != "down"]
+        return [input_scale(prefix, module) for prefix in prefixes for module in first]
+
+    def second_input(self, expert: int | None) -> TensorFormat:
+        """Likewise of what goes into the last matrix of one expert; None is the shared one."""
+        of_expert = f"{self.names.experts(self.number)}.{expert}"
+        shared = f"{self._mlp}.{self.names.shared}"
+        return input_scale(shared if expert is None else of_expert, self.names.down)
+
     def check(self, tensors: Iterable[TensorFormat]) -> None:
         """CheckpointError unless all are there, each in its shape and dtype. Reads headers only."""
         wanted = {tensor.name: tensor for tensor in tensors}
@@ -218,7 +236,7 @@ def layer_spec(source: Source, layer: int) -> MoESpec:
     if not found.checkpoint.holds_weights:
         return found.checkpoint.config.layer_spec(layer)
     ends = [*found.expert(0), *found.expert(found.spec.num_experts - 1)]
-    found.check([*found.router(), *(piece.tensor for piece in ends)])
+    found.check([*found.router(), *found.inputs(), *(piece.tensor for piece in ends)])
     found.refuse_strays()
     return found.spec
 
@@ -228,9 +246,14 @@ def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig
     there in the right shape and dtype, in files that are not truncated. Reads headers only: milliseconds per file.
     Gives the model's config with the spec of this very layer."""
     found = open_layer(source, layer)
+    experts: list[int | None] = list(range(found.spec.num_experts))
     pieces = [piece for expert in range(found.spec.num_experts) for piece in found.expert(expert)]
     if shared:
         pieces += found.shared_expert()
-    found.check([*found.router(), *(piece.tensor for piece in pieces)])
+        experts.append(None)
+    inputs = found.inputs()
+    if inputs:
+        inputs += [found.second_input(expert) for expert in experts]
+    found.check([*found.router(), *inputs, *(piece.tensor for piece in pieces)])
     found.refuse_strays()
     return with_fields(found.checkpoint.config, spec=found.spec)

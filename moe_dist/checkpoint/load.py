@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.layout import Layer, Source, open_layer
 from moe_dist.checkpoint.pieces import Piece
-from moe_dist.checkpoint.reader import Checkpoint
+from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8
@@ -42,8 +42,10 @@ def load_shard(
     (a format that is not read)."""
     found = open_layer(source, layer)
     _check_placement(found.spec, placement, rank)
-    experts = [found.expert(expert) for expert in placement.experts_of(rank)]
-    return _load(found, experts, placement.slice_of(rank), device, progress)
+    held = placement.experts_of(rank)
+    weights = _load(found, [found.expert(expert) for expert in held], placement.slice_of(rank), device, progress)
+    _fill_inputs(found, weights, list(held))
+    return weights
 
 
 def load_shared_shard(
@@ -53,7 +55,9 @@ def load_shared_shard(
     found = open_layer(source, layer)
     pieces = found.shared_expert()
     _check_slice("shared slice", start, stop, found.spec.shared_intermediate, found.spec)
-    return _load(found, [pieces], (start, stop), device, None)
+    weights = _load(found, [pieces], (start, stop), device, None)
+    _fill_inputs(found, weights, [None])
+    return weights
 
 
 def load_router(source: Source, layer: int, device: torch.device | str = "cpu") -> RouterWeights:
@@ -102,11 +106,34 @@ def _load(
     layer.check(piece.tensor for pieces in experts for piece in pieces)
     for slot, pieces in enumerate(experts):
         for piece, target in zip(pieces, _targets(weights, slot), strict=True):
-            if start < stop:
+            if target.numel():
                 _fill(layer.checkpoint, piece, target, start, stop)
         if progress:
             progress()
     return weights
+
+
+def _fill_inputs(layer: Layer, weights: ExpertWeights, experts: list[int | None]) -> None:
+    """Static scales of what goes into the two GEMMs; None is the shared expert. The first one is the layer's largest,
+    so that a row is quantized once, whichever experts it goes to."""
+    if weights.a13 is None or weights.a2 is None:
+        return
+    wanted = layer.inputs()
+    second = [layer.second_input(expert) for expert in experts]
+    layer.check([*wanted, *second])
+    first, *own = [_number(layer.checkpoint, tensors) for tensors in (wanted, *([tensor] for tensor in second))]
+    weights.a13.fill_(first)
+    weights.a2.copy_(torch.tensor(own, dtype=torch.float32, device="cpu"))
+
+
+def _number(checkpoint: Checkpoint, tensors: list[TensorFormat]) -> float:
+    """The largest of these scales."""
+    found = []
+    for tensor in tensors:
+        values = checkpoint.read(tensor.name).float()
+        _check_values(checkpoint, tensor.name, values, scale=True)
+        found.append(float(values))
+    return max(found)
 
 
 def _targets(weights: ExpertWeights, slot: int) -> list[Tensor]:

@@ -87,9 +87,9 @@ def fused(prefix: str, names: Names, spec: MoESpec, expert: int, scheme: Scheme 
     return pieces
 
 
-def input_scales(prefix: str, modules: tuple[str, ...]) -> list[TensorFormat]:
-    """One number for each matrix, the scale of its input rows."""
-    return [TensorFormat(f"{prefix}.{module}.input_scale", (), SCALE_DTYPES, ((1,),)) for module in modules]
+def input_scale(prefix: str, module: str) -> TensorFormat:
+    """One number, the static scale of a matrix's input rows."""
+    return TensorFormat(f"{prefix}.{module}.input_scale", (), SCALE_DTYPES, ((1,),))
 
 
 def _shape(matrix: Matrix, hidden: int, width: int) -> tuple[int, int]:

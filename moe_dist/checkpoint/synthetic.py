@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,15 +20,14 @@ from moe_dist.checkpoint.names import FUSED, Names
 from moe_dist.checkpoint.neutral import MARK
 from moe_dist.checkpoint.quantization import CONFIG_FILE
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
-from moe_dist.checkpoint.synthetic_configs import DENSE_FIRST, MODEL_TYPES, Sizes, family_config
+from moe_dist.checkpoint.synthetic_configs import DENSE_FIRST, MODEL_TYPES, SECTIONS, Sizes, family_config
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.model.spec import LEAST_SEED, MOST_SEED, MoESpec
+from moe_dist.model.spec import LEAST_SEED, MOST_SEED, MoESpec, QuantKind
 from moe_dist.model.weights import ExpertWeights, stack
 from moe_dist.workloads.random_weights import random_expert
 from moe_dist.workloads.streams import Stream
 
 FORM = 2  # raised when the same parameters give other content
-QUANTS = ("fp8_block", "none")
 ROUTER_NORMS = (0.3, 3.0)  # least and largest norm of a gate row: on N(0, 1) inputs its logit's standard deviation
 
 
@@ -42,7 +41,7 @@ def make_checkpoint(
     layers: int = 2,
     model_type: str = "qwen3_moe",
     seed: int = 0,
-    quant: Literal["fp8_block", "none"] = "fp8_block",
+    quant: QuantKind = "fp8_block",
     shards: int = 2,
 ) -> Path:
     """Write the checkpoint and return its directory; one made earlier with the same parameters is left as it is.
@@ -60,7 +59,7 @@ def make_checkpoint(
     sizes = _checked(parameters)
     if _made_already(directory, parameters):
         return directory
-    config = family_config(model_type, sizes, quant == "fp8_block") | {MARK: parameters}
+    config = family_config(model_type, sizes, quant) | {MARK: parameters}
     partial = directory.resolve().with_name(f".{directory.resolve().name}.{uuid.uuid4().hex}.partial")
     try:
         _write(partial, config, seed, shards)
@@ -71,7 +70,7 @@ def make_checkpoint(
 
 
 def _checked(parameters: dict[str, Any]) -> Sizes:
-    for name, supported in (("model_type", MODEL_TYPES), ("quant", QUANTS)):
+    for name, supported in (("model_type", MODEL_TYPES), ("quant", tuple(SECTIONS))):
         if parameters[name] not in supported:
             what = f"{name} {parameters[name]!r} of a synthetic checkpoint"
             raise UnsupportedError(what, ["it is not written here"], supported)
@@ -116,8 +115,8 @@ def _require_whole(directory: Path, parameters: dict[str, Any]) -> None:
         for layer in _dense_layers(config):
             for module in config.names.matrices.values():
                 checkpoint.header(f"{config.names.module(layer)}.{module}.weight")
-                if config.spec.quantized:
-                    checkpoint.header(f"{config.names.module(layer)}.{module}.weight_scale_inv")
+                for found in config.quantizations:
+                    checkpoint.header(f"{config.names.module(layer)}.{module}.weight{found.scheme.suffix}")
         shards = len(set(checkpoint.files.values()))
         if shards != parameters["shards"]:
             raise CheckpointError(directory, f"its tensors lie in {shards} files, not {parameters['shards']}")
@@ -188,13 +187,19 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 def _matrices(prefix: str, names: Names, expert: ExpertWeights) -> Iterator[tuple[str, Tensor]]:
     """One expert as its tensors on disk. Cloned, because safetensors refuses tensors that share memory."""
-    halves = len(names.matrices) - 1
-    parts = dict(zip(names.matrices.values(), (*expert.w13_eFH[0].chunk(halves), expert.w2_eHi[0]), strict=True))
-    for name, values in parts.items():
+    modules, halves = tuple(names.matrices.values()), len(names.matrices) - 1
+    for name, values in zip(modules, (*expert.w13_eFH[0].chunk(halves), expert.w2_eHi[0]), strict=True):
         yield f"{prefix}.{name}.weight", values.clone()
     if expert.s13 is not None and expert.s2 is not None:
-        for name, scales in zip(parts, (*expert.s13[0].chunk(halves), expert.s2[0]), strict=True):
-            yield f"{prefix}.{name}.weight_scale_inv", scales.clone()
+        suffix = "_scale_inv" if expert.kind == "fp8_block" else "_scale"
+        for name, scales in zip(modules, (*expert.s13[0].chunk(halves), expert.s2[0]), strict=True):
+            stored = scales[:, None] if expert.kind == "fp8_channel" else scales
+            yield f"{prefix}.{name}.weight{suffix}", stored.clone()
+    if expert.a13 is not None and expert.a2 is not None:
+        # No two are alike, so that one that is taken for another shows.
+        inputs = (*(expert.a13 * 0.75**number for number in range(halves)), expert.a2[0])
+        for name, scale in zip(modules, inputs, strict=True):
+            yield f"{prefix}.{name}.input_scale", scale.clone()
 
 
 def _fused(prefix: str, experts: ExpertWeights) -> Iterator[tuple[str, Tensor]]:

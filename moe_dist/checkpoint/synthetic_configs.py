@@ -18,6 +18,28 @@ FP8_BLOCK = {
 Config = dict[str, Any]
 
 
+def _compressed(weights: str, inputs: str) -> Config:
+    """By compressed-tensors, with activations' scales found as they come."""
+    numbers = {"num_bits": 8, "symmetric": True, "type": "float"}
+    group = {
+        "input_activations": numbers | {"dynamic": True, "strategy": inputs}, "targets": ["Linear"],
+        "weights": numbers | {"dynamic": False, "strategy": weights},
+    }  # fmt: skip
+    return {
+        "config_groups": {"group_0": group}, "format": "float-quantized", "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors", "quantization_status": "compressed",
+    }  # fmt: skip
+
+
+SECTIONS: dict[str, Config | None] = {
+    "none": None,
+    "fp8_block": FP8_BLOCK,
+    "fp8_channel": _compressed("channel", "token"),
+    "fp8_tensor_dynamic": _compressed("tensor", "tensor"),
+    "fp8_tensor_static": {"ignore": ["lm_head"], "quant_algo": "FP8", "quant_method": "modelopt"},
+}
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of the made checkpoint. Layer 0 is dense where the family has dense layers first."""
@@ -33,8 +55,8 @@ class Sizes:
         return 2 * self.intermediate
 
 
-def family_config(model_type: str, sizes: Sizes, quantized: bool) -> Config:
-    """`model_type` is one of MODEL_TYPES."""
+def family_config(model_type: str, sizes: Sizes, quant: str) -> Config:
+    """`model_type` is one of MODEL_TYPES, `quant` of SECTIONS."""
     config: Config = {
         "model_type": model_type,
         "hidden_act": "silu",
@@ -46,8 +68,8 @@ def family_config(model_type: str, sizes: Sizes, quantized: bool) -> Config:
         "num_hidden_layers": sizes.layers,
         "torch_dtype": "bfloat16",
     }
-    if quantized:
-        config["quantization_config"] = FP8_BLOCK
+    if section := SECTIONS[quant]:
+        config["quantization_config"] = section
     name, make = _MADE[model_type]
     config |= {"architectures": [f"{name}ForCausalLM"]} | make(sizes)
     if model_type not in WRAPPERS:

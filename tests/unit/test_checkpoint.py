@@ -640,7 +640,7 @@ def test_two_writers_of_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.
     ("options", "error", "pattern"),
     [
         ({"model_type": "jamba"}, UnsupportedError, "model_type 'jamba'.*qwen3_moe, deepseek_v3"),
-        ({"quant": "fp8_channel"}, UnsupportedError, "quant 'fp8_channel'.*fp8_block, none"),
+        ({"quant": "int4"}, UnsupportedError, "quant 'int4'.*none, fp8_block"),
         ({"layers": 0}, ConfigError, "layers = 0.*1 and more"),
         ({"layers": 1, "model_type": "deepseek_v3"}, ConfigError, "layers = 1.*2 and more"),
         ({"shards": 0}, ConfigError, "shards = 0.*legal: 1 to"),
