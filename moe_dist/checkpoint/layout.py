@@ -20,7 +20,7 @@ from moe_dist.checkpoint.pieces import FP8_DTYPE, WEIGHT_DTYPES, Piece, alone, f
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.checkpoint.scheme import Scheme
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.model.spec import BLOCK, MoESpec
+from moe_dist.model.spec import BLOCK, MoESpec, QuantKind
 
 ROUTER_DTYPES = ("F32", "BF16")  # as safetensors headers spell them
 FORMATS = {dtype: label for label, dtype in WEIGHT_DTYPES.items()} | {FP8_DTYPE: "fp8"}
@@ -227,18 +227,34 @@ def open_layer(source: Source, layer: int) -> Layer:
     return Layer(checkpoint, layer)
 
 
-def layer_spec(source: Source, layer: int) -> MoESpec:
-    """The spec of one layer, its format as the layer's own tensors and the model's files say. A folder without any
-    weights is taken at its config.json's word: a plan needs no more. Of others, the headers of the router and of the
-    first and the last expert must fit; `check_layer` looks at all. Raises CheckpointError (files or tensors missing,
-    damaged or contradictory), UnsupportedError (a format that is not read) or ConfigError (no such MoE layer)."""
+def spec_as(stored: MoESpec, quant: QuantKind | None) -> MoESpec:
+    """The layer as it is to be loaded: as it is `stored`, or a bf16 one quantized as `quant` when it is read. Raises
+    ConfigError for a layer of another format, and for static scales of activations, which nothing here can know."""
+    if quant in (None, stored.quant):
+        return stored
+    kinds = ("fp8_block", "fp8_channel", "fp8_tensor_dynamic")
+    if stored.quant_label != "bf16":
+        raise ConfigError("quant", quant, f"the layer is stored as {stored.quant_label}", (stored.quant,))
+    if quant not in kinds:
+        rule = "a bf16 checkpoint has no scales of activations" if quant == "fp8_tensor_static" else "is no FP8 format"
+        raise ConfigError("quant", quant, rule, kinds)
+    changed: MoESpec = stored.with_changes(quant=quant)
+    return changed
+
+
+def layer_spec(source: Source, layer: int, quant: QuantKind | None = None) -> MoESpec:
+    """The spec of one layer, its format as the layer's own tensors and the model's files say, or `quant` for a bf16
+    layer that is to be quantized when it is loaded (`spec_as`). A folder without any weights is taken at its
+    config.json's word: a plan needs no more. Of others, the headers of the router and of the first and the last expert
+    must fit; `check_layer` looks at all. Raises CheckpointError (files or tensors missing, damaged or contradictory),
+    UnsupportedError (a format that is not read) or ConfigError (no such MoE layer, a `quant` that can't be)."""
     found = open_layer(source, layer)
     if not found.checkpoint.holds_weights:
-        return found.checkpoint.config.layer_spec(layer)
+        return spec_as(found.checkpoint.config.layer_spec(layer), quant)
     ends = [*found.expert(0), *found.expert(found.spec.num_experts - 1)]
     found.check([*found.router(), *found.inputs(), *(piece.tensor for piece in ends)])
     found.refuse_strays()
-    return found.spec
+    return spec_as(found.spec, quant)
 
 
 def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.layout import Layer, Source, open_layer
+from moe_dist.checkpoint.layout import Layer, Source, open_layer, spec_as
 from moe_dist.checkpoint.pieces import Piece
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8
-from moe_dist.model.spec import MoESpec
-from moe_dist.model.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights
+from moe_dist.model.spec import MoESpec, QuantKind
+from moe_dist.model.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights, quantize_weights, slice_width
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,39 @@ def load_shard(
     rank: int,
     device: torch.device | str = "cpu",
     progress: Callable[[], None] | None = None,
+    quant: QuantKind | None = None,
 ) -> ExpertWeights:
     """What `rank` holds of a layer, on `device`; `progress` is called after each expert. A rank without experts gets
-    the format with 0 of them. Raises ConfigError (no such MoE layer or rank, a placement made for another spec),
-    CheckpointError (a tensor of this rank missing, of the wrong form, all zeros, or holding NaN) or UnsupportedError
-    (a format that is not read)."""
+    the format with 0 of them. `quant` quantizes a layer that is stored as bf16 (`spec_as`). Raises ConfigError (no such
+    MoE layer or rank, a placement made for another spec, a `quant` that can't be), CheckpointError (a tensor of this
+    rank missing, of the wrong form, all zeros, or holding NaN) or UnsupportedError (a format that is not read)."""
     found = open_layer(source, layer)
-    _check_placement(found.spec, placement, rank)
+    spec = spec_as(found.spec, quant)
+    _check_placement(spec, placement, rank)
     held = placement.experts_of(rank)
-    weights = _load(found, [found.expert(expert) for expert in held], placement.slice_of(rank), device, progress)
+    experts, bounds = [found.expert(expert) for expert in held], placement.slice_of(rank)
+    if spec != found.spec:
+        return _load_quantized(found, experts, bounds, spec, device, progress)
+    weights = _load(found, experts, bounds, device, progress)
     _fill_inputs(found, weights, list(held))
     return weights
 
 
 def load_shared_shard(
-    source: Source, layer: int, start: int, stop: int, device: torch.device | str = "cpu"
+    source: Source,
+    layer: int,
+    start: int,
+    stop: int,
+    device: torch.device | str = "cpu",
+    quant: QuantKind | None = None,
 ) -> ExpertWeights:
-    """Columns [start, stop) of the shared expert's width, as ExpertWeights of one expert (`spec.shared_spec()`)."""
+    """Columns [start, stop) of the shared expert's width, as ExpertWeights of one expert (`spec.shared_spec()`).
+    `quant` as in `load_shard`."""
     found = open_layer(source, layer)
-    pieces = found.shared_expert()
-    _check_slice("shared slice", start, stop, found.spec.shared_intermediate, found.spec)
+    pieces, spec = found.shared_expert(), spec_as(found.spec, quant)
+    _check_slice("shared slice", start, stop, spec.shared_intermediate, spec)
+    if spec != found.spec:
+        return _load_quantized(found, [pieces], (start, stop), spec, device, None)
     weights = _load(found, [pieces], (start, stop), device, None)
     _fill_inputs(found, weights, [None])
     return weights
@@ -108,6 +121,30 @@ def _load(
         for piece, target in zip(pieces, _targets(weights, slot), strict=True):
             if target.numel():
                 _fill(layer.checkpoint, piece, target, start, stop)
+        if progress:
+            progress()
+    return weights
+
+
+def _load_quantized(
+    layer: Layer,
+    experts: list[list[Piece]],
+    bounds: tuple[int, int],
+    spec: MoESpec,
+    device: torch.device | str,
+    progress: Callable[[], None] | None,
+) -> ExpertWeights:
+    """These experts, read as they are stored and quantized as `spec` says. Blocks lie within a slice. Scales of whole
+    rows and matrices are those of the whole expert, so that they don't depend on the placement: it is read whole."""
+    start, stop = bounds
+    weights = ExpertWeights.empty(spec, len(experts), stop - start, device)
+    within = spec.quant == "fp8_block"
+    for slot, pieces in enumerate(experts):
+        dense = _load(layer, [pieces], bounds if within else (0, pieces[0].width), device, None)
+        made = quantize_weights(dense.w13_eFH, dense.w2_eHi, spec)
+        made = made if within else slice_width(made, start, stop)
+        for name, tensor in weights.tensors().items():
+            tensor[slot].copy_(made.tensors()[name][0])
         if progress:
             progress()
     return weights
