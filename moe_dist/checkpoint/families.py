@@ -98,7 +98,7 @@ WRAPPERS = {
     ),
     "qwen3_vl_moe": Wrapper(
         ("Qwen3VLMoe",),
-        {"qwen3_vl_moe_text": Family(("Qwen3VLMoe",), always_normalized, qwen_layers, Names(fused="columns"))},
+        {"qwen3_vl_moe_text": Family(("Qwen3VLMoe",), always_normalized, qwen_layers, Names(fused="either"))},
     ),
     "qwen3_5_moe": Wrapper(
         ("Qwen3_5Moe",),

@@ -73,6 +73,17 @@ class Layer:
         return fused
 
     @cached_property
+    def transposed(self) -> bool:
+        """Whether fused experts lie as [E, H, 2I] and [E, I, H]. Of the two shapes at least one tells."""
+        if self.names.fused != "either":
+            return False
+        spec = self.checkpoint.config.spec
+        tensors = [f"{self.names.experts(self.number)}.{name}" for name in dict.fromkeys(FUSED.values())]
+        self.checkpoint.require(tensors)
+        shapes = [self.checkpoint.header(name)[1][1:] for name in tensors]
+        return shapes == [(spec.hidden, 2 * spec.intermediate), (spec.intermediate, spec.hidden)]
+
+    @cached_property
     def scheme(self) -> Scheme | None:
         """How its experts are quantized, None where they aren't."""
         found = self.checkpoint.config.quantization_of(self.number)
@@ -103,7 +114,7 @@ class Layer:
 
     def _check_fused_scales(self, spec: MoESpec, scheme: Scheme) -> None:
         what = f"fused experts {self._first} in {self.checkpoint.path_of(self._first)}"
-        if scheme.grain != "block" or self.names.fused == "columns":
+        if scheme.grain != "block" or self.transposed:
             reason = "fused experts are read with a scale for each 128×128 block, as [E, 2I, H]"
             raise UnsupportedError(what, [reason], ["experts one by one"])
         if spec.intermediate % BLOCK:
@@ -175,7 +186,7 @@ class Layer:
         """gate, up and down, each followed by its scales if there are any."""
         prefix = self.names.experts(self.number)
         if self.fused:
-            return fused(prefix, self.names, self.spec, expert, self.scheme)
+            return fused(prefix, self.names, self.spec, expert, self.scheme, self.transposed)
         return alone(f"{prefix}.{expert}", self.names, self.spec, self.spec.intermediate, self.scheme)
 
     def shared_expert(self) -> list[Piece]:

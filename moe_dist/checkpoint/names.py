@@ -14,8 +14,8 @@ class Names:
     with the matrices `gate` (None where experts have none) and `up` [I, H] and `down` [H, I].
 
     `fused`: how all experts of a layer may lie in one tensor, experts.gate_up_proj and experts.down_proj. `rows` is
-    [E, 2I, H] and [E, H, I], `columns` is [E, H, 2I] and [E, I, H]; gate comes before up. `shared_gate` is the weight
-    [1, H] of a sigmoid that multiplies the shared expert's output.
+    [E, 2I, H] and [E, H, I]; `either` is that or transposed, [E, H, 2I] and [E, I, H]. Gate comes before up.
+    `shared_gate` is the weight [1, H] of a sigmoid that multiplies the shared expert's output.
     """
 
     root: str = "model"
@@ -27,7 +27,7 @@ class Names:
     bias: str = "gate.e_score_correction_bias"
     shared: str = "shared_experts"
     shared_gate: str | None = None
-    fused: Literal["rows", "columns"] | None = "rows"
+    fused: Literal["rows", "either"] | None = "rows"
 
     def module(self, layer: int) -> str:
         return f"{self.root}.layers.{layer}.{self.block}"

@@ -69,17 +69,18 @@ def alone(prefix: str, names: Names, spec: MoESpec, width: int, scheme: Scheme |
     return pieces
 
 
-def fused(prefix: str, names: Names, spec: MoESpec, expert: int, scheme: Scheme | None) -> list[Piece]:
+def fused(
+    prefix: str, names: Names, spec: MoESpec, expert: int, scheme: Scheme | None, transposed: bool
+) -> list[Piece]:
     """Likewise of an expert that lies in one tensor with the others. Scales are those of blocks."""
     E, H, I = spec.num_experts, spec.hidden, spec.intermediate
-    columns = names.fused == "columns"
     pieces = []
     for matrix in names.matrices:
         name = f"{prefix}.{FUSED[matrix]}"
         shape = _shape(matrix, H, I if matrix == "down" else 2 * I)
         first = I if matrix == "up" else 0
-        stored = TensorFormat(name, (E, *(shape[::-1] if columns else shape)), _weight_dtypes(spec))
-        pieces.append(Piece(stored, matrix, I, None, expert, first, columns))
+        stored = TensorFormat(name, (E, *(shape[::-1] if transposed else shape)), _weight_dtypes(spec))
+        pieces.append(Piece(stored, matrix, I, None, expert, first, transposed))
         if scheme:
             scales = _scales(f"{name}{scheme.suffix}", shape, scheme.grain)
             stored = TensorFormat(scales.name, (E, *scales.shape), scales.dtypes)

@@ -172,7 +172,7 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
             continue
         yield from _router(module, names, spec, Stream("router", seed, layer))
         experts = [random_expert(spec, expert, seed, layer=layer) for expert in range(spec.num_experts)]
-        if names.fused == "columns" and not spec.quantized:
+        if names.fused == "either" and not spec.quantized:
             yield from _fused(f"{module}.experts", stack(experts))
         else:
             for number, expert in enumerate(experts):

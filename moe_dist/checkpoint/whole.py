@@ -27,7 +27,8 @@ class WholeExperts:
         if fused not in self._files:
             return self._named(f"{self._module}.experts.{number}")
         both, down = self._matrix(fused, number), self._matrix(f"{self._module}.experts.down_proj", number)
-        if self._names.fused == "columns":
+        width = self._checkpoint.config.spec.intermediate
+        if (both.shape[1], down.shape[0]) == (2 * width, width):  # transposed
             both, down = both.T, down.T
         middle = both.shape[0] // 2
         return both[:middle], both[middle:], down

@@ -271,7 +271,8 @@ def test_swapped_gate_and_up_would_be_seen(tmp_path: Path, family: str) -> None:
 
 
 def test_a_wrong_transposition_would_be_seen(tmp_path: Path) -> None:
-    """With H = 2I both ways to lie have one shape."""
+    """With H = 2I both ways to lie are one shape of gate_up_proj, and down_proj tells which one it is. transformers
+    reads both, and writes the other one than the models were published with."""
     family = "qwen3_vl_moe"
     form = FORMS[family]
     right, wrong = (in_float32(tmp_path / name, family, intermediate=H // 2) for name in ("right", "wrong"))
@@ -281,8 +282,14 @@ def test_a_wrong_transposition_would_be_seen(tmp_path: Path) -> None:
     assert output_error(wrong, right, form) > 0.1
     down = f"{form.block}.experts.down_proj"
     edit(wrong, None, lambda tensors: tensors | {down: tensors[down].transpose(1, 2)})
-    with pytest.raises(CheckpointError, match=r"shape \(8, 256, 128\), the config asks for \(8, 128, 256\)"):
-        check_layer(wrong, LAYER)
+    assert output_error(wrong, right, form) < 1e-5
+    gate, up, whole_down = WholeExperts(wrong, LAYER).expert(3)
+    assert torch.equal(torch.cat([gate, up]), expert(load_file(right / FILE), form, 3)[0])
+    assert torch.equal(whole_down, expert(load_file(right / FILE), form, 3)[1])
+    mixed = in_float32(tmp_path / "mixed", family, intermediate=384)
+    edit(mixed, None, lambda tensors: tensors | {name: tensors[name].transpose(1, 2)})
+    with pytest.raises(CheckpointError, match=r"down_proj has shape \(8, 384, 256\), .* for \(8, 256, 384\)"):
+        check_layer(mixed, LAYER)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "nemotron_h", "ernie4_5_moe"])

@@ -92,7 +92,9 @@ def test_what_can_not_be_asked_for(model: Any, tmp_path: Path) -> None:
         layer_spec(model[1], LAYER, "int4")  # type: ignore[arg-type]
     stored = make_checkpoint(tmp_path / "fp8", model_type=model[0], quant="fp8_block", **SIZES)
     for quant in ("fp8_channel", "none"):
-        with pytest.raises(ConfigError, match=rf"quant = '{quant}': the layer is stored as fp8_block \(legal: fp8_block\)"):
+        with pytest.raises(
+            ConfigError, match=rf"quant = '{quant}': the layer is stored as fp8_block \(legal: fp8_block\)"
+        ):
             layer_spec(stored, LAYER, quant)
     assert layer_spec(stored, LAYER, "fp8_block") == layer_spec(stored, LAYER)
     wide = make_checkpoint(tmp_path / "fp32", model_type=model[0], quant="none", **SIZES)
