@@ -10,7 +10,8 @@ import pytest
 
 from moe_dist.checkpoint import make_checkpoint, read_config, spec_from_config
 from moe_dist.checkpoint.layout import layer_spec
-from moe_dist.errors import CheckpointError, UnsupportedError
+from moe_dist.checkpoint.synthetic_configs import MODEL_TYPES
+from moe_dist.errors import CheckpointError, MoeDistError, UnsupportedError
 from moe_dist.model.spec import MoESpec
 
 BF16 = {"hidden_act": "silu", "torch_dtype": "bfloat16"}
@@ -79,6 +80,9 @@ MINIMAX_M2 = BF16 | {
     "router_jitter_noise": 0.0, "scoring_func": "sigmoid", "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
     "use_routing_bias": True,
 }  # fmt: skip
+TINY: dict[str, Any] = {"hidden": 128, "intermediate": 128, "num_experts": 8, "top_k": 2}
+# Keys that say a size, which may be another one.
+SIZES = ("hidden_size", "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 NEMOTRON = {
     "architectures": ["NemotronHForCausalLM"], "hidden_size": 2688, "hybrid_override_pattern": PATTERN,
@@ -236,3 +240,27 @@ def test_exceptions_know_the_family_s_names(tmp_path: Path) -> None:
         layer_spec(written(directory, config | {"quantization_config": section}), 1)
     section["modules_to_not_convert"] = ["gate", "lm_head"]
     assert layer_spec(written(directory, config | {"quantization_config": section}), 1).quant == "fp8_block"
+
+
+JUNK = [None, True, -1, 7, 10**400, float("nan"), "x", [[]], ["moe"], {"model_type": 1}]
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_any_value_of_any_key_is_read_or_refused(family: str, tmp_path: Path) -> None:
+    config = json.loads((make_checkpoint(tmp_path, **TINY, model_type=family) / "config.json").read_text())
+    inner = config.get("text_config", config)
+    said, read = [], 0
+    for place in (config, inner) if inner is not config else (config,):
+        for key, right in list(place.items()):
+            for value in JUNK:
+                place[key] = value
+                try:
+                    found = read_config(written(tmp_path, config)).spec
+                except MoeDistError as error:
+                    said.append(str(error))
+                else:
+                    read += 1
+                    assert (found.hidden, found.num_experts) == (128, 8) or key in SIZES, (key, value)
+            place[key] = right
+    assert read
+    assert all(len(text.splitlines()) == 1 for text in said)
