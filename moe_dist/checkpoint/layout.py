@@ -206,13 +206,13 @@ class Layer:
         return pieces
 
     def inputs(self) -> list[TensorFormat]:
-        """The static scales of what goes into the experts' first matrices, those of the shared expert among them where
-        it has some; none where activations have dynamic ones."""
+        """The static scales of what goes into the experts' first matrices, those of a shared expert that can be computed
+        among them where it has some; none where activations have dynamic ones."""
         if not (self.scheme and self.scheme.static):
             return []
         prefixes = [f"{self.names.experts(self.number)}.{expert}" for expert in range(self.spec.num_experts)]
         shared = f"{self._mlp}.{self.names.shared}"
-        if f"{shared}.{self.names.up}.input_scale" in self.checkpoint.files:
+        if not self.spec.shared_gate and f"{shared}.{self.names.up}.input_scale" in self.checkpoint.files:
             prefixes.append(shared)
         first = [module for matrix, module in self.names.matrices.items() if matrix != "down"]
         return [input_scale(prefix, module) for prefix in prefixes for module in first]

@@ -5,6 +5,7 @@ src/transformers/models/<model_type>/modeling_<model_type>.py, and its conversio
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,15 @@ from checkpoints import FILE, edit, whole
 from safetensors.torch import load_file
 
 from moe_dist import load_layer
-from moe_dist.checkpoint import Checkpoint, check_layer, load_router, load_shard, make_checkpoint, read_config
+from moe_dist.checkpoint import (
+    Checkpoint,
+    check_layer,
+    load_router,
+    load_shard,
+    load_shared_shard,
+    make_checkpoint,
+    read_config,
+)
 from moe_dist.checkpoint.config import MODEL_TYPES
 from moe_dist.checkpoint.synthetic_configs import MODEL_TYPES as MADE
 from moe_dist.checkpoint.whole import WholeExperts
@@ -247,6 +256,40 @@ def test_a_rank_reads_its_own_slices_and_no_more(made: Any, family: str, quant: 
             found = shard.dequantized(slot)
             assert torch.equal(found[0], torch.cat([half[start:stop] for half in halves]))
             assert torch.equal(found[1], w2[:, start:stop])
+
+
+class Recorded(Checkpoint):
+    """Keeps the names of the tensors that are read, and how often."""
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        self.names = Counter(getattr(self, "names", Counter()))
+        self.names[name] += 1
+        return super().read(name, *index)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_block", "fp8_tensor_static"])
+@pytest.mark.parametrize("family", FORMS)
+def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str) -> None:
+    """By all ranks together, but for the layer's static scales, which every rank reads."""
+    directory, form = made(family, quant), FORMS[family]
+    source, of_layer = Recorded(directory), {name for name in load_file(directory / FILE) if form.block in name}
+    spec = check_layer(source, LAYER).spec
+    placement = Placement.build(spec, ParallelSpec(ep=2))
+    for rank in range(2):
+        load_shard(source, LAYER, placement, rank)
+    load_router(source, LAYER)
+    if form.gated_shared:
+        of_layer = {name for name in of_layer if "shared_expert" not in name}
+    elif form.shared:
+        load_shared_shard(source, LAYER, 0, spec.shared_intermediate)
+    assert set(source.names) == of_layer
+    fused = form.transposed and quant == "none"
+    for name, times in source.names.items():
+        if name.endswith("input_scale") and form.down not in name:
+            assert times == 2 + (form.shared is not None and not form.gated_shared)
+        else:
+            wanted = E * (2 if "gate_up" in name else 1) if fused and "experts." in name else 1
+            assert times == wanted, name
 
 
 # What must not pass
