@@ -206,8 +206,8 @@ class Layer:
         return pieces
 
     def inputs(self) -> list[TensorFormat]:
-        """The static scales of what goes into the experts' first matrices, those of a shared expert that can be computed
-        among them where it has some; none where activations have dynamic ones."""
+        """The static scales of what goes into the experts' first matrices, those of a shared expert that can be
+        computed among them where it has some; none where activations have dynamic ones."""
         if not (self.scheme and self.scheme.static):
             return []
         prefixes = [f"{self.names.experts(self.number)}.{expert}" for expert in range(self.spec.num_experts)]
