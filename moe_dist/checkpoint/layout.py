@@ -1,15 +1,13 @@
 """Where the tensors of one MoE layer lie on disk, and what their headers must say.
 
-Two forms are known. One by one: experts.E.{gate_proj, up_proj}.weight [I, H] and down_proj.weight [H, I], each with a
-weight_scale_inv of one number per 128×128 block if quantized (DeepSeek-V3's FP8 form; the scale multiplies, whatever
-its name says). Fused, as transformers 5 has them in memory: experts.gate_up_proj [E, 2I, H], gate's rows first, and
-experts.down_proj [E, H, I], with gate_up_proj_scale_inv and down_proj_scale_inv. A shared expert is never fused.
+Experts lie one by one, as modules experts.E, or fused, all of a layer in one tensor (`names.py` has both). Fused ones
+are bf16, float32 or FP8 in blocks of 128×128. A shared expert is never fused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from functools import cached_property
@@ -17,47 +15,19 @@ from pathlib import Path
 
 from moe_dist.checkpoint.config import ModelConfig
 from moe_dist.checkpoint.folder import plain
-from moe_dist.checkpoint.quantization import PROJECTIONS
+from moe_dist.checkpoint.names import FUSED, Names
+from moe_dist.checkpoint.pieces import FP8_DTYPE, WEIGHT_DTYPES, Piece, alone, fused, input_scale
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
+from moe_dist.checkpoint.scheme import Scheme
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from moe_dist.model.sizes import cdiv
-from moe_dist.model.spec import BLOCK, MoESpec
+from moe_dist.model.spec import BLOCK, MoESpec, QuantKind
 
 ROUTER_DTYPES = ("F32", "BF16")  # as safetensors headers spell them
-SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
-WEIGHT_DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8_block": "F8_E4M3"}
-FORMATS = {dtype: label for label, dtype in WEIGHT_DTYPES.items()}
-OF_THE_MLP = re.compile(r"mlp|moe|expert|gate|router|ffn|feed_forward", re.IGNORECASE)
+FORMATS = {dtype: label for label, dtype in WEIGHT_DTYPES.items()} | {FP8_DTYPE: "fp8"}
+OF_THE_MLP = re.compile(r"mlp|moe|expert|gate|router|ffn|feed_forward|mixer", re.IGNORECASE)
 ATTENTION = re.compile(r"(self_|linear_)?attn\.")
 
 Source = Checkpoint | Path | str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The weights or the scales of one projection of one expert: [I, H], or [H, I] for down_proj, in blocks for scales.
-    Fused: `expert` is its place in the first dimension, `first_row` where the projection's rows begin."""
-
-    tensor: TensorFormat
-    projection: str
-    scale: bool
-    expert: int | None = None
-    first_row: int = 0
-
-    def whole(self) -> tuple[slice, ...]:
-        """The index of all columns of the expert's weights."""
-        down = self.projection == "down_proj"
-        width = self.tensor.shape[-1 if down else -2]
-        return self.part(0, width if down or self.expert is None else width // 2)
-
-    def part(self, start: int, stop: int) -> tuple[slice, ...]:
-        """The index of columns [start, stop) of the expert's width."""
-        if self.scale:
-            start, stop = start // BLOCK, cdiv(stop, BLOCK)
-        rows, columns = slice(self.first_row + start, self.first_row + stop), slice(None)
-        if self.projection == "down_proj":
-            rows, columns = columns, slice(start, stop)
-        return (rows, columns) if self.expert is None else (slice(self.expert, self.expert + 1), rows, columns)
 
 
 @dataclass(frozen=True)
@@ -68,8 +38,18 @@ class Layer:
     number: int
 
     @property
+    def names(self) -> Names:
+        return self.checkpoint.config.names
+
+    @property
     def _mlp(self) -> str:
-        return f"model.layers.{self.number}.mlp"
+        return self.names.module(self.number)
+
+    @property
+    def _first(self) -> str:
+        """The weight that tells how experts are stored."""
+        prefix, matrix = self.names.experts(self.number), next(iter(self.names.matrices))
+        return f"{prefix}.{FUSED[matrix]}" if self.fused else f"{prefix}.0.{self.names.matrices[matrix]}.weight"
 
     def _concerned(self, name: str) -> bool:
         """Whether a tensor may belong to this layer's router or experts, under whatever prefix. Layers that predict
@@ -84,13 +64,30 @@ class Layer:
     @cached_property
     def fused(self) -> bool:
         """CheckpointError if some experts are fused and others are not."""
-        names, prefix = self.checkpoint.files, f"{self._mlp}.experts"
-        fused = f"{prefix}.gate_up_proj" in names
-        alone = f"{prefix}.0.gate_proj.weight"
-        if fused and alone in names:
-            problem = f"tensors {prefix}.gate_up_proj and {alone} are both there: which of them counts is not said"
+        names, prefix = self.checkpoint.files, self.names.experts(self.number)
+        fused = self.names.fused is not None and f"{prefix}.gate_up_proj" in names
+        by_itself = f"{prefix}.0.{self.names.up}.weight"
+        if fused and by_itself in names:
+            problem = f"tensors {prefix}.gate_up_proj and {by_itself} are both there: which of them counts is not said"
             raise CheckpointError(self.checkpoint.directory, problem)
         return fused
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Whether fused experts lie as [E, H, 2I] and [E, I, H]. Of the two shapes at least one tells."""
+        if self.names.fused != "either":
+            return False
+        spec = self.checkpoint.config.spec
+        tensors = [f"{self.names.experts(self.number)}.{name}" for name in dict.fromkeys(FUSED.values())]
+        self.checkpoint.require(tensors)
+        shapes = [self.checkpoint.header(name)[1][1:] for name in tensors]
+        return shapes == [(spec.hidden, 2 * spec.intermediate), (spec.intermediate, spec.hidden)]
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How its experts are quantized, None where they aren't."""
+        found = self.checkpoint.config.quantization_of(self.number)
+        return found.scheme if found else None
 
     @cached_property
     def spec(self) -> MoESpec:
@@ -98,7 +95,7 @@ class Layer:
         its tensors. CheckpointError names both where they contradict each other."""
         config = self.checkpoint.config
         said = config.layer_spec(self.number)
-        name = f"{self._mlp}.experts.gate_up_proj" if self.fused else f"{self._mlp}.experts.0.gate_proj.weight"
+        name = self._first
         self.checkpoint.require([name])
         dtype, _ = self.checkpoint.header(name)
         path = self.checkpoint.path_of(name)
@@ -107,34 +104,54 @@ class Layer:
                 f"dtype {dtype} of tensor {name} in {path}", ["nothing here computes it"], tuple(FORMATS)
             )
         found = FORMATS[dtype]
-        if found != said.quant_label and (said.quantized or found == "fp8_block" or config.dtype is not None):
+        expected = "fp8" if said.quantized else said.dtype
+        if found != expected and (said.quantized or found == "fp8" or config.dtype is not None):
             raise CheckpointError(path, f"tensor {name} has dtype {dtype}, but {self._reason(said)}")
-        if said.quantized and self.fused and said.intermediate % BLOCK:
-            reason = f"intermediate {said.intermediate} is no multiple of {BLOCK}: a block of scales holds gate and up"
-            raise UnsupportedError(f"fused experts {name} in {path}", [reason])
+        if self.fused and self.scheme:
+            self._check_fused_scales(said, self.scheme)
         self._refuse_strangers(said)
         return said if said.quantized else said.with_changes(dtype=found)
+
+    def _check_fused_scales(self, spec: MoESpec, scheme: Scheme) -> None:
+        what = f"fused experts {self._first} in {self.checkpoint.path_of(self._first)}"
+        if scheme.grain != "block" or self.transposed:
+            reason = "fused experts are read with a scale for each 128×128 block, as [E, 2I, H]"
+            raise UnsupportedError(what, [reason], ["experts one by one"])
+        if spec.intermediate % BLOCK:
+            reason = f"intermediate {spec.intermediate} is no multiple of {BLOCK}: a block of scales holds gate and up"
+            raise UnsupportedError(what, [reason])
 
     def _refuse_strangers(self, spec: MoESpec) -> None:
         """CheckpointError for tensors of the layer that nothing here reads: biases, further scales, more experts. To
         leave them out would give other numbers than the model's."""
-        weight = r"(gate|up|down)_proj\.weight"
-        scale = "(_scale_inv)?" if spec.quantized else ""
-        alone = rf"experts\.(?P<expert>0|[1-9][0-9]*)\.{weight}{scale}"
-        routed = rf"experts\.(gate_up|down)_proj{scale}" if self.fused else alone
-        bias = "|gate.e_score_correction_bias" if spec.correction_bias else ""
-        shared = rf"|shared_experts\.{weight}(_scale_inv)?" if spec.shared_intermediate else ""
-        known = re.compile(rf"{re.escape(self._mlp)}\.({routed}|gate\.weight{bias}{shared})")
-        strange = []
-        for name in filter(self._concerned, self.checkpoint.files):
-            match = known.fullmatch(name)
-            expert = match.groupdict().get("expert") if match else None
-            if not match or (expert is not None and int(expert[:9]) >= spec.num_experts):
-                strange.append(name)
+        strange = sorted(filter(self._strange(spec), filter(self._concerned, self.checkpoint.files)))
         if strange:
-            listed = ", ".join(map(plain, sorted(strange)[:3])) + (", ..." if len(strange) > 3 else "")
+            listed = ", ".join(map(plain, strange[:3])) + (", ..." if len(strange) > 3 else "")
             problem = f"layer {self.number} has tensors that nothing here reads: {listed}"
             raise CheckpointError(self.checkpoint.directory, problem)
+
+    def _strange(self, spec: MoESpec) -> Callable[[str], bool]:
+        """Whether a tensor of the layer is none of those that are read."""
+        names, scheme = self.names, self.scheme
+        matrix = "|".join(names.matrices.values())
+        scale = f"({scheme.suffix})?" if scheme else ""
+        of_expert = rf"weight{scale}" + ("|input_scale" if scheme and scheme.static else "")
+        by_itself = rf"experts\.(?P<expert>0|[1-9][0-9]*)\.({matrix})\.({of_expert})"
+        known = [rf"experts\.(gate_up|down)_proj{scale}" if self.fused else by_itself, re.escape(names.router)]
+        if spec.correction_bias:
+            known.append(re.escape(names.bias))
+        if spec.shared_intermediate:
+            known.append(rf"{names.shared}\.({matrix})\.(weight(_scale(_inv)?)?|input_scale)")
+        if spec.shared_gate and names.shared_gate:
+            known.append(re.escape(names.shared_gate))
+        pattern = re.compile(rf"{re.escape(self._mlp)}\.({'|'.join(known)})")
+
+        def strange(name: str) -> bool:
+            match = pattern.fullmatch(name)
+            expert = match.groupdict().get("expert") if match else None
+            return not match or (expert is not None and int(expert[:9]) >= spec.num_experts)
+
+        return strange
 
     def refuse_strays(self) -> None:
         """CheckpointError for tensors of the layer that lie where nothing reads them: which of two copies counts, or
@@ -151,37 +168,26 @@ class Layer:
         """Why the layer was expected to have the format of `said`."""
         config = self.checkpoint.config
         if quantization := config.quantization_of(self.number):
-            return f"{quantization.where} makes this layer {WEIGHT_DTYPES[said.quant_label]} (no list takes it out)"
+            return f"{quantization.where} makes this layer {FP8_DTYPE} (no list takes it out)"
         if config.quantizations:
             return f"{config.quantizations[0].where} lists this layer as not converted ({said.quant_label})"
         return f"{config.path} has no quantization_config and says {said.quant_label}"
 
     def router(self) -> list[TensorFormat]:
+        """Its weight and, if it has one, its correction bias."""
         spec = self.checkpoint.config.spec
-        tensors = [TensorFormat(f"{self._mlp}.gate.weight", (spec.num_experts, spec.hidden), ROUTER_DTYPES)]
+        E = spec.num_experts
+        tensors = [TensorFormat(f"{self._mlp}.{self.names.router}", (E, spec.hidden), ROUTER_DTYPES)]
         if spec.correction_bias:
-            name = f"{self._mlp}.gate.e_score_correction_bias"
-            tensors.append(TensorFormat(name, (spec.num_experts,), ROUTER_DTYPES))
+            tensors.append(TensorFormat(f"{self._mlp}.{self.names.bias}", (E,), ROUTER_DTYPES, ((1, E),)))
         return tensors
 
     def expert(self, expert: int) -> list[Piece]:
         """gate, up and down, each followed by its scales if there are any."""
-        if not self.fused:
-            return _alone(f"{self._mlp}.experts.{expert}", self.spec, self.spec.intermediate)
-        spec, pieces = self.spec, []
-        E, H, I = spec.num_experts, spec.hidden, spec.intermediate
-        for projection in PROJECTIONS:
-            down = projection == "down_proj"
-            name, shape = (
-                f"{self._mlp}.experts.{'down_proj' if down else 'gate_up_proj'}",
-                (H, I) if down else (2 * I, H),
-            )
-            for scale in (False, True) if spec.quantized else (False,):
-                rows = 0 if projection != "up_proj" else I // BLOCK if scale else I
-                tensor = _format(name + ("_scale_inv" if scale else ""), shape, spec, scale)
-                tensor = with_fields(tensor, shape=(E, *tensor.shape))
-                pieces.append(Piece(tensor, projection, scale, expert, rows))
-        return pieces
+        prefix = self.names.experts(self.number)
+        if self.fused:
+            return fused(prefix, self.names, self.spec, expert, self.scheme, self.transposed)
+        return alone(f"{prefix}.{expert}", self.names, self.spec, self.spec.intermediate, self.scheme)
 
     def shared_expert(self) -> list[Piece]:
         """Like `expert`. ConfigError for a model without one, UnsupportedError for one of another format than the
@@ -189,7 +195,8 @@ class Layer:
         spec = self.spec
         if spec.shared_intermediate < 1:
             raise ConfigError("model.shared_intermediate", 0, f"{self.checkpoint.directory} has no shared expert")
-        pieces = _alone(f"{self._mlp}.shared_experts", spec, spec.shared_intermediate)
+        prefix = f"{self._mlp}.{self.names.shared}"
+        pieces = alone(prefix, self.names, spec, spec.shared_intermediate, self.scheme)
         self.checkpoint.require([pieces[0].tensor.name])
         found, _ = self.checkpoint.header(pieces[0].tensor.name)
         wanted = pieces[0].tensor.dtypes
@@ -197,6 +204,24 @@ class Layer:
             what = f"the shared expert of layer {self.number} of {self.checkpoint.directory} in {found}"
             raise UnsupportedError(what, ["it must have the format of the routed experts"], wanted)
         return pieces
+
+    def inputs(self) -> list[TensorFormat]:
+        """The static scales of what goes into the experts' first matrices, those of a shared expert that can be
+        computed among them where it has some; none where activations have dynamic ones."""
+        if not (self.scheme and self.scheme.static):
+            return []
+        prefixes = [f"{self.names.experts(self.number)}.{expert}" for expert in range(self.spec.num_experts)]
+        shared = f"{self._mlp}.{self.names.shared}"
+        if not self.spec.shared_gate and f"{shared}.{self.names.up}.input_scale" in self.checkpoint.files:
+            prefixes.append(shared)
+        first = [module for matrix, module in self.names.matrices.items() if matrix != "down"]
+        return [input_scale(prefix, module) for prefix in prefixes for module in first]
+
+    def second_input(self, expert: int | None) -> TensorFormat:
+        """Likewise of what goes into the last matrix of one expert; None is the shared one."""
+        of_expert = f"{self.names.experts(self.number)}.{expert}"
+        shared = f"{self._mlp}.{self.names.shared}"
+        return input_scale(shared if expert is None else of_expert, self.names.down)
 
     def check(self, tensors: Iterable[TensorFormat]) -> None:
         """CheckpointError unless all are there, each in its shape and dtype. Reads headers only."""
@@ -213,18 +238,34 @@ def open_layer(source: Source, layer: int) -> Layer:
     return Layer(checkpoint, layer)
 
 
-def layer_spec(source: Source, layer: int) -> MoESpec:
-    """The spec of one layer, its format as the layer's own tensors and the model's files say. A folder without any
-    weights is taken at its config.json's word: a plan needs no more. Of others, the headers of the router and of the
-    first and the last expert must fit; `check_layer` looks at all. Raises CheckpointError (files or tensors missing,
-    damaged or contradictory), UnsupportedError (a format that is not read) or ConfigError (no such MoE layer)."""
+def spec_as(stored: MoESpec, quant: QuantKind | None) -> MoESpec:
+    """The layer as it is to be loaded: as it is `stored`, or a bf16 one quantized as `quant` when it is read. Raises
+    ConfigError for a layer of another format, and for static scales of activations, which nothing here can know."""
+    if quant in (None, stored.quant):
+        return stored
+    kinds = ("fp8_block", "fp8_channel", "fp8_tensor_dynamic")
+    if stored.quant_label != "bf16":
+        raise ConfigError("quant", quant, f"the layer is stored as {stored.quant_label}", (stored.quant,))
+    if quant not in kinds:
+        rule = "a bf16 checkpoint has no scales of activations" if quant == "fp8_tensor_static" else "is no FP8 format"
+        raise ConfigError("quant", quant, rule, kinds)
+    changed: MoESpec = stored.with_changes(quant=quant)
+    return changed
+
+
+def layer_spec(source: Source, layer: int, quant: QuantKind | None = None) -> MoESpec:
+    """The spec of one layer, its format as the layer's own tensors and the model's files say, or `quant` for a bf16
+    layer that is to be quantized when it is loaded (`spec_as`). A folder without any weights is taken at its
+    config.json's word: a plan needs no more. Of others, the headers of the router and of the first and the last expert
+    must fit; `check_layer` looks at all. Raises CheckpointError (files or tensors missing, damaged or contradictory),
+    UnsupportedError (a format that is not read) or ConfigError (no such MoE layer, a `quant` that can't be)."""
     found = open_layer(source, layer)
     if not found.checkpoint.holds_weights:
-        return found.checkpoint.config.layer_spec(layer)
+        return spec_as(found.checkpoint.config.layer_spec(layer), quant)
     ends = [*found.expert(0), *found.expert(found.spec.num_experts - 1)]
-    found.check([*found.router(), *(piece.tensor for piece in ends)])
+    found.check([*found.router(), *found.inputs(), *(piece.tensor for piece in ends)])
     found.refuse_strays()
-    return found.spec
+    return spec_as(found.spec, quant)
 
 
 def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig:
@@ -232,27 +273,14 @@ def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig
     there in the right shape and dtype, in files that are not truncated. Reads headers only: milliseconds per file.
     Gives the model's config with the spec of this very layer."""
     found = open_layer(source, layer)
+    experts: list[int | None] = list(range(found.spec.num_experts))
     pieces = [piece for expert in range(found.spec.num_experts) for piece in found.expert(expert)]
     if shared:
         pieces += found.shared_expert()
-    found.check([*found.router(), *(piece.tensor for piece in pieces)])
+        experts.append(None)
+    inputs = found.inputs()
+    if inputs:
+        inputs += [found.second_input(expert) for expert in experts]
+    found.check([*found.router(), *inputs, *(piece.tensor for piece in pieces)])
     found.refuse_strays()
     return with_fields(found.checkpoint.config, spec=found.spec)
-
-
-def _alone(prefix: str, spec: MoESpec, intermediate: int) -> list[Piece]:
-    pieces = []
-    for projection in PROJECTIONS:
-        shape = (spec.hidden, intermediate) if projection == "down_proj" else (intermediate, spec.hidden)
-        name = f"{prefix}.{projection}.weight"
-        pieces.append(Piece(_format(name, shape, spec, False), projection, False))
-        if spec.quantized:
-            pieces.append(Piece(_format(f"{name}_scale_inv", shape, spec, True), projection, True))
-    return pieces
-
-
-def _format(name: str, shape: tuple[int, ...], spec: MoESpec, scale: bool) -> TensorFormat:
-    """Of a matrix of this shape, or of its blocks' scales."""
-    if scale:
-        return TensorFormat(name, tuple(cdiv(size, BLOCK) for size in shape), SCALE_DTYPES)
-    return TensorFormat(name, shape, (WEIGHT_DTYPES[spec.quant_label],))

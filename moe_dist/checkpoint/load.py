@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.checkpoint.layout import Layer, Piece, Source, open_layer
-from moe_dist.checkpoint.reader import Checkpoint
+from moe_dist.checkpoint.layout import Layer, Source, open_layer, spec_as
+from moe_dist.checkpoint.pieces import Piece
+from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8
-from moe_dist.model.spec import MoESpec
-from moe_dist.model.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights
+from moe_dist.model.spec import MoESpec, QuantKind
+from moe_dist.model.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights, quantize_weights, slice_width
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,42 @@ def load_shard(
     rank: int,
     device: torch.device | str = "cpu",
     progress: Callable[[], None] | None = None,
+    quant: QuantKind | None = None,
 ) -> ExpertWeights:
     """What `rank` holds of a layer, on `device`; `progress` is called after each expert. A rank without experts gets
-    the format with 0 of them. Raises ConfigError (no such MoE layer or rank, a placement made for another spec),
-    CheckpointError (a tensor of this rank missing, of the wrong form, all zeros, or holding NaN) or UnsupportedError
-    (a format that is not read)."""
+    the format with 0 of them. `quant` quantizes a layer that is stored as bf16 (`spec_as`). Raises ConfigError (no such
+    MoE layer or rank, a placement made for another spec, a `quant` that can't be), CheckpointError (a tensor of this
+    rank missing, of the wrong form, all zeros, or holding NaN) or UnsupportedError (a format that is not read)."""
     found = open_layer(source, layer)
-    _check_placement(found.spec, placement, rank)
-    experts = [found.expert(expert) for expert in placement.experts_of(rank)]
-    return _load(found, experts, placement.slice_of(rank), device, progress)
+    spec = spec_as(found.spec, quant)
+    _check_placement(spec, placement, rank)
+    held = placement.experts_of(rank)
+    experts, bounds = [found.expert(expert) for expert in held], placement.slice_of(rank)
+    if spec != found.spec:
+        return _load_quantized(found, experts, bounds, spec, device, progress)
+    weights = _load(found, experts, bounds, device, progress)
+    _fill_inputs(found, weights, list(held))
+    return weights
 
 
 def load_shared_shard(
-    source: Source, layer: int, start: int, stop: int, device: torch.device | str = "cpu"
+    source: Source,
+    layer: int,
+    start: int,
+    stop: int,
+    device: torch.device | str = "cpu",
+    quant: QuantKind | None = None,
 ) -> ExpertWeights:
-    """Columns [start, stop) of the shared expert's width, as ExpertWeights of one expert (`spec.shared_spec()`)."""
+    """Columns [start, stop) of the shared expert's width, as ExpertWeights of one expert (`spec.shared_spec()`).
+    `quant` as in `load_shard`."""
     found = open_layer(source, layer)
-    pieces = found.shared_expert()
-    _check_slice("shared slice", start, stop, found.spec.shared_intermediate, found.spec)
-    return _load(found, [pieces], (start, stop), device, None)
+    pieces, spec = found.shared_expert(), spec_as(found.spec, quant)
+    _check_slice("shared slice", start, stop, spec.shared_intermediate, spec)
+    if spec != found.spec:
+        return _load_quantized(found, [pieces], (start, stop), spec, device, None)
+    weights = _load(found, [pieces], (start, stop), device, None)
+    _fill_inputs(found, weights, [None])
+    return weights
 
 
 def load_router(source: Source, layer: int, device: torch.device | str = "cpu") -> RouterWeights:
@@ -66,7 +84,7 @@ def load_router(source: Source, layer: int, device: torch.device | str = "cpu") 
         _check_values(found.checkpoint, tensor.name, values, bias=tensor is not wanted[0])
         loaded.append(values.to(device))
     gate, *bias = loaded
-    return RouterWeights(gate, bias[0].float() if bias else None)
+    return RouterWeights(gate, bias[0].float().reshape(-1) if bias else None)
 
 
 def _check_placement(spec: MoESpec, placement: Placement, rank: int) -> None:
@@ -101,29 +119,78 @@ def _load(
     layer.check(piece.tensor for pieces in experts for piece in pieces)
     for slot, pieces in enumerate(experts):
         for piece, target in zip(pieces, _targets(weights, slot), strict=True):
-            if start < stop:
+            if target.numel():
                 _fill(layer.checkpoint, piece, target, start, stop)
         if progress:
             progress()
     return weights
 
 
+def _load_quantized(
+    layer: Layer,
+    experts: list[list[Piece]],
+    bounds: tuple[int, int],
+    spec: MoESpec,
+    device: torch.device | str,
+    progress: Callable[[], None] | None,
+) -> ExpertWeights:
+    """These experts, read as they are stored and quantized as `spec` says. Blocks lie within a slice. Scales of whole
+    rows and matrices are those of the whole expert, so that they don't depend on the placement: it is read whole."""
+    start, stop = bounds
+    weights = ExpertWeights.empty(spec, len(experts), stop - start, device)
+    within = spec.quant == "fp8_block"
+    for slot, pieces in enumerate(experts):
+        dense = _load(layer, [pieces], bounds if within else (0, pieces[0].width), device, None)
+        made = quantize_weights(dense.w13_eFH, dense.w2_eHi, spec)
+        made = made if within else slice_width(made, start, stop)
+        for name, tensor in weights.tensors().items():
+            tensor[slot].copy_(made.tensors()[name][0])
+        if progress:
+            progress()
+    return weights
+
+
+def _fill_inputs(layer: Layer, weights: ExpertWeights, experts: list[int | None]) -> None:
+    """Static scales of what goes into the two GEMMs; None is the shared expert. The first one is the layer's largest,
+    so that a row is quantized once, whichever experts it goes to."""
+    if weights.a13 is None or weights.a2 is None:
+        return
+    wanted = layer.inputs()
+    second = [layer.second_input(expert) for expert in experts]
+    layer.check([*wanted, *second])
+    first, *own = [_number(layer.checkpoint, tensors) for tensors in (wanted, *([tensor] for tensor in second))]
+    weights.a13.fill_(first)
+    weights.a2.copy_(torch.tensor(own, dtype=torch.float32, device="cpu"))
+
+
+def _number(checkpoint: Checkpoint, tensors: list[TensorFormat]) -> float:
+    """The largest of these scales."""
+    found = []
+    for tensor in tensors:
+        values = checkpoint.read(tensor.name).float()
+        _check_values(checkpoint, tensor.name, values, scale=True)
+        found.append(float(values))
+    return max(found)
+
+
 def _targets(weights: ExpertWeights, slot: int) -> list[Tensor]:
-    """Where the pieces of one expert go, in the order of `Layer.expert`: the rows of w13 are [gate; up]."""
-    parts = [*weights.w13_eFH[slot].chunk(2), weights.w2_eHi[slot]]
+    """Where the pieces of one expert go, in the order of `Layer.expert`: the rows of w13 are [gate; up], or those of up
+    alone."""
+    halves = 2 if weights.gated else 1
+    parts = [*weights.w13_eFH[slot].chunk(halves), weights.w2_eHi[slot]]
     if weights.s13 is None or weights.s2 is None:
         return parts
-    scales = [*weights.s13[slot].chunk(2), weights.s2[slot]]
+    scales = [*weights.s13[slot].chunk(halves), weights.s2[slot]]
     return [tensor for pair in zip(parts, scales, strict=True) for tensor in pair]
 
 
 def _fill(checkpoint: Checkpoint, piece: Piece, target: Tensor, start: int, stop: int) -> None:
     """Read columns [start, stop) of the expert's width into `target`, and check them where they now lie."""
     values = checkpoint.read(piece.tensor.name, *piece.part(start, stop))
-    target.copy_((values if piece.expert is None else values[0]).to(target.dtype))
+    target.copy_(piece.canonical(values, tuple(target.shape)).to(target.dtype))
     if not piece.scale and not _any(target):  # padding may fill a rank's whole slice, but not the expert
         target = checkpoint.read(piece.tensor.name, *piece.whole())
-    _check_values(checkpoint, piece.tensor.name, target, piece.scale, piece.expert)
+    _check_values(checkpoint, piece.tensor.name, target, piece.scale is not None, piece.expert)
 
 
 def _check_values(

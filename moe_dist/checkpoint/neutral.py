@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moe_dist.checkpoint.folder import plain, shown
@@ -25,24 +26,33 @@ WHATEVER_THEY_SAY = {
 }  # fmt: skip
 
 
+ANY: tuple[Any, ...] = (object(),)  # as the values of a key that changes nothing whatever it says
+
+
 def refuse_unread(
-    raw: Mapping[str, Any], read: Collection[str], spec: MoESpec, sparse: list[bool] | None, path: Path | str
+    raw: Mapping[str, Any],
+    read: Collection[str],
+    spec: MoESpec,
+    sparse: list[bool] | None,
+    path: Path | str,
+    neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
 ) -> None:
     """UnsupportedError for a key that was not `read` and may ask for another layer than `spec`, or for experts in other
-    layers than `sparse` says, None where nobody asks which those are. A null counts as absent."""
-    known = _of_layer(spec) | _of_model(sparse or [])
+    layers than `sparse` says, None where nobody asks which those are. A null counts as absent. `neutral`: the model
+    family's own keys that change nothing, with the values that don't."""
+    known = {**_of_layer(spec), **_of_model(sparse or []), **neutral}
     unasked = () if sparse is not None else tuple(_of_model([]))
     for key, value in raw.items():
         if value is None or key in read or key in WHATEVER_THEY_SAY or key in unasked:
             continue
         if key not in known and (not OF_THE_LAYER.search(key.lower()) or OF_ATTENTION.match(key.lower())):
             continue
-        neutral = known.get(key, ())
-        if not any(value == fine and isinstance(value, bool) == isinstance(fine, bool) for fine in neutral):
+        fine = known.get(key, ())
+        if fine is not ANY and not any(value == f and isinstance(value, bool) == isinstance(f, bool) for f in fine):
             what = f"{plain(key)} {shown(value)} in {path}, of model_type {shown(raw.get('model_type'))},"
             said = "would be another" if key in known else "may be another"
             reason = f"this model family does not read it, so the layer {said}"
-            raise UnsupportedError(what, [reason], [*map(shown, neutral), f"no key {plain(key)}"])
+            raise UnsupportedError(what, [reason], [*map(shown, fine), f"no key {plain(key)}"])
 
 
 def _of_layer(spec: MoESpec) -> dict[str, tuple[Any, ...]]:
@@ -75,7 +85,7 @@ def _of_layer(spec: MoESpec) -> dict[str, tuple[Any, ...]]:
         # how many there are
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): (spec.num_experts,),
         ("n_shared_experts", "num_shared_experts", "n_shared_expert", "num_shared_expert"): (0,),
-        ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"): (0,),
+        ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"): (0,),
     }
     return {key: neutral for keys, neutral in same.items() for key in keys}
 
@@ -90,5 +100,8 @@ def _of_model(sparse: list[bool]) -> dict[str, tuple[Any, ...]]:
         "num_dense_layers": (0,) if all(sparse) else (),
         "moe_layer_freq": (1, [int(moe) for moe in sparse]),
         "interleave_moe_layer_step": (1,),
+        "moe_layer_start_index": (0,),
+        "moe_layer_end_index": (-1, len(sparse) - 1),
+        "moe_layer_interval": (1,),
         "moe_layers": (),
     }

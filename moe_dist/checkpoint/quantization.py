@@ -1,8 +1,8 @@
 """Which modules of a model are quantized, and how: `quantization_config` of config.json, and hf_quant_config.json.
 
-One way is read, FP8 with a scale for each 128×128 block. Every other one is refused with what was found, and so is a
-key or a value that is not known to change nothing: it may say how the numbers are to be read. A layer that the list of
-exceptions takes out is not quantized, whatever the rest is.
+`methods.py` says what of that is read. Everything else is refused with what was found, and so is a key or a value that
+is not known to change nothing: it may say how the numbers are to be read. A layer that the list of exceptions takes out
+is not quantized, whatever the rest is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moe_dist.checkpoint import methods
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, exists, read_json, shown
 from moe_dist.checkpoint.graphs import MOST_WORK, TooMuchWork
+from moe_dist.checkpoint.methods import EXCEPTIONS, KV_CACHE, Method
 from moe_dist.checkpoint.patterns import Pattern
+from moe_dist.checkpoint.scheme import FP8_BLOCKS, Scheme
 from moe_dist.errors import CheckpointError, UnsupportedError
 from moe_dist.model.spec import BLOCK
 
@@ -36,26 +39,12 @@ FOREIGN_FILES = {
 }
 READ = (
     f"quant_method fp8 with weight_block_size [{BLOCK}, {BLOCK}], fmt e4m3 and activation_scheme dynamic",
+    "quant_method fp8 without weight_block_size, activation_scheme static",
+    "compressed-tensors float-quantized by tensor, channel or block",
+    "ModelOpt's FP8",
     "no quantization_config (bf16, fp32)",
 )
-# Beside quant_method and weight_block_size, the keys of fp8 and the values that leave the format what it is. A
-# scale_fmt of ue8m0 (DeepSeek-V3.1) does: the stored scales are plain numbers all the same, and activation scales in
-# float32 are only finer than the powers of two it asks for.
-HARMLESS: dict[str, tuple[object, ...]] = {
-    "activation_scheme": ("dynamic",),
-    "fmt": ("e4m3", "e4m3fn", "float8_e4m3fn"),
-    "scale_fmt": ("ue8m0", "float32"),
-    "weight_per_tensor": (False,),
-    "act_per_tensor": (False,),
-    "is_checkpoint_fp8_serialized": (True,),
-    "dequantize": (False,),
-    "kv_cache_scheme": (),
-    "_load_in_8bit": (False,),
-    "_load_in_4bit": (False,),
-}
-EXCEPTIONS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 MOST_PATTERNS = 1_000  # ModelOpt has one for each layer and module at most
-KV_CACHE = ("kv_cache_quant_algo", "kv_cache_scheme", "kv_cache_dtype")  # no business of the experts
 
 
 @dataclass(frozen=True)
@@ -116,37 +105,38 @@ def _is_pattern(entry: str) -> bool:
 
 @dataclass(frozen=True)
 class Quantization:
-    """One section that quantizes modules, and how: as FP8 blocks if `reasons` is empty, else as these say."""
+    """One section that quantizes modules, and how: by `scheme` if `reasons` is empty, else as these say."""
 
     where: str
     reasons: tuple[str, ...]
     exceptions: Exceptions
     supported: tuple[str, ...] = READ
+    scheme: Scheme = FP8_BLOCKS
     _found: dict[tuple[str, int], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def refuse(self) -> None:
         if self.reasons:
             raise UnsupportedError(self.where, self.reasons, self.supported)
 
-    def converts(self, prefix: str, experts: int) -> bool:
-        """Whether the `experts` experts `prefix`.0 and so on are quantized, or fused ones, which are listed as
-        `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are, CheckpointError where the list is too
-        much work. A layer is looked up once."""
+    def converts(self, prefix: str, experts: int, matrices: tuple[str, ...] = PROJECTIONS) -> bool:
+        """Whether the `experts` experts `prefix`.0 and so on are quantized, whose `matrices` are modules of theirs, or
+        fused ones, which are listed as `prefix`.gate_up_proj and .down_proj; UnsupportedError if only some are,
+        CheckpointError where the list is too much work. A layer is looked up once."""
         if (prefix, experts) not in self._found:
             try:
-                self._found[prefix, experts] = self._converts(prefix, experts)
+                self._found[prefix, experts] = self._converts(prefix, experts, matrices)
             except TooMuchWork:
-                listed = f"{len(self.exceptions.patterns):,} patterns for {experts * len(PROJECTIONS):,} modules"
+                listed = f"{len(self.exceptions.patterns):,} patterns for {experts * len(matrices):,} modules"
                 problem = f"{self.where} lists {listed} of {prefix}, which takes more than {MOST_WORK:,} steps"
                 raise CheckpointError(self.exceptions.path, problem) from None
         return self._found[prefix, experts]
 
-    def _converts(self, prefix: str, experts: int) -> bool:
+    def _converts(self, prefix: str, experts: int, matrices: tuple[str, ...]) -> bool:
         if self.exceptions.empty or self.exceptions.cover(prefix):
             return self.exceptions.empty
         if all(self.exceptions.cover(f"{prefix}.{name}") for name in FUSED):
             return False
-        modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in PROJECTIONS]
+        modules = [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in matrices]
         kept = {module for module in modules if self.exceptions.cover(module)}
         if kept and len(kept) < len(modules):
             converted = next(module for module in modules if module not in kept)
@@ -169,11 +159,11 @@ def read_quantizations(raw: Mapping[str, Any], path: Path | str) -> tuple[Quanti
         raise CheckpointError(path, f"key {SECTION} = {shown(found)} is no dict")
     where = f"{SECTION} in {path}"
     method = found.get("quant_method")
-    if method == "fp8":
-        return (_fp8(found, where, path),)
-    if "quant_algo" in _flat(found):
+    if method != "fp8" and "quant_algo" in _flat(found):
         return _modelopt(found, where, path)
-    return (Quantization(where, (_other(found),), _exceptions(found, path)),)
+    known = {"fp8": methods.fp8, "compressed-tensors": methods.compressed_tensors}
+    read = known[method](found) if isinstance(method, str) and method in known else Method((methods.said_of(found),))
+    return (Quantization(where, read.reasons, _exceptions(found, path), scheme=read.scheme),)
 
 
 def read_other_files(directory: Path) -> tuple[Quantization, ...]:
@@ -199,20 +189,6 @@ def _hints(key: str) -> bool:
     return "quant" in key.lower() or key in ("compression_config", "sparsity_config")
 
 
-def _fp8(found: dict[str, Any], where: str, path: Path | str) -> Quantization:
-    reasons = []
-    if (blocks := found.get("weight_block_size")) != [BLOCK, BLOCK]:
-        reasons.append(f"weight_block_size is {shown(blocks)}")
-    for key, value in found.items():
-        if key in ("quant_method", "weight_block_size", *EXCEPTIONS) or value is None:
-            continue
-        if key not in HARMLESS:
-            reasons.append(f"key {shown(key)} = {shown(value)} is not known")
-        elif not any(value == known and type(value) is type(known) for known in HARMLESS[key]):
-            reasons.append(f"{key} is {shown(value)}")
-    return Quantization(where, tuple(reasons), _exceptions(found, path))
-
-
 def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
     """ModelOpt's keys stand in the section, or in `quantization` in it."""
     inner = found.get("quantization")
@@ -224,31 +200,14 @@ def _modelopt(found: Mapping[str, Any], where: str, path: Path | str) -> tuple[Q
     keys = _flat(found)
     if "quant_algo" not in keys:
         raise UnsupportedError(where, [f"it says nothing of quant_algo, but {shown(sorted(keys))}"], READ)
-    algorithm = keys["quant_algo"]
-    if algorithm is not None:
-        reason = f"quant_algo is {shown(algorithm)}"
-        if keys.get("group_size") is not None:
-            reason += f" with group_size {shown(keys['group_size'])}"
-        return (Quantization(where, (reason,), _exceptions(keys, path)),)
+    if keys["quant_algo"] is not None:
+        read = methods.modelopt(keys)
+        return (Quantization(where, read.reasons, _exceptions(keys, path), scheme=read.scheme),)
     known = ("quant_algo", "quantization", "producer", "quant_method", "group_size", *EXCEPTIONS, *KV_CACHE)
     strange = [key for key, value in keys.items() if key not in known and value not in (None, {}, [])]
     if strange:
         raise UnsupportedError(where, [f"key {shown(strange[0])} = {shown(keys[strange[0]])} is not known"], READ)
     return ()
-
-
-def _other(found: dict[str, Any]) -> str:
-    """What another method's section says of itself, in one line."""
-    parts = [f"quant_method is {shown(found.get('quant_method'))}"]
-    parts += [f"{key} is {shown(found[key])}" for key in ("format", "bits", "quant_type", "fmt") if key in found]
-    groups = found.get("config_groups")
-    if isinstance(groups, dict):
-        for group in groups.values():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict):
-                said = [f"{key} {shown(weights.get(key))}" for key in ("num_bits", "type", "strategy")]
-                parts.append("weights have " + ", ".join(said))
-    return ", ".join(parts[:6])
 
 
 def _exceptions(found: Mapping[str, Any], path: Path | str) -> Exceptions:

@@ -26,11 +26,12 @@ DAMAGED = (SafetensorError, OSError, ValueError, IndexError, TypeError, RuntimeE
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """What a tensor's header must say."""
+    """What a tensor's header must say. `also`: other shapes that hold the same."""
 
     name: str
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
+    also: tuple[tuple[int, ...], ...] = ()
 
 
 class Checkpoint:
@@ -93,7 +94,7 @@ class Checkpoint:
     def expect(self, wanted: TensorFormat) -> None:
         """Raise unless the header has this tensor in this shape and one of these dtypes. Reads no data."""
         dtype, shape = self.header(wanted.name)
-        if shape != wanted.shape:
+        if shape not in (wanted.shape, *wanted.also):
             problem = f"tensor {wanted.name} has shape {shape}, the config asks for {wanted.shape}"
             raise CheckpointError(self.path_of(wanted.name), problem)
         if dtype not in wanted.dtypes:
@@ -113,7 +114,7 @@ class Checkpoint:
         entry = self._entry(name)
         try:
             with torch.device("cpu"):
-                values: Tensor = entry[index or (slice(None),)]
+                values: Tensor = entry[index or ...]
         except DAMAGED as error:
             raise CheckpointError(self.path_of(name), f"tensor {name} can't be read: {_line(error)}") from None
         self.bytes_read += values.nbytes

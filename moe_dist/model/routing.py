@@ -39,9 +39,12 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
     """Router logits to top-k experts and their weights, in float32 as the models do it.
 
     softmax (Qwen3-MoE, Mixtral): top-k of the probabilities, divided by their sum if `renormalize`.
-    sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): top-k of score + `bias_E`, weights are the scores without the
-    bias. With groups, only the `top_groups` groups whose two best biased scores sum highest may be chosen
-    (DeepSeek-V3 technical report, arXiv 2412.19437, section 2.1.2). Weights are scaled by `routed_scaling` last.
+    sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): likewise of the scores of each expert alone.
+    With a correction bias (these, and ERNIE 4.5's softmax): top-k of score + `bias_E`, weights are the scores without
+    the bias. With groups, only the `top_groups` best groups may be chosen. Under sigmoid a group is as good as the sum
+    of its two best biased scores (DeepSeek-V3 technical report, arXiv 2412.19437, section 2.1.2), under softmax as its
+    best score (DeepSeek-V2 `group_limited_greedy`, arXiv 2405.04434, section 2.2.2). Weights are scaled by
+    `routed_scaling` last.
 
     An expert whose logit or bias is -inf is no choice. Places that no other expert can fill get id -1 and weight 0.
     A score that is NaN is chosen and makes its weight NaN, so that the output shows it. Raises ConfigError for logits
@@ -62,7 +65,7 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
     choice = scores if bias_E is None else scores + bias_E.float()
     choice = choice.masked_fill(logits == float("-inf"), float("-inf"))
     if spec.num_groups > 1:
-        choice = _mask_groups(choice, spec.num_groups, spec.top_groups)
+        choice = _mask_groups(choice, spec.num_groups, spec.top_groups, best=2 if spec.scoring == "sigmoid" else 1)
     chosen, ids = choice.topk(spec.top_k, dim=-1)
     empty = chosen == float("-inf")
     weights = torch.where(chosen.isnan(), chosen, scores.gather(-1, ids)).masked_fill(empty, 0.0)
@@ -101,11 +104,12 @@ def check_floats(field: str, tensor: Tensor, device: torch.device | None = None)
         raise ConfigError(f"{field}.device", tensor.device, rule, device or ("cpu", "cuda"))
 
 
-def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
+def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int, best: int) -> Tensor:
+    """-inf outside of the `top_groups` groups whose `best` highest scores sum highest."""
     grouped = choice_TE.view(len(choice_TE), num_groups, -1)
-    best_two = grouped.topk(2, dim=-1).values
+    highest = grouped.topk(best, dim=-1).values
     # Of two groups with a single legal expert the better one is meant, not either: -inf would make them equal.
-    group_scores = best_two.where(best_two != float("-inf"), _below_all(choice_TE)[:, None, None]).sum(-1)
+    group_scores = highest.where(highest != float("-inf"), _below_all(choice_TE)[:, None, None]).sum(-1)
     kept = group_scores.topk(top_groups, dim=-1).indices
     mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, kept, True)
     return grouped.masked_fill(~mask[..., None], float("-inf")).flatten(-2)

@@ -79,6 +79,8 @@ class MoESpec(Section):
 
     `intermediate` is the width of one expert's hidden layer before any slicing. `quant` none keeps weights and
     activations in `dtype`; every fp8 kind quantizes both GEMM inputs to E4M3 and keeps `dtype` bf16 outside.
+    `shared_gate`: the model multiplies its shared expert's output by a sigmoid of the token (Qwen2-MoE, Qwen3-Next).
+    Nothing here computes that, so such a layer has its routed experts only.
     """
 
     section: ClassVar[str] = "model"
@@ -99,6 +101,7 @@ class MoESpec(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     shared_experts: Literal["none", "replicated", "tp"] = "none"
     shared_intermediate: int = Field(default=0, strict=True, ge=0, le=WIDEST)
+    shared_gate: Flag = False
 
     @field_validator("activation")
     @classmethod
@@ -125,8 +128,9 @@ class MoESpec(Section):
                 "model.shared_intermediate", self.shared_intermediate,
                 f"shared_experts {self.shared_experts} needs the width of the shared expert", "1 and more",
             )  # fmt: skip
-        if self.correction_bias and self.scoring != "sigmoid":
-            raise ConfigError("model.scoring", self.scoring, "a correction bias is defined for sigmoid", ("sigmoid",))
+        if self.shared_experts != "none" and self.shared_gate:
+            reason = "the model multiplies its shared expert by a sigmoid of the token, which nothing here computes"
+            raise UnsupportedError(f"model.shared_experts = {self.shared_experts!r}", [reason], ("none",))
         self._group_rules()
         return self
 
@@ -135,9 +139,6 @@ class MoESpec(Section):
             if self.top_groups != 1:
                 raise ConfigError("model.top_groups", self.top_groups, "there is only one group", (1,))
             return
-        if self.scoring != "sigmoid":
-            rule = f"grouped top-k (num_groups {self.num_groups}) is defined for sigmoid"
-            raise ConfigError("model.scoring", self.scoring, rule, ("sigmoid",))
         divisors = [n for n in range(1, self.num_experts // 2 + 1) if self.num_experts % n == 0]
         if self.num_groups not in divisors:
             rule = f"must divide num_experts ({self.num_experts}) into groups of two experts or more"

@@ -349,7 +349,7 @@ def test_asking_for_a_layer_that_is_not_moe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral'.*deepseek_v3, kimi_k2, qwen3_moe"),
+        ({"model_type": "jamba"}, "model_type 'jamba'.*not known.*deepseek_v2, deepseek_v3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*supported: silu"),
         ({"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'.*supported: noaux_tc"),
         ({"scoring_func": "softmax"}, "scoring_func 'softmax'.*supported: sigmoid"),
@@ -639,8 +639,8 @@ def test_two_writers_of_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("options", "error", "pattern"),
     [
-        ({"model_type": "mixtral"}, UnsupportedError, "model_type 'mixtral'.*qwen3_moe, deepseek_v3"),
-        ({"quant": "fp8_channel"}, UnsupportedError, "quant 'fp8_channel'.*fp8_block, none"),
+        ({"model_type": "jamba"}, UnsupportedError, "model_type 'jamba'.*qwen3_moe, deepseek_v3"),
+        ({"quant": "int4"}, UnsupportedError, "quant 'int4'.*none, fp8_block"),
         ({"layers": 0}, ConfigError, "layers = 0.*1 and more"),
         ({"layers": 1, "model_type": "deepseek_v3"}, ConfigError, "layers = 1.*2 and more"),
         ({"shards": 0}, ConfigError, "shards = 0.*legal: 1 to"),

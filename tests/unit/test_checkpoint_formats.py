@@ -162,7 +162,7 @@ def test_where_the_config_says_no_dtype_the_headers_do(model: Any) -> None:
         ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq', bits is 4"),
         ({"quant_method": ...}, "quant_method is None"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'"),
-        ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, "quant_algo is 'FP8'"),
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8_PB_WO"}}, "quant_algo is 'FP8_PB_WO'"),
         (
             {
                 "quant_method": "compressed-tensors", "format": "float-quantized",
@@ -219,9 +219,13 @@ def test_modelopts_file_is_heard(model: Any, capsys: pytest.CaptureFixture[str])
     assert out == ""
     assert str(path) in err
     assert "quant_algo is 'NVFP4' with group_size 16" in err
-    for algorithm in ("FP8", "MIXED_PRECISION", 4, ["W4A8"]):
+    for algorithm in ("FP8_PB_WO", "MIXED_PRECISION", 4, ["W4A8"]):
         path.write_text(json.dumps(MODELOPT | {"quantization": {"quant_algo": algorithm}}))
         assert f"quant_algo is {algorithm!r}" in refusal(directory, UnsupportedError)
+    path.write_text(json.dumps(MODELOPT | {"quantization": {"quant_algo": "FP8"}}))
+    assert f"has dtype BF16, but the quantization in {path} makes this layer F8_E4M3" in refusal(
+        directory, CheckpointError
+    )
     path.write_text(json.dumps(MODELOPT | {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
     assert check_layer(directory, 1).spec.quant_label == "bf16"
     path.write_text(json.dumps(MODELOPT | {"quantization": {"quant_algo": None, "awq_block_size": 128}}))

@@ -140,5 +140,5 @@ def test_architectures_of_the_family_are_fine(model):
 
 @pytest.mark.parametrize("inner", [{"model_type": "llama"}, {"num_experts": 4}, 7])
 def test_a_model_inside_of_another_is_refused(model, inner):
-    with pytest.raises(UnsupportedError, match="models inside of others are not read"):
+    with pytest.raises(UnsupportedError, match="inside of others are not read"):
         read_config(edit(model[1], {"text_config": inner}))

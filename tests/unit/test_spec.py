@@ -52,9 +52,7 @@ def spec(**changes):
         ({"dtype": "fp32"}, "model.dtype", "fp8_block works on bf16"),
         ({"shared_experts": "tp"}, "model.shared_intermediate", "1 and more"),
         ({"shared_experts": "some"}, "model.shared_experts", "replicated"),
-        ({"correction_bias": True}, "model.scoring", "sigmoid"),
         ({"top_groups": 2}, "model.top_groups", "only one group"),
-        ({"num_groups": 2}, "model.scoring", "sigmoid"),
         (dict(GROUPED, num_groups=3), "model.num_groups", "legal: 1, 2, 4"),
         (dict(GROUPED, num_groups=8), "model.num_groups", "two experts or more"),
         (dict(GROUPED, top_groups=5), "model.top_groups", "legal: 1 to 4"),
@@ -71,6 +69,13 @@ def test_a_spec_that_can_not_work_is_refused(changes, field, in_message):
     with pytest.raises(ConfigError) as validated:
         MoESpec.model_validate({**SIZES, **changes})
     assert str(validated.value) == str(caught.value)
+
+
+def test_a_gated_shared_expert_is_not_computed():
+    spec = MoESpec(**SIZES, shared_intermediate=16, shared_gate=True)
+    for how in ("replicated", "tp"):
+        with pytest.raises(UnsupportedError, match=r"model\.shared_experts.*sigmoid of the token.*supported: none"):
+            spec.with_changes(shared_experts=how)
 
 
 @pytest.mark.parametrize("missing", sorted(SIZES))

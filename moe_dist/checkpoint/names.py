@@ -1,0 +1,45 @@
+"""What the tensors of an MoE layer are called on disk, family by family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Matrix = Literal["gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """The layer is the module `root`.layers.N.`block`; all other names are below it. Its experts are experts.E, each
+    with the matrices `gate` (None where experts have none) and `up` [I, H] and `down` [H, I].
+
+    `fused`: how all experts of a layer may lie in one tensor, experts.gate_up_proj and experts.down_proj. `rows` is
+    [E, 2I, H] and [E, H, I]; `either` is that or transposed, [E, H, 2I] and [E, I, H]. Gate comes before up.
+    `shared_gate` is the weight [1, H] of a sigmoid that multiplies the shared expert's output.
+    """
+
+    root: str = "model"
+    block: str = "mlp"
+    gate: str | None = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    router: str = "gate.weight"
+    bias: str = "gate.e_score_correction_bias"
+    shared: str = "shared_experts"
+    shared_gate: str | None = None
+    fused: Literal["rows", "either"] | None = "rows"
+
+    def module(self, layer: int) -> str:
+        return f"{self.root}.layers.{layer}.{self.block}"
+
+    def experts(self, layer: int) -> str:
+        return f"{self.module(layer)}.experts"
+
+    @property
+    def matrices(self) -> dict[Matrix, str]:
+        """Each matrix of an expert and its module, in the order in which they are computed."""
+        gate: dict[Matrix, str] = {"gate": self.gate} if self.gate else {}
+        return gate | {"up": self.up, "down": self.down}
+
+
+FUSED: dict[Matrix, str] = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}

@@ -1,0 +1,369 @@
+"""Every model family that is read, against a float32 reading of its files that is written here from the family's
+published formulas: names on disk, experts, router, shared expert. Sources: the modeling files of transformers 5.24,
+src/transformers/models/<model_type>/modeling_<model_type>.py, and its conversion_mapping.py for names on disk."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FILE, edit, whole
+from safetensors.torch import load_file
+
+from moe_dist import load_layer
+from moe_dist.checkpoint import (
+    Checkpoint,
+    check_layer,
+    load_router,
+    load_shard,
+    load_shared_shard,
+    make_checkpoint,
+    read_config,
+)
+from moe_dist.checkpoint.config import MODEL_TYPES
+from moe_dist.checkpoint.synthetic_configs import MODEL_TYPES as MADE
+from moe_dist.checkpoint.whole import WholeExperts
+from moe_dist.errors import CheckpointError, UnsupportedError
+from moe_dist.model.placement import Placement
+from moe_dist.model.routing import Routing, route
+from moe_dist.model.spec import ParallelSpec
+
+LAYER, E, K, H, I, T = 1, 8, 2, 256, 256, 32
+SIZES: dict[str, Any] = {"hidden": H, "intermediate": I, "num_experts": E, "top_k": K, "layers": 2, "shards": 1}
+Tensors = dict[str, torch.Tensor]
+Weigh = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def best(scores: torch.Tensor, choice: torch.Tensor, normalize: bool, scaling: float = 1.0) -> torch.Tensor:
+    """Weights [T, E] of the K experts that are first in `choice`."""
+    weights = torch.zeros_like(scores)
+    for token in range(len(scores)):
+        chosen = choice[token].argsort(descending=True)[:K]
+        weights[token, chosen] = scores[token, chosen]
+    return scaling * (weights / weights.sum(1, keepdim=True) if normalize else weights)
+
+
+def in_groups(choice: torch.Tensor, groups: int, kept: int, best_of: int) -> torch.Tensor:
+    """`choice` with -inf outside of the `kept` groups whose `best_of` highest sum highest."""
+    found = torch.full_like(choice, -torch.inf)
+    for token, row in enumerate(choice.view(len(choice), groups, -1)):
+        order = row.sort(descending=True).values[:, :best_of].sum(1).argsort(descending=True)
+        for group in order[:kept].tolist():
+            size = choice.shape[1] // groups
+            found[token, group * size : (group + 1) * size] = row[group]
+    return found
+
+
+def softmax(normalize: bool) -> Weigh:
+    """MixtralTopKRouter, OlmoeTopKRouter, Qwen2MoeTopKRouter and their like."""
+    return lambda logits, bias: best(logits.softmax(1), logits, normalize)
+
+
+def deepseek_v3(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """DeepseekV3TopkRouter: 4 groups, 2 of them kept."""
+    scores = logits.sigmoid()
+    return best(scores, in_groups(scores + bias, 4, 2, best_of=2), normalize=True, scaling=2.5)
+
+
+def deepseek_v2(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """DeepseekV2TopkRouter, group_limited_greedy: 4 groups, 2 of them kept, by their best expert; not normalized."""
+    scores = logits.softmax(1)
+    return best(scores, in_groups(scores, 4, 2, best_of=1), normalize=False, scaling=2.5)
+
+
+def one_group(scaling: float) -> Weigh:
+    """Glm4MoeTopkRouter and NemotronHTopkRouter with one group; MiniMaxM2TopKRouter."""
+    return lambda logits, bias: best(logits.sigmoid(), logits.sigmoid() + bias, True, scaling)
+
+
+def ernie(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Ernie4_5_MoeTopKRouter: chosen by probability + bias, weighed by the probability."""
+    return best(logits.softmax(1), logits.softmax(1) + bias, normalize=True)
+
+
+@dataclass(frozen=True)
+class Form:
+    weigh: Weigh
+    block: str = f"model.layers.{LAYER}.mlp"
+    gate: str | None = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    bias: str | None = None
+    shared: str | None = None
+    gated_shared: bool = False
+    transposed: bool = False  # and fused, where it isn't quantized
+
+
+V3 = Form(deepseek_v3, bias="gate.e_score_correction_bias", shared="shared_experts")
+QWEN2 = Form(softmax(False), shared="shared_expert", gated_shared=True)
+MIXTRAL = Form(softmax(True), f"model.layers.{LAYER}.block_sparse_moe", "w1", "w3", "w2")
+INSIDE = f"model.language_model.layers.{LAYER}.mlp"
+FORMS = {
+    "deepseek_v2": Form(deepseek_v2, shared="shared_experts"),
+    "deepseek_v3": V3,
+    "deepseek_v32": V3,
+    "kimi_k2": V3,
+    "kimi_k25": replace(V3, block=f"language_model.model.layers.{LAYER}.mlp"),
+    "glm4_moe": replace(V3, weigh=one_group(2.5)),
+    "glm4_moe_lite": replace(V3, weigh=one_group(2.5)),
+    "glm4v_moe": replace(V3, weigh=one_group(2.5), block=INSIDE),
+    "qwen2_moe": QWEN2,
+    "qwen3_moe": Form(softmax(True)),
+    "qwen3_next": replace(QWEN2, weigh=softmax(True)),
+    "qwen3_vl_moe": Form(softmax(True), block=INSIDE, transposed=True),
+    "qwen3_5_moe": replace(QWEN2, weigh=softmax(True), block=INSIDE),
+    "mixtral": MIXTRAL,
+    "minimax_m2": replace(MIXTRAL, weigh=one_group(1.0), bias="e_score_correction_bias"),
+    "olmoe": Form(softmax(False)),
+    "ernie4_5_moe": Form(ernie, bias="moe_statics.e_score_correction_bias", shared="shared_experts"),
+    "nemotron_h": Form(
+        one_group(2.5), f"backbone.layers.{LAYER}.mixer", None, bias="gate.e_score_correction_bias",
+        shared="shared_experts",
+    ),
+}  # fmt: skip
+
+
+def test_every_family_is_tested() -> None:
+    assert set(FORMS) == set(MODEL_TYPES) == set(MADE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    root = tmp_path_factory.mktemp("families")
+
+    def make(model_type: str, quant: str = "none", **options: Any) -> Path:
+        name = "-".join(map(str, (model_type, quant, *options.values())))
+        return make_checkpoint(root / name, model_type=model_type, quant=quant, **SIZES | options)
+
+    return make
+
+
+def matrix(tensors: Tensors, name: str) -> torch.Tensor:
+    """In float32; one scale for each block of 128×128, if there are any."""
+    dense, scales = tensors[name].float(), tensors.get(f"{name}_scale_inv")
+    if scales is None:
+        return dense
+    return dense * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: dense.shape[0], : dense.shape[1]]
+
+
+def expert(tensors: Tensors, form: Form, number: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 [gate; up] and w2, as y = w2 · act(w13 · x) has them. None: the shared one."""
+    prefix = f"{form.block}.{form.shared}" if number is None else f"{form.block}.experts.{number}"
+    fused = tensors.get(f"{form.block}.experts.gate_up_proj")
+    if number is not None and fused is not None:
+        assert form.transposed
+        return fused[number].float().T, tensors[f"{form.block}.experts.down_proj"][number].float().T
+    first = [matrix(tensors, f"{prefix}.{name}.weight") for name in (form.gate, form.up) if name]
+    return torch.cat(first), matrix(tensors, f"{prefix}.{form.down}.weight")
+
+
+def through(x: torch.Tensor, tensors: Tensors, form: Form, number: int | None) -> torch.Tensor:
+    """SwiGLU, or relu² where there is no gate (NemotronHExperts)."""
+    w13, w2 = expert(tensors, form, number)
+    inner = x @ w13.T
+    if form.gate is None:
+        return inner.relu() ** 2 @ w2.T
+    gate, up = inner[:, : len(w13) // 2], inner[:, len(w13) // 2 :]
+    return gate * gate.sigmoid() * up @ w2.T
+
+
+def weights_of(x: torch.Tensor, tensors: Tensors, form: Form) -> torch.Tensor:
+    bias = tensors[f"{form.block}.{form.bias}"].float().flatten() if form.bias else None
+    return form.weigh(x @ tensors[f"{form.block}.gate.weight"].float().T, bias)
+
+
+def dense(routing: Routing) -> torch.Tensor:
+    return torch.zeros(routing.tokens, E).scatter_(1, routing.ids_TK.long(), routing.weights_TK)
+
+
+def in_float32(directory: Path, model_type: str, **sizes: Any) -> Path:
+    """A made checkpoint whose tensors are float32; config.json does not say which dtype they have."""
+    make_checkpoint(directory, model_type=model_type, quant="none", **SIZES | sizes)
+    config = json.loads((directory / "config.json").read_text())
+    config.get("text_config", config).pop("torch_dtype")
+    return edit(directory, config | ({} if "text_config" in config else {"torch_dtype": ...}), as_float)
+
+
+def as_float(tensors: Tensors) -> Tensors:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+X = torch.randn(T, H, generator=torch.Generator().manual_seed(3))
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def output_error(loaded: Path, written: Path, form: Form) -> float:
+    """Of the layer in `loaded`, against the formulas on the files in `written`."""
+    tensors = load_file(written / FILE)
+    layer = load_layer(loaded, LAYER, shared_experts="none" if form.gated_shared else None)
+    weights = weights_of(X, tensors, form)
+    wanted = sum(weights[:, [number]] * through(X, tensors, form, number) for number in range(E))
+    if form.shared and not form.gated_shared:
+        wanted = wanted + through(X, tensors, form, None)
+    assert isinstance(wanted, torch.Tensor)
+    return difference(layer(X), wanted)
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_the_layer_is_the_family_s_formula(tmp_path: Path, family: str) -> None:
+    directory = in_float32(tmp_path / "model", family)
+    assert output_error(directory, directory, FORMS[family]) < 1e-5
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_block"])
+@pytest.mark.parametrize("family", FORMS)
+def test_experts_and_router_are_what_the_files_hold(made: Any, family: str, quant: str) -> None:
+    directory, form = made(family, quant), FORMS[family]
+    tensors = load_file(directory / FILE)
+    spec = check_layer(directory, LAYER, shared=form.shared is not None).spec
+    assert (spec.quant, spec.gated, spec.shared_gate) == (quant, form.gate is not None, form.gated_shared)
+    weights, apart = whole(directory, LAYER), WholeExperts(directory, LAYER)
+    for number in range(E):
+        wanted = expert(tensors, form, number)
+        gate, up, down = apart.expert(number)
+        for found in (weights.dequantized(number), (torch.cat([gate, up]), down)):
+            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    router = load_router(directory, LAYER)
+    found = route(X @ router.gate_EH.float().T, spec, router.bias_E)
+    assert torch.allclose(dense(found), weights_of(X, tensors, form), atol=1e-6)
+    assert torch.equal(apart.router()[0], router.gate_EH.float())
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_block"])
+@pytest.mark.parametrize("family", FORMS)
+def test_a_rank_reads_its_own_slices_and_no_more(made: Any, family: str, quant: str) -> None:
+    directory, form = made(family, quant), FORMS[family]
+    tensors, spec = load_file(directory / FILE), check_layer(directory, LAYER).spec
+    placement = Placement.build(spec, ParallelSpec(tp=2, ep=2))
+    for rank in range(4):
+        source, told = Checkpoint(directory), []
+        shard = load_shard(source, LAYER, placement, rank, progress=lambda told=told: told.append(1))
+        start, stop = placement.slice_of(rank)
+        assert len(told) == len(placement.experts_of(rank)) == E // 2
+        assert source.bytes_read == shard.nbytes()
+        for slot, number in enumerate(placement.experts_of(rank)):
+            w13, w2 = expert(tensors, form, number)
+            halves = w13.chunk(2 if form.gate else 1)
+            found = shard.dequantized(slot)
+            assert torch.equal(found[0], torch.cat([half[start:stop] for half in halves]))
+            assert torch.equal(found[1], w2[:, start:stop])
+
+
+class Recorded(Checkpoint):
+    """Keeps the names of the tensors that are read, and how often."""
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        self.names = Counter(getattr(self, "names", Counter()))
+        self.names[name] += 1
+        return super().read(name, *index)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8_block", "fp8_tensor_static"])
+@pytest.mark.parametrize("family", FORMS)
+def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str) -> None:
+    """By all ranks together, but for the layer's static scales, which every rank reads."""
+    directory, form = made(family, quant), FORMS[family]
+    source, of_layer = Recorded(directory), {name for name in load_file(directory / FILE) if form.block in name}
+    spec = check_layer(source, LAYER).spec
+    placement = Placement.build(spec, ParallelSpec(ep=2))
+    for rank in range(2):
+        load_shard(source, LAYER, placement, rank)
+    load_router(source, LAYER)
+    if form.gated_shared:
+        of_layer = {name for name in of_layer if "shared_expert" not in name}
+    elif form.shared:
+        load_shared_shard(source, LAYER, 0, spec.shared_intermediate)
+    assert set(source.names) == of_layer
+    fused = form.transposed and quant == "none"
+    for name, times in source.names.items():
+        if name.endswith("input_scale") and form.down not in name:
+            assert times == 2 + (form.shared is not None and not form.gated_shared)
+        else:
+            wanted = E * (2 if "gate_up" in name else 1) if fused and "experts." in name else 1
+            assert times == wanted, name
+
+
+# What must not pass
+
+
+def swapped(form: Form) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        names = {f".{form.gate}.": f".{form.up}.", f".{form.up}.": f".{form.gate}."}
+        return {
+            next((name.replace(a, b) for a, b in names.items() if a in name), name): value
+            for name, value in tensors.items()
+        }
+
+    return change
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_swapped_gate_and_up_would_be_seen(tmp_path: Path, family: str) -> None:
+    right, wrong = (in_float32(tmp_path / name, family) for name in ("right", "wrong"))
+    edit(wrong, None, swapped(FORMS[family]))
+    assert output_error(wrong, right, FORMS[family]) > 0.1
+
+
+def test_a_wrong_transposition_would_be_seen(tmp_path: Path) -> None:
+    """With H = 2I both ways to lie are one shape of gate_up_proj, and down_proj tells which one it is. transformers
+    reads both, and writes the other one than the models were published with."""
+    family = "qwen3_vl_moe"
+    form = FORMS[family]
+    right, wrong = (in_float32(tmp_path / name, family, intermediate=H // 2) for name in ("right", "wrong"))
+    name = f"{form.block}.experts.gate_up_proj"
+    edit(wrong, None, lambda tensors: tensors | {name: tensors[name].transpose(1, 2)})
+    assert output_error(right, right, form) < 1e-5
+    assert output_error(wrong, right, form) > 0.1
+    down = f"{form.block}.experts.down_proj"
+    edit(wrong, None, lambda tensors: tensors | {down: tensors[down].transpose(1, 2)})
+    assert output_error(wrong, right, form) < 1e-5
+    gate, up, whole_down = WholeExperts(wrong, LAYER).expert(3)
+    assert torch.equal(torch.cat([gate, up]), expert(load_file(right / FILE), form, 3)[0])
+    assert torch.equal(whole_down, expert(load_file(right / FILE), form, 3)[1])
+    mixed = in_float32(tmp_path / "mixed", family, intermediate=384)
+    edit(mixed, None, lambda tensors: tensors | {name: tensors[name].transpose(1, 2)})
+    with pytest.raises(CheckpointError, match=r"down_proj has shape \(8, 384, 256\), .* for \(8, 256, 384\)"):
+        check_layer(mixed, LAYER)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "nemotron_h", "ernie4_5_moe"])
+def test_tensors_are_neither_left_over_nor_missing(tmp_path: Path, family: str) -> None:
+    form = FORMS[family]
+    names = [f"experts.7.{form.up}.weight", f"experts.0.{form.down}.weight_scale_inv", "gate.weight"]
+    names += [form.bias] * bool(form.bias) + [f"{form.shared}.{form.up}.weight"] * bool(form.shared)
+    for number, name in enumerate(names):
+        directory = make_checkpoint(tmp_path / f"gap{number}", model_type=family, **SIZES)
+        edit(directory, None, lambda tensors, gone=f"{form.block}.{name}": without(tensors, gone))
+        with pytest.raises(CheckpointError, match=rf"1 tensor is missing: {form.block}\.{name}"):
+            check_layer(directory, LAYER, shared=form.shared is not None)
+    for name in (f"experts.8.{form.up}.weight", f"experts.0.{form.up}.bias", "fc1_latent_proj.weight", "router.scale"):
+        directory = make_checkpoint(tmp_path / f"extra {name}", model_type=family, **SIZES)
+        edit(directory, None, lambda tensors, more=f"{form.block}.{name}": tensors | {more: torch.ones(2)})
+        with pytest.raises(CheckpointError, match=rf"nothing here reads: {form.block}\.{name}"):
+            check_layer(directory, LAYER)
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+@pytest.mark.parametrize("family", [family for family, form in FORMS.items() if form.gated_shared])
+def test_a_gated_shared_expert_is_left_out_only_by_name(made: Any, family: str) -> None:
+    for asked in (None, "replicated", "tp"):
+        with pytest.raises(UnsupportedError, match=r"shared_experts.*sigmoid of the token.*supported: none"):
+            load_layer(made(family), LAYER, shared_experts=asked)
+    assert load_layer(made(family), LAYER, shared_experts="none").plan.spec.shared_experts == "none"
+
+
+def test_a_layer_that_is_not_moe_is_none_of_a_hybrid_model_s(made: Any) -> None:
+    assert read_config(made("nemotron_h")).moe_layers == (1,)
+    assert read_config(made("qwen3_next")).moe_layers == (0, 1)
