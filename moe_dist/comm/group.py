@@ -59,6 +59,7 @@ class Comm:
         self.sequence = 0
         self.bytes_sent = 0
         self.shared: Symmetric | None = None  # what `window` made last
+        self._given_up: torch.Tensor | None = None  # Symmetric.failed
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
     @classmethod
@@ -145,7 +146,10 @@ class Comm:
             raise ConfigError("thread", threading.current_thread().name, rule, legal)
 
     def take_over(self) -> None:
-        """From now on the calling thread is the one that uses this process group."""
+        """From now on the calling thread is the one that uses this process group. Waits for what the device still
+        does: steps of another thread may be on another stream."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self._user.take_over()
 
     def meet(self, tokens: int, bucket: int | None, alike: bool, same: Callable[[], dict[str, int]] = dict) -> int:
@@ -319,7 +323,9 @@ class Comm:
             sizes = tuple(map(max, sizes, there))
             group = (self._group or dist.group.WORLD) if self.world > 1 else None
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
-            shared = self.shared = Symmetric(sizes, group, self.device)
+            if self._given_up is None:  # one for all windows: graphs go on in those that they were captured with
+                self._given_up = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
+            shared = self.shared = Symmetric(sizes, group, self.device, self._given_up)
             self.barrier()  # nobody writes into memory that is still being zeroed
         return shared
 

@@ -27,9 +27,14 @@ class Symmetric:
     `starts[a]`. `local`: this rank's own memory, uint8, zero at first, and as 32-bit `words`. `addresses_W`:
     where each rank's begin as this rank sees them, int64 on the device, in turn: its own, those of the next rank, and
     so on to the one before it; `by_rank_W`: the same in the order of ranks. `failed`: int32 [4] that the host can read
-    without waiting; a launch that gives up waiting for a peer leaves there what for (see `problem`)."""
+    without waiting; a launch that gives up waiting for a peer leaves there what for (see `problem`). `open`: a step has
+    told the others of itself and has not ended."""
 
-    def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    open = False
+
+    def __init__(
+        self, sizes: Sequence[int], group: dist.ProcessGroup | None, device: torch.device, failed: Tensor
+    ) -> None:
         """Collective in `group`; None: this rank is alone. Raises UnsupportedError where GPUs can't reach each other.
         Not during a capture."""
         self.sizes = tuple(cdiv(size, GRAIN) * GRAIN for size in sizes)
@@ -46,7 +51,7 @@ class Symmetric:
             self._everyone = everyone
             self._views: dict[tuple[Any, ...], Tensor] = {}
             self.words = self.local.view(torch.int32)
-            self.failed = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=True)
+            self.failed = failed
             in_turn = addresses[rank:] + addresses[:rank]
             self.addresses_W = torch.tensor(in_turn, dtype=torch.int64, device=device)
             self.by_rank_W = torch.tensor(addresses, dtype=torch.int64, device=device)
@@ -88,15 +93,16 @@ class Aside:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._busy: dict[torch.cuda.Stream, None] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], in_turn: bool = False) -> None:
         """Each (target, source), when all that was launched before on the current stream is done; `in_turn`: each one
-        when those before it are there. Until `join`, nothing may write to the sources, and their memory may not go back
-        to the allocator."""
+        when those before it are there. Until `join`, nothing may write to the sources."""
         if self._device.type == "cpu":
             for target, source in pairs:
                 target.copy_(source)
             return
+        self._kept += pairs  # memory that goes back to the allocator would be given to what is computed meanwhile
         ready, streams = torch.cuda.current_stream(self._device).record_event(), _streams_of(self._device)
         for number, (target, source) in enumerate(pairs):
             stream = streams[0 if in_turn else number % STREAMS]
@@ -110,6 +116,7 @@ class Aside:
         for stream in self._busy:
             torch.cuda.current_stream(self._device).wait_stream(stream)
         self._busy.clear()
+        self._kept.clear()
 
 
 class _Own(threading.local):

@@ -77,7 +77,8 @@ class StepGraph:
         costs time, so the graph in use has none. Collective."""
         stages = Stages(True, self._layer.comm.device)
         graph, _ = capture(lambda: self._step(stages), warm_up=self._step)
-        return StagedGraph(graph, stages.take(), self._workspace, (self._workspace.arena, self._layer.comm.shared))
+        kept = self._workspace.arena, self._layer.comm.shared
+        return StagedGraph(graph, stages.take(), self._workspace, kept, self._layer.comm)
 
     def _fill(self, x_TH: Tensor, routing: Routings) -> None:
         x_TH, routing = self._layer.checked(x_TH, routing, None)
@@ -135,8 +136,11 @@ class StagedGraph:
     marks: Marks
     workspace: Workspace
     kept: Any  # the memory that it writes to
+    comm: Comm
 
     def replay(self) -> None:
+        """Raises RankFailure as StepGraph.replay."""
+        self.comm.check_window()
         self.workspace.enter()
         self.graph.replay()
 

@@ -14,9 +14,9 @@ from moe_dist.model.spec import QuantKind
 @dataclass(frozen=True)
 class Arrivals:
     """When rows are here that were on their way as they were handed over. Rows p · each to (p + 1) · each are part p:
-    part 0 is here, part p as soon as the int32 word `flags_P[p]` has reached the word `step` + 1, by their difference,
-    since numbers wrap around. It is read with acquire at system scope; `values_RH` and `scales_RS` of the part are
-    there from then on. Later parts don't come before earlier ones.
+    part 0 is here, part p as soon as the int32 word `flags_P[p]` is the word `step` + 1. It is read with acquire at
+    system scope; `values_RH` and `scales_RS` of the part are there from then on. Parts come in any order, so each has
+    to be waited for.
 
     A wait ends after `limit_ns` nanoseconds. Then `failed` (int32 [4], which the host can read) gets the number of the
     rank, (rank + p) modulo the number of parts, behind the first word, the step's number behind that, and at last in

@@ -11,6 +11,7 @@ import torch
 import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
 from moe_dist.comm.symmetric import Aside, Symmetric
+from moe_dist.errors import RankFailure
 from moe_dist.exchange.nvlink import Nvlink, engines, kernels, reduce_kernels, window
 from moe_dist.exchange.nvlink.replicated import NvlinkReplicated
 from moe_dist.exchange.nvlink.replicated import _sizes as reduced
@@ -121,6 +122,7 @@ class Ranks:
         step = steps[rank]
         y = torch.full((step.visit.tokens, self.hidden), -1.0).to(self.dtype)
         kernels.add_sums(step.visit, None, y, self.ends[rank])
+        step.visit.window.open = False  # as the exchange does
         assert torch.equal(y, self.expected(steps, rank))
 
     def expected(self, steps: list[SimpleNamespace], rank: int) -> torch.Tensor:
@@ -135,7 +137,7 @@ class Ranks:
 
     def exchange(self, rank: int) -> Nvlink:
         comm = SimpleNamespace(
-            rank=rank, world=self.world, timeout_s=1.0, device=CPU, window=lambda *sizes: self.windows[rank]
+            rank=rank, world=self.world, timeout_s=1.0, device=CPU, sequence=0, window=lambda *_: self.windows[rank]
         )
         exchange = Nvlink(comm, self.placement, self.spec, self.payload, None, "token", self.dtype)
         exchange._ends = self.ends[rank]
@@ -295,6 +297,17 @@ def test_a_rank_may_be_a_step_ahead(buckets):
     ranks.check_flags(2)
 
 
+def test_a_step_that_raises_after_its_rows_were_sent_is_the_last():
+    """Its number would be that of the next one, whose rows nobody would wait for. Padding alone sends nothing."""
+    ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6)
+    exchange, (step, *_) = ranks.exchange(0), ranks.begin([4, 4, 4], 4, 1)
+    nobody = Routing(step.routing.ids_TK[:0], step.routing.weights_TK[:0])
+    exchange.dispatch(Step(Workspace(CPU), 0), step.x[:0], nobody)
+    exchange.dispatch(Step(Workspace(CPU), 4), step.rows, step.routing)
+    with pytest.raises(RankFailure, match=r"rank 0 .*an earlier step raised after its rows had been sent"):
+        exchange.dispatch(Step(Workspace(CPU), 4), step.rows, step.routing)
+
+
 @pytest.mark.parametrize("parallel", [ParallelSpec(tp=2), ParallelSpec(ep=3), ParallelSpec()],
                          ids=lambda each: each.label)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -440,7 +453,7 @@ def test_only_large_steps_are_cut(monkeypatch):
     for cut, copied in ((0, 0), (1, 0), (0, 1)):
         monkeypatch.setattr(engines, "CHUNKED_FROM", cut)
         monkeypatch.setattr(engines, "COPIED_FROM", copied)
-        sent = 4 * (2 * pairs + row * (1 + copied) + total * (1 + cut))
+        sent = 4 * (2 * pairs + row * (1 + copied) + total * 2)
         assert Nvlink.wire_bytes(spec, placement, 12, "fp8", 2) == sent
 
 

@@ -13,7 +13,7 @@ from moe_dist.exchange.base import Exchange
 from moe_dist.exchange.nvlink.engines import chunk_width, rows_are_copied
 from moe_dist.exchange.nvlink.replicated import NvlinkReplicated
 from moe_dist.exchange.nvlink.sinks import Chunked, Returning
-from moe_dist.exchange.nvlink.window import Ends, Regions, Visit, served_here
+from moe_dist.exchange.nvlink.window import Ends, Regions, Visit, begin, served_here
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes, row_specs, sorting_specs
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -52,16 +52,14 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
 
     @classmethod
     def wire_bytes(cls, spec: MoESpec, placement: Placement, tokens: int, payload: str, combine_itemsize: int) -> int:
-        """The worst case: every token goes to every other rank that top-k can reach, or copies go to all."""
+        """The worst case: every token goes to every other rank that top-k can reach, or copies go to all, and sums go
+        back for all tokens of all others."""
         shard, others = cdiv(tokens, placement.world), placement.world - 1
         pairs, sums = 8 * spec.top_k, spec.hidden * combine_itemsize
         row = payload_row_bytes(spec, payload) - pairs
         reached = min(others, spec.top_k * placement.tp)
         leaving = others if rows_are_copied(placement.world, shard, row) else reached
-        returning = (
-            others if chunk_width(placement.world, shard, spec.hidden, combine_itemsize) < spec.hidden else reached
-        )
-        return shard * (pairs * others + row * leaving + sums * returning)
+        return shard * (pairs * others + row * leaving + sums * others)
 
     @classmethod
     def scratch(
@@ -90,6 +88,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             if bucket:
                 from moe_dist.exchange.nvlink import kernels
 
+                begin(window, self.comm)
                 copied, quantize = self._copies(bucket), self._quantizes(x)
                 kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied, quantize)
                 arrivals = kernels.arrivals(visit, self._ends) if copied else None
@@ -174,4 +173,5 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
                 if unsent is not None:
                     kernels.send_sums(handle, unsent, self._ends)
                 kernels.add_sums(handle, own, y_TH, self._ends)
+                handle.window.open = False
             return y_TH

@@ -255,20 +255,36 @@ def _await_copies(header, failed, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.con
 
 
 @triton.jit
+def _missing(flags, phase: tl.constexpr, number):
+    """Flags of rows and sums are set in every step, so an older one is behind `number` by few. Those of copies may be
+    as old as the window; no rank sets one before all have ended the step before."""
+    if phase == COPIED:
+        return _seen(flags) != number
+    return _seen(flags) - number < 0
+
+
+@triton.jit
+def _fence():
+    """What was stored before is there for everybody before what is stored next."""
+    tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _await(header, failed, phase: tl.constexpr, first, number, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr):
     """Until all flags of a phase are here, but no longer than LIMIT_NS: then `failed` gets the phase (from 1 on), a
     rank that is missing, and the number of the step. `first`: whose flag is the first one."""
     lane = tl.arange(0, LANES)
     own = header + FLAGS + phase * PHASE + tl.minimum(lane, W - 1)
-    missing = _seen(own) - number < 0
+    missing = _missing(own, phase, number)
     began = _nanoseconds()
     in_time = began >= 0
     while (tl.max(missing.to(tl.int32), 0) > 0) & in_time:
-        missing = _seen(own) - number < 0
+        missing = _missing(own, phase, number)
         in_time = _nanoseconds() - began < LIMIT_NS
     if tl.max(missing.to(tl.int32), 0) > 0:
         tl.store(failed + 1, (tl.max(tl.where(missing, tl.minimum(lane, W - 1), -1), 0) + first) % W)
         tl.store(failed + 2, number)
+        _fence()
         tl.store(failed, phase + 1)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.comm import Comm
 from moe_dist.comm.symmetric import Aside, Symmetric
+from moe_dist.errors import RankFailure
 from moe_dist.exchange.rows import pair_specs, row_specs
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -33,6 +35,17 @@ def served_here(spec: MoESpec, placement: Placement, machine: Machine) -> Suppor
     if spec.hidden % 16:
         return Support(False, f"moves 16 bytes at a time: hidden ({spec.hidden}) must be a multiple of 16")
     return Support(True)
+
+
+def begin(window: Symmetric, comm: Comm) -> None:
+    """A step is about to tell the others of itself. Raises RankFailure where the last one that did has not ended: its
+    number would be this one's too, and ranks would take what they have of that step for this one's."""
+    if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return  # nothing is told before the graph is replayed, which is all of it
+    if window.open:
+        cause = "an earlier step raised after its rows had been sent: ranks no longer agree on which step they are in"
+        raise RankFailure(comm.rank, "nvlink, rows", comm.sequence, f"{cause}; make a new process group")
+    window.open = True
 
 
 @dataclass(frozen=True)
