@@ -601,8 +601,7 @@ class TestPadded:
 
     @pytest.mark.parametrize(
         ("rows", "activation", "quantized"),
-        [(1, "geglu", False), (42, "swiglu", True), (42, "relu2", False), (90, "swiglu", False), (90, "geglu", True),
-         (90, "relu2", True)],
+        [(1, "geglu", False), (42, "swiglu", True), (42, "relu2", False), (90, "swiglu", False), (90, "relu2", True)],
     )  # fmt: skip
     def test_against_the_oracle(self, activation, quantized, rows):
         case = problem(rows=rows, hidden=256, width=384, activation=activation)
