@@ -20,7 +20,7 @@ from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.messages.notices import notice
-from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
+from moe_dist.model.spec import MoESpec, ParallelSpec, QuantKind, TokenLayout
 
 
 def load_layer(
@@ -33,6 +33,7 @@ def load_layer(
     backend: str | None = None,
     token_layout: TokenLayout = "sharded",
     shared_experts: str | None = None,
+    quant: QuantKind | None = None,
     comm: Comm | None = None,
     progress: Callable[[], None] | None = None,
 ) -> MoELayer:
@@ -43,8 +44,9 @@ def load_layer(
     GPU under NCCL, or to one rank alone where there is no group. `exchange` defaults to ag_rs where ranks exchange
     tokens, to all_reduce where all have them; `backend` to triton on a GPU that it can serve, else to torch. `auto`
     for one or both takes what was fastest when it was measured, by size of step. The plan says what was taken and why:
-    `layer.plan`. `shared_experts`: replicated (the default where the model has one), tp or none.
-    `progress` is called after each expert.
+    `layer.plan`. `shared_experts`: replicated (the default where the model has one), tp or none. `quant`: the
+    FP8 format that a layer stored as bf16 is quantized to as it is read; nothing is unless it is named. `progress` is
+    called after each expert.
 
     Raises ConfigError where tp · ep is not the number of ranks, or for what the checkpoint doesn't have;
     CheckpointError for files that are missing, damaged or contradictory; UnsupportedError for what can't run here.
@@ -52,17 +54,17 @@ def load_layer(
     _check_types(checkpoint, layer=layer, tp=tp, **({} if ep is None else {"ep": ep}))
     comm = _comm() if comm is None else comm
     parallel = _parallel(tp, ep, comm.world)
-    spec = _spec(str(checkpoint), layer, shared_experts)
+    spec = _spec(str(checkpoint), layer, shared_experts, quant)
     machine = Machine.detect(comm.device.type)
     if exchange is None:
         exchange = "local" if comm.world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
     plan = plan_for(spec, parallel, exchange, backend, token_layout, machine)
     _check_alike(plan, comm)
-    shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress)
+    shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress, quant)
     shared = None
     if spec.shared_experts != "none":
         columns = shared_placement(spec, parallel).slice_of(comm.rank)
-        shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device)
+        shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device, quant)
     stored = load_router(str(checkpoint), layer, comm.device)
     return MoELayer(plan, shard, comm, router=Router(plan, stored.gate_EH, stored.bias_E), shared=shared)
 
@@ -75,9 +77,9 @@ def _check_types(checkpoint: object, **numbers: object) -> None:
             raise ConfigError(name, number, f"is {type(number).__name__}", "a whole number")
 
 
-def _spec(checkpoint: str, layer: int, shared_experts: str | None) -> MoESpec:
-    """Of the layer, with its shared expert as asked for."""
-    spec = layer_spec(checkpoint, layer)
+def _spec(checkpoint: str, layer: int, shared_experts: str | None, quant: QuantKind | None) -> MoESpec:
+    """Of the layer, with its shared expert and its format as asked for."""
+    spec = layer_spec(checkpoint, layer, quant)
     has_one = spec.shared_intermediate > 0
     if shared_experts is None:
         shared_experts = "replicated" if has_one else "none"

@@ -97,6 +97,19 @@ def test_the_shared_expert_comes_with_the_model(checkpoints: dict[str, Path]) ->
     assert load_layer(checkpoints["qwen3_moe"], LAYER).plan.spec.shared_experts == "none"
 
 
+def test_a_bf16_layer_is_quantized_where_that_is_asked_for(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """Its shared expert too."""
+    sizes = {"hidden": 256, "intermediate": 512, "num_experts": 8, "top_k": 2}
+    made = make_checkpoint(tmp_path / "bf16", model_type="deepseek_v3", quant="none", **sizes)
+    plain, quantized = load_layer(made, LAYER), load_layer(made, LAYER, quant="fp8_block")
+    assert (plain.plan.spec.quant, quantized.plan.spec.quant) == ("none", "fp8_block")
+    assert {shard.kind for shard in quantized._weights} == {"fp8_block"}
+    error = relative_error(quantized(tokens(20)), plain(tokens(20)))
+    assert 1e-3 < error < 0.1
+    with pytest.raises(ConfigError, match="quant"):
+        load_layer(checkpoints["qwen3_moe"], LAYER, quant="fp8_channel")
+
+
 def test_what_is_named_is_taken_or_refused(checkpoints: dict[str, Path]) -> None:
     given = checkpoints["qwen3_moe"], LAYER
     assert load_layer(*given).plan.backend == "torch"
