@@ -18,7 +18,7 @@ hand. Times are µs, p50, an iteration being as long as its slowest rank; the fa
 larger of arithmetic and weight traffic on the busiest rank, exchange not counted; where placements differ in it, it is
 the smallest. Tokens are those of one rank. Stages, p99, scatter, bytes and balance of every row are in the files;
 [results.md](results.md) says what their keys mean. Routings of one name are one draw within a file, not between files:
-the draws of zipf:1.2 changed on 27 November 2026.
+the draws of zipf:1.2 changed on 27 and 28 November 2026.
 """
 Row = dict[str, Any]
 

@@ -65,7 +65,6 @@ def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:
     return {
         "worlds": [world],
         "placements": [f"tp{tp}xep{ep}"],
-        "exchanges": ["local" if world == 1 else "ag_rs"],
     } | ({"backends": [backend]} if backend else {})
 
 
@@ -81,6 +80,8 @@ def asked_for(
     """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared."""
     check_keys(config)
     config = _with_flags(config, source, {"runtime": runtime, "device": source.device, "layers": layers})
+    if not sweep:  # by the ranks that flags and keys have come to
+        config.setdefault("exchanges", ["local" if config.get("worlds") == [1] else "ag_rs"])
     together(config.get("runtime") == "torchrun")
     experiment = Experiment(**config)
     stored = experiment.source

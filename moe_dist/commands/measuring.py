@@ -126,7 +126,7 @@ def _remember(kept: Kept) -> None:
         raise OutputError(records.user_folder(), said(error)) from None
     for setting, timed in record.rows.items():
         mode = "graph" if setting.graph else "eager"
-        for pick in records.pick(record, timed):
+        for pick in records.merged(records.pick(record, timed)):
             size = "larger steps" if pick.up_to is None else f"up to {pick.up_to:,} tokens a rank"
             where = f"TP{setting.tp} x EP{setting.ep}, {setting.token_layout} tokens, {mode}, {size}"
             say(f"auto, {where}: {pick.exchange} with {pick.backend}: {pick.why}")

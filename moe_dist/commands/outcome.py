@@ -37,7 +37,8 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
         console.print(f"{passed} of {len(outcome.rows)} cases agree with the oracle.")
     elif sweep:
         if found and not wide:
-            console.print(f"{len(outcome.rows)} rows measured and checked; --wide shows all, --out FILE keeps them.")
+            kept = "" if out else ", --out FILE keeps them"
+            console.print(f"{len(outcome.rows)} rows measured and checked; --wide shows all{kept}.")
         console.print(last_line(found), style="bold")
         print_next(console, found)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.engine.choosing import AUTO, EVERYWHERE, FASTEST, choose
 from moe_dist.engine.plan import Choice, Option, Plan, shared_placement
+from moe_dist.engine.records import merged
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.machine.machine import Machine
@@ -92,6 +93,7 @@ def _chosen(given: _Given, exchange: str, backend: str, tokens_per_rank: int | N
     if tokens_per_rank is not None:
         fit = (each for each in picks if each.up_to is None or tokens_per_rank <= each.up_to)
         picks = [next(fit)._replace(up_to=None)]
+    picks = merged(picks)
     taken = [plans[each.exchange, each.backend] for each in picks]
     choices = [
         replace(plan.choices[0], up_to=each.up_to, why=each.why) for plan, each in zip(taken, picks, strict=True)

@@ -168,7 +168,8 @@ class Pick(NamedTuple):
 
 def pick(record: Record, timed: Sequence[Timed]) -> list[Pick]:
     """The fastest pair of names by size of step, from one record's rows of one setting. A size is served by the row
-    that is nearest by ratio. The next size keeps a pair that is within the noise of its own fastest."""
+    that is nearest by ratio, and has its own entry. The next size keeps a pair that is within the noise of its own
+    fastest."""
     found: list[Pick] = []
     sizes = [(size, list(rows)) for size, rows in groupby(sorted(timed), key=lambda row: row.tokens_per_rank)]
     for number, (size, rows) in enumerate(sizes):
@@ -181,7 +182,7 @@ def pick(record: Record, timed: Sequence[Timed]) -> list[Pick]:
                 taken = same
         up_to = int(sqrt(size * sizes[number + 1][0])) if number + 1 < len(sizes) else None
         found.append(Pick(taken.exchange, taken.backend, up_to, _why(record, size, taken, ordered)))
-    return _merged(found)
+    return found
 
 
 def _noise(one: Timed, other: Timed) -> float:
@@ -196,18 +197,19 @@ def _why(record: Record, size: int, taken: Timed, ordered: list[Timed]) -> str:
         gain = rest[0].p50_us / taken.p50_us - 1
         over = f", {rest[0].exchange} with {rest[0].backend} {abs(gain):.0%} {'more' if gain >= 0 else 'less'}"
         over += " (within the noise)" if abs(rest[0].p50_us - taken.p50_us) <= _noise(taken, rest[0]) else ""
-    return f"{taken.p50_us:,.0f} us at {size:,} tokens a rank{over}; {record.source} record {record.name}"
+    where = f"at {size:,} tokens a rank, even routing"
+    return f"{taken.p50_us:,.0f} µs {where}{over}; {record.source} record {record.name}"
 
 
-def _merged(found: list[Pick]) -> list[Pick]:
+def merged(found: list[Pick]) -> list[Pick]:
     """Neighbours that are the same pair as one, which has the first one's reason."""
-    merged: list[Pick] = []
+    kept: list[Pick] = []
     for each in found:
-        if merged and (merged[-1].exchange, merged[-1].backend) == (each.exchange, each.backend):
-            merged[-1] = merged[-1]._replace(up_to=each.up_to)
+        if kept and (kept[-1].exchange, kept[-1].backend) == (each.exchange, each.backend):
+            kept[-1] = kept[-1]._replace(up_to=each.up_to)
         else:
-            merged.append(each)
-    return merged
+            kept.append(each)
+    return kept
 
 
 def remember(document: dict[str, Any]) -> Record:

@@ -21,7 +21,7 @@ def synthetic_routing(
     spec: MoESpec, tokens: int, skew: str, seed: int, number: int = 0, trace: str | None = None, step: int = 0
 ) -> Routing:
     """Routing of `tokens` rows over the whole group, drawn on the CPU: the same whatever the number of ranks. One seed
-    has as many of them as there are values of `number`.
+    has as many of them as there are values of `number`. Which experts are hot is the same for any number of tokens.
 
     balanced: every expert gets the same number of rows (± 1). uniform: K distinct experts at random.
     zipf:S: expert of popularity rank r is drawn with odds r^-S, popularity being a random order of the experts.
@@ -59,7 +59,7 @@ def _drawn(spec: MoESpec, tokens: int, skew: str, seed: int, number: int, step: 
     kind, argument, _ = parts_of(skew)
     stream = Stream("synthetic routing", skew, tokens, seed, number)
     E, K = spec.num_experts, spec.top_k
-    order = stream.permutation(E)
+    order = Stream("popularity of experts", skew, seed, number).permutation(E)  # the same for any number of tokens
     first = int(order[0])
     if step:
         stream = Stream("rotated routing", skew, tokens, seed, number, step)

@@ -74,7 +74,9 @@ def test_the_fastest_pair_for_each_size_with_its_reason() -> None:
     write(records.user_folder(), "mine.json", THREE)
     plan = auto()
     assert taken(plan) == [("all_to_all", "triton", math.isqrt(8 * 128)), ("ag_rs", "cutlass", None)]
-    assert plan.choices[0].why == ("90 us at 8 tokens a rank, ag_rs with triton 11% more; user record mine.json")
+    assert plan.choices[0].why == (
+        "90 µs at 8 tokens a rank, even routing, ag_rs with triton 11% more; user record mine.json"
+    )
     assert {(o.kind, o.name) for o in plan.options if o.chosen} == {
         ("exchange", "all_to_all"), ("exchange", "ag_rs"), ("backend", "triton"), ("backend", "cutlass"),
     }  # fmt: skip
@@ -269,7 +271,7 @@ def test_plan_says_what_it_takes_and_why(capsys: pytest.CaptureFixture[str], tmp
     assert main([*words, "--tokens", "16"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "exchange all_to_all, backend triton" in said
-    assert "auto, all sizes: all_to_all with triton: 90 us at 8 tokens a rank" in said
+    assert "auto, all sizes: all_to_all with triton: 90 µs at 8 tokens a rank" in said
     assert main([*words, "--tokens", "16", "--json"]) == 0
     (choice,) = json.loads(capsys.readouterr().out)["choices"]
     assert choice["why"].endswith("user record mine.json")
