@@ -13,6 +13,7 @@ from rich.text import Text
 from moe_dist.bench.row import Row
 from moe_dist.bench.table import Column, fitting, groups, number, speed, stack_of, times_floor
 from moe_dist.messages.printable import printable
+from moe_dist.model.spec import MAPPED
 
 SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
 # Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
@@ -49,9 +50,11 @@ def answers(rows: Iterable[Row]) -> list[Answer]:
 
 
 def family(row: Row) -> str:
+    """The kind of placement; one with a map of experts is a kind of its own, to be compared with the plain one."""
+    mapped = " map" if MAPPED in row.placement else ""
     if row.tp > 1 and row.ep > 1:
-        return "TPxEP"
-    return "TP" if row.tp > 1 else "EP" if row.ep > 1 else "single"
+        return f"TPxEP{mapped}"
+    return "TP" if row.tp > 1 else f"EP{mapped}" if row.ep > 1 else "single"
 
 
 def tied(first: Row, second: Row) -> bool:

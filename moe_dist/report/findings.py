@@ -15,7 +15,7 @@ from moe_dist.bench.row import Row
 from moe_dist.bench.table import comparable, speed, stack_of
 from moe_dist.report.recorded import Recorded
 
-FAMILIES = ("TP", "EP", "TPxEP", "single")
+FAMILIES = ("TP", "EP", "TPxEP", "single", "EP map", "TPxEP map")
 
 
 @dataclass(frozen=True)

@@ -532,6 +532,14 @@ class TestVerdict:
             "single",
         ]
 
+    def test_a_map_of_experts_is_compared_with_the_plain_placement(self):
+        mapped = row(ep=2, p50=80.0, placement="EP2+2@1a2b3c")
+        assert family(mapped) == "EP map"
+        assert family(row(tp=2, ep=2, placement="TP2xEP2@1a2b3c")) == "TPxEP map"
+        (answer,) = answers([row(ep=2, p50=100.0), mapped])
+        assert [one.placement for one in answer.best] == ["EP2+2@1a2b3c", "EP2"]
+        assert last_line([answer]) == "Verdict: 1 comparisons: EP map fastest in 1."
+
     def test_the_best_of_each_family_is_compared(self):
         rows = [row(tp=2, p50=300.0), row(tp=2, p50=200.0, exchange="all_reduce"), row(ep=2, p50=100.0)]
         (answer,) = answers(rows)
