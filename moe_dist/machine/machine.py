@@ -17,6 +17,7 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 HOPPER = (9, 0)  # compute capability
 # GPUs by short names: torch's name, as tuning tables have it, and memory in GiB.
 GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 79), "h200": ("NVIDIA H200", 139)}
+GPUS_OF_A_HOST = 8  # at most, of those that NVLink joins
 CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -49,10 +50,9 @@ class Machine:
     def named(cls, text: str) -> Machine:
         """One that is not here: h200x4 is a host with four NVIDIA H200s."""
         kind, _, count = text.lower().rpartition("x")
-        if kind not in GPUS or not re.fullmatch("[1-9][0-9]{0,2}", count):
-            raise ConfigError(
-                "machine", text, "is no machine that is known", [f"{each}xN" for each in GPUS] + ["N from 1 to 999"]
-            )
+        if kind not in GPUS or not re.fullmatch("[1-9][0-9]{0,2}", count) or int(count) > GPUS_OF_A_HOST:
+            legal = [f"{each}xN" for each in GPUS] + [f"N from 1 to {GPUS_OF_A_HOST}"]
+            raise ConfigError("machine", text, "is no host that is known", legal)
         name, gib = GPUS[kind]
         return cls("cuda", int(count), name, HOPPER, gib << 30, elsewhere=True)
 

@@ -144,7 +144,7 @@ def _owners(spec: MoESpec, parallel: ParallelSpec) -> tuple[int, ...]:
         return tuple(group for group, (start, stop) in enumerate(bounds) for _ in range(start, stop))
     if len(parallel.expert_map) != spec.num_experts:
         rule = f"names the groups of {len(parallel.expert_map)} experts, and the model has {spec.num_experts}"
-        raise ConfigError("parallel.expert_map", parallel.expert_map, rule, f"{spec.num_experts} groups of experts")
+        raise ConfigError("parallel.expert_map", parallel.label, rule, f"a map made for {spec.num_experts} experts")
     for expert, group in enumerate(parallel.expert_map):
         if not 0 <= group < parallel.ep:
             rule = f"no such expert group for expert {expert}"

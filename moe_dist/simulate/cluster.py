@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass
 
 from moe_dist.errors import ConfigError
-from moe_dist.machine.machine import GPUS, HOPPER, Machine
+from moe_dist.machine.machine import GPUS, GPUS_OF_A_HOST, HOPPER, Machine
 from moe_dist.simulate.cost import Link
 
-GPUS_OF_A_HOST = 8  # that NVLink joins in a host of H100s or H200s
 MOST_GPUS = 64
 RINGS = ("ag_rs", "all_reduce")  # exchanges of NCCL's ring collectives; the others send pairwise
 CROSSINGS = 2  # of a step: to the experts and back

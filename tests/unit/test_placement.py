@@ -113,7 +113,7 @@ def test_a_map_says_who_owns_each_expert():
 @pytest.mark.parametrize(
     ("expert_map", "value", "rule"),
     [
-        ((0, 1), (0, 1), "names the groups of 2 experts, and the model has 3"),
+        ((0, 1), ParallelSpec(ep=2, expert_map=(0, 1)).label, "names the groups of 2 experts, and the model has 3"),
         ((0, 1, 2), 2, "no such expert group for expert 2"),
         ((0, -1, 1), -1, "no such expert group for expert 1"),
         ((1, 1, 1), (1, 1, 1), "leaves group 0 without an expert"),
