@@ -87,7 +87,6 @@ class MoELayer(nn.Module):
             made[same] = made.get(same) or self._path(plan)
             paths.append(made[same])
         self.paths = tuple(paths)
-        self.exchange, self.backend, self.shared = self.paths[-1]  # of the largest steps
         self.number = self.comm.number_layer()  # on its process group
 
     def _path(self, plan: Plan) -> Path:
@@ -105,6 +104,21 @@ class MoELayer(nn.Module):
     def path(self, tokens_per_rank: int) -> Path:
         """What runs in steps of so many tokens a rank."""
         return self.paths[self.plan.choices.index(self.plan.choice(tokens_per_rank))]
+
+    @property
+    def exchange(self) -> Exchange[Any, Any]:
+        """Of the largest steps."""
+        return self.paths[-1].exchange
+
+    @property
+    def backend(self) -> Backend:
+        """Of the largest steps."""
+        return self.paths[-1].backend
+
+    @property
+    def shared(self) -> Backend | None:
+        """What computes the shared expert in the largest steps, if there is one."""
+        return self.paths[-1].shared
 
     @property
     def needs_bucket(self) -> bool:
@@ -250,7 +264,7 @@ class MoELayer(nn.Module):
         """With weights of its own, since kernels know where those of the original lie, on the same communicator."""
         copied = type(self).__new__(type(self))
         memo[id(self)], memo[id(self.plan)] = copied, self.plan
-        made_anew = {"paths", "exchange", "backend", "shared", "_uncompiled"}
+        made_anew = {"paths", "_uncompiled"}
         for name, value in self.__dict__.items():
             copied.__dict__[name] = None if name in made_anew else deepcopy(value, memo)
         copied._assemble()

@@ -131,9 +131,7 @@ def read_record(path: Path, source: str) -> Record:
             where = ".".join(map(str, (number, *first["loc"])))
             raise ConfigError(f"{path}: rows.{where}", first.get("input"), str(first["msg"]), legal) from None
         if row.usable and device:
-            sizes = row.hidden, row.intermediate, row.num_experts, row.top_k
-            kinds = row.activation, row.quant
-            setting = Setting(str(device), *sizes, *kinds, row.tp, row.ep, row.token_layout, row.graph)
+            setting = Setting(str(device), *(getattr(row, name) for name in Setting._fields[1:]))
             found.setdefault(setting, []).append(row.timed())
     return Record(source, path.name, date, {setting: tuple(timed) for setting, timed in found.items()})
 

@@ -84,16 +84,16 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             width = chunk_width(self.comm.world, bucket, self.spec.hidden, self.sums_dtype.itemsize)
             copies = Aside(self.comm.device)
             visit = Visit(window, regions, bucket, width, routing.tokens, served_TW, came[-2], copies)
-            arrivals = None
+            arrivals, quantize = None, self._quantizes(x)
             if bucket:
                 from moe_dist.exchange.nvlink import kernels
 
                 begin(window, self.comm)
-                copied, quantize = self._copies(bucket), self._quantizes(x)
+                copied = self._copies(bucket)
                 kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied, quantize)
                 arrivals = kernels.arrivals(visit, self._ends) if copied else None
             self._last, self._gapless = visit, False
-            rows = QuantizedRows(came[0], came[1]) if self._quantizes(x) else activations_of(x, came[:-2])
+            rows = QuantizedRows(came[0], came[1]) if quantize else activations_of(x, came[:-2])
             return TokenRows(rows, *came[-2:], arrivals=arrivals), visit
 
     def _quantizes(self, x: Activations) -> bool:
