@@ -36,8 +36,8 @@ class Ran:
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `chained_us`: for each round
-    the time of a step in a queue of `chained_steps`; `clock_us`: of a step that does nothing; see bench/clock.py.
+    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `chained_us`: for each queue
+    of `chained_steps` the time of a step in it; `clock_us`: of a step that does nothing; see bench/clock.py.
     `stages_us`, `unstaged_us`: see Prepared.staged. Errors are the whole group's, see bench/check.py; `err_repeat` is
     what the worst token of a later output differs by from that of the first, `err_again` the same of an output on
     changed inputs. `max_memory`: bytes of a GPU, the weights and the most that making and running the step took beside
@@ -93,7 +93,7 @@ class GroupResult:
 
 def merge(results: list[RankResult]) -> GroupResult:
     """The group's figures: an iteration is as long as its slowest rank, and so is a queue of steps, of which the median
-    over rounds is taken; stages are those of the slowest rank. Raises MoeDistError where ranks ran different things: no
+    is taken; stages are those of the slowest rank. Raises MoeDistError where ranks ran different things: no
     label would be true."""
     if others := [f"rank {rank}: {result.ran}" for rank, result in enumerate(results) if result.ran != results[0].ran]:
         raise MoeDistError("; ".join([f"ranks ran different things: rank 0: {results[0].ran}", *others]))

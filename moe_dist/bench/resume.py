@@ -22,8 +22,8 @@ Planned = list[tuple[Case, Plan]]
 
 def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tuple[Outcome, Planned]:
     """What is in the results file at `path`, and the cases that are not finished there. A case is finished when its row
-    has all its rounds; rows with fewer stay until the case has a new one, failures too. A file that is not there yet
-    holds nothing. Finished rows come first.
+    has all its rounds and its queues; others stay until the case has a new one, failures too. A file that is not there
+    yet holds nothing. Finished rows come first.
 
     Raises ConfigError for a file that this version did not write, for one of another commit, machine or version of a
     library, and for one with a case that is none of `planned`.
@@ -41,7 +41,7 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
             f"holds {len(strangers)} of {len(measured)} cases that this experiment does not have: {_name(strangers[0])}"
         )
         raise ConfigError(FLAG, path, rule, "the experiment of that file, or one with more cases")
-    finished = {row.key for row in document.rows if row.iters == cases[row.key][0].iters}
+    finished = {row.key for row in document.rows if _is_finished(row, cases[row.key][0].iters)}
     outcome = Outcome(
         rows=sorted(document.rows, key=lambda row: row.key not in finished),
         places={world: list(lines) for world, lines in document.ranks.items()},
@@ -50,6 +50,10 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
         earlier=list(document.runs),
     )
     return outcome, [pair for key, pair in cases.items() if key not in finished]
+
+
+def _is_finished(row: Row, iters: int) -> bool:
+    return row.iters == iters and (row.chained_us is not None or not iters)
 
 
 def differences(document: Provenance, about: Provenance) -> list[str]:

@@ -87,7 +87,7 @@ class Row(Result):
     p99_us: Number | None = Field(description="µs, 99th percentile; null with fewer than 100 iterations")
     chained_us: Number | None = Field(
         description="µs, period of a step in a queue of chained_steps launched back to back, on the slowest rank;"
-        " median over rounds, each of which has one queue (on a CPU every other one); null without iterations"
+        " median of as many queues as rounds (on a CPU half as many); null without iterations"
     )
     chained_steps: Some | None = Field(
         description="steps in that queue: 32, or fewer, at least 4, where they would take over 2 s (30 ms on a CPU);"

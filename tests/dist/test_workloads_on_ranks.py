@@ -94,7 +94,7 @@ def measured(comm: Comm, chosen: Case, turns: int = 1, in_graph: bool = False) -
 
     MoELayer.forward, moe_dist.bench.measure.time_steps = watched, timed  # type: ignore[method-assign]
     try:
-        for number in range(turns):
+        for number in range(turns + 1):
             result = measure(context, chosen, replace(plan, graph=in_graph), Turn(number, turns, 0))
     finally:
         MoELayer.forward, moe_dist.bench.measure.time_steps = forward, clock  # type: ignore[method-assign]
