@@ -41,8 +41,7 @@ def ranks(words: list[str]) -> int:
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
     """Each command's end. Blocks run side by side, since no time is looked at here."""
 
-    def run(block: list[str]) -> dict[str, subprocess.CompletedProcess[str]]:
-        folder = tmp_path_factory.mktemp("user")
+    def run(block: list[str], folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
         copytree(ROOT / "configs", folder / "configs")
         (folder / "results").mkdir()
         command = [sys.executable, "-m", "moe_dist"]
@@ -55,8 +54,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Comp
             )
         return ended
 
+    folders = [tmp_path_factory.mktemp(f"user{number}") for number in range(len(BLOCKS))]  # not safe in threads
     with ThreadPoolExecutor(len(BLOCKS)) as pool:
-        return {line: done for part in pool.map(run, BLOCKS) for line, done in part.items()}
+        return {line: done for part in pool.map(run, BLOCKS, folders) for line, done in part.items()}
 
 
 @pytest.mark.parametrize("line", [line for block in BLOCKS for line in block])
