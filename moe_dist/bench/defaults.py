@@ -8,8 +8,9 @@ from typing import Any
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.rounds import ROOM
+from moe_dist.engine import backend_rule
+from moe_dist.engine.backend_rule import EVERYWHERE, Refusal, refusal_of
 from moe_dist.engine.plan import Plan
-from moe_dist.engine.planning import EVERYWHERE, FASTEST, available_on
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import HOPPER, Machine
 from moe_dist.model.spec import MoESpec
@@ -59,17 +60,11 @@ def _fits(spec: MoESpec, world: int, machine: Machine) -> bool:
 
 
 def default_backend(experiment: Experiment, machine: Machine) -> tuple[str, str]:
-    """The name, and why. On a Hopper GPU ours, if it serves every case that could run here at all; else plain torch."""
-    if machine.device == "cpu":
-        return EVERYWHERE, "default on this machine"
-    available = available_on(BACKENDS.get(FASTEST), machine)
-    if not available.ok:
-        return EVERYWHERE, f"default on this machine; {FASTEST}: {available.reason}"
-    for case in experiment.with_changes(modes=("eager",), backends=(EVERYWHERE,)).cases(machine.device):
-        reason = _refusal(case.with_changes(backend=FASTEST), machine)
-        if reason and not _refusal(case, machine):
-            return EVERYWHERE, f"default here, because {reason}"
-    return FASTEST, "default on such a machine" if machine.elsewhere else "default on this machine"
+    """For all of its cases, by the rule of `engine.backend_rule`: the name, and why."""
+    cases = experiment.with_changes(modes=("eager",), backends=(EVERYWHERE,)).cases(machine.device)
+    name, reason = backend_rule.default_backend(machine, (_refusal(case, machine) for case in cases))
+    where = "default on such a machine" if machine.elsewhere else "default on this machine"
+    return name, f"{where}; {reason}" if reason else where
 
 
 def default_modes(experiment: Experiment, machine: Machine) -> tuple[tuple[str, ...], str]:
@@ -90,6 +85,5 @@ def _planned(case: Case, machine: Machine) -> Plan | str:
         return str(error)
 
 
-def _refusal(case: Case, machine: Machine) -> str:
-    found = _planned(case, machine)
-    return "" if isinstance(found, Plan) else found
+def _refusal(case: Case, machine: Machine) -> Refusal:
+    return refusal_of(lambda name: case.with_changes(backend=name).plan(machine))

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.engine.choosing import AUTO, EVERYWHERE, FASTEST, choose
+from moe_dist.engine.backend_rule import available_on
+from moe_dist.engine.choosing import AUTO, choose
 from moe_dist.engine.plan import Choice, Option, Plan, shared_placement
 from moe_dist.engine.records import merged
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -17,7 +18,7 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 from moe_dist.step import Support
 
-__all__ = ["AUTO", "COMBINE_DTYPES", "EVERYWHERE", "FASTEST", "PAYLOADS", "available_on", "make_plan"]
+__all__ = ["AUTO", "COMBINE_DTYPES", "PAYLOADS", "make_plan"]
 
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
@@ -207,11 +208,6 @@ def _asked(foreign: bool, question: Callable[..., Support], *given: Any) -> Supp
         if not foreign:
             raise
         return Support(False, f"its own code failed when asked: {type(error).__name__}: {error}")
-
-
-def available_on(backend: type[Backend], machine: Machine) -> Support:
-    """Whether it can run there at all; of a machine that is not here, what is installed is taken for granted."""
-    return Support(True) if machine.elsewhere else backend.available(machine.device)
 
 
 def _backend_support(

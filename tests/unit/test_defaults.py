@@ -12,9 +12,12 @@ from moe_dist.bench.runner import plan_cases
 from moe_dist.commands import cli
 from moe_dist.commands.asked import Asked, single
 from moe_dist.commands.config import find_model
+from moe_dist.engine.loading import plan_for
 from moe_dist.errors import ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.notices import collecting
+from moe_dist.model.spec import ParallelSpec
 from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "CPU")
@@ -66,6 +69,30 @@ def test_what_triton_can_not_serve_runs_in_torch_and_says_so(on):
 def test_a_case_that_can_not_run_anywhere_decides_nothing(on):
     on(HOPPER)
     assert default_backend(experiment(exchanges=("ag_rs", "local")), HOPPER)[0] == "triton"
+
+
+class TestOneRule:
+    """A checkpoint's layer gets what `run` of it gets."""
+
+    def planned(self, **changes):
+        spec = find_model("tiny").with_changes(**changes)
+        return plan_for(spec, ParallelSpec(ep=2), "ag_rs", None, "sharded", HOPPER)
+
+    @pytest.mark.parametrize("changes", [{}, {"quant": "none", "dtype": "fp32"}])
+    def test_load_layer_and_run(self, on, changes):
+        on(HOPPER)
+        with collecting() as said:
+            found = self.planned(**changes).backend
+        model = find_model("tiny").with_changes(**changes)
+        assert found == default_backend(experiment(models=(model,)), HOPPER)[0]
+        assert len(said) == (found == "torch")
+
+    def test_a_refusal_of_any_kind_leaves_torch(self, on, monkeypatch):
+        on(HOPPER)
+        monkeypatch.setattr(TritonFused, "payloads", classmethod(lambda cls, spec: {"bf16"}))
+        with collecting() as said:
+            assert self.planned(quant="fp8_tensor_dynamic").backend == "torch"
+        assert "belongs to the source rank" in str(said)
 
 
 def test_modes(on):
