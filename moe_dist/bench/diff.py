@@ -26,6 +26,7 @@ KEYS = (
     "layer", "world", "placement", "exchange", "backend", "graph", "token_layout", "token_split", "global_tokens",
     "skew", "seed", "payload_dtype", "combine_dtype",
 )  # fmt: skip
+UNKNOWN = "not recorded"
 OLDER = {"token_split": "even"}  # what rows are that were written before there was a choice
 
 
@@ -51,6 +52,24 @@ class Change:
         if abs(self.new_us - self.old_us) <= self.explained_us:
             return "same"
         return "slower" if self.new_us > self.old_us else "faster"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where one of the two files comes from, as it says itself; `machine` such as `2 x NVIDIA H200`."""
+
+    file: str
+    date: str
+    commit: str
+    machine: str
+
+    @classmethod
+    def of(cls, path: str, document: dict[str, Any]) -> Side:
+        date, commit = (printable(str(document.get(key) or UNKNOWN)) for key in ("date", "commit"))
+        return cls(path, date, commit, _machine(document))
+
+    def line(self) -> str:
+        return f"{printable(self.file)}, {self.date}, commit {self.commit}, {self.machine}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,7 @@ def _shown(name: str, value: Any) -> str:
 
 def _machine(document: dict[str, Any]) -> str:
     machine = document.get("machine") or {}
-    return printable(f"{machine.get('count')} x {machine.get('gpu') or machine.get('cpu')}")
+    return printable(f"{machine.get('count', '?')} x {machine.get('gpu') or machine.get('cpu') or UNKNOWN}")
 
 
 def diff_table(diff: Diff, everything: bool = False) -> Table:
@@ -149,7 +168,7 @@ def diff_table(diff: Diff, everything: bool = False) -> Table:
     table.add_column("row")
     for name in ("old µs", "new µs", "new/old"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for change in sorted(shown, key=lambda each: each.old_us / each.new_us):
         style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
         ratio = f"{change.new_us / change.old_us:.3f}"

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from moe_dist.bench.diff import read_results
+from moe_dist.bench.diff import UNKNOWN, read_results
 from moe_dist.bench.row import Hardware, Notice, Refused, Row
 from moe_dist.errors import ConfigError
 from moe_dist.messages.printable import one_line
@@ -24,7 +24,6 @@ NEEDED = (
     "global_tokens", "skew", "seed", "p50_us",
 )  # fmt: skip
 LARGEST, LEAST_US = 1e15, 1e-3  # no count, time or rate is larger; no time is shorter than a nanosecond
-UNKNOWN = "not recorded"
 
 
 class AnyVersion(Row):
