@@ -43,7 +43,7 @@ class RankResult:
     changed inputs. `max_memory`: bytes of a GPU, the weights and the most that making and running the step took beside
     them. `rows` are those of all layers and all routings that steps take in turn, `active_experts` the most of any, and
     `by_layer` has both of each layer, routing by routing. `config`: see Backend.config_sources. `notices`: what this
-    rank had to say in this turn."""
+    rank had to say in this turn. `trace_short`: see draws.shortage."""
 
     rounds_us: list[list[float]]
     stages_us: dict[str, float]
@@ -65,6 +65,7 @@ class RankResult:
     chained_us: tuple[float, ...] = ()
     chained_steps: int | None = None
     clock_us: float | None = None
+    trace_short: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class GroupResult:
     chained_us: float | None
     chained_steps: int | None
     clock_us: float | None
+    trace_short: str | None
 
 
 def merge(results: list[RankResult]) -> GroupResult:
@@ -118,6 +120,7 @@ def merge(results: list[RankResult]) -> GroupResult:
         chained_us=median(chains) if chains else None,
         chained_steps=first.chained_steps,
         clock_us=max((result.clock_us for result in results if result.clock_us is not None), default=None),
+        trace_short=first.trace_short,
     )
 
 

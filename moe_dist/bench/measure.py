@@ -14,6 +14,7 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.check import Errors, worse
 from moe_dist.bench.clock import chain_length, time_chain, time_nothing, time_steps
 from moe_dist.bench.collectives import prove_collectives
+from moe_dist.bench.draws import shortage
 from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
 from moe_dist.bench.loading import Weights, weights_of
@@ -100,6 +101,7 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
         max_memory=max_memory,
         ran=Ran.by(step),
         config=step.config_sources(),
+        trace_short=shortage(plan.spec, case.workload, case.layers),
     )
     return step
 

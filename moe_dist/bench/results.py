@@ -113,6 +113,7 @@ def make_row(
         else work.tokens,
         token_split=work.token_split,
         skew=skew_label(work.skew, work.trace),
+        trace_short=found.trace_short,
         seed=work.seed,
         iters=len(times),
         runtime=runtime,

@@ -67,6 +67,10 @@ class Row(Result):
         " (one has all)"
     )
     skew: str = Field(description="which routing; a trace by the first 12 digits of its SHA-256")
+    trace_short: str | None = Field(
+        description="in what a recorded routing has fewer rows, layers or steps than were asked for, and what was taken"
+        " in their place; null where it has enough, and for a routing that was drawn"
+    )
     seed: int = Field(description="of tokens and routing; weights have their own, see source")
     iters: Count = Field(description="timed iterations so far; 0 where only numbers were checked")
     runtime: str = Field(description="what started the ranks: `ray` or `torchrun`")

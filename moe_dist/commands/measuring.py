@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.draws import shortage
 from moe_dist.bench.output import said
 from moe_dist.bench.results import Outcome, provenance
 from moe_dist.bench.resume import resumed
@@ -31,6 +32,7 @@ from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.voice import launched, speaks
+from moe_dist.workloads.skew_names import skew_label
 
 
 def measure(
@@ -82,6 +84,7 @@ def measure(
         if not as_json and not measuring.csv and not kept.lines_alone:
             _print_chosen(asked)
             _print_taken(planned)
+            _print_shortages(planned)
         kept.begin(len(planned) - len(left))
         try:
             _run(left, experiment, machine, kept, go_on=sweep and experiment.runtime == "ray")
@@ -173,3 +176,12 @@ def _print_taken(planned: list[tuple[Case, Plan]]) -> None:
         choice = plan.choice()
         if choice.why:
             print_line(f"{case.label}: auto takes {choice.exchange} with {choice.backend}: {choice.why}")
+
+
+def _print_shortages(planned: list[tuple[Case, Plan]]) -> None:
+    """Recorded routings that have less than was asked for; their rows say it too."""
+    traced = {(case.model, case.workload.skew, case.workload.tokens, case.layers): case for case, _ in planned}
+    for case in traced.values():
+        if said := shortage(case.model, case.workload, case.layers):
+            work = case.workload
+            print_line(f"routing {skew_label(work.skew, work.trace)}, {work.tokens:,} tokens: {said}")

@@ -96,7 +96,7 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> Row:
         "active_experts": 4, "rows_per_rank": (64, 64), "pairs": 128, "bytes_sent": 2048, "max_memory": None,
         "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.1, "err_repeat": 0.0, "err_again": 0.0,
         "not_finite": (), "tflops": None, "hbm_gbps": None, "link_gbps": None, "chosen_by": "name",
-        "why": None, "ok": True,
+        "why": None, "trace_short": None, "ok": True,
     }  # fmt: skip
     return Row(**(defaults | changes))
 
