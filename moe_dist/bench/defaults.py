@@ -17,21 +17,30 @@ from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 
 OURS = ("triton", "cutlass")  # what `compare` without a file takes on a Hopper GPU
-MODELS = ("DeepSeek-V3", "Qwen3-30B-A3B")  # whose shape it takes there, the first that fits
+# Models of who names none. On GPUs the first that fits; both have recorded rows and tuning tables, and a larger one
+# would say less, as others can't compare with it. On a CPU a layer of seconds.
+MODELS, SMALL = ("DeepSeek-V3", "Qwen3-30B-A3B"), "tiny"
 DECODE, PREFILL = 16, 2048  # its tokens a rank
 
 
-def default_experiment(machine: Machine, find: Callable[[str], MoESpec], router: bool) -> dict[str, Any]:
-    """What `compare` does without a file. On a CPU it is small enough for two minutes on two cores; on GPUs it is a
-    real model's shape over all of them, decode and prefill. `find`: a known model by its name. `router`: the weights
-    come with one."""
+def default_model(machine: Machine, find: Callable[[str], MoESpec], world: int, layers: int = 1) -> str:
+    """The name of what every command that measures, plans or tunes takes where no model is named, for so many ranks and
+    layers: on GPUs the largest of MODELS that fits, and the smallest of them where none does. `find`: a known model by
+    its name."""
+    if machine.device == "cpu":
+        return SMALL
+    return next((name for name in MODELS if _fits(find(name), world, layers, machine)), MODELS[-1])
+
+
+def default_experiment(machine: Machine, router: bool) -> dict[str, Any]:
+    """What `compare` does without a file, beside its model. On a CPU it is small enough for two minutes on two cores;
+    on GPUs it is over all of them, decode and prefill. `router`: the weights come with one."""
     skews = ["router"] * router + ["uniform", "zipf:1.2"]
     if machine.device == "cpu":
-        return {"models": ["tiny"], "worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
+        return {"worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
     world = machine.devices
     ours = {"backends": list(OURS), "modes": ["graph"]}
     return {
-        "models": [next((name for name in MODELS if _fits(find(name), world, machine)), MODELS[-1])],
         "worlds": [world],
         "exchanges": ["ag_rs", "all_to_all", "nvlink"] if world > 1 else ["local"],
         "tokens": [DECODE * world, PREFILL * world],
@@ -53,9 +62,10 @@ def build_quickly(names: Iterable[str], machine: Machine, say: Callable[[str], N
                 say(f"goes on without backend {name}: {error}")
 
 
-def _fits(spec: MoESpec, world: int, machine: Machine) -> bool:
-    """Whether a rank's share under TP and under EP have room beside each other, as they take turns."""
-    whole = ExpertWeights.bytes_of(spec, spec.num_experts, spec.intermediate)
+def _fits(spec: MoESpec, world: int, layers: int, machine: Machine) -> bool:
+    """Whether a rank's share under TP and under EP have room beside each other, as they take turns in `compare`; the
+    rule is the same for all commands, so that one name means one layer."""
+    whole = layers * ExpertWeights.bytes_of(spec, spec.num_experts, spec.intermediate)
     return 2 * whole <= ROOM * world * (machine.memory or 0)
 
 

@@ -23,7 +23,7 @@ from moe_dist.bench.roofline import balanced_floor_us, floor_us
 from moe_dist.bench.table import number, plain_table, size
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import find_model
-from moe_dist.commands.flags import BACKEND_NAMES, NUMBER, SKEWS_HELP, Calibrate, Ep, Json, Model, Tp
+from moe_dist.commands.flags import BACKEND_NAMES, NUMBER, PREDICTED, SKEWS_HELP, Calibrate, Ep, Json, Model, Tp
 from moe_dist.commands.printing import console, print_json, write_once
 from moe_dist.commands.terminal import Terminal, say, show, to_standard_output
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -68,7 +68,7 @@ class Predicted:
 
 def balance(
     *,
-    model: Model = "DeepSeek-V3",
+    model: Model = PREDICTED,
     tp: Tp = 1,
     ep: Ep = 4,
     tokens: Tokens = 8192,

@@ -164,6 +164,8 @@ def _check_names_and_launcher(asked: Asked) -> None:
 
 
 def _print_chosen(asked: Asked) -> None:
+    if asked.model_why:
+        print_line(f"model {', '.join(model.name for model in asked.experiment.models)} ({asked.model_why})")
     if asked.why:
         print_line(f"backend {', '.join(asked.experiment.backends)} ({asked.why})")
     if asked.mode_why:

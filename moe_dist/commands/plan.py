@@ -51,6 +51,8 @@ def plan(
         print_json(made.as_dict() | sent, indent=1)
     else:
         with to_standard_output():
+            if asked.model_why:
+                console().print(f"model {made.spec.name} ({asked.model_why})")
             print_plan(console(), made, case.workload, asked.why, case.layers)
     return OK
 

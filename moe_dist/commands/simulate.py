@@ -13,7 +13,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.row import Refused
 from moe_dist.bench.table import number, plain_table, refused_table
 from moe_dist.commands.config import find_model
-from moe_dist.commands.flags import BACKEND_NAMES, NAMES, NUMBERS, SKEWS_HELP, Calibrate, Json, Model
+from moe_dist.commands.flags import BACKEND_NAMES, NAMES, NUMBERS, PREDICTED, SKEWS_HELP, Calibrate, Json, Model
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import Terminal, show, to_standard_output
 from moe_dist.errors import ConfigError
@@ -46,7 +46,7 @@ PER_RANK = [8, 128, 2048, 8192]
 
 def simulate(
     *,
-    model: Model = "DeepSeek-V3",
+    model: Model = PREDICTED,
     machine: Elsewhere = "h200x8",
     network_gbps: Gbps = None,
     network_us: Us = None,
