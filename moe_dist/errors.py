@@ -41,6 +41,11 @@ class ConfigError(MoeDistError):
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
 
+    @property
+    def brief(self) -> str:
+        """For a sentence that is about something else: without what is legal."""
+        return f"{printable(self.field)} = {shown(self.value)}: {self.rule}"
+
     def of(self, field: str) -> ConfigError:
         """The same with another name for the field."""
         return ConfigError(field, self.value, self.rule, self.legal)
@@ -55,6 +60,11 @@ class UnsupportedError(MoeDistError):
         if supported is not None:
             text += f" (supported: {listed(supported)})"
         super().__init__(text)
+
+    @property
+    def brief(self) -> str:
+        """For a sentence that names other possibilities itself."""
+        return f"{self.what}: {'; '.join(self.reasons)}"
 
 
 class CheckpointError(MoeDistError):

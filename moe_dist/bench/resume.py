@@ -15,6 +15,7 @@ from moe_dist.bench.row import Document, Failed, Hardware, Provenance, Row
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.model.refused import as_config_error
 
 FLAG = "--resume"
 Planned = list[tuple[Case, Plan]]
@@ -71,10 +72,10 @@ def _read(path: str) -> Document | None:
     except OSError as error:
         raise ConfigError(FLAG, path, f"can't be read: {error.strerror}", "a results file of --out") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        rule = f"is no results file that this version wrote: {where}: {first['msg']}"
-        raise ConfigError(FLAG, path, rule, "start anew, without --resume") from None
+        first = as_config_error(error, Document, "")
+        what = f" ({first.field}: {first.rule})" if first.field else ""
+        rule = f"is no results file that this version wrote{what}"
+        raise ConfigError(FLAG, path, rule, "that of the same version; or start anew, without --resume") from None
 
 
 def _name(stranger: Row | Failed) -> str:

@@ -70,6 +70,8 @@ def measure(
             case.plan(machine)
     if not planned:
         reasons = list(dict.fromkeys(item.reason for item in refused))
+        if len(reasons) == 1:  # then it is the error, with all that it knows
+            cases[0].plan(machine)
         none = f"none of placements {listed(experiment.placements)} fits any of worlds {listed(experiment.worlds)}"
         raise UnsupportedError("this experiment", reasons or [none])
     with ExitStack() as stack:

@@ -54,7 +54,7 @@ def refusal_of(plan: Callable[[str], object]) -> Refusal:
         try:
             plan(name)
         except (UnsupportedError, ConfigError) as error:
-            return str(error)
+            return error.brief
         return ""
 
     return refusal

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.model.refused import as_config_error
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.tables import cache_folder
 
@@ -120,16 +121,16 @@ def read_record(path: Path, source: str) -> Record:
         rows, device, date = document["rows"], document["machine"]["gpu"], str(document["date"])
     except OSError as error:
         raise ConfigError("record", str(path), f"can't be read: {error.strerror}", legal) from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError("record", str(path), f"holds no results: {type(error).__name__}: {error}", legal) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("record", str(path), f"is no JSON: {error}", legal) from None
+    except (TypeError, KeyError):
+        raise ConfigError("record", str(path), "holds no date, machine and rows of results", legal) from None
     found: dict[Setting, list[Timed]] = {}
     for number, given in enumerate(rows):
         try:
             row = _Row.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, (number, *first["loc"])))
-            raise ConfigError(f"{path}: rows.{where}", first.get("input"), str(first["msg"]), legal) from None
+            raise as_config_error(error, _Row, f"{path}: rows.{number}") from None
         if row.usable and device:
             setting = Setting(str(device), *(getattr(row, name) for name in Setting._fields[1:]))
             found.setdefault(setting, []).append(row.timed())

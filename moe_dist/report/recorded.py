@@ -16,6 +16,7 @@ from moe_dist.bench.diff import UNKNOWN, read_results
 from moe_dist.bench.row import Hardware, Notice, Refused, Row
 from moe_dist.errors import ConfigError
 from moe_dist.messages.printable import one_line
+from moe_dist.model.refused import as_config_error
 
 RESULTS = "what --out or --json of moe-dist gave"
 # Without these a row can't be named or compared.
@@ -133,10 +134,11 @@ def _machine(given: dict[str, Any]) -> dict[str, str]:
 
 
 def _list_of(kind: Any, path: str, document: dict[str, Any], key: str, otherwise: Any) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(document.get(key, otherwise))
+        return adapter.validate_python(document.get(key, otherwise))
     except ValidationError as error:
-        raise _refusal(path, key, error, "as docs/results.md describes it") from None
+        raise as_config_error(error, adapter, f"{path}: {key}") from None
 
 
 def _row(path: str, number: int, given: dict[str, Any]) -> Row:
@@ -149,17 +151,9 @@ def _row(path: str, number: int, given: dict[str, Any]) -> Row:
     try:
         row = RecordedRow(**values)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        field = Row.model_fields.get(key)
-        raise _refusal(path, where, error, field.description if field else RESULTS) from None
+        raise as_config_error(error, RecordedRow, f"{path}: {where}") from None
     _check_sizes(path, where, row)
     return row
-
-
-def _refusal(path: str, where: str, error: ValidationError, legal: str | None) -> ConfigError:
-    first = error.errors()[0]
-    place = ".".join([where, *map(str, first["loc"])])
-    return ConfigError(f"{path}: {place}", first["input"], first["msg"], legal)
 
 
 def _check_sizes(path: str, where: str, row: Row) -> None:
