@@ -48,7 +48,11 @@ class ConfigError(MoeDistError):
 
     def of(self, field: str) -> ConfigError:
         """The same with another name for the field."""
-        return ConfigError(field, self.value, self.rule, self.legal)
+        return type(self)(field, self.value, self.rule, self.legal)
+
+
+class NoRowsError(ConfigError):
+    """A file that is read well and holds no rows of results."""
 
 
 class UnsupportedError(MoeDistError):

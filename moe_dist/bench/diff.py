@@ -14,7 +14,7 @@ from rich.text import Text
 from moe_dist.bench.answer import ANOTHER_START, SCATTERS
 from moe_dist.bench.lines import read_document
 from moe_dist.bench.table import number, plain_table
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.files import read_small_text
 from moe_dist.messages.printable import printable
 
@@ -87,8 +87,8 @@ class Diff:
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """The document of a results file of any version, or of `--lines`. Raises ConfigError for another file, or one
-    without rows."""
+    """The document of a results file of any version, or of `--lines`. Raises NoRowsError for a file without
+    rows, ConfigError for any other."""
     try:
         document: Any = read_document(read_small_text(Path(path), LARGEST_FILE))
     except OSError as error:
@@ -97,8 +97,10 @@ def read_results(path: str) -> dict[str, Any]:
         raise ConfigError("file", path, f"is no JSON: {error}", "what --out or --json gave") from None
     found: dict[str, Any] = document if isinstance(document, dict) else {}
     rows = found.get("rows")
+    if rows is None:
+        raise NoRowsError("file", path, "holds no rows of results", "what --out or --json gave")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError("file", path, "holds no rows of results", "what --out or --json gave")
+        raise ConfigError(f"{path}: rows", rows, "is no list of rows", "what --out or --json gave")
     for place, row in enumerate(rows):
         _check_times(f"{path}: rows.{place}", row)
     if not isinstance(found.get("machine", {}), dict):

@@ -4,7 +4,7 @@ that a page or a terminal might obey is escaped on the way in."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from moe_dist.bench.diff import UNKNOWN, read_results
 from moe_dist.bench.row import Hardware, Notice, Refused, Row
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.messages.printable import one_line
 from moe_dist.model.refused import as_config_error
 
@@ -77,16 +77,31 @@ def known(row: Row, key: str) -> bool:
     return key in row.model_fields_set
 
 
-def read_files(paths: Sequence[str]) -> list[Recorded]:
-    """The latest first. Raises ConfigError for a file that holds no rows of results or a value that no row may have,
-    and for one that is named twice."""
+def read_files(paths: Sequence[str], note: Callable[[str], None] | None = None) -> list[Recorded]:
+    """The latest first. A file without rows is left out where another one has some, and `note` is told which; without
+    `note` it is refused. Raises NoRowsError where none has any, and ConfigError for a file that is none of results, for
+    a value that no row may have, and for a file that is named twice."""
     places = [Path(path).resolve() for path in paths]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ConfigError("file", paths[number], "is named twice", "each file once")
     names = [Path(path).name for path in paths]
     shown = [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
-    found = [read_file(path, one_line(name)) for path, name in zip(paths, shown, strict=True)]
+    found: list[Recorded] = []
+    without: list[NoRowsError] = []
+    for path, name in zip(paths, shown, strict=True):
+        try:
+            found.append(read_file(path, one_line(name)))
+        except NoRowsError as error:
+            if note is None:
+                raise
+            without.append(error)
+    if without and not found:
+        several = "file", [str(each.value) for each in without], "hold no rows of results", RESULTS
+        raise without[0] if len(without) == 1 else NoRowsError(*several)
+    if note is not None:
+        for each in without:
+            note(f"{one_line(str(each.value))} is left out: it {each.rule}")
     return sorted(found, key=lambda file: file.date, reverse=True)
 
 
@@ -97,7 +112,7 @@ def read_file(path: str, name: str) -> Recorded:
         raise ConfigError("file", path, "is no JSON of results: it is nested too deeply", RESULTS) from None
     given: list[dict[str, Any]] = document["rows"]
     if not given:
-        raise ConfigError("file", path, "has no row: nothing was measured", "a file with one row at least")
+        raise NoRowsError("file", path, "has no row: nothing was measured", "a file with one row at least")
     keys = {key for row in given for key in row}
     machine = document.get("machine")
     return Recorded(
