@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from moe_dist.bench.peer_plan import PEER
 from moe_dist.bench.prepared import Prepared
 from moe_dist.errors import MoeDistError
+from moe_dist.peers.module import PeerModule
 
 ERRORS = ("err_oracle", "err_exact", "err_whole", "err_token", "err_repeat", "err_again")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a rank's layers ran, by their own word: a row's labels. `splits`: see Exchange.splits."""
+    """What a rank's layers ran, by their own word: a row's labels. `splits`: see Exchange.splits. `peer`: package and
+    version, where another one's layer ran."""
 
     placement: str
     token_layout: str
@@ -24,12 +27,17 @@ class Ran:
     combine_dtype: str
     graph: bool
     splits: str | None
+    peer: str | None = None
 
     @classmethod
     def by(cls, step: Prepared) -> Ran:
         layer, captured = step.layers[0], step.graph is not None
         plan, choice = layer.plan, layer.plan.choice(step.bucket)
         splits = layer.exchange.splits(step.bucket, captured=captured)
+        if isinstance(step.module, PeerModule):
+            name, peer = step.module.name, step.module.peer
+            labels = PEER, name, PEER, peer.payload, peer.combine
+            return cls(plan.parallel.label, plan.token_layout, *labels, captured, None, peer.label())
         names = choice.exchange, choice.backend, choice.form, choice.payload
         return cls(plan.parallel.label, plan.token_layout, *names, plan.combine_dtype, captured, splits)
 

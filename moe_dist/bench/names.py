@@ -11,6 +11,7 @@ from moe_dist.engine.planning import AUTO, COMBINE_DTYPES, PAYLOADS
 from moe_dist.exchange import EXCHANGES
 from moe_dist.model.refused import legal
 from moe_dist.model.spec import Name
+from moe_dist.peers import PEERS
 from moe_dist.step import FORMS
 from moe_dist.workloads.skew_names import SKEWS
 
@@ -21,6 +22,7 @@ Exchanges = Annotated[
     tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: (*EXCHANGES.names(), AUTO)))
 ]
 Backends = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: (*BACKENDS.names(), AUTO)))]
+Peers = Annotated[tuple[Name, ...], Field(json_schema_extra=legal(lambda: PEERS.names()))]
 Skews = Annotated[tuple[str, ...], Field(min_length=1, json_schema_extra=legal(lambda: SKEWS))]
 Payload = Annotated[str, Field(json_schema_extra=legal(lambda: PAYLOADS))]
 Form = Annotated[str, Field(json_schema_extra=legal(lambda: ("auto", *FORMS)))]

@@ -48,9 +48,16 @@ class Row(Result):
     token_layout: TokenLayout = Field(
         description="on both ends of the step: `sharded` (each token on one rank) or `replicated` (all on every rank)"
     )
-    exchange: str = Field(description="how tokens and sums travelled between ranks")
-    backend: str = Field(description="what computed the experts")
-    form: str = Field(description="order of the rows that the exchange handed to the backend: `token` or `expert`")
+    exchange: str = Field(description="how tokens and sums travelled between ranks; `peer` in a peer's step")
+    backend: str = Field(description="what computed the experts; in a peer's step the peer's name")
+    peer: str | None = Field(
+        description="package and version whose whole layer ran in place of moe_dist's, exchange included; null for"
+        " moe_dist's own"
+    )
+    form: str = Field(
+        description="order of the rows that the exchange handed to the backend: `token` or `expert`; `peer` in a peer's"
+        " step"
+    )
     payload_dtype: str = Field(description="what rows travelled as: `none` (they did not), `bf16`, `fp32` or `fp8`")
     combine_dtype: str = Field(description="what partial sums travelled as: `bf16` or `fp32`")
     graph: bool = Field(description="whether the step ran as a CUDA graph")
@@ -148,16 +155,16 @@ class Row(Result):
     pairs: Count = Field(description="(token, expert) pairs of one layer, a pair of several slices counted once")
     bytes_sent: Count = Field(
         description="bytes, what the rank sends that sends most, in the mean over several routings; a row for itself is"
-        " not sent"
+        " not sent; 0 of a peer, whose bytes are not counted"
     )
     stages_us: dict[str, Number] = Field(
         description="µs by stage on the rank whose stages take longest, medians of up to 10 further steps with stamps"
-        " in them; stages don't overlap; empty without iterations"
+        " in them; stages don't overlap; empty without iterations, and of a peer"
     )
     unstaged_us: float | None = Field(
         description="µs in no stage, on the same rank in the same steps: median of (time of the step with its stamps −"
         " sum of its stages); not p50_us − sum, which are other steps; a little below 0 where clocks are coarse; null"
-        " without iterations"
+        " without iterations, and of a peer"
     )
     max_memory: Count | None = Field(
         description="bytes on the GPU that holds most: weights and the most that making and running the step took"
@@ -173,7 +180,7 @@ class Row(Result):
         description="GB/s, bytes of the busiest rank's active experts, scales not counted, / p50_us; null without"
         " p50_us"
     )
-    link_gbps: Number | None = Field(description="GB/s, bytes_sent / p50_us; null without p50_us")
+    link_gbps: Number | None = Field(description="GB/s, bytes_sent / p50_us; null without p50_us, and of a peer")
     ok: bool | None = Field(
         description="whether every error is within its tolerance; null if none exceeds it but the oracle was not asked"
     )

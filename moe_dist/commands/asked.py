@@ -86,6 +86,9 @@ def asked_for(
         config.setdefault("exchanges", ["local" if config.get("worlds") == [1] else "ag_rs"])
     together(config.get("runtime") == "torchrun")
     experiment = Experiment(**config)
+    if experiment.peers and not sweep:
+        rule = "are measured beside ours, and this command is about one configuration"
+        raise ConfigError("experiment.peers", list(experiment.peers), rule, "moe-dist compare")
     stored = experiment.source
     if stored.checkpoint is not None and stored.layer is not None:
         check_models(experiment.models, stored, checkpoint.layer_spec(stored.checkpoint, stored.layer))

@@ -32,7 +32,7 @@ SETS = {
     "--batch-size": ("tokens", "batch_size"), "--input-len": ("tokens", "input_len"),
     "--chunked-prefill-size": ("tokens", "chunked_prefill_size"),
     "--placements": ("placements",), "--exchanges": ("exchanges",), "--backends": ("backends",),
-    "--tokens-per-rank": ("tokens",),
+    "--tokens-per-rank": ("tokens",), "--peers": ("peers",),
 }  # fmt: skip
 
 

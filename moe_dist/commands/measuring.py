@@ -30,6 +30,7 @@ from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, OutputError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
+from moe_dist.peers import PEERS
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.voice import launched, speaks
 from moe_dist.workloads.skew_names import skew_label
@@ -163,6 +164,8 @@ def _check_names_and_launcher(asked: Asked) -> None:
     for name in experiment.exchanges:
         if name != AUTO:
             EXCHANGES.get(name)
+    for name in experiment.peers:
+        PEERS.get(name)
 
 
 def _print_chosen(asked: Asked) -> None:

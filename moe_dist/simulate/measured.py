@@ -83,7 +83,7 @@ def _fits(row: Mapping[str, Any]) -> bool:
     alike = all(row.get(key, value) == value for key, value in ALIKE.items()) and row.get("exchange") != "local"
     timed = row.get("p50_us") is not None and row.get("ok") is not False and not row.get("routing_p50_us")
     plain = row.get("placement") in _labels(row.get("tp"), row.get("ep"))  # where experts lie is not in a row
-    return alike and timed and plain and row.get("world") != 1
+    return alike and timed and plain and row.get("world") != 1 and row.get("peer") is None
 
 
 def _labels(tp: Any, ep: Any) -> tuple[str, ...]:
