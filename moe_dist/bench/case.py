@@ -144,7 +144,7 @@ class Case(Section):
 
 class Experiment(Section):
     """The product of its lists, in which a value that stands twice counts once. `placements` may name `tp`, `ep` (over
-    all of `worlds`), `tpXepY` and `map:FILE`."""
+    all of `worlds`), `tpXepY`, `map:FILE` and, until `defaults.settle_placements`, `auto`."""
 
     section = "experiment"
 
@@ -217,7 +217,8 @@ class Experiment(Section):
         if "router" in self.skews and self.source.checkpoint is None:
             raise ConfigError("experiment.skews", "router", "only a checkpoint has a router: give source.checkpoint")
         for placement in self.placements:
-            parse_placement(placement, self.worlds[0])
+            if placement != AUTO:
+                parse_placement(placement, self.worlds[0])
         for skew, model in product(self.skews, self.models):
             with _as_skews():
                 check_skew_fits(skew, model)
@@ -311,6 +312,9 @@ def parse_placement(text: str, world: int) -> ParallelSpec | None:
     if text.startswith(KIND):
         parallel = read_placement(text.removeprefix(KIND))
         return parallel if parallel.world == world else None
+    if text == AUTO:
+        rule = "is settled by the commands plan and compare, before there are cases"
+        raise ConfigError("experiment.placements", text, rule, "moe_dist.bench.defaults.settle_placements before it")
     if text in ("tp", "ep"):
         return ParallelSpec(**{text: world})
     sizes: dict[str, int] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import product
 from typing import Any
 
 from moe_dist.backends import BACKENDS
@@ -10,9 +11,12 @@ from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.rounds import ROOM
 from moe_dist.engine import backend_rule
 from moe_dist.engine.backend_rule import EVERYWHERE, Refusal, refusal_of
+from moe_dist.engine.placing import choose_placement
 from moe_dist.engine.plan import Plan
+from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import HOPPER, Machine
+from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 
@@ -75,6 +79,26 @@ def default_backend(experiment: Experiment, machine: Machine) -> tuple[str, str]
     name, reason = backend_rule.default_backend(machine, (_refusal(case, machine) for case in cases))
     where = "default on such a machine" if machine.elsewhere else "default on this machine"
     return name, f"{where}; {reason}" if reason else where
+
+
+def settle_placements(
+    experiment: Experiment, machine: Machine, backends: Collection[str] | None
+) -> tuple[Experiment, list[str]]:
+    """In place of `auto`, the placements that were fastest at any of its sizes, by `engine.placing`, and a line for
+    each of why. `backends`: None where nobody has named any. Raises ConfigError as `choose_placement`."""
+    exchanges = None if AUTO in experiment.exchanges else experiment.exchanges
+    graph = machine.device == "cuda" if experiment.modes is None else "graph" in experiment.modes
+    taken: dict[str, None] = {}
+    lines: dict[str, None] = {}
+    steps = product(experiment.models, experiment.worlds, experiment.token_layouts, experiment.tokens)
+    for model, world, layout, tokens in steps:
+        share = cdiv(tokens, world) if layout == "sharded" else tokens
+        named = None if backends is None or AUTO in backends else backends
+        placed = choose_placement(model, world, layout, graph, machine, share, exchanges, named)
+        taken[f"tp{placed.parallel.tp}xep{placed.parallel.ep}"] = None
+        lines[f"placement {placed.parallel.label} of {world} ranks, {share:,} tokens a rank: {placed.why}"] = None
+    names = [name for each in experiment.placements for name in (taken if each == AUTO else (each,))]
+    return experiment.with_changes(placements=tuple(names)), list(lines)
 
 
 def default_modes(experiment: Experiment, machine: Machine) -> tuple[tuple[str, ...], str]:

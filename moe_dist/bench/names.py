@@ -15,7 +15,7 @@ from moe_dist.peers import PEERS
 from moe_dist.step import FORMS
 from moe_dist.workloads.skew_names import SKEWS
 
-PLACEMENTS = ("tp", "ep", "tp2xep2 and the like", "map:FILE of moe-dist balance --out")
+PLACEMENTS = ("tp", "ep", "tp2xep2 and the like", AUTO, "map:FILE of moe-dist balance --out")
 
 Placements = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: PLACEMENTS))]
 Exchanges = Annotated[

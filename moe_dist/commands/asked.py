@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from moe_dist import checkpoint
 from moe_dist.balance.placement_file import KIND
 from moe_dist.bench.case import LISTS, ChosenBy, Experiment
-from moe_dist.bench.defaults import default_backend, default_model, default_modes
+from moe_dist.bench.defaults import default_backend, default_model, default_modes, settle_placements
 from moe_dist.bench.source import check_models, with_source
 from moe_dist.commands.config import check_keys, find_model, override, resolve_models
 from moe_dist.commands.flags import Configuration, Grid, Source
 from moe_dist.commands.terminal import say
+from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.runtime.voice import speaks, together
@@ -20,7 +21,7 @@ from moe_dist.runtime.voice import speaks, together
 
 class Asked(NamedTuple):
     """An experiment with what nobody named filled in. `why`: who chose the backend, `mode_why`: the mode, `model_why`:
-    the model; empty where they were named."""
+    the model; empty where they were named. `placement_why`: a line for each placement that `auto` has taken."""
 
     experiment: Experiment
     machine: Machine
@@ -28,6 +29,7 @@ class Asked(NamedTuple):
     why: str = ""
     mode_why: str = ""
     model_why: str = ""
+    placement_why: tuple[str, ...] = ()
 
 
 def single(
@@ -38,9 +40,14 @@ def single(
     layers: int | None = None,
     machine: Machine | None = None,
     record_routing: str | None = None,
+    world: int | None = None,
 ) -> Asked:
-    """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one."""
+    """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one. `world`: so many ranks in
+    the placement that was fastest when measured, and with the exchange and the backend that were, where none are
+    named; None: those of `grid`."""
     config = configuration(grid) | {"name": "run", "tokens": [grid.tokens], "iters": grid.iters}
+    if world is not None:
+        config = {"exchanges": [AUTO], "backends": [AUTO]} | config | {"worlds": [world], "placements": [AUTO]}
     if record_routing is not None:
         config["record_routing"] = record_routing
     config = override(config, overrides)
@@ -99,6 +106,10 @@ def asked_for(
     machine = machine or Machine.detect(experiment.device)
     chosen_by: ChosenBy = "name"
     why = mode_why = ""
+    lines: list[str] = []
+    if AUTO in experiment.placements:
+        named = experiment.backends if "backends" in config else None
+        experiment, lines = settle_placements(experiment, machine, named)
     if "backends" not in config:
         backend, why = default_backend(experiment, machine)
         experiment, chosen_by = experiment.with_changes(backends=(backend,)), "default"
@@ -106,7 +117,7 @@ def asked_for(
         modes, mode_why = default_modes(experiment, machine)
         if mode_why:
             experiment = experiment.with_changes(modes=modes)
-    return Asked(experiment, machine, chosen_by, why, mode_why, model_why)
+    return Asked(experiment, machine, chosen_by, why, mode_why, model_why, tuple(lines))
 
 
 def _with_flags(

@@ -33,6 +33,7 @@ SETS = {
     "--chunked-prefill-size": ("tokens", "chunked_prefill_size"),
     "--placements": ("placements",), "--exchanges": ("exchanges",), "--backends": ("backends",),
     "--tokens-per-rank": ("tokens",), "--peers": ("peers",),
+    "--placement": ("placements",),
 }  # fmt: skip
 
 

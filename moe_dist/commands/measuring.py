@@ -173,6 +173,8 @@ def _print_chosen(asked: Asked) -> None:
         print_line(f"model {', '.join(model.name for model in asked.experiment.models)} ({asked.model_why})")
     if asked.why:
         print_line(f"backend {', '.join(asked.experiment.backends)} ({asked.why})")
+    for line in asked.placement_why:
+        print_line(line)
     if asked.mode_why:
         print_line(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})")
 

@@ -177,14 +177,15 @@ def pick(record: Record, timed: Sequence[Timed]) -> list[Pick]:
         if found:
             before = found[-1].exchange, found[-1].backend
             same = next((row for row in ordered if (row.exchange, row.backend) == before), None)
-            if same is not None and same.p50_us - best.p50_us <= _noise(same, best):
+            if same is not None and same.p50_us - best.p50_us <= noise(same, best):
                 taken = same
         up_to = int(sqrt(size * sizes[number + 1][0])) if number + 1 < len(sizes) else None
         found.append(Pick(taken.exchange, taken.backend, up_to, _why(record, size, taken, ordered)))
     return found
 
 
-def _noise(one: Timed, other: Timed) -> float:
+def noise(one: Timed, other: Timed) -> float:
+    """Microseconds by which two medians may differ and say nothing."""
     return max(3 * hypot(one.scatter_us, other.scatter_us), NOISE * other.p50_us)
 
 
@@ -195,7 +196,7 @@ def _why(record: Record, size: int, taken: Timed, ordered: list[Timed]) -> str:
     if rest:
         gain = rest[0].p50_us / taken.p50_us - 1
         over = f", {rest[0].exchange} with {rest[0].backend} {abs(gain):.0%} {'more' if gain >= 0 else 'less'}"
-        over += " (within the noise)" if abs(rest[0].p50_us - taken.p50_us) <= _noise(taken, rest[0]) else ""
+        over += " (within the noise)" if abs(rest[0].p50_us - taken.p50_us) <= noise(taken, rest[0]) else ""
     where = f"at {size:,} tokens a rank, even routing"
     return f"{taken.p50_us:,.0f} µs {where}{over}; {record.source} record {record.name}"
 
