@@ -32,7 +32,7 @@ def diff(old: Old, new: New, /, *, wide: Wide = False, json: Json = False) -> in
     else:
         with to_standard_output():
             for name, side in (("old", before), ("new", after)):
-                console().print(f"{name}: {side.line()}", soft_wrap=True)
+                console().print(f"{name}: {side.line()}")
             counts = Counter(change.verdict for change in found.changes)
             if wide or counts["same"] < len(found.changes):
                 show(console(), diff_table(found, wide))

@@ -131,7 +131,8 @@ def test_files_that_somebody_has_edited(tmp_path, capsys, text, code):
     assert ("file.json" in capsys.readouterr().err) == (code == 2)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # paths of tests are long
     for name, change in (("old", {}), ("new", {"p50_us": 120.0})):
         about = {"date": "2026-11-27T21:13:12Z", "commit": "1a2b3c4"} if name == "old" else {}
         (tmp_path / f"{name}.json").write_text(json.dumps(document(change) | about))
