@@ -52,9 +52,10 @@ def _steps_taken(trace: Trace, taken: int) -> int:
     return min(ROUTINGS, len(trace.steps or (0,)), max(1, trace.rows // taken))
 
 
-def shortage(spec: MoESpec, work: WorkloadSpec, layers: int) -> str | None:
+def shortage(spec: MoESpec, work: WorkloadSpec, layers: int = 1, several: bool = True) -> str | None:
     """In what a recorded routing has less than was asked for, and what is taken in its place; None where it has enough,
-    and for a routing that is drawn. Raises like `read_trace`."""
+    and for a routing that is drawn. `several`: steps take what was recorded in turn, else there is one step. Raises
+    like `read_trace`."""
     if work.trace is None:
         return None
     trace = read_trace(spec, work.skew, work.trace)
@@ -63,6 +64,6 @@ def shortage(spec: MoESpec, work: WorkloadSpec, layers: int) -> str | None:
         said.append(f"{trace.rows:,} recorded rows for the {taken:,} of a step: from the first one again")
     if layers > 1 and trace.layers == 1:
         said.append(f"one recorded layer for {layers}: each takes the rows that come next")
-    if (steps := _steps_taken(trace, taken)) < min(ROUTINGS, recorded_steps):
+    if several and (steps := _steps_taken(trace, taken)) < min(ROUTINGS, recorded_steps):
         said.append(f"rows for {steps} such step{'s' * (steps > 1)}, where {recorded_steps} were recorded")
     return "; ".join(said) or None

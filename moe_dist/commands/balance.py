@@ -180,7 +180,7 @@ def _document(
         "parallel": change.after.model_dump(mode="json", include=set(KEYS)),
         "global_tokens": work.tokens,
         "skew": work.skew,
-        "trace_short": shortage(change.spec, work, 1),
+        "trace_short": shortage(change.spec, work, several=False),
         "judged_on_other_rows": apart,
         **{
             name: {"pairs": each.pairs, "active_experts": each.active, "imbalance": each.imbalance}
@@ -205,7 +205,7 @@ def print_balance(
     title = f"{change.spec.name} {change.spec.quant_label} as {change.before.label}"
     title += f", {work.tokens:,} tokens, routing {work.skew}"
     console.print(printable(title), style="bold", soft_wrap=True)
-    if said := shortage(change.spec, work, 1):
+    if said := shortage(change.spec, work, several=False):
         console.print(f"The trace is short: {said}.")
     show(console, loads_table(change, first, second))
     console.print(
