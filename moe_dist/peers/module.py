@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm import Comm
+from moe_dist.comm.symmetric import without_multicast
 from moe_dist.machine.surroundings import settled
 from moe_dist.model.routing import Routing
 from moe_dist.peers import PEERS, Peer, PeerCase
@@ -20,6 +21,7 @@ class PeerModule:
     def __init__(self, name: str, case: PeerCase, comm: Comm) -> None:
         self.name, self.comm = name, comm
         self.peer: type[Peer] = PEERS.get(name)
+        without_multicast()
         with torch.no_grad(), settled(comm.device):
             self._step = self.peer.prepare(case)
 
@@ -32,11 +34,10 @@ class PeerModule:
         return x_TH, routing
 
     def warm_up(self, x_TH: Tensor, routing: Routing, max_tokens_per_rank: int, captured: bool = False) -> None:
-        """The ranks meet between two calls, as its first one compiles and may take longer on one of them."""
+        """The ranks meet between two calls, as the first one compiles and may take longer on one of them."""
         for _ in range(2):
             self(x_TH, routing)
-            if not captured:
-                self.comm.barrier()
+            self.comm.barrier()
 
     def __call__(self, x_TH: Tensor, routing: Any, **step: object) -> Tensor:
         """`routing`: one. `step`: what a layer is told of a step; a peer has no use for it."""
