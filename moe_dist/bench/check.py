@@ -123,7 +123,10 @@ def _of_shared(
     of_shared = plan.spec.shared_spec()
     alone = Placement.build(of_shared, ParallelSpec())
     everyone = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
-    one = Routing(everyone, torch.ones_like(everyone, dtype=torch.float32))
+    weights = torch.ones_like(everyone, dtype=torch.float32)
+    if shared.token_gate_eH is not None:
+        weights = torch.sigmoid(x_TH.double() @ shared.token_gate_eH.double().T).float()
+    one = Routing(everyone, weights)
     return oracle_partial(x_TH, one, shared, of_shared, alone, 0, sources, everyone.long(), numerics, "all")
 
 

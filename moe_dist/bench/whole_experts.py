@@ -150,8 +150,20 @@ def _outputs(context: RankContext, case: Case, x_nH: Tensor, routing: Routing, s
         row, place = (ids == expert).nonzero(as_tuple=True)
         y.index_add_(0, row, weights[row, place, None] * _through(x[row], make(expert), case))
     if shared and comm.rank == 0:
-        y += _through(x, make(None), case)
+        gate_H = _token_gate(case, comm.device)
+        counts = 1.0 if gate_H is None else torch.sigmoid(x @ gate_H.double())[:, None]
+        y += counts * _through(x, make(None), case)
     return summed(comm, y)
+
+
+def _token_gate(case: Case, device: torch.device) -> Tensor | None:
+    """[H], of a gated shared expert."""
+    source, spec = case.source, case.model
+    if source.checkpoint is None or source.layer is None:
+        drawn = random_expert(spec.shared_spec(), spec.num_experts, source.seed, device, layer=case.depth).token_gate_eH
+        return None if drawn is None else drawn[0]
+    read = WholeExperts(source.checkpoint, source.layer).token_gate()
+    return None if read is None else read.to(device)
 
 
 def _through(x: Tensor, matrices: tuple[Tensor, Tensor], case: Case) -> Tensor:

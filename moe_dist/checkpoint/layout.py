@@ -205,14 +205,21 @@ class Layer:
             raise UnsupportedError(what, ["it must have the format of the routed experts"], wanted)
         return pieces
 
+    def token_gate(self) -> list[TensorFormat]:
+        """The weight of the shared expert's gate; none where it isn't gated."""
+        if not (self.spec.shared_gate and self.names.shared_gate):
+            return []
+        H = self.spec.hidden
+        return [TensorFormat(f"{self._mlp}.{self.names.shared_gate}", (1, H), ROUTER_DTYPES, ((H,),))]
+
     def inputs(self) -> list[TensorFormat]:
-        """The static scales of what goes into the experts' first matrices, those of a shared expert that can be
-        computed among them where it has some; none where activations have dynamic ones."""
+        """The static scales of what goes into the experts' first matrices, a shared expert's among them where it has
+        some; none where activations have dynamic ones."""
         if not (self.scheme and self.scheme.static):
             return []
         prefixes = [f"{self.names.experts(self.number)}.{expert}" for expert in range(self.spec.num_experts)]
         shared = f"{self._mlp}.{self.names.shared}"
-        if not self.spec.shared_gate and f"{shared}.{self.names.up}.input_scale" in self.checkpoint.files:
+        if f"{shared}.{self.names.up}.input_scale" in self.checkpoint.files:
             prefixes.append(shared)
         first = [module for matrix, module in self.names.matrices.items() if matrix != "down"]
         return [input_scale(prefix, module) for prefix in prefixes for module in first]
@@ -278,9 +285,9 @@ def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig
     if shared:
         pieces += found.shared_expert()
         experts.append(None)
-    inputs = found.inputs()
+    inputs, gate = found.inputs(), found.token_gate() if shared else []
     if inputs:
         inputs += [found.second_input(expert) for expert in experts]
-    found.check([*found.router(), *inputs, *(piece.tensor for piece in pieces)])
+    found.check([*found.router(), *inputs, *gate, *(piece.tensor for piece in pieces)])
     found.refuse_strays()
     return with_fields(found.checkpoint.config, spec=found.spec)

@@ -61,15 +61,21 @@ def load_shared_shard(
     device: torch.device | str = "cpu",
     quant: QuantKind | None = None,
 ) -> ExpertWeights:
-    """Columns [start, stop) of the shared expert's width, as ExpertWeights of one expert (`spec.shared_spec()`).
-    `quant` as in `load_shard`."""
+    """Columns [start, stop) of the shared expert's width, as ExpertWeights of one expert (`spec.shared_spec()`), with
+    its gate where it has one. `quant` as in `load_shard`."""
     found = open_layer(source, layer)
     pieces, spec = found.shared_expert(), spec_as(found.spec, quant)
     _check_slice("shared slice", start, stop, spec.shared_intermediate, spec)
     if spec != found.spec:
-        return _load_quantized(found, [pieces], (start, stop), spec, device, None)
-    weights = _load(found, [pieces], (start, stop), device, None)
-    _fill_inputs(found, weights, [None])
+        weights = _load_quantized(found, [pieces], (start, stop), spec, device, None)
+    else:
+        weights = _load(found, [pieces], (start, stop), device, None)
+        _fill_inputs(found, weights, [None])
+    for gate in found.token_gate():
+        found.check([gate])
+        values = found.checkpoint.read(gate.name)
+        _check_values(found.checkpoint, gate.name, values)
+        weights.token_gate_eH = values.to(device, torch.float32).reshape(1, -1)
     return weights
 
 

@@ -180,9 +180,8 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
         if spec.shared_intermediate:
             shared = random_expert(spec.shared_spec(), spec.num_experts, seed, layer=layer)
             yield from _matrices(f"{module}.{names.shared}", names, shared)
-        if spec.shared_gate and names.shared_gate:
-            weight = Stream("gate of the shared expert", seed, layer).normal(1, spec.hidden) / spec.hidden**0.5
-            yield f"{module}.{names.shared_gate}", weight.to(torch.bfloat16)
+            if shared.token_gate_eH is not None:
+                yield f"{module}.{names.shared_gate}", shared.token_gate_eH.bfloat16()
 
 
 def _matrices(prefix: str, names: Names, expert: ExpertWeights) -> Iterator[tuple[str, Tensor]]:

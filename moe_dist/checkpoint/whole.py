@@ -37,6 +37,11 @@ class WholeExperts:
         """The shared expert, likewise."""
         return self._named(f"{self._module}.{self._names.shared}")
 
+    def token_gate(self) -> Tensor | None:
+        """The weight [H] of the shared expert's gate in float32, on the CPU; None where it isn't gated."""
+        name = f"{self._module}.{self._names.shared_gate}"
+        return self._tensor(name, None).flatten() if name in self._files else None
+
     def router(self) -> tuple[Tensor, Tensor | None]:
         """The router's weight [E, H] and, where there is one, its correction bias [E], in float32, on the CPU."""
         bias = f"{self._module}.{self._names.bias}"

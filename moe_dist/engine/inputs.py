@@ -114,7 +114,7 @@ def check_shard(
         raise ConfigError(f"{name}.gated", weights.gated, f"activation {spec.activation} says otherwise", spec.gated)
     wanted, found = ExpertWeights.forms(spec, experts, width), weights.tensors()
     for field, (shape, dtype) in wanted.items():
-        label = f"{name}.{field.split('_')[0]}"
+        label = f"{name}.{field.rpartition('_')[0] or field}"
         if field not in found:
             raise ConfigError(label, None, f"{spec.quant_label} has this tensor", shape)
         tensor = found.pop(field)

@@ -30,6 +30,7 @@ from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import Exchange
 from moe_dist.exchange.layout import with_layout
+from moe_dist.kernels import token_gate
 from moe_dist.machine.surroundings import settled
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MOST_TOKENS
@@ -207,7 +208,8 @@ class MoELayer(nn.Module):
         """The shared expert's part of these rows' sums, or all of it."""
         sink = Whole(step, (len(rows), self.plan.spec.hidden), self.plan.out_dtype, self.comm.device)
         if path.shared is not None:
-            path.shared.forward(step, _every_row(rows), sink)
+            gate_1H = self._weights[1].token_gate_eH if self._weights[1] is not None else None
+            path.shared.forward(step, _every_row(step, rows, gate_1H), sink)
         return sink.y
 
     def warm_up(self, x_TH: Tensor, routing: Routing | None, max_tokens_per_rank: int, captured: bool = False) -> None:
@@ -354,8 +356,10 @@ def _prepared(name: str, problem: Problem, weights: ExpertWeights) -> Backend:
     return backend
 
 
-def _every_row(rows: TokenRows) -> TokenRows:
-    """The same rows for a backend of one expert that every token picks with weight 1."""
+def _every_row(step: Step, rows: TokenRows, gate_1H: Tensor | None) -> TokenRows:
+    """The same rows for a backend of one expert that every token picks with weight 1, or as much as its gate says."""
     count = rows.slots_RK.shape[0]
     slots = rows.slots_RK.new_zeros(count, 1)
+    if gate_1H is not None and isinstance(rows.x, Tensor):  # a gated one has its rank's own tokens, as they came
+        return TokenRows(rows.x, slots, token_gate(rows.x, gate_1H, step.workspace.take))
     return TokenRows(rows.x, slots, torch.ones(count, 1, dtype=torch.float32, device=slots.device))

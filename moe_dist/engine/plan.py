@@ -182,7 +182,7 @@ class Plan:
         ranks = range(self.placement.world)
         backends = max(backend.scratch_bytes(problem, rows) for problem in {self.problem(rank) for rank in ranks})
         if self.spec.shared_experts != "none":
-            forms.append(((rows, self.spec.hidden), self.out_dtype))
+            forms += [((rows, self.spec.hidden), self.out_dtype), ((rows, 1), torch.float32)]
             backends += max(backend.scratch_bytes(problem, rows) for problem in map(self.shared_problem, ranks))
         return bytes_of(forms) + backends
 

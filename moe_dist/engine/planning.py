@@ -48,6 +48,8 @@ def make_plan(
     With `graph`, what can't be captured in a CUDA graph is refused here.
     """
     machine = machine or Machine.detect()
+    if spec.token_gate:
+        raise ConfigError("model.token_gate", True, "is of a shared expert by itself, not of routed ones", (False,))
     if payload not in PAYLOADS:
         raise ConfigError("payload", payload, "unknown", PAYLOADS)
     combine = combine_dtype or spec.dtype

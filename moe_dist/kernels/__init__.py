@@ -37,6 +37,16 @@ def slots_on(placement: Placement, rank: int, ids_RK: Tensor, sharded: int | Non
     return placement.slots_on(rank, ids_RK, sharded)
 
 
+def token_gate(x_RH: Tensor, gate_1H: Tensor, take: Take) -> Tensor:
+    """float32 [R, 1], the sigmoid of each row's product with the gate, in float32; one launch on a GPU. The weight of a
+    gated shared expert (modeling_qwen2_moe.py of transformers, which rounds it to bf16)."""
+    if x_RH.is_cuda and x_RH.numel():
+        from moe_dist.kernels.triton.token_gate import token_gate as kernel
+
+        return kernel(x_RH, gate_1H, take)
+    return (x_RH.float() @ gate_1H.float().T).sigmoid()
+
+
 def sorted_by_expert(rows: TokenRows, experts: int, take: Take) -> ExpertRows:
     """`rows` with their pairs sorted by local expert, stably, whose number is `experts`; one launch on a GPU, two for
     many pairs."""

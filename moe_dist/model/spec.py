@@ -80,7 +80,7 @@ class MoESpec(Section):
     `intermediate` is the width of one expert's hidden layer before any slicing. `quant` none keeps weights and
     activations in `dtype`; every fp8 kind quantizes both GEMM inputs to E4M3 and keeps `dtype` bf16 outside.
     `shared_gate`: the model multiplies its shared expert's output by a sigmoid of the token (Qwen2-MoE, Qwen3-Next).
-    Nothing here computes that, so such a layer has its routed experts only.
+    `token_gate`: this is such a shared expert by itself, as `shared_spec` makes it; no layer of routed experts has one.
     """
 
     section: ClassVar[str] = "model"
@@ -102,6 +102,7 @@ class MoESpec(Section):
     shared_experts: Literal["none", "replicated", "tp"] = "none"
     shared_intermediate: int = Field(default=0, strict=True, ge=0, le=WIDEST)
     shared_gate: Flag = False
+    token_gate: Flag = False
 
     @field_validator("activation")
     @classmethod
@@ -128,9 +129,12 @@ class MoESpec(Section):
                 "model.shared_intermediate", self.shared_intermediate,
                 f"shared_experts {self.shared_experts} needs the width of the shared expert", "1 and more",
             )  # fmt: skip
-        if self.shared_experts != "none" and self.shared_gate:
-            reason = "the model multiplies its shared expert by a sigmoid of the token, which nothing here computes"
-            raise UnsupportedError(f"model.shared_experts = {self.shared_experts!r}", [reason], ("none",))
+        if self.shared_experts == "tp" and self.shared_gate:
+            reason = "the model multiplies its shared expert by a sigmoid of the token, which its own rank computes"
+            raise UnsupportedError("model.shared_experts = 'tp'", [reason], ("none", "replicated"))
+        if self.token_gate and (self.num_experts, self.top_k) != (1, 1):
+            rule = "is of a shared expert by itself, and this layer has several experts"
+            raise ConfigError("model.token_gate", True, rule, (False,))
         self._group_rules()
         return self
 
@@ -179,7 +183,7 @@ class MoESpec(Section):
         """The shared expert as a layer of one expert that every token picks with weight 1."""
         return MoESpec(
             name=f"{self.name}-shared", hidden=self.hidden, intermediate=self.shared_intermediate, num_experts=1,
-            top_k=1, activation=self.activation, quant=self.quant, dtype=self.dtype,
+            top_k=1, activation=self.activation, quant=self.quant, dtype=self.dtype, token_gate=self.shared_gate,
         )  # fmt: skip
 
 

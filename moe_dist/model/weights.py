@@ -39,6 +39,7 @@ class ExpertWeights:
       fp8_channel  [e, F]; [e, H]
     a13 (scalar), a2 [e] (float32): static activation scales of the two GEMMs, for fp8_tensor_static only. a13 is the
     maximum over all experts of the layer, so that every rank quantizes a row alike.
+    token_gate_eH (float32), of a gated shared expert only: y is multiplied by sigmoid(token_gate · x).
     """
 
     kind: QuantKind
@@ -49,6 +50,7 @@ class ExpertWeights:
     s2: Tensor | None = None
     a13: Tensor | None = None
     a2: Tensor | None = None
+    token_gate_eH: Tensor | None = None
     gate_first: bool = True
 
     @staticmethod
@@ -67,6 +69,8 @@ class ExpertWeights:
             scales = {"s13": (experts, spec.w13_rows(1)), "s2": (experts, 1)}
         if spec.quant == "fp8_tensor_static":
             scales |= {"a13": (), "a2": (experts,)}
+        if spec.token_gate:
+            scales |= {"token_gate_eH": (experts, H)}
         return found | {name: (shape, torch.float32) for name, shape in scales.items()}
 
     @classmethod
@@ -157,6 +161,8 @@ class ExpertWeights:
                 raise ConfigError(f"weights.{name}", largest, "results overflow", f"scales up to {LARGEST_SCALE:.3g}")
         for slot in range(self.num_experts):
             number = slot if experts is None else experts[slot]
+            if self.token_gate_eH is not None:
+                _check_matrix("weights.token_gate_eH", number, self.token_gate_eH[slot])
             halves = self.w13_eFH[slot].chunk(2 if self.gated else 1)
             for name, matrix in [*(("w13_eFH", half) for half in halves), ("w2_eHi", self.w2_eHi[slot])]:
                 if matrix.numel():

@@ -38,6 +38,9 @@ def random_expert(
     if spec.gated:
         w13[:, I:] *= up_scale
     weights = quantize_weights(w13, stream.normal(1, H, I) / I**0.5, spec)
+    if spec.token_gate:
+        gate = Stream("gate of the shared expert", seed, layer, device=device).normal(1, H) / H**0.5
+        weights = weights.with_tensors(token_gate_eH=gate.bfloat16().float())  # as it is stored
     if spec.quant != "fp8_tensor_static":
         return weights
     rows = Stream("calibration rows", seed, layer, expert, device=device).normal(max(64, CALIBRATED // I), H)

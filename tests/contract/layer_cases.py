@@ -173,7 +173,7 @@ def _expected(
     y = oracle_layer(x, routing, shards, spec, placement, together, groups, numerics, scaled_by)
     if spec.shared_experts == "none":
         return y
-    shared, every = spec.shared_spec(), _every_token(len(x))
+    shared, every = spec.shared_spec(), _every_token(case, x)
     if spec.shared_experts == "replicated":  # each rank's own tokens are one tensor
         alone = Placement.build(shared, ParallelSpec())
         pieces = [
@@ -197,14 +197,17 @@ def _exact(case: Case, x: Tensor, routing: Routing) -> Tensor:
     groups = torch.where(routing.ids_TK < 0, -1, 0)
     y = oracle_layer(x, routing, [weights], spec, alone, [(0, len(x))], groups, None)
     if spec.shared_experts != "none":
-        shared, every = spec.shared_spec(), _every_token(len(x))
+        shared, every = spec.shared_spec(), _every_token(case, x)
         alone = Placement.build(shared, ParallelSpec())
         y += oracle_layer(x, every, [_shared_weights(case)], shared, alone, [(0, len(x))], every.ids_TK, None)
     return y
 
 
-def _every_token(tokens: int) -> Routing:
-    return Routing(torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1))
+def _every_token(case: Case, x: Tensor) -> Routing:
+    """To the shared expert, with a sigmoid of the token as weight where it is gated."""
+    gate = _shared_weights(case).token_gate_eH
+    weights = torch.ones(len(x), 1) if gate is None else 1 / (1 + (-(x.double() @ gate.double().T)).exp()).float()
+    return Routing(torch.zeros(len(x), 1, dtype=torch.int32), weights)
 
 
 def _shared_weights(case: Case) -> ExpertWeights:

@@ -305,11 +305,13 @@ def test_layer_with_its_own_router(pool: Pool) -> None:
 )
 @pytest.mark.parametrize("how", ["replicated", "tp"])
 def test_shared_experts(pool: Pool, parallel: ParallelSpec, how: str) -> None:
-    """Replicated: every exchange. Sliced over all ranks: those that bring every token, the others must refuse."""
+    """Replicated: every exchange, gated where tokens are sharded. Sliced over all ranks: those that bring every token,
+    the others must refuse."""
     inputs = Inputs(uneven(parallel.world), SEED, wild=False)  # a shared expert takes every row
     cases = []
     for (quant, dtype), exchange, backend, layout in product(FORMATS, exchanges_for(parallel), HERE, LAYOUTS):
-        spec = spec_of(quant, dtype, shared_experts=how, shared_intermediate=448)
+        gated = how == "replicated" and layout == "sharded"
+        spec = spec_of(quant, dtype, shared_experts=how, shared_intermediate=448, shared_gate=gated)
         if how == "tp" and not EXCHANGES.get(exchange).every_token:
             with pytest.raises(ConfigError, match=r"model\.shared_experts"):
                 planned(spec, parallel, exchange, backend, layout, "auto", None)

@@ -145,7 +145,7 @@ RANDOM = [
     case(SPEC.with_changes(quant="fp8_channel", activation="relu2"), ep=2),
     case(SPEC.with_changes(quant="fp8_tensor_static", activation="geglu"), tp=2),
     case(SPEC.with_changes(shared_experts="tp", **SHARED), ep=2),
-    case(SPEC.with_changes(shared_experts="replicated", **SHARED), tp=2),
+    case(SPEC.with_changes(shared_experts="replicated", shared_gate=True, **SHARED), tp=2),
     case(SPEC, ep=2, replicas={0: [1], 7: [0]}),
 ]
 
@@ -164,7 +164,7 @@ def test_random_weights_agree_with_whole_experts(pool: Pool, chosen: Case) -> No
         ({}, "none", {"tp": 2}),
         ({"quant": "none"}, "none", {"ep": 2}),
         ({"model_type": "deepseek_v3"}, "tp", {"tp": 2}),
-        ({"model_type": "deepseek_v3"}, "replicated", {"ep": 2}),
+        ({"model_type": "qwen3_next"}, "replicated", {"ep": 2}),
         ({"fused": True}, "none", {"tp": 2}),
         ({"fused": True, "quant": "none"}, "none", {"ep": 2}),
     ],

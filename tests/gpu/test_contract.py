@@ -53,6 +53,7 @@ def experiments(world: int, shared: bool = False) -> dict[str, Experiment]:
     small = find_model("Qwen3-30B-A3B")
     kinds = [small.with_changes(quant=kind, name=f"Qwen3-30B-A3B {kind}") for kind in
              ("none", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")]  # fmt: skip
+    kinds[0] = kinds[0].with_changes(shared_experts="replicated", shared_intermediate=512, shared_gate=True)
     relu2 = find_model("Nemotron-H")
     wanted = (
         Experiment(models=large, tokens=large_tokens, skews=("zipf:1.2",), **common),

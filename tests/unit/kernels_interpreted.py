@@ -83,6 +83,15 @@ def test_slots_on():
             assert torch.equal(found, placement.slots_on(rank, ids))
 
 
+def test_token_gate():
+    from moe_dist.kernels.triton.token_gate import token_gate
+
+    for rows, hidden, dtype in ((1, 4096, torch.bfloat16), (37, 200, torch.float32), (3, 7168, torch.bfloat16)):
+        x, gate = torch.randn(rows, hidden).to(dtype), torch.randn(1, hidden) / hidden**0.5
+        found = token_gate(x, gate, TAKE)
+        assert torch.allclose(found.double(), (x.double() @ gate.double().T).sigmoid(), atol=1e-6)
+
+
 def test_send_lists():
     from moe_dist.exchange.all_to_all.list_kernels import even_lists, send_lists, unpack_pairs
 

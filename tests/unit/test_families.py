@@ -204,11 +204,12 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def output_error(loaded: Path, written: Path, form: Form) -> float:
     """Of the layer in `loaded`, against the formulas on the files in `written`."""
     tensors = load_file(written / FILE)
-    layer = load_layer(loaded, LAYER, shared_experts="none" if form.gated_shared else None)
+    layer = load_layer(loaded, LAYER)
     weights = weights_of(X, tensors, form)
     wanted = sum(weights[:, [number]] * through(X, tensors, form, number) for number in range(E))
-    if form.shared and not form.gated_shared:
-        wanted = wanted + through(X, tensors, form, None)
+    if form.shared:
+        gate = tensors[f"{form.block}.shared_expert_gate.weight"].float() if form.gated_shared else None
+        wanted = wanted + through(X, tensors, form, None) * (1.0 if gate is None else (X @ gate.T).sigmoid())
     assert isinstance(wanted, torch.Tensor)
     return difference(layer(X), wanted)
 
@@ -278,15 +279,13 @@ def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str
     for rank in range(2):
         load_shard(source, LAYER, placement, rank)
     load_router(source, LAYER)
-    if form.gated_shared:
-        of_layer = {name for name in of_layer if "shared_expert" not in name}
-    elif form.shared:
+    if form.shared:
         load_shared_shard(source, LAYER, 0, spec.shared_intermediate)
     assert set(source.names) == of_layer
     fused = form.transposed and quant == "none"
     for name, times in source.names.items():
         if name.endswith("input_scale") and form.down not in name:
-            assert times == 2 + (form.shared is not None and not form.gated_shared)
+            assert times == 2 + (form.shared is not None)
         else:
             wanted = E * (2 if "gate_up" in name else 1) if fused and "experts." in name else 1
             assert times == wanted, name
@@ -357,11 +356,25 @@ def without(tensors: Tensors, name: str) -> Tensors:
 
 
 @pytest.mark.parametrize("family", [family for family, form in FORMS.items() if form.gated_shared])
-def test_a_gated_shared_expert_is_left_out_only_by_name(made: Any, family: str) -> None:
-    for asked in (None, "replicated", "tp"):
-        with pytest.raises(UnsupportedError, match=r"shared_experts.*sigmoid of the token.*supported: none"):
-            load_layer(made(family), LAYER, shared_experts=asked)
+def test_a_gated_shared_expert_is_whole_on_every_rank_and_its_gate_is_there(
+    made: Any, tmp_path: Path, family: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"shared_experts.*sigmoid of the token.*supported: none, replicated"):
+        load_layer(made(family), LAYER, shared_experts="tp")
     assert load_layer(made(family), LAYER, shared_experts="none").plan.spec.shared_experts == "none"
+    name = f"{FORMS[family].block}.shared_expert_gate.weight"
+    for number, (change, said) in enumerate(
+        (
+            (lambda tensors: without(tensors, name), "1 tensor is missing"),
+            (lambda tensors: tensors | {name: tensors[name] * 0}, "is all zeros"),
+            (lambda tensors: tensors | {name: tensors[name][:, 1:].clone()}, "has shape"),
+        )
+    ):
+        directory = make_checkpoint(tmp_path / str(number), model_type=family, **SIZES)
+        edit(directory, None, change)
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_layer(directory, LAYER)
+        assert name in str(caught.value)
 
 
 def test_a_layer_that_is_not_moe_is_none_of_a_hybrid_model_s(made: Any) -> None:

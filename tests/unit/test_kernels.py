@@ -27,7 +27,7 @@ def in_the_interpreter(file: str, passed: int, timeout_s: float) -> None:
 
 
 def test_row_kernels_in_the_interpreter():
-    in_the_interpreter("kernels_interpreted.py", passed=12, timeout_s=170)
+    in_the_interpreter("kernels_interpreted.py", passed=13, timeout_s=170)
 
 
 def test_the_nvlink_exchange_in_the_interpreter():

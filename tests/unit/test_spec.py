@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moe_dist.bench.case import Experiment
+from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.model.spec import (
     ACTIVATIONS,
@@ -71,11 +72,19 @@ def test_a_spec_that_can_not_work_is_refused(changes, field, in_message):
     assert str(validated.value) == str(caught.value)
 
 
-def test_a_gated_shared_expert_is_not_computed():
+def test_a_gated_shared_expert_is_whole_on_every_rank():
     spec = MoESpec(**SIZES, shared_intermediate=16, shared_gate=True)
-    for how in ("replicated", "tp"):
-        with pytest.raises(UnsupportedError, match=r"model\.shared_experts.*sigmoid of the token.*supported: none"):
-            spec.with_changes(shared_experts=how)
+    assert spec.with_changes(shared_experts="replicated").shared_spec().token_gate
+    with pytest.raises(UnsupportedError, match=r"model\.shared_experts.*sigmoid of the token.*none, replicated"):
+        spec.with_changes(shared_experts="tp")
+
+
+def test_a_gate_by_itself_is_of_a_shared_expert_only():
+    with pytest.raises(ConfigError, match=r"model\.token_gate = True.*several experts"):
+        MoESpec(**SIZES, token_gate=True)
+    with pytest.raises(ConfigError, match=r"model\.token_gate = True.*not of routed ones"):
+        one = MoESpec(**SIZES | {"num_experts": 1, "top_k": 1}, token_gate=True)
+        make_plan(one, ParallelSpec(), exchange="local", backend="torch")
 
 
 @pytest.mark.parametrize("missing", sorted(SIZES))
