@@ -1,0 +1,177 @@
+"""`replace_experts`: the experts of a loaded model become distributed layers, under every placement that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.checkpoint.layout import spec_as
+from moe_dist.comm import Comm
+from moe_dist.engine.layer import MoELayer
+from moe_dist.engine.plan import Plan
+from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.integrations.transformers.forms import Form, check_structure, form_of, is_experts, tensors_of
+from moe_dist.integrations.transformers.settings import Settings
+from moe_dist.integrations.transformers.steps import Steps, check_inference, plan_of, routing_of
+from moe_dist.integrations.transformers.version import installed
+from moe_dist.integrations.transformers.weights import as_they_lie, shard_of
+from moe_dist.model.spec import TOKEN_LAYOUTS, ParallelSpec, QuantKind, TokenLayout
+
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
+REFUSED = {
+    "save_pretrained": "its experts are this rank's slices in moe_dist's own form, and no checkpoint has that form",
+    "set_experts_implementation": "its experts are moe_dist's layers, and transformers' functions can't run them",
+}
+
+
+class DistributedExperts(nn.Module):
+    """In the place of an experts module: this rank's part of a layer, called as transformers calls experts."""
+
+    def __init__(self, layer: MoELayer, graph_buckets: Sequence[int]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_experts, self.hidden_dim = layer.plan.spec.num_experts, layer.plan.spec.hidden
+        self.intermediate_dim = layer.plan.spec.intermediate
+        self._graph_buckets = tuple(graph_buckets)
+        self._steps: Steps | None = None
+
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index [T, K] integers, top_k_weights [T, K] floats, to [T, H]. Collective. Raises
+        ConfigError where a gradient is wanted, RankFailure for a rank that does not come in time."""
+        check_inference(hidden_states, top_k_weights)
+        if self._steps is None or self._steps.layer is not self.layer:  # a copy has a layer of its own
+            self._steps = Steps(self.layer, self._graph_buckets)
+        return self._steps(hidden_states, routing_of(top_k_index, top_k_weights))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which can't be copied and are captured anew."""
+        return {**self.__dict__, "_steps": None}
+
+
+def replace_experts(
+    model: nn.Module,
+    *,
+    token_layout: TokenLayout,
+    tp: int = 1,
+    ep: int | None = None,
+    expert_map: Sequence[int] = (),
+    replicas: Mapping[int, Sequence[int]] | None = None,
+    allow_empty_shards: bool = False,
+    exchange: str | None = None,
+    backend: str | None = None,
+    quant: QuantKind | None = None,
+    top_k: int | None = None,
+    graph_buckets: tuple[int, ...] = (),
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+    timeout_s: float | None = None,
+    progress: Callable[[], None] | None = None,
+) -> tuple[str, ...]:
+    """Replace the experts of a model of transformers by moe_dist's layers, and return the names of the modules that
+    were replaced. Every rank calls it on the same whole model; it takes its own slices, and the originals are freed one
+    layer after the other. Router, shared expert, routed scaling and all else stay transformers' own.
+
+    `token_layout`: replicated where all ranks give the model the same batch, sharded where each has its own. `tp` and
+    `ep`, multiplied, are the number of ranks; `ep` defaults to what `tp` leaves. `expert_map`, `replicas` and
+    `allow_empty_shards`: as ParallelSpec. `exchange`, `backend`, `graph_buckets`, `timeout_s`: as Settings. `quant`:
+    the FP8 format that bf16 experts are quantized to. `top_k`: experts of a token, if the model's config does not say
+    it. `group`: of the ranks (default: the process's default group, or one rank alone). `device`: of this rank's
+    experts (default: its GPU under NCCL, else where they are). `progress` is called after each module.
+
+    Nothing is replaced unless all of it can be. Raises ConfigError for an argument that can't be, UnsupportedError for
+    experts that moe_dist does not compute or a model that is distributed already, InstallationError without
+    transformers.
+    """
+    installed()
+    settings = Settings(exchange, backend, graph_buckets, timeout_s)
+    if token_layout not in TOKEN_LAYOUTS:
+        raise ConfigError("token_layout", token_layout, "says whether ranks share a batch", TOKEN_LAYOUTS)
+    found = _experts_of(model)
+    comm = _comm(group, device, settings, next(iter(found.values())))
+    ep = max(1, comm.world // max(1, tp)) if ep is None else ep
+    copies = tuple((expert, tuple(groups)) for expert, groups in (replicas or {}).items())
+    parallel = ParallelSpec(
+        tp=tp, ep=ep, expert_map=tuple(expert_map), replicas=copies, allow_empty_shards=allow_empty_shards
+    )
+    if parallel.world != comm.world:
+        rule = f"tp · ep must be the number of ranks in the process group, {comm.world}"
+        raise ConfigError("tp · ep", parallel.world, rule, comm.world)
+
+    def planned(module: nn.Module, name: str) -> tuple[Form, Plan]:
+        form = form_of(module, tensors_of(module), name)
+        spec = spec_as(form.spec(name, _top_k(module, top_k)), quant)
+        return form, plan_of(spec, parallel, token_layout, settings, comm)
+
+    plans = {name: planned(module, name) for name, module in found.items()}
+    found.clear()  # so that each is freed as it is replaced
+    for name, (form, plan) in plans.items():
+        _replace(model, name, form, plan, comm, settings)
+        if progress:
+            progress()
+    for module in model.modules():
+        for method in REFUSED:
+            if hasattr(module, method) and any(isinstance(each, DistributedExperts) for each in module.modules()):
+                setattr(module, method, partial(_refuse, method))
+    return tuple(plans)
+
+
+def _experts_of(model: nn.Module) -> dict[str, Any]:
+    """Its experts modules by name, all of which can be computed."""
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    if not found:
+        if any(isinstance(module, DistributedExperts) for module in model.modules()):
+            raise UnsupportedError("replacing experts a second time", ["they are moe_dist's already"])
+        reason = "no module of it has the flags of transformers' experts (has_gate, is_transposed)"
+        raise UnsupportedError(f"replacing the experts of a {type(model).__name__}", [reason])
+    for name, module in found.items():
+        check_structure(module, name)
+        reasons = []
+        if any(hasattr(tensor, "device_mesh") for tensor in module._parameters.values()):
+            reasons.append("it was loaded with a DistributedConfig, so a rank has its own experts only")
+        if hasattr(module, "_hf_hook"):
+            reasons.append("accelerate has spread the model over devices (device_map)")
+        if reasons:
+            raise UnsupportedError(f"replacing {name}", reasons, "a model loaded whole, on a CPU or on one device")
+    return found
+
+
+def _comm(
+    group: dist.ProcessGroup | None, device: torch.device | str | None, settings: Settings, experts: nn.Module
+) -> Comm:
+    here = tensors_of(experts)["down_proj"].device
+    if not dist.is_initialized():
+        return Comm.single(device or here)
+    if device is None:
+        device = "cuda" if dist.get_backend(group) == "nccl" else here
+    return Comm.from_group(device, group, settings.timeout_s)
+
+
+def _top_k(module: Any, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    found = (getattr(module.config, name, None) for name in TOP_K)
+    known = next((each for each in found if isinstance(each, int)), None)
+    if known is None:
+        raise ConfigError("top_k", None, f"the model's config has none of {', '.join(TOP_K)}", "experts of a token")
+    return known
+
+
+def _replace(model: nn.Module, name: str, form: Form, plan: Plan, comm: Comm, settings: Settings) -> None:
+    module = model.get_submodule(name)
+    whole = as_they_lie(form, tensors_of(module))
+    layer = MoELayer(plan, shard_of(whole, plan.spec, plan.placement, comm.rank, comm.device), comm)
+    new = DistributedExperts(layer, settings.graph_buckets)
+    new.train(module.training)
+    model.set_submodule(name, new)
+
+
+def _refuse(method: str, *_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedError(
+        f"{method} after replace_experts", [REFUSED[method]], "save the model before its experts are replaced"
+    )
