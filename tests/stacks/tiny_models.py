@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -87,5 +86,6 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def family_module(model_type: str) -> Any:
-    return import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+def experts_of(model: Any) -> dict[str, Any]:
+    """Its experts modules by name, as long as they are transformers' own."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
