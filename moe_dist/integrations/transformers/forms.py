@@ -76,12 +76,11 @@ def check_structure(module: Any, name: str = "") -> None:
         reasons += [f"its activation is clamped ({', '.join(set_)})"] * bool(set_)
     elif module.has_gate and type(module)._apply_gate is not needed(MOE, "_default_apply_gate"):
         reasons.append("it has an _apply_gate of its own")
-    activation = activation_of(module)
-    if activation is None:
-        gate = "with" if module.has_gate else "without"
-        reasons.append(
-            f"its activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)} {gate} a gate"
-        )
+    if not hasattr(module, "act_fn"):
+        reasons.append("it has no act_fn")
+    elif activation_of(module) is None:
+        name_of = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
+        reasons.append(f"its activation {name_of} {'with' if module.has_gate else 'without'} a gate")
     first = FIRST[0] if module.has_gate else FIRST[1]
     known = {each + end for each in (first, SECOND) for end in ("", SCALE, INPUT)}
     strange = sorted(set(tensors_of(module)) - known) + sorted(dict(module.named_buffers(recurse=False)))

@@ -23,8 +23,10 @@ from moe_dist.integrations.transformers.weights import as_they_lie, shard_of
 from moe_dist.model.spec import TOKEN_LAYOUTS, ParallelSpec, QuantKind, TokenLayout
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
+NO_CHECKPOINT = "its experts are this rank's slices in moe_dist's own form, and no checkpoint has that form"
 REFUSED = {
-    "save_pretrained": "its experts are this rank's slices in moe_dist's own form, and no checkpoint has that form",
+    "save_pretrained": NO_CHECKPOINT,
+    "push_to_hub": NO_CHECKPOINT,  # it makes a repository before it saves
     "set_experts_implementation": "its experts are moe_dist's layers, and transformers' functions can't run them",
 }
 
