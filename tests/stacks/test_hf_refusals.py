@@ -23,7 +23,8 @@ OTHERS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
     ("openai_privacy_filter", "OpenAIPrivacyFilterExperts", "OpenAIPrivacyFilterConfig", {"num_local_experts": 4}, [
         "its experts have biases", "its weights are transposed"]),
     ("deepseek_v4", "DeepseekV4Experts", "DeepseekV4Config", {"n_routed_experts": 4}, ["an _apply_gate of its own"]),
-    ("muse_spark", "MuseSparkExperts", "MuseSparkTextConfig", {"num_local_experts": 4, "moe_hidden_size": 64}, ["it normalizes each expert's output"]),
+    ("muse_spark", "MuseSparkExperts", "MuseSparkTextConfig", {"num_local_experts": 4, "moe_hidden_size": 64}, [
+        "it normalizes each expert's output"]),
     ("aria", "AriaExperts", "AriaTextConfig", {"moe_num_experts": 4}, ["its weights are transposed"]),
 ]  # fmt: skip
 
