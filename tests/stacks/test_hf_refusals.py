@@ -228,6 +228,6 @@ def test_versions_that_lack_a_registry(lacks: str, monkeypatch: pytest.MonkeyPat
 def test_experts_of_a_version_that_lacks_a_flag() -> None:
     model = tiny("mixtral")
     for module in experts_of(model).values():
-        del module.has_post_expert_norm
-    with pytest.raises(InstallationError, match=r"no flag has_post_expert_norm on MixtralExperts.*5\.24\.0"):
+        del module.is_concatenated
+    with pytest.raises(InstallationError, match=r"no flag is_concatenated on MixtralExperts.*5\.24\.0"):
         replace_experts(model, token_layout="replicated")

@@ -23,6 +23,7 @@ FLAGS = (
     ("is_concatenated", True, "its rows of gate and up are interleaved"),
     ("has_post_expert_norm", False, "it normalizes each expert's output"),
 )
+NEWEST = "has_post_expert_norm"  # came with the feature: a version without the flag lets no such module have functions
 CLAMPS = ("swiglu_alpha", "swiglu_limit", "limit", "gate_softcap", "up_softcap")  # of FP8Experts, None for none
 PROBES = (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0)
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -67,9 +68,9 @@ def check_structure(module: Any, name: str = "") -> None:
     """Raise UnsupportedError, with every reason, for a module that computes something else, and InstallationError where
     this transformers lacks a flag. Values and dtypes are not looked at, so they may be on meta."""
     for flag in ("has_gate", *(each[0] for each in FLAGS)):
-        if not hasattr(module, flag):
+        if not hasattr(module, flag) and flag != NEWEST:
             raise lacking(f"flag {flag} on {type(module).__name__}")
-    reasons = [why for flag, wanted, why in FLAGS if getattr(module, flag) is not wanted]
+    reasons = [why for flag, wanted, why in FLAGS if getattr(module, flag, wanted) is not wanted]
     fp8 = optional(FP8_MODULE, "FP8Experts")
     if fp8 is not None and isinstance(module, fp8):
         set_ = [each for each in CLAMPS if getattr(module, each, None) is not None]
