@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +14,14 @@ from dist.pool import Pool
 
 import moe_dist.integrations.transformers as integration
 from moe_dist import Comm, MoELayer, MoESpec, ParallelSpec, Routing, make_plan
-from moe_dist.errors import ConfigError, InstallationError
+from moe_dist.errors import ConfigError, InstallationError, UnsupportedError
 from moe_dist.integrations.transformers import steps as steps_module
 from moe_dist.integrations.transformers import version
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import Steps
 from moe_dist.model.routing import route
 from moe_dist.model.weights import shard
+from moe_dist.step import Support
 from moe_dist.workloads.random_weights import random_weights
 
 SPEC = MoESpec(hidden=32, intermediate=32, num_experts=4, top_k=2, quant="none", dtype="fp32")
@@ -136,14 +136,18 @@ def test_inside_of_a_capture_the_step_is_part_of_it(monkeypatch: pytest.MonkeyPa
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
-    def layer(x: Any, routing: Any, **named: Any) -> Any:
-        said.append(named)
-        return x
+    class Layer:
+        capturable = Support(True)
+
+        def __call__(self, x: Any, routing: Any, **named: Any) -> Any:
+            said.append(named)
+            return x
 
     class OnGpu(list[int]):
         is_cuda = True
 
-    steps = Steps(SimpleNamespace(), (8,))  # type: ignore[arg-type]
-    steps.layer = layer  # type: ignore[assignment]
-    steps(OnGpu([1, 2, 3]), None)  # type: ignore[arg-type]
+    Steps(Layer(), (8,))(OnGpu([1, 2, 3]), None)  # type: ignore[arg-type]
     assert said == [{"max_tokens_per_rank": 3, "captured": True}]
+    Layer.capturable = Support(False, "backend torch is not capturable")
+    with pytest.raises(UnsupportedError, match=r"a CUDA graph around the model.*backend torch is not capturable"):
+        Steps(Layer(), (8,))(OnGpu([1, 2, 3]), None)  # type: ignore[arg-type]

@@ -42,7 +42,6 @@ class Form:
     activation: str
     quant: QuantKind
     dtype: str
-    whole_rows: bool = False  # FP8 with one scale a matrix, and one for each row of tokens
 
     def spec(self, name: str, top_k: int, num_experts: int | None = None, quant: QuantKind | None = None) -> MoESpec:
         """The layer of these experts, or of `num_experts` of which these are some. Its router is not looked at: what
@@ -125,7 +124,7 @@ def form_of(module: Any, tensors: Mapping[str, Tensor], name: str = "") -> Form:
     if reasons:
         raise UnsupportedError(_titled(module, name), reasons, SUPPORTED)
     dtype, activation = DTYPES.get(one.dtype, "bf16"), activation_of(module) or ""
-    return Form(first, hidden, width, experts, activation, quant, dtype, quant == "fp8_channel")
+    return Form(first, hidden, width, experts, activation, quant, dtype)
 
 
 def _fp8_kind(module: Any, tensors: Mapping[str, Tensor], first: str, width: int) -> tuple[QuantKind, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_dist.checkpoint.layout import spec_as
 from moe_dist.comm import Comm
+from moe_dist.comm.others import backends_of
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -150,7 +151,8 @@ def _comm(
     if not dist.is_initialized():
         return Comm.single(device or here)
     if device is None:
-        device = "cuda" if dist.get_backend(group) == "nccl" else here
+        nccl = backends_of(group).get("cuda") == "nccl" and torch.cuda.is_available()
+        device = "cuda" if nccl else here
     return Comm.from_group(device, group, settings.timeout_s)
 
 

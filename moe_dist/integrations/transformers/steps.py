@@ -59,6 +59,8 @@ class Steps:
         """[T, H] to [T, H], in memory that no later step writes to. Collective; T as the tokens' layout allows."""
         layer = self.layer
         if x_TH.is_cuda and torch.cuda.is_current_stream_capturing():  # of a graph around the model: static shapes
+            if not layer.capturable.ok:
+                raise UnsupportedError("a CUDA graph around the model", [layer.capturable.reason])
             y_TH: Tensor = layer(x_TH, routing, max_tokens_per_rank=len(x_TH), captured=True)
             return y_TH
         bucket = self._bucket(len(x_TH))
