@@ -188,6 +188,21 @@ def test_what_is_refused(saved: dict[str, Path]) -> None:
     assert first[2] == "RankFailure True"
 
 
+def graphs_under_fsdp(comm: Comm, folder: Path) -> str:
+    _, model = loaded(comm, folder, {"fsdp_size": 2, "ep_size": 2}, graph_buckets=(8,))
+    try:
+        outputs(model, prompts(1, 4))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_graphs_where_the_weights_come_and_go(saved: dict[str, Path]) -> None:
+    with Pool(size=2, timeout_s=100) as alone:
+        for said in alone.run(2, graphs_under_fsdp, saved["mixtral"]):
+            assert "FSDP takes the experts' weights away" in said
+
+
 def built_in(comm: Comm, folder: Path, sizes: dict[str, int], how: str) -> float:
     """transformers' own exchange with moe_dist's function for the experts of each rank."""
     from transformers import AutoModelForCausalLM, DistributedConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from tiny_models import experts_of, outputs, prompts, tiny
 from moe_dist import ExpertWeights, MoESpec, ParallelSpec, Routing
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.integrations.transformers import register, replace_experts
+from moe_dist.integrations.transformers.forms import tensors_of
+from moe_dist.integrations.transformers.kept import Kept
+from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.model.placement import Placement
 from moe_dist.model.weights import quantize_weights
 from moe_dist.oracle.numerics import Numerics
@@ -167,6 +171,14 @@ def test_originals_are_freed_and_others_are_left_alone() -> None:
     left = dict(model.named_parameters())
     assert left.keys() == others.keys()
     assert all(left[name] is tensor for name, tensor in others.items())
+
+
+def test_static_scales_where_a_rank_has_its_own_experts_only() -> None:
+    """A layer has one scale for what goes into it, the largest of all experts."""
+    module = fp8_experts(quantized("fp8_tensor_static"))
+    kept = Kept(ParallelSpec(ep=2), "replicated", Settings())
+    with pytest.raises(UnsupportedError, match=r"static scales under ep_implementation.*supported: replace_experts"):
+        kept.steps(module, tensors_of(module), TOP_K, Mock(world=2))
 
 
 def test_forms_of_fp8_that_are_refused() -> None:

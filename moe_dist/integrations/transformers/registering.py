@@ -28,8 +28,9 @@ def register(
     timeout_s: float | None = None,
 ) -> Registered:
     """Let transformers' models run their experts by moe_dist where they are told to. Call it before a model is loaded,
-    with the same on all ranks; called again, it counts for models loaded from then on. The arguments are those that
-    transformers' switches have no place for (settings.Settings).
+    with the same on all ranks. The arguments are those that transformers' switches have no place for
+    (settings.Settings); `exchange` and `timeout_s` are for ep_implementation. A second call counts for
+    experts_implementation from the next step on, and for ep_implementation in models loaded from then on.
 
     Raises ConfigError for a wrong argument, InstallationError without transformers or with one that has no registry of
     experts. What an older version lacks beside that is False in what comes back.

@@ -20,7 +20,7 @@ from moe_dist.integrations.transformers.forms import Form, check_structure, form
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import Steps, check_inference, plan_of, routing_of
 from moe_dist.integrations.transformers.version import installed
-from moe_dist.integrations.transformers.weights import as_they_lie, shard_of
+from moe_dist.integrations.transformers.weights import as_they_lie, check_values, shard_of
 from moe_dist.model.spec import TOKEN_LAYOUTS, ParallelSpec, QuantKind, TokenLayout
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
@@ -87,9 +87,9 @@ def replace_experts(
     it. `group`: of the ranks (default: the process's default group, or one rank alone). `device`: of this rank's
     experts (default: its GPU under NCCL, else where they are). `progress` is called after each module.
 
-    Nothing is replaced unless all of it can be. Raises ConfigError for an argument that can't be, UnsupportedError for
-    experts that moe_dist does not compute or a model that is distributed already, InstallationError without
-    transformers.
+    Nothing is replaced unless all of it can be, on this rank. Raises ConfigError for an argument that can't be and for
+    weights that are not finite or all zeros, UnsupportedError for experts that moe_dist does not compute or a model
+    that is distributed already, InstallationError without transformers.
     """
     installed()
     settings = Settings(exchange, backend, graph_buckets, timeout_s)
@@ -106,12 +106,18 @@ def replace_experts(
         rule = f"tp · ep must be the number of ranks in the process group, {comm.world}"
         raise ConfigError("tp · ep", parallel.world, rule, comm.world)
 
-    def planned(module: nn.Module, name: str) -> tuple[Form, Plan]:
-        form = form_of(module, tensors_of(module), name)
-        spec = spec_as(form.spec(name, _top_k(module, top_k)), quant)
+    def planned(name: str) -> tuple[Form, Plan]:
+        form = form_of(found[name], tensors_of(found[name]), name)
+        spec = spec_as(form.spec(name, _top_k(found[name], top_k)), quant)
         return form, plan_of(spec, parallel, token_layout, settings, comm)
 
-    plans = {name: planned(module, name) for name, module in found.items()}
+    plans = {name: planned(name) for name in found}
+    for name, (form, plan) in plans.items():
+        held = plan.placement.experts_of(comm.rank)
+        try:
+            check_values(as_they_lie(form, tensors_of(found[name])), held)
+        except ConfigError as error:
+            raise error.of(f"{name}: {error.field}") from None
     found.clear()  # so that each is freed as it is replaced
     for name, (form, plan) in plans.items():
         _replace(model, name, form, plan, comm, settings)

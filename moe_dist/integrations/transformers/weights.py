@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,13 +38,12 @@ def shard_of(
 ) -> ExpertWeights:
     """What `rank` holds of `whole`, in the format of `spec`, as tensors of its own on `device`; it shares none with
     `whole`. Expert by expert, so that little memory is needed beside the two. A bf16 expert is quantized whole, which
-    gives every placement the same numbers. Raises ConfigError for values that no layer can have."""
+    gives every placement the same numbers."""
     start, stop = placement.slice_of(rank)
     held = placement.experts_of(rank)
     shard = ExpertWeights.empty(spec, len(held), stop - start, device)
     for slot, expert in enumerate(held):
-        one = {name: each[expert : expert + 1] for name, each in whole.tensors().items() if each.ndim}
-        made = whole.with_tensors(**one)
+        made = _one(whole, expert)
         if whole.kind != spec.quant:
             made = quantize_weights(made.w13_eFH.to(device), made.w2_eHi.to(device), spec)
         made = slice_width(made, start, stop)
@@ -53,6 +52,16 @@ def shard_of(
                 target[slot].copy_(made.tensors()[name][0])
     if shard.a13 is not None and whole.a13 is not None:
         shard.a13.copy_(whole.a13)
-    if stop > start:
-        shard.check_finite(held)
     return shard
+
+
+def check_values(whole: ExpertWeights, experts: Iterable[int]) -> None:
+    """Raise ConfigError for values of these experts that no layer can have. One pass over them."""
+    for expert in experts:
+        _one(whole, expert).check_finite([expert])
+
+
+def _one(whole: ExpertWeights, expert: int) -> ExpertWeights:
+    """One of the experts alone, as views."""
+    tensors = {name: each[expert : expert + 1] for name, each in whole.tensors().items() if each.ndim}
+    return whole.with_tensors(**tensors)
