@@ -3,6 +3,7 @@ token's routing flips. transformers' own FP8 runs on GPUs only, so its modules a
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny_models import experts_of, outputs, prompts, tiny
 
-from moe_dist import ExpertWeights, MoESpec, ParallelSpec, Routing
+from moe_dist import Comm, ExpertWeights, MoESpec, ParallelSpec, Routing
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.integrations.transformers import register, replace_experts
 from moe_dist.integrations.transformers.forms import tensors_of
@@ -160,8 +161,6 @@ def test_whole_bf16_and_quantized_models_run() -> None:
 
 
 def test_originals_are_freed_and_others_are_left_alone() -> None:
-    import weakref
-
     model = tiny("mixtral")
     others = {name: tensor for name, tensor in model.named_parameters() if ".experts." not in name}
     gone = [weakref.ref(module.gate_up_proj) for module in experts_of(model).values()]
@@ -171,6 +170,17 @@ def test_originals_are_freed_and_others_are_left_alone() -> None:
     left = dict(model.named_parameters())
     assert left.keys() == others.keys()
     assert all(left[name] is tensor for name, tensor in others.items())
+
+
+def test_layers_on_tensors_that_are_gone_are_gone_too() -> None:
+    """One is kept for each top-k of the tensors that the model has now."""
+    module, other = fp8_experts(quantized("fp8_block")), fp8_experts(quantized("fp8_block"))
+    kept, comm = Kept(ParallelSpec(), "replicated", Settings()), Comm.single()
+    first = [kept.steps(module, tensors_of(module), top_k, comm) for top_k in (1, 2)]
+    assert [kept.steps(module, tensors_of(module), top_k, comm) for top_k in (1, 2)] == first
+    gone = weakref.ref(first.pop())
+    kept.steps(other, tensors_of(other), 1, comm)
+    assert gone() is None
 
 
 def test_static_scales_where_a_rank_has_its_own_experts_only() -> None:

@@ -58,6 +58,7 @@ PLACEMENTS: list[tuple[int, str, dict[str, Any]]] = [
         "token_layout": "sharded", "exchange": "all_to_all", "expert_map": [2, 0, 0, 0, 1, 0]}),
     (3, "EP3+3 ag_rs", {"token_layout": "sharded", "replicas": {0: [1, 2], 5: [0]}}),
     (2, "EP2 ag_rs", {"token_layout": "replicated", "exchange": "ag_rs"}),
+    (2, "EP2 ag_rs", {"token_layout": "sharded", "exchange": "auto", "backend": "auto"}),
 ]  # fmt: skip
 
 

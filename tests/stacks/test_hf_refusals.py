@@ -200,15 +200,26 @@ def test_a_top_k_that_is_not_the_routers() -> None:
 
 
 def test_a_backend_that_re_lays_weights_may_not_have_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is flashinfer_cutlass."""
-    from moe_dist.integrations.transformers import kept
+    """On a GPU that is flashinfer_cutlass. The model's weights are as they were afterwards."""
+    from moe_dist.backends.torch_reference import TorchBackend
 
-    monkeypatch.setattr(kept, "IN_PLACE", ("torch",))
+    prepare = TorchBackend.prepare
+
+    def turning(self: Any, weights: Any) -> None:
+        weights.turn(gate_first=False)
+        prepare(self, weights)
+
+    monkeypatch.setattr(TorchBackend, "prepare", turning)
     register()
-    model = tiny("mixtral")
+    model, ids = tiny("mixtral"), prompts(1, 3)
+    eager = outputs(model, ids)
     model.set_experts_implementation("moe_dist")
-    with pytest.raises(UnsupportedError, match=r"backend torch on a model's own weights.*save_pretrained would write"):
-        outputs(model, prompts(1, 3))
+    with pytest.raises(UnsupportedError, match=r"backend torch without replace_experts.*re-lays weights in place"):
+        outputs(model, ids)
+    model.set_experts_implementation("eager")
+    assert torch.equal(outputs(model, ids), eager)
+    replace_experts(model, token_layout="replicated")
+    torch.testing.assert_close(outputs(model, ids), eager, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("lacks", ["ALL_EXPERTS_FUNCTIONS", "ALL_FP8_EXPERTS_FUNCTIONS", "EPImplementationInterface"])

@@ -17,9 +17,6 @@ from moe_dist.integrations.transformers.steps import Steps, plan_of
 from moe_dist.integrations.transformers.weights import as_they_lie
 from moe_dist.model.spec import ParallelSpec, TokenLayout
 
-# It re-lays its weights in place, [up; gate], and save_pretrained would write them so.
-IN_PLACE = ("flashinfer_cutlass",)
-
 
 class Kept:
     """Those of one experts module, by top-k. The weights are views of the model's, so nothing is held twice."""
@@ -27,7 +24,7 @@ class Kept:
     def __init__(self, parallel: ParallelSpec, token_layout: TokenLayout, settings: Settings) -> None:
         self.parallel, self.token_layout, self.settings = parallel, token_layout, settings
         self._steps: dict[tuple[Any, ...], Steps] = {}
-        self._plans: dict[tuple[Form, int], Plan] = {}
+        self._plans: dict[tuple[Form, int, Comm], Plan] = {}  # a plan is for one kind of device
 
     def steps(
         self, module: nn.Module, tensors: Mapping[str, Tensor], top_k: int, comm: Comm, *, keep: bool = True
@@ -42,23 +39,22 @@ class Kept:
             self._steps.clear()  # the model was moved or loaded anew
         form = form_of(module, tensors)
         plan = self._plan(form, top_k, comm)
-        made = Steps(MoELayer(plan, as_they_lie(form, tensors), comm), self.settings.graph_buckets)
+        weights = as_they_lie(form, tensors)
+        made = Steps(MoELayer(plan, weights, comm), self.settings.graph_buckets)
+        if not weights.gate_first:  # a backend has re-laid them in place, and save_pretrained would write them so
+            weights.turn(gate_first=True)
+            reason = "it re-lays weights in place, and these are the model's own"
+            raise UnsupportedError(f"backend {plan.backend} without replace_experts", [reason], "replace_experts")
         if keep:
             self._steps[key] = made
         return made
 
     def _plan(self, form: Form, top_k: int, comm: Comm) -> Plan:
-        if (form, top_k) not in self._plans:
+        key = (form, top_k, comm)
+        if key not in self._plans:
             if form.quant == "fp8_tensor_static" and comm.world > 1:
                 reason = "the scale of a layer's input is the largest of all experts, and a rank has its own only"
                 raise UnsupportedError("static scales under ep_implementation", [reason], "replace_experts")
             spec = form.spec("transformers", top_k, form.num_experts * self.parallel.ep)
-            plan = plan_of(spec, self.parallel, self.token_layout, self.settings, comm)
-            taken = sorted({choice.backend for choice in plan.choices} & set(IN_PLACE))
-            if taken:
-                reason = "it re-lays weights in place, and these are the model's own: save_pretrained would write them"
-                raise UnsupportedError(
-                    f"backend {', '.join(taken)} on a model's own weights", [reason], "replace_experts"
-                )
-            self._plans[form, top_k] = plan
-        return self._plans[form, top_k]
+            self._plans[key] = plan_of(spec, self.parallel, self.token_layout, self.settings, comm)
+        return self._plans[key]
