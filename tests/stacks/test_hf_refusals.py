@@ -153,6 +153,16 @@ def test_what_a_model_with_replaced_experts_can_not_do(tmp_path: Any) -> None:
         replace_experts(model, token_layout="replicated")
 
 
+def test_generate_on_a_gpu_sets_no_other_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes batched_mm for decoding where the model has grouped_mm, which is the default."""
+    model = tiny("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    replace_experts(model, token_layout="replicated")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with model._optimize_model_for_decode():
+        outputs(model, prompts(1, 3))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [

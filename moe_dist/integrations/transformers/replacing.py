@@ -124,6 +124,9 @@ def replace_experts(
         if progress:
             progress()
     for module in model.modules():
+        if hasattr(module, "set_experts_implementation"):  # else generate() on a GPU would set one for its decoding
+            module.set_experts_implementation("eager")
+    for module in model.modules():
         for method in REFUSED:
             if hasattr(module, method) and any(isinstance(each, DistributedExperts) for each in module.modules()):
                 setattr(module, method, partial(_refuse, method))
