@@ -24,11 +24,17 @@ from moe_dist.integrations.transformers.weights import as_they_lie, check_values
 from moe_dist.model.spec import TOKEN_LAYOUTS, ParallelSpec, QuantKind, TokenLayout
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
-NO_CHECKPOINT = "its experts are this rank's slices in moe_dist's own form, and no checkpoint has that form"
+NO_CHECKPOINT = (
+    "its experts are this rank's slices in moe_dist's own form, and no checkpoint has that form",
+    "a call before its experts are replaced",
+)
 REFUSED = {
     "save_pretrained": NO_CHECKPOINT,
     "push_to_hub": NO_CHECKPOINT,  # it makes a repository before it saves
-    "set_experts_implementation": "its experts are moe_dist's layers, and transformers' functions can't run them",
+    "set_experts_implementation": (
+        "its experts are moe_dist's layers, and transformers' functions can't run them",
+        "exchange and backend of replace_experts",
+    ),
 }
 
 
@@ -123,13 +129,7 @@ def replace_experts(
         _replace(model, name, form, plan, comm, settings)
         if progress:
             progress()
-    for module in model.modules():
-        if hasattr(module, "set_experts_implementation"):  # else generate() on a GPU would set one for its decoding
-            module.set_experts_implementation("eager")
-    for module in model.modules():
-        for method in REFUSED:
-            if hasattr(module, method) and any(isinstance(each, DistributedExperts) for each in module.modules()):
-                setattr(module, method, partial(_refuse, method))
+    _settle(model)
     return tuple(plans)
 
 
@@ -184,7 +184,18 @@ def _replace(model: nn.Module, name: str, form: Form, plan: Plan, comm: Comm, se
     model.set_submodule(name, new)
 
 
+def _settle(model: nn.Module) -> None:
+    """Refuse what the model and its parts can't do any more."""
+    around = [each for each in model.modules() if any(isinstance(one, DistributedExperts) for one in each.modules())]
+    named: list[Any] = [each for each in around if hasattr(each, "set_experts_implementation")]
+    for each in named:  # or generate() on a GPU would set one for its decoding
+        each.set_experts_implementation("eager")
+    for each in around:
+        for method in REFUSED:
+            if hasattr(each, method):
+                setattr(each, method, partial(_refuse, method))
+
+
 def _refuse(method: str, *_: Any, **__: Any) -> NoReturn:
-    raise UnsupportedError(
-        f"{method} after replace_experts", [REFUSED[method]], "save the model before its experts are replaced"
-    )
+    reason, instead = REFUSED[method]
+    raise UnsupportedError(f"{method} after replace_experts", [reason], instead)
