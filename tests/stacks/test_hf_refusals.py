@@ -180,13 +180,19 @@ def test_generate_on_a_gpu_sets_no_other_implementation(monkeypatch: pytest.Monk
         ({"top_k": 7}, ConfigError, r"model\.top_k = 7"),
         ({"expert_map": (0, 0)}, ConfigError, r"parallel\.expert_map"),
         ({"replicas": {9: [0]}}, ConfigError, r"parallel\.replicas = 9"),
+        ({"replicas": 3}, ConfigError, r"parallel\.replicas = 3"),
+        ({"expert_map": 3}, ConfigError, r"parallel\.expert_map = 3"),
+        ({"tp": "2"}, ConfigError, r"parallel\.tp = '2'"),
+        ({"tp": 0}, ConfigError, r"parallel\.tp = 0"),
+        ({"group": object()}, ConfigError, r"torch\.distributed is not initialized"),
+        ({"model": "mixtral"}, ConfigError, "model = 'str': is no module"),
     ],
     ids=str,
 )
 def test_arguments_that_can_not_be(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
     model = tiny("mixtral")
     with pytest.raises(error, match=said):
-        replace_experts(model, **{"token_layout": "replicated", **arguments})
+        replace_experts(**{"model": model, "token_layout": "replicated", **arguments})
     assert len(experts_of(model)) == 2
 
 

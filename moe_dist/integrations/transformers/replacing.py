@@ -103,14 +103,8 @@ def replace_experts(
         raise ConfigError("token_layout", token_layout, "says whether ranks share a batch", TOKEN_LAYOUTS)
     found = _experts_of(model)
     comm = _comm(group, device, settings, next(iter(found.values())))
-    ep = max(1, comm.world // max(1, tp)) if ep is None else ep
-    copies = tuple((expert, tuple(groups)) for expert, groups in (replicas or {}).items())
-    parallel = ParallelSpec(
-        tp=tp, ep=ep, expert_map=tuple(expert_map), replicas=copies, allow_empty_shards=allow_empty_shards
-    )
-    if parallel.world != comm.world:
-        rule = f"tp · ep must be the number of ranks in the process group, {comm.world}"
-        raise ConfigError("tp · ep", parallel.world, rule, comm.world)
+    given = {"expert_map": expert_map, "replicas": replicas or (), "allow_empty_shards": allow_empty_shards}
+    parallel = _parallel(tp, ep, given, comm.world)
 
     def planned(name: str) -> tuple[Form, Plan]:
         form = form_of(found[name], tensors_of(found[name]), name)
@@ -135,6 +129,8 @@ def replace_experts(
 
 def _experts_of(model: nn.Module) -> dict[str, Any]:
     """Its experts modules by name, all of which can be computed."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model", type(model).__name__, "is no module", "a model of transformers")
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
         if any(isinstance(module, DistributedExperts) for module in model.modules()):
@@ -157,12 +153,22 @@ def _comm(
     group: dist.ProcessGroup | None, device: torch.device | str | None, settings: Settings, experts: nn.Module
 ) -> Comm:
     here = tensors_of(experts)["down_proj"].device
-    if not dist.is_initialized():
+    if group is None and not dist.is_initialized():
         return Comm.single(device or here)
     if device is None:
         nccl = backends_of(group).get("cuda") == "nccl" and torch.cuda.is_available()
         device = "cuda" if nccl else here
     return Comm.from_group(device, group, settings.timeout_s)
+
+
+def _parallel(tp: int, ep: int | None, given: dict[str, Any], world: int) -> ParallelSpec:
+    if ep is None:
+        ep = max(1, world // tp) if type(tp) is int and tp > 0 else 1
+    parallel = ParallelSpec(tp=tp, ep=ep, **given)
+    if parallel.world != world:
+        rule = f"tp · ep must be the number of ranks in the process group, {world}"
+        raise ConfigError("tp · ep", parallel.world, rule, world)
+    return parallel
 
 
 def _top_k(module: Any, asked: int | None) -> int:
