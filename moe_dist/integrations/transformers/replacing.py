@@ -156,8 +156,8 @@ def _comm(
     if group is None and not dist.is_initialized():
         return Comm.single(device or here)
     if device is None:
-        nccl = backends_of(group).get("cuda") == "nccl" and torch.cuda.is_available()
-        device = "cuda" if nccl else here
+        served = backends_of(group) if dist.is_initialized() else {}  # without it `from_group` says what is wrong
+        device = "cuda" if served.get("cuda") == "nccl" and torch.cuda.is_available() else here
     return Comm.from_group(device, group, settings.timeout_s)
 
 
