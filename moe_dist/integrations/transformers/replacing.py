@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_dist.checkpoint.layout import spec_as
 from moe_dist.comm import Comm
-from moe_dist.comm.others import backends_of
+from moe_dist.comm.others import backends_of, rank_in
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -155,10 +155,11 @@ def _comm(
     here = tensors_of(experts)["down_proj"].device
     if group is None and not dist.is_initialized():
         return Comm.single(device or here)
-    if device is None:
-        served = backends_of(group) if dist.is_initialized() else {}  # without it `from_group` says what is wrong
-        device = "cuda" if served.get("cuda") == "nccl" and torch.cuda.is_available() else here
-    return Comm.from_group(device, group, settings.timeout_s)
+    if dist.is_initialized() and device is None:  # without the one, from_group says what is wrong
+        rank_in(group)
+        nccl = backends_of(group).get("cuda") == "nccl" and torch.cuda.is_available()
+        device = "cuda" if nccl else here
+    return Comm.from_group(device or here, group, settings.timeout_s)
 
 
 def _parallel(tp: int, ep: int | None, given: dict[str, Any], world: int) -> ParallelSpec:
