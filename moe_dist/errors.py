@@ -41,9 +41,18 @@ class ConfigError(MoeDistError):
             text += f" (legal: {listed(legal)})"
         super().__init__(text)
 
+    @property
+    def brief(self) -> str:
+        """For a sentence that is about something else: without what is legal."""
+        return f"{printable(self.field)} = {shown(self.value)}: {self.rule}"
+
     def of(self, field: str) -> ConfigError:
         """The same with another name for the field."""
-        return ConfigError(field, self.value, self.rule, self.legal)
+        return type(self)(field, self.value, self.rule, self.legal)
+
+
+class NoRowsError(ConfigError):
+    """A file that is read well and holds no rows of results."""
 
 
 class UnsupportedError(MoeDistError):
@@ -55,6 +64,11 @@ class UnsupportedError(MoeDistError):
         if supported is not None:
             text += f" (supported: {listed(supported)})"
         super().__init__(text)
+
+    @property
+    def brief(self) -> str:
+        """For a sentence that names other possibilities itself."""
+        return f"{self.what}: {'; '.join(self.reasons)}"
 
 
 class CheckpointError(MoeDistError):

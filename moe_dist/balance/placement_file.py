@@ -31,9 +31,14 @@ def read_placement(path: str) -> ParallelSpec:
     if not isinstance(found, dict) or set(found) != set(KEYS):
         raise _refusal(path, f"does not hold the keys {', '.join(KEYS)}")
     try:
-        return ParallelSpec(**found)
+        parallel = ParallelSpec(**found)
     except ConfigError as error:
-        raise _refusal(path, str(error)) from None
+        raise error.of(f"{path}: {error.field.removeprefix('parallel.')}") from None
+    for expert, group in enumerate(parallel.expert_map):
+        if not 0 <= group < parallel.ep:
+            rule = "is no group of experts"
+            raise ConfigError(f"{path}: expert_map.{expert}", group, rule, f"0 to {parallel.ep - 1}")
+    return parallel
 
 
 def _refusal(path: str, rule: str) -> ConfigError:

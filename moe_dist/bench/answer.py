@@ -24,10 +24,12 @@ ANOTHER_START = 0.02
 @dataclass(frozen=True)
 class Answer:
     """Of rows that may be compared. `best`: the fastest of each family, the fastest family first. `tie`: scatter
-    explains its lead."""
+    explains its lead. `peers`: the fastest of each other package, which compete with nobody: an answer is about what
+    can be run here."""
 
     best: list[Row]
     tie: bool
+    peers: tuple[Row, ...] = ()
 
     @property
     def family(self) -> str:
@@ -40,12 +42,16 @@ def answers(rows: Iterable[Row]) -> list[Answer]:
     found = []
     for group in groups(rows):
         best: dict[str, Row] = {}
+        peers: dict[str, Row] = {}
         for row in group:  # the fastest first
             if row.ok is not False and row.p50_us is not None:
-                best.setdefault(family(row), row)
+                if row.peer is not None:
+                    peers.setdefault(f"{row.placement} {row.backend}", row)
+                else:
+                    best.setdefault(family(row), row)
         if len(best) > 1:
             first, second, *_ = ranked = list(best.values())
-            found.append(Answer(ranked, tied(first, second)))
+            found.append(Answer(ranked, tied(first, second), tuple(peers.values())))
     return found
 
 
@@ -71,8 +77,8 @@ def tied(first: Row, second: Row) -> bool:
 
 def answer_table(found: list[Answer], width: int | None = None) -> Table | Group:
     """The best row of each placement family, by step; what differs between steps names them."""
-    lines = {id(row): answer for answer in found for row in answer.best}
-    rows = [row for answer in found for row in answer.best]
+    lines = {id(row): answer for answer in found for row in (*answer.best, *answer.peers)}
+    rows = [row for answer in found for row in (*answer.best, *answer.peers)]
     firsts = {id(answer.best[0]) for answer in found}
 
     def of_step(text: str | None, row: Row) -> str:

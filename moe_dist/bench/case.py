@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_dist.balance.placement_file import KIND, read_placement
 from moe_dist.bench.draws import recorded
-from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Placements, Skews
+from moe_dist.bench.names import PLACEMENTS, Backends, CombineDtype, Exchanges, Form, Payload, Peers, Placements, Skews
+from moe_dist.bench.peer_plan import PEER, peer_plan
 from moe_dist.bench.profile_spec import ProfileSpec
 from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.engine.plan import Plan
@@ -45,7 +46,7 @@ LARGEST_STACK = 128
 LARGEST_STEP = 1 << 37  # numbers in the rows and the routing of one step
 LISTS = (
     "models", "worlds", "placements", "exchanges", "backends", "tokens", "token_layouts", "token_splits", "skews",
-    "modes",
+    "modes", "peers",
 )  # fmt: skip
 
 Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
@@ -58,7 +59,8 @@ class Case(Section):
     """Everything that decides one row of results. With `layers` the step is a stack of so many, with weights and a
     routing of their own each. `depth`: which layer of a stack this one is; see `at`. `step`: which of the workload's
     routings this is of, where steps take several in turn. `record_routing`: the file that rank 0 saves them in.
-    `profile`: what is traced when everything is measured."""
+    `profile`: what is traced when everything is measured. `peer`: the other package's layer that is measured in place
+    of ours; `exchange` and `backend` are then PEER and its name."""
 
     section = "case"
 
@@ -81,6 +83,7 @@ class Case(Section):
     warmup: Iterations = 3
     check: Flag = True
     chosen_by: ChosenBy = "name"
+    peer: str | None = None
 
     @field_validator("workload")
     @classmethod
@@ -96,6 +99,9 @@ class Case(Section):
         return self
 
     def plan(self, machine: Machine) -> Plan:
+        """Raises UnsupportedError or ConfigError for what can't run."""
+        if self.peer is not None:
+            return peer_plan(self, machine)
         return make_plan(
             self.model,
             self.parallel,
@@ -138,7 +144,7 @@ class Case(Section):
 
 class Experiment(Section):
     """The product of its lists, in which a value that stands twice counts once. `placements` may name `tp`, `ep` (over
-    all of `worlds`), `tpXepY` and `map:FILE`."""
+    all of `worlds`), `tpXepY`, `map:FILE` and, until `defaults.settle_placements`, `auto`."""
 
     section = "experiment"
 
@@ -153,6 +159,7 @@ class Experiment(Section):
     token_layouts: tuple[TokenLayout, ...] = Field(default=("sharded",), min_length=1)
     token_splits: tuple[TokenSplit, ...] = Field(default=("even",), min_length=1)
     skews: Skews = ("uniform",)
+    peers: Peers = ()
     layers: Layers = 1
     payload: Payload = "auto"
     form: Form = "auto"
@@ -195,7 +202,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _rules(self) -> Experiment:
         lists = (getattr(self, key) for key in LISTS)
-        count = prod(len(values) for values in lists if values)
+        count = prod(len(values) for values in lists if values)  # peers take the places of exchanges and backends
         if count > MOST_CASES:
             raise ConfigError(
                 "experiment", f"{count:,} cases", "is too much for one experiment", f"up to {MOST_CASES:,}"
@@ -210,7 +217,8 @@ class Experiment(Section):
         if "router" in self.skews and self.source.checkpoint is None:
             raise ConfigError("experiment.skews", "router", "only a checkpoint has a router: give source.checkpoint")
         for placement in self.placements:
-            parse_placement(placement, self.worlds[0])
+            if placement != AUTO:
+                parse_placement(placement, self.worlds[0])
         for skew, model in product(self.skews, self.models):
             with _as_skews():
                 check_skew_fits(skew, model)
@@ -250,8 +258,10 @@ class Experiment(Section):
                 continue
             parallel = parallel.with_changes(allow_empty_shards=self.allow_empty_shards)
             entering = product(self.token_layouts, self.token_splits, self.tokens, self.skews)
-            inner = product(entering, self.exchanges, self.backends, modes)
-            for (layout, split, tokens, skew), exchange, backend, mode in inner:
+            ours = [(exchange, backend, None) for exchange, backend in product(self.exchanges, self.backends)]
+            names = [*ours, *((PEER, peer, peer) for peer in self.peers)]
+            inner = product(entering, names, modes)
+            for (layout, split, tokens, skew), (exchange, backend, peer), mode in inner:
                 yield Case(
                     model=model,
                     source=self.source,
@@ -275,7 +285,8 @@ class Experiment(Section):
                     warmup=self.warmup,
                     check=self.check,
                     record_routing=self.record_routing,
-                    chosen_by="auto" if AUTO in (exchange, backend) else chosen_by,
+                    chosen_by="auto" if AUTO in (exchange, backend) else chosen_by if peer is None else "name",
+                    peer=peer,
                 )
 
 
@@ -301,6 +312,9 @@ def parse_placement(text: str, world: int) -> ParallelSpec | None:
     if text.startswith(KIND):
         parallel = read_placement(text.removeprefix(KIND))
         return parallel if parallel.world == world else None
+    if text == AUTO:
+        rule = "is settled by the commands plan and compare, before there are cases"
+        raise ConfigError("experiment.placements", text, rule, "moe_dist.bench.defaults.settle_placements before it")
     if text in ("tp", "ep"):
         return ParallelSpec(**{text: world})
     sizes: dict[str, int] = {}

@@ -47,6 +47,7 @@ def errors_of(
     context: RankContext,
     case: Case,
     layer: MoELayer,
+    numerics: Numerics,
     inputs: Inputs,
     shard: ExpertWeights,
     shared: ExpertWeights | None,
@@ -55,7 +56,8 @@ def errors_of(
     tokens_TH: Tensor | None = None,
 ) -> Errors:
     """Of one layer; collective. Each rank computes its own partial in float32 and they are added up: the check holds at
-    sizes where no device could hold the whole layer. `tokens_TH`: what the router saw, if not the layer's inputs."""
+    sizes where no device could hold the whole layer. `numerics`: of what gave `y_TH`. `tokens_TH`: what the router
+    saw, if not the layer's inputs."""
     plan = layer.plan
     sources = layer.exchange.quantized_together(inputs.runs)
     start, stop = inputs.bounds[inputs.rank]
@@ -77,7 +79,7 @@ def errors_of(
             kept[key] = _expected(layer.comm, plan, inputs, shard, shared, groups_TK, sources, numerics, scaled_by)
         return kept[key]
 
-    exact_TH, oracle_TH = expected(None), expected(layer.backend.numerics)
+    exact_TH, oracle_TH = expected(None), expected(numerics)
     weights = plan.placement, shard, shared
     err_whole = whole_error(context, case, *weights, inputs.x_TH, inputs.routing, groups_TK, exact_TH)
     routed_TH = inputs.x_TH if tokens_TH is None else tokens_TH

@@ -20,7 +20,6 @@ from moe_dist.messages.notices import notice
 # hosts take differs (an all-reduce alone is launched in 0.1 to 0.2 ms), so the sleep grows until all are early.
 SLEEP_CYCLES = 400_000  # about 0.2 ms, to begin with
 MOST_CYCLES = 64 * SLEEP_CYCLES
-CHAIN_CYCLES = 8 * SLEEP_CYCLES  # a queue of steps takes its host longer to launch
 
 CHAINED, FEWEST_CHAINED = 32, 4  # steps in a queue
 # A queue is shorter where it would take longer than this, in µs. On a CPU a step is as long as hundreds on a GPU, and
@@ -35,29 +34,30 @@ def time_steps(
     iters: int,
     queued: bool,
     before: Callable[[int], object] | None = None,
-    sleep: int = SLEEP_CYCLES,
+    calls: int = 1,
 ) -> list[float]:
-    """Microseconds of each of `iters` calls of `step` on this rank. `before` is called outside of the timed span, with
-    the number of the iteration that comes next, and again where that is repeated.
+    """Microseconds of each of `iters` times `calls` calls of `step` on this rank. `before` is called outside of the
+    timed span, with the number of the iteration that comes next, and again where that is repeated.
 
     On a CPU by its clock, behind a barrier. On a GPU by CUDA events, behind an all-reduce of one value that lines the
     ranks' streams up. `queued`: `step` is a graph replay, and counts only where every rank's host had launched it
-    before its stream got there; else it is repeated behind a longer sleep, of `sleep` cycles at first. Otherwise the
-    host's launches are part of the time.
+    before its stream got there; else it is repeated behind a longer sleep. Otherwise the host's launches are part of
+    the time.
     """
     if comm.device.type != "cuda":
-        return [_on_cpu(comm, step, partial(before, number) if before else None) for number in range(iters)]
+        return [_on_cpu(comm, step, partial(before, number) if before else None, calls) for number in range(iters)]
     times: list[float] = []
-    cycles = sleep if queued else 0
+    cycles = SLEEP_CYCLES if queued else 0
     while len(times) < iters:
         if before is not None:
             before(len(times))
-        took, late = _on_device(comm, step, cycles)
+        took, late = _on_device(comm, step, cycles, calls)
         if queued and comm.agree_max(int(late)):
             if cycles < MOST_CYCLES:
                 cycles *= 2
                 continue
-            notice("the host launches too late to time graphs alone: some of their times hold its launches")
+            what = "some times of theirs" if calls == 1 else "some chained_us"
+            notice(f"the host launches graphs later than a GPU wants them: {what} hold its launches")
         times.append(took)
     return times
 
@@ -72,12 +72,7 @@ def chain_length(comm: Comm, step_us: float) -> int:
 def time_chain(comm: Comm, step: Callable[[], object], steps: int, queued: bool) -> float:
     """Microseconds a step on this rank, of `steps` that are launched one behind another, none waiting for the end of
     the one before; by the clock of `time_steps`, which is around all of them. Collective."""
-
-    def chain() -> None:
-        for _ in range(steps):
-            step()
-
-    (whole,) = time_steps(comm, chain, 1, queued, sleep=CHAIN_CYCLES)
+    (whole,) = time_steps(comm, step, 1, queued, calls=steps)
     return whole / steps
 
 
@@ -92,17 +87,19 @@ def time_nothing(comm: Comm, queued: bool) -> float:
     return median(time_steps(comm, graph.replay, EMPTY_STEPS, queued))
 
 
-def _on_cpu(comm: Comm, step: Callable[[], object], before: Callable[[], object] | None) -> float:
+def _on_cpu(comm: Comm, step: Callable[[], object], before: Callable[[], object] | None, calls: int) -> float:
     if before is not None:
         before()
     comm.barrier()
     start = time.perf_counter()
-    step()
+    for _ in range(calls):
+        step()
     return (time.perf_counter() - start) * 1e6
 
 
-def _on_device(comm: Comm, step: Callable[[], object], cycles: int) -> tuple[float, bool]:
-    """Microseconds of one call, and whether the stream had got to its beginning before all of it was launched."""
+def _on_device(comm: Comm, step: Callable[[], object], cycles: int, calls: int) -> tuple[float, bool]:
+    """Microseconds of the calls, and whether the stream had got to the first one before it was launched, or had nothing
+    left to do before a later one was."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     comm.barrier()
     if cycles:
@@ -111,6 +108,9 @@ def _on_device(comm: Comm, step: Callable[[], object], cycles: int) -> tuple[flo
     begin.record()
     step()
     late = begin.query()
+    for _ in range(calls - 1):
+        late = torch.cuda.current_stream().query() or late
+        step()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) * 1e3, late

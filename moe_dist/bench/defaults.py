@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import product
 from typing import Any
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.rounds import ROOM
+from moe_dist.engine import backend_rule
+from moe_dist.engine.backend_rule import EVERYWHERE, Refusal, refusal_of
+from moe_dist.engine.placing import choose_placement
 from moe_dist.engine.plan import Plan
-from moe_dist.engine.planning import EVERYWHERE, FASTEST, available_on
+from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import HOPPER, Machine
+from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 
 OURS = ("triton", "cutlass")  # what `compare` without a file takes on a Hopper GPU
-MODELS = ("DeepSeek-V3", "Qwen3-30B-A3B")  # whose shape it takes there, the first that fits
+# Models of who names none. On GPUs the first that fits; both have recorded rows and tuning tables, and a larger one
+# would say less, as others can't compare with it. On a CPU a layer of seconds.
+MODELS, SMALL = ("DeepSeek-V3", "Qwen3-30B-A3B"), "tiny"
 DECODE, PREFILL = 16, 2048  # its tokens a rank
 
 
-def default_experiment(machine: Machine, find: Callable[[str], MoESpec], router: bool) -> dict[str, Any]:
-    """What `compare` does without a file. On a CPU it is small enough for two minutes on two cores; on GPUs it is a
-    real model's shape over all of them, decode and prefill. `find`: a known model by its name. `router`: the weights
-    come with one."""
+def default_model(machine: Machine, find: Callable[[str], MoESpec], world: int, layers: int = 1) -> str:
+    """The name of what every command that measures, plans or tunes takes where no model is named, for so many ranks and
+    layers: on GPUs the largest of MODELS that fits, and the smallest of them where none does. `find`: a known model by
+    its name."""
+    if machine.device == "cpu":
+        return SMALL
+    return next((name for name in MODELS if _fits(find(name), world, layers, machine)), MODELS[-1])
+
+
+def default_experiment(machine: Machine, router: bool) -> dict[str, Any]:
+    """What `compare` does without a file, beside its model. On a CPU it is small enough for two minutes on two cores;
+    on GPUs it is over all of them, decode and prefill. `router`: the weights come with one."""
     skews = ["router"] * router + ["uniform", "zipf:1.2"]
     if machine.device == "cpu":
-        return {"models": ["tiny"], "worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
+        return {"worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
     world = machine.devices
     ours = {"backends": list(OURS), "modes": ["graph"]}
     return {
-        "models": [next((name for name in MODELS if _fits(find(name), world, machine)), MODELS[-1])],
         "worlds": [world],
         "exchanges": ["ag_rs", "all_to_all", "nvlink"] if world > 1 else ["local"],
         "tokens": [DECODE * world, PREFILL * world],
@@ -52,24 +66,39 @@ def build_quickly(names: Iterable[str], machine: Machine, say: Callable[[str], N
                 say(f"goes on without backend {name}: {error}")
 
 
-def _fits(spec: MoESpec, world: int, machine: Machine) -> bool:
-    """Whether a rank's share under TP and under EP have room beside each other, as they take turns."""
-    whole = ExpertWeights.bytes_of(spec, spec.num_experts, spec.intermediate)
+def _fits(spec: MoESpec, world: int, layers: int, machine: Machine) -> bool:
+    """Whether a rank's share under TP and under EP have room beside each other, as they take turns in `compare`; the
+    rule is the same for all commands, so that one name means one layer."""
+    whole = layers * ExpertWeights.bytes_of(spec, spec.num_experts, spec.intermediate)
     return 2 * whole <= ROOM * world * (machine.memory or 0)
 
 
 def default_backend(experiment: Experiment, machine: Machine) -> tuple[str, str]:
-    """The name, and why. On a Hopper GPU ours, if it serves every case that could run here at all; else plain torch."""
-    if machine.device == "cpu":
-        return EVERYWHERE, "default on this machine"
-    available = available_on(BACKENDS.get(FASTEST), machine)
-    if not available.ok:
-        return EVERYWHERE, f"default on this machine; {FASTEST}: {available.reason}"
-    for case in experiment.with_changes(modes=("eager",), backends=(EVERYWHERE,)).cases(machine.device):
-        reason = _refusal(case.with_changes(backend=FASTEST), machine)
-        if reason and not _refusal(case, machine):
-            return EVERYWHERE, f"default here, because {reason}"
-    return FASTEST, "default on such a machine" if machine.elsewhere else "default on this machine"
+    """For all of its cases, by the rule of `engine.backend_rule`: the name, and why."""
+    cases = experiment.with_changes(modes=("eager",), backends=(EVERYWHERE,)).cases(machine.device)
+    name, reason = backend_rule.default_backend(machine, (_refusal(case, machine) for case in cases))
+    where = "default on such a machine" if machine.elsewhere else "default on this machine"
+    return name, f"{where}; {reason}" if reason else where
+
+
+def settle_placements(
+    experiment: Experiment, machine: Machine, backends: Collection[str] | None
+) -> tuple[Experiment, list[str]]:
+    """In place of `auto`, the placements that were fastest at any of its sizes, by `engine.placing`, and a line for
+    each of why. `backends`: None where nobody has named any. Raises ConfigError as `choose_placement`."""
+    exchanges = None if AUTO in experiment.exchanges else experiment.exchanges
+    graph = machine.device == "cuda" if experiment.modes is None else "graph" in experiment.modes
+    taken: dict[str, None] = {}
+    lines: dict[str, None] = {}
+    steps = product(experiment.models, experiment.worlds, experiment.token_layouts, experiment.tokens)
+    for model, world, layout, tokens in steps:
+        share = cdiv(tokens, world) if layout == "sharded" else tokens
+        named = None if backends is None or AUTO in backends else backends
+        placed = choose_placement(model, world, layout, graph, machine, share, exchanges, named)
+        taken[f"tp{placed.parallel.tp}xep{placed.parallel.ep}"] = None
+        lines[f"placement {placed.parallel.label} of {world} ranks, {share:,} tokens a rank: {placed.why}"] = None
+    names = [name for each in experiment.placements for name in (taken if each == AUTO else (each,))]
+    return experiment.with_changes(placements=tuple(names)), list(lines)
 
 
 def default_modes(experiment: Experiment, machine: Machine) -> tuple[tuple[str, ...], str]:
@@ -90,6 +119,5 @@ def _planned(case: Case, machine: Machine) -> Plan | str:
         return str(error)
 
 
-def _refusal(case: Case, machine: Machine) -> str:
-    found = _planned(case, machine)
-    return "" if isinstance(found, Plan) else found
+def _refusal(case: Case, machine: Machine) -> Refusal:
+    return refusal_of(lambda name: case.with_changes(backend=name).plan(machine))

@@ -14,7 +14,7 @@ from rich.text import Text
 from moe_dist.bench.answer import ANOTHER_START, SCATTERS
 from moe_dist.bench.lines import read_document
 from moe_dist.bench.table import number, plain_table
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.files import read_small_text
 from moe_dist.messages.printable import printable
 
@@ -26,6 +26,7 @@ KEYS = (
     "layer", "world", "placement", "exchange", "backend", "graph", "token_layout", "token_split", "global_tokens",
     "skew", "seed", "payload_dtype", "combine_dtype",
 )  # fmt: skip
+UNKNOWN = "not recorded"
 OLDER = {"token_split": "even"}  # what rows are that were written before there was a choice
 
 
@@ -54,6 +55,24 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Where one of the two files comes from, as it says itself; `machine` such as `2 x NVIDIA H200`."""
+
+    file: str
+    date: str
+    commit: str
+    machine: str
+
+    @classmethod
+    def of(cls, path: str, document: dict[str, Any]) -> Side:
+        date, commit = (printable(str(document.get(key) or UNKNOWN)) for key in ("date", "commit"))
+        return cls(path, date, commit, _machine(document))
+
+    def line(self) -> str:
+        return f"{printable(self.file)}, {self.date}, commit {self.commit}, {self.machine}"
+
+
+@dataclass(frozen=True)
 class Diff:
     """`alone`: rows with times that only one of the files has. `machines`: what they were measured on, where it is not
     one machine's kind: then a difference says little about moe_dist."""
@@ -68,8 +87,8 @@ class Diff:
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """The document of a results file of any version, or of `--lines`. Raises ConfigError for another file, or one
-    without rows."""
+    """The document of a results file of any version, or of `--lines`. Raises NoRowsError for a file without
+    rows, ConfigError for any other."""
     try:
         document: Any = read_document(read_small_text(Path(path), LARGEST_FILE))
     except OSError as error:
@@ -78,8 +97,10 @@ def read_results(path: str) -> dict[str, Any]:
         raise ConfigError("file", path, f"is no JSON: {error}", "what --out or --json gave") from None
     found: dict[str, Any] = document if isinstance(document, dict) else {}
     rows = found.get("rows")
+    if rows is None:
+        raise NoRowsError("file", path, "holds no rows of results", "what --out or --json gave")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError("file", path, "holds no rows of results", "what --out or --json gave")
+        raise ConfigError(f"{path}: rows", rows, "is no list of rows", "what --out or --json gave")
     for place, row in enumerate(rows):
         _check_times(f"{path}: rows.{place}", row)
     if not isinstance(found.get("machine", {}), dict):
@@ -139,7 +160,7 @@ def _shown(name: str, value: Any) -> str:
 
 def _machine(document: dict[str, Any]) -> str:
     machine = document.get("machine") or {}
-    return printable(f"{machine.get('count')} x {machine.get('gpu') or machine.get('cpu')}")
+    return printable(f"{machine.get('count', '?')} x {machine.get('gpu') or machine.get('cpu') or UNKNOWN}")
 
 
 def diff_table(diff: Diff, everything: bool = False) -> Table:
@@ -149,7 +170,7 @@ def diff_table(diff: Diff, everything: bool = False) -> Table:
     table.add_column("row")
     for name in ("old µs", "new µs", "new/old"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for change in sorted(shown, key=lambda each: each.old_us / each.new_us):
         style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
         ratio = f"{change.new_us / change.old_us:.3f}"

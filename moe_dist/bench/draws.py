@@ -32,9 +32,8 @@ def recorded(trace: Trace, work: WorkloadSpec, layers: int) -> list[list[Routing
     if 1 < trace.layers < layers:
         rule = f"holds {trace.layers} layers, and the stack has {layers}"
         raise ConfigError("workload.skew", work.skew, rule, f"layers 1 to {trace.layers}, or a trace of one layer")
-    apart = trace.layers > 1
-    taken = work.tokens * (1 if apart else layers)  # rows of a step
-    steps = min(ROUTINGS, len(trace.steps or (0,)), max(1, trace.rows // taken))
+    apart, taken = trace.layers > 1, _rows_taken(trace, work, layers)
+    steps = _steps_taken(trace, taken)
 
     def of(number: int, step: int) -> Routing:
         start = step * taken + (0 if apart else number * work.tokens)
@@ -42,3 +41,29 @@ def recorded(trace: Trace, work: WorkloadSpec, layers: int) -> list[list[Routing
         return trace.routing(number if apart else 0, start, work.tokens, whose)
 
     return [[of(number, step) for number in range(layers)] for step in range(steps)]
+
+
+def _rows_taken(trace: Trace, work: WorkloadSpec, layers: int) -> int:
+    """Of each recorded layer, in a step."""
+    return work.tokens * (1 if trace.layers > 1 else layers)
+
+
+def _steps_taken(trace: Trace, taken: int) -> int:
+    return min(ROUTINGS, len(trace.steps or (0,)), max(1, trace.rows // taken))
+
+
+def shortage(spec: MoESpec, work: WorkloadSpec, layers: int = 1, several: bool = True) -> str | None:
+    """In what a recorded routing has less than was asked for, and what is taken in its place; None where it has enough,
+    and for a routing that is drawn. `several`: steps take what was recorded in turn, else there is one step. Raises
+    like `read_trace`."""
+    if work.trace is None:
+        return None
+    trace = read_trace(spec, work.skew, work.trace)
+    taken, recorded_steps, said = _rows_taken(trace, work, layers), len(trace.steps or (0,)), []
+    if trace.rows < taken:
+        said.append(f"{trace.rows:,} recorded rows for the {taken:,} of a step: from the first one again")
+    if layers > 1 and trace.layers == 1:
+        said.append(f"one recorded layer for {layers}: each takes the rows that come next")
+    if several and (steps := _steps_taken(trace, taken)) < min(ROUTINGS, recorded_steps):
+        said.append(f"rows for {steps} such step{'s' * (steps > 1)}, where {recorded_steps} were recorded")
+    return "; ".join(said) or None

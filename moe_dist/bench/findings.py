@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from moe_dist.bench.peer_plan import PEER
 from moe_dist.bench.prepared import Prepared
 from moe_dist.errors import MoeDistError
+from moe_dist.peers.module import PeerModule
 
 ERRORS = ("err_oracle", "err_exact", "err_whole", "err_token", "err_repeat", "err_again")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a rank's layers ran, by their own word: a row's labels. `splits`: see Exchange.splits."""
+    """What a rank's layers ran, by their own word: a row's labels. `splits`: see Exchange.splits. `peer`: package and
+    version, where another one's layer ran."""
 
     placement: str
     token_layout: str
@@ -24,26 +27,31 @@ class Ran:
     combine_dtype: str
     graph: bool
     splits: str | None
+    peer: str | None = None
 
     @classmethod
     def by(cls, step: Prepared) -> Ran:
         layer, captured = step.layers[0], step.graph is not None
         plan, choice = layer.plan, layer.plan.choice(step.bucket)
         splits = layer.exchange.splits(step.bucket, captured=captured)
+        if isinstance(step.module, PeerModule):
+            name, peer = step.module.name, step.module.peer
+            labels = PEER, name, PEER, peer.payload, peer.combine
+            return cls(plan.parallel.label, plan.token_layout, *labels, captured, None, peer.label())
         names = choice.exchange, choice.backend, choice.form, choice.payload
         return cls(plan.parallel.label, plan.token_layout, *names, plan.combine_dtype, captured, splits)
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `chained_us`: for each round
-    the time of a step in a queue of `chained_steps`; `clock_us`: of a step that does nothing; see bench/clock.py.
+    """One rank's findings. `rounds_us`: an entry for each iteration of each round so far. `chained_us`: for each queue
+    of `chained_steps` the time of a step in it; `clock_us`: of a step that does nothing; see bench/clock.py.
     `stages_us`, `unstaged_us`: see Prepared.staged. Errors are the whole group's, see bench/check.py; `err_repeat` is
     what the worst token of a later output differs by from that of the first, `err_again` the same of an output on
     changed inputs. `max_memory`: bytes of a GPU, the weights and the most that making and running the step took beside
     them. `rows` are those of all layers and all routings that steps take in turn, `active_experts` the most of any, and
     `by_layer` has both of each layer, routing by routing. `config`: see Backend.config_sources. `notices`: what this
-    rank had to say in this turn."""
+    rank had to say in this turn. `trace_short`: see draws.shortage."""
 
     rounds_us: list[list[float]]
     stages_us: dict[str, float]
@@ -65,6 +73,7 @@ class RankResult:
     chained_us: tuple[float, ...] = ()
     chained_steps: int | None = None
     clock_us: float | None = None
+    trace_short: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,12 @@ class GroupResult:
     chained_us: float | None
     chained_steps: int | None
     clock_us: float | None
+    trace_short: str | None
 
 
 def merge(results: list[RankResult]) -> GroupResult:
     """The group's figures: an iteration is as long as its slowest rank, and so is a queue of steps, of which the median
-    over rounds is taken; stages are those of the slowest rank. Raises MoeDistError where ranks ran different things: no
+    is taken; stages are those of the slowest rank. Raises MoeDistError where ranks ran different things: no
     label would be true."""
     if others := [f"rank {rank}: {result.ran}" for rank, result in enumerate(results) if result.ran != results[0].ran]:
         raise MoeDistError("; ".join([f"ranks ran different things: rank 0: {results[0].ran}", *others]))
@@ -118,6 +128,7 @@ def merge(results: list[RankResult]) -> GroupResult:
         chained_us=median(chains) if chains else None,
         chained_steps=first.chained_steps,
         clock_us=max((result.clock_us for result in results if result.clock_us is not None), default=None),
+        trace_short=first.trace_short,
     )
 
 

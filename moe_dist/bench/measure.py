@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from statistics import median
 
 import torch
@@ -13,6 +14,7 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.check import Errors, worse
 from moe_dist.bench.clock import chain_length, time_chain, time_nothing, time_steps
 from moe_dist.bench.collectives import prove_collectives
+from moe_dist.bench.draws import shortage
 from moe_dist.bench.findings import Ran, RankResult
 from moe_dist.bench.inputs import Inputs, make_inputs
 from moe_dist.bench.loading import Weights, weights_of
@@ -25,6 +27,7 @@ from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, check_machine
 from moe_dist.messages.notices import collecting
+from moe_dist.model.sizes import cdiv
 from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.traces import save_trace
 
@@ -98,6 +101,7 @@ def _first_turn(context: RankContext, case: Case, plan: Plan, turn: Turn, kept: 
         max_memory=max_memory,
         ran=Ran.by(step),
         config=step.config_sources(),
+        trace_short=shortage(plan.spec, case.workload, case.layers),
     )
     return step
 
@@ -131,18 +135,19 @@ def _checked(
 
 
 def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: Kept, key: str) -> None:
-    """A round's iterations, and behind them, where it can't disturb them, its queue of steps; and whether the last of
-    either gave what the step gave first."""
-    iters = turn.iters(case.iters)
-    if not iters:
+    """A round's iterations, or the queues of steps; and whether the last of either gave what the step gave first."""
+    iters, queues = turn.iters(case.iters), turn.queues if case.iters else 0
+    if not iters and not queues:
         return
     comm, found, captured = context.comm, kept.found[key], step.graph is not None
     clock_us = _clock_us(context, captured)
-    context.progress(f"{case.label}: timing" + (f", round {turn.number + 1} of {turn.of}" if turn.of > 1 else ""))
+    what = f", round {turn.number + 1} of {turn.of}" if iters else ", steps in queues"
+    context.progress(f"{case.label}: timing{what if turn.of > 1 else ''}")
     for _ in range(case.warmup if turn.number == 0 else min(case.warmup, 1)):
         step.call()
     last: list[Tensor] = []
-    done = sum(map(len, kept.found[key].rounds_us))  # steps take the routings in turn from round to round
+    rounds_us, chained_us, err_repeat = found.rounds_us, found.chained_us, found.err_repeat or 0.0
+    done = sum(map(len, rounds_us))  # steps take the routings in turn from round to round
 
     def call() -> None:
         last[:] = [step.call()]
@@ -153,15 +158,16 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: K
     def changed() -> float:
         return sketch_error(comm, sketch(step.added(last[0], step.x)), kept.first[key][step.number])
 
-    times = time_steps(comm, call, iters, captured, before)
-    err_repeat = max(changed(), found.err_repeat or 0.0)
-    steps, chained_us = found.chained_steps or chain_length(comm, median(times)), found.chained_us
-    if comm.device.type == "cuda" or turn.number % 2 == 0:  # so that comparisons on a CPU stay quick
-        chained_us = (*chained_us, time_chain(comm, call, steps, captured))
+    if iters:
+        rounds_us = [*rounds_us, time_steps(comm, call, iters, captured, before)]
+        err_repeat = max(changed(), err_repeat)
+    steps = chain_length(comm, median(chain(*rounds_us))) if queues else None
+    for _ in range(queues if comm.device.type == "cuda" else cdiv(queues, 2)):  # comparisons on a CPU stay quick
+        chained_us = (*chained_us, time_chain(comm, call, steps or 0, captured))
         err_repeat = max(changed(), err_repeat)
     kept.found[key] = replace(
         found,
-        rounds_us=[*found.rounds_us, times],
+        rounds_us=rounds_us,
         chained_us=chained_us,
         chained_steps=steps,
         clock_us=clock_us,

@@ -18,6 +18,9 @@ from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.stack import MoEStack
 from moe_dist.model.routing import Routing
 from moe_dist.model.weights import ExpertWeights
+from moe_dist.oracle.numerics import Numerics
+from moe_dist.peers import PeerCase
+from moe_dist.peers.module import PeerModule
 from moe_dist.runtime.context import RankContext
 from moe_dist.step import NO_STAGES, Stages
 
@@ -36,13 +39,18 @@ class Prepared:
     x: Tensor
     steps: list[list[Routing]]
     bucket: int
-    module: MoELayer | MoEStack
+    module: MoELayer | MoEStack | PeerModule
     graph: StepGraph | None
     number: int = 0
 
     def __post_init__(self) -> None:
         self._gate_first = [shard.gate_first for shard in self.shards]
         self.comm = self.module.comm
+
+    @property
+    def numerics(self) -> Numerics:
+        """Where what runs rounds."""
+        return self.module.peer.numerics if isinstance(self.module, PeerModule) else self.layers[0].backend.numerics
 
     @property
     def stacked(self) -> bool:
@@ -91,7 +99,7 @@ class Prepared:
         stages = Stages(True, self.comm.device)
         graph = self.graph.with_stages() if self.graph and iters else None
         step = graph.replay if graph else lambda: self._eagerly(stages)
-        for number in range(min(iters, STAGE_ITERS)):
+        for number in range(0 if isinstance(self.module, PeerModule) else min(iters, STAGE_ITERS)):
             self.take(number % len(self.steps))
             (whole,) = time_steps(self.comm, step, 1, queued=graph is not None)
             totals.append(graph.totals_us() if graph else stages.totals_us())
@@ -133,7 +141,7 @@ class Prepared:
         self.module(self.x, given, max_tokens_per_rank=self.bucket, captured=captured, stages=stages)
 
 
-def routed(module: MoELayer | MoEStack, routings: Sequence[Routing]) -> Routings:
+def routed(module: MoELayer | MoEStack | PeerModule, routings: Sequence[Routing]) -> Routings:
     """In the form that `module` takes."""
     return routings if isinstance(module, MoEStack) else routings[0]
 
@@ -147,9 +155,11 @@ def prepare(
     steps: list[list[Routing]],
     bucket: int,
 ) -> Prepared:
-    """Collective, compiles what is compiled at first use."""
+    """Collective, compiles what is compiled at first use. Of a peer's case `layers` has the one that it stands for."""
     context.progress(f"{case.label}: warming up")
-    module = MoEStack(layers) if len(layers) > 1 else layers[0]
+    module: MoELayer | MoEStack | PeerModule = MoEStack(layers) if len(layers) > 1 else layers[0]
+    if case.peer is not None:
+        module = _of_peer(case.peer, layers[0], shards[0], bucket)
     if layers[0].plan.graph:
         context.progress(f"{case.label}: capturing")
         graph = StepGraph(module, bucket, x, routed(module, steps[0]))
@@ -157,6 +167,12 @@ def prepare(
     for routings in steps:  # each may bring other numbers of rows
         module.warm_up(x, routed(module, routings), bucket)  # type: ignore[arg-type]
     return Prepared(layers, shards, x, steps, bucket, module, None)
+
+
+def _of_peer(name: str, layer: MoELayer, shard: ExpertWeights, bucket: int) -> PeerModule:
+    plan, comm = layer.plan, layer.comm
+    given = plan.spec, plan.placement, comm.rank, shard, comm.process_group, comm.device, bucket
+    return PeerModule(name, PeerCase(*given), comm)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from moe_dist.bench.tolerance import within_tolerance
 from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.model.placement import imbalance
+from moe_dist.peers import PEERS
 from moe_dist.workloads.skew_names import skew_label
 from moe_dist.workloads.token_splits import most_tokens
 
@@ -91,6 +92,7 @@ def make_row(
     def floor(of: Callable[..., float | None]) -> float | None:
         return _middle([_sum([of(spec, placement, *layer, plan.machine.name) for layer in layers]) for layers in steps])
 
+    computes = None if case.peer is None else PEERS.get(case.peer)
     backend = BACKENDS.get(plan.backend)
     return Row(
         model=spec.name,
@@ -113,6 +115,7 @@ def make_row(
         else work.tokens,
         token_split=work.token_split,
         skew=skew_label(work.skew, work.trace),
+        trace_short=found.trace_short,
         seed=work.seed,
         iters=len(times),
         runtime=runtime,
@@ -142,14 +145,14 @@ def make_row(
         max_memory=found.max_memory,
         chosen_by=case.chosen_by,
         why=plan.choice().why or None,
-        **_rates(plan, steps, found.bytes_sent, p50),
+        **_rates(plan, steps, None if computes else found.bytes_sent, p50),
         ok=within_tolerance(
             found.errors,
             spec,
-            backend.numerics_of(spec),
+            computes.numerics if computes else backend.numerics_of(spec),
             pairs=pairs,
             combine_dtype=found.ran.combine_dtype,
-            deterministic=backend.deterministic,
+            deterministic=(computes or backend).deterministic,
         ),
     )
 
@@ -184,9 +187,9 @@ def _imbalance(by_layer: list[list[int]]) -> float:
     return sum(imbalance(rows) * sum(rows) for rows in by_layer) / total if total else 1.0
 
 
-def _rates(plan: Plan, steps: list[list[Layer]], bytes_sent: int, p50: float | None) -> dict[str, Any]:
-    """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent. `steps`: of each
-    routing its layers."""
+def _rates(plan: Plan, steps: list[list[Layer]], bytes_sent: int | None, p50: float | None) -> dict[str, Any]:
+    """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent (None: not counted).
+    `steps`: of each routing its layers."""
     if not p50:
         return {"tflops": None, "hbm_gbps": None, "link_gbps": None}
     placement, spec = plan.placement, plan.spec
@@ -201,7 +204,7 @@ def _rates(plan: Plan, steps: list[list[Layer]], bytes_sent: int, p50: float | N
     return {
         "tflops": busiest(rank_flops, 0) / p50 / 1e6,
         "hbm_gbps": busiest(rank_weight_bytes, 1) / p50 / 1e3,
-        "link_gbps": bytes_sent / p50 / 1e3,
+        "link_gbps": None if bytes_sent is None else bytes_sent / p50 / 1e3,
     }
 
 

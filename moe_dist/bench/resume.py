@@ -15,6 +15,7 @@ from moe_dist.bench.row import Document, Failed, Hardware, Provenance, Row
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.model.refused import as_config_error
 
 FLAG = "--resume"
 Planned = list[tuple[Case, Plan]]
@@ -22,8 +23,8 @@ Planned = list[tuple[Case, Plan]]
 
 def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tuple[Outcome, Planned]:
     """What is in the results file at `path`, and the cases that are not finished there. A case is finished when its row
-    has all its rounds; rows with fewer stay until the case has a new one, failures too. A file that is not there yet
-    holds nothing. Finished rows come first.
+    has all its rounds and its queues; others stay until the case has a new one, failures too. A file that is not there
+    yet holds nothing. Finished rows come first.
 
     Raises ConfigError for a file that this version did not write, for one of another commit, machine or version of a
     library, and for one with a case that is none of `planned`.
@@ -41,7 +42,7 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
             f"holds {len(strangers)} of {len(measured)} cases that this experiment does not have: {_name(strangers[0])}"
         )
         raise ConfigError(FLAG, path, rule, "the experiment of that file, or one with more cases")
-    finished = {row.key for row in document.rows if row.iters == cases[row.key][0].iters}
+    finished = {row.key for row in document.rows if _is_finished(row, cases[row.key][0].iters)}
     outcome = Outcome(
         rows=sorted(document.rows, key=lambda row: row.key not in finished),
         places={world: list(lines) for world, lines in document.ranks.items()},
@@ -50,6 +51,10 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
         earlier=list(document.runs),
     )
     return outcome, [pair for key, pair in cases.items() if key not in finished]
+
+
+def _is_finished(row: Row, iters: int) -> bool:
+    return row.iters == iters and (row.chained_us is not None or not iters)
 
 
 def differences(document: Provenance, about: Provenance) -> list[str]:
@@ -67,10 +72,10 @@ def _read(path: str) -> Document | None:
     except OSError as error:
         raise ConfigError(FLAG, path, f"can't be read: {error.strerror}", "a results file of --out") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        rule = f"is no results file that this version wrote: {where}: {first['msg']}"
-        raise ConfigError(FLAG, path, rule, "start anew, without --resume") from None
+        first = as_config_error(error, Document, "")
+        what = f" ({first.field}: {first.rule})" if first.field else ""
+        rule = f"is no results file that this version wrote{what}"
+        raise ConfigError(FLAG, path, rule, "that of the same version; or start anew, without --resume") from None
 
 
 def _name(stranger: Row | Failed) -> str:

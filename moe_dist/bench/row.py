@@ -48,9 +48,16 @@ class Row(Result):
     token_layout: TokenLayout = Field(
         description="on both ends of the step: `sharded` (each token on one rank) or `replicated` (all on every rank)"
     )
-    exchange: str = Field(description="how tokens and sums travelled between ranks")
-    backend: str = Field(description="what computed the experts")
-    form: str = Field(description="order of the rows that the exchange handed to the backend: `token` or `expert`")
+    exchange: str = Field(description="how tokens and sums travelled between ranks; `peer` in a peer's step")
+    backend: str = Field(description="what computed the experts; in a peer's step the peer's name")
+    peer: str | None = Field(
+        description="package and version whose whole layer ran in place of moe_dist's, exchange included; null for"
+        " moe_dist's own"
+    )
+    form: str = Field(
+        description="order of the rows that the exchange handed to the backend: `token` or `expert`; `peer` in a peer's"
+        " step"
+    )
     payload_dtype: str = Field(description="what rows travelled as: `none` (they did not), `bf16`, `fp32` or `fp8`")
     combine_dtype: str = Field(description="what partial sums travelled as: `bf16` or `fp32`")
     graph: bool = Field(description="whether the step ran as a CUDA graph")
@@ -67,6 +74,10 @@ class Row(Result):
         " (one has all)"
     )
     skew: str = Field(description="which routing; a trace by the first 12 digits of its SHA-256")
+    trace_short: str | None = Field(
+        description="in what a recorded routing has fewer rows, layers or steps than were asked for, and what was taken"
+        " in their place; null where it has enough, and for a routing that was drawn"
+    )
     seed: int = Field(description="of tokens and routing; weights have their own, see source")
     iters: Count = Field(description="timed iterations so far; 0 where only numbers were checked")
     runtime: str = Field(description="what started the ranks: `ray` or `torchrun`")
@@ -87,7 +98,7 @@ class Row(Result):
     p99_us: Number | None = Field(description="µs, 99th percentile; null with fewer than 100 iterations")
     chained_us: Number | None = Field(
         description="µs, period of a step in a queue of chained_steps launched back to back, on the slowest rank;"
-        " median over rounds, each of which has one queue (on a CPU every other one); null without iterations"
+        " median of as many queues as rounds (on a CPU half as many); null without iterations"
     )
     chained_steps: Some | None = Field(
         description="steps in that queue: 32, or fewer, at least 4, where they would take over 2 s (30 ms on a CPU);"
@@ -144,16 +155,16 @@ class Row(Result):
     pairs: Count = Field(description="(token, expert) pairs of one layer, a pair of several slices counted once")
     bytes_sent: Count = Field(
         description="bytes, what the rank sends that sends most, in the mean over several routings; a row for itself is"
-        " not sent"
+        " not sent; 0 of a peer, whose bytes are not counted"
     )
     stages_us: dict[str, Number] = Field(
         description="µs by stage on the rank whose stages take longest, medians of up to 10 further steps with stamps"
-        " in them; stages don't overlap; empty without iterations"
+        " in them; stages don't overlap; empty without iterations, and of a peer"
     )
     unstaged_us: float | None = Field(
         description="µs in no stage, on the same rank in the same steps: median of (time of the step with its stamps −"
         " sum of its stages); not p50_us − sum, which are other steps; a little below 0 where clocks are coarse; null"
-        " without iterations"
+        " without iterations, and of a peer"
     )
     max_memory: Count | None = Field(
         description="bytes on the GPU that holds most: weights and the most that making and running the step took"
@@ -169,7 +180,7 @@ class Row(Result):
         description="GB/s, bytes of the busiest rank's active experts, scales not counted, / p50_us; null without"
         " p50_us"
     )
-    link_gbps: Number | None = Field(description="GB/s, bytes_sent / p50_us; null without p50_us")
+    link_gbps: Number | None = Field(description="GB/s, bytes_sent / p50_us; null without p50_us, and of a peer")
     ok: bool | None = Field(
         description="whether every error is within its tolerance; null if none exceeds it but the oracle was not asked"
     )

@@ -34,13 +34,14 @@ def step_errors(
     """
     if not step.stacked:
         shard, shared, _ = weights[0]
-        return errors_of(context, case, step.layers[0], inputs[0], shard, shared, groups[0], y_TH)
+        alone = case, step.layers[0], step.numerics, inputs[0], shard, shared, groups[0], y_TH
+        return errors_of(context, *alone)
     found, x_TH, tokens_TH = [], step.x, inputs[0].x_TH
     for number, (layer, (shard, shared, _)) in enumerate(zip(step.layers, weights, strict=True)):
         context.progress(f"{case.label}: checking layer {number}")
         everyone = joined(step.comm, x_TH, inputs[number].bounds) if inputs[number].sharded else x_TH
         here, alone_TH = replace(inputs[number], x_TH=everyone), step.alone(number, x_TH)
-        of_layer = case.at(number), layer, here, shard, shared, groups[number], alone_TH, tokens_TH
+        of_layer = case.at(number), layer, step.numerics, here, shard, shared, groups[number], alone_TH, tokens_TH
         found.append(errors_of(context, *of_layer))
         x_TH = x_TH + alone_TH
     whole = group_error(step.comm, y_TH, x_TH)

@@ -321,11 +321,10 @@ class Comm:
             if torch.cuda.is_current_stream_capturing():
                 raise ConfigError("window", sizes, "can't grow while a CUDA graph is captured", "a step before it")
             sizes = tuple(map(max, sizes, there))
-            group = (self._group or dist.group.WORLD) if self.world > 1 else None
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
             if self._given_up is None:  # one for all windows: graphs go on in those that they were captured with
                 self._given_up = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
-            shared = self.shared = Symmetric(sizes, group, self.device, self._given_up)
+            shared = self.shared = Symmetric(sizes, self.process_group, self.device, self._given_up)
             self.barrier()  # nobody writes into memory that is still being zeroed
         return shared
 
@@ -375,6 +374,11 @@ class Comm:
         if self.world > 1 and self.device.type == "cuda":
             tiny = torch.zeros(1, dtype=torch.float32, device=self.device)
             self._run("align", lambda: dist.all_reduce(tiny, group=self._group))
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """For what takes one of torch's; None where this rank is alone."""
+        return (self._group or dist.group.WORLD) if self.world > 1 else None
 
     def barrier(self) -> None:
         if self.world > 1:

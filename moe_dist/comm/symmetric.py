@@ -136,9 +136,14 @@ def _streams_of(device: torch.device) -> list[torch.cuda.Stream]:
     return streams
 
 
+def without_multicast() -> None:
+    """For torch's symmetric memory, before any is made: nothing here is sent to all at once."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+
 def _met(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Any]:
     """This rank's zeros, and torch's handle on everybody's."""
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here is sent to all at once
+    without_multicast()
     import torch.distributed._symmetric_memory as memory
 
     local = memory.empty(nbytes, dtype=torch.uint8, device=device)

@@ -8,25 +8,28 @@ from typing import Any, NamedTuple
 from moe_dist import checkpoint
 from moe_dist.balance.placement_file import KIND
 from moe_dist.bench.case import LISTS, ChosenBy, Experiment
-from moe_dist.bench.defaults import default_backend, default_modes
+from moe_dist.bench.defaults import default_backend, default_model, default_modes, settle_placements
 from moe_dist.bench.source import check_models, with_source
-from moe_dist.commands.config import check_keys, override, resolve_models
+from moe_dist.commands.config import check_keys, find_model, override, resolve_models
 from moe_dist.commands.flags import Configuration, Grid, Source
 from moe_dist.commands.terminal import say
+from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.runtime.voice import speaks, together
 
 
 class Asked(NamedTuple):
-    """An experiment with what nobody named filled in. `why`: who chose the backend, `mode_why`: the mode; empty where
-    they were named."""
+    """An experiment with what nobody named filled in. `why`: who chose the backend, `mode_why`: the mode, `model_why`:
+    the model; empty where they were named. `placement_why`: a line for each placement that `auto` has taken."""
 
     experiment: Experiment
     machine: Machine
     chosen_by: ChosenBy = "name"
     why: str = ""
     mode_why: str = ""
+    model_why: str = ""
+    placement_why: tuple[str, ...] = ()
 
 
 def single(
@@ -37,9 +40,14 @@ def single(
     layers: int | None = None,
     machine: Machine | None = None,
     record_routing: str | None = None,
+    world: int | None = None,
 ) -> Asked:
-    """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one."""
+    """The experiment of one configuration, for `plan` and `run`. `machine`: None is this one. `world`: so many ranks in
+    the placement that was fastest when measured, and with the exchange and the backend that were, where none are
+    named; None: those of `grid`."""
     config = configuration(grid) | {"name": "run", "tokens": [grid.tokens], "iters": grid.iters}
+    if world is not None:
+        config = {"exchanges": [AUTO], "backends": [AUTO]} | config | {"worlds": [world], "placements": [AUTO]}
     if record_routing is not None:
         config["record_routing"] = record_routing
     config = override(config, overrides)
@@ -79,11 +87,15 @@ def asked_for(
 ) -> Asked:
     """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared."""
     check_keys(config)
-    config = _with_flags(config, source, {"runtime": runtime, "device": source.device, "layers": layers})
+    flags = {"runtime": runtime, "device": source.device, "layers": layers}
+    config, model_why = _with_flags(config, source, flags, machine)
     if not sweep:  # by the ranks that flags and keys have come to
         config.setdefault("exchanges", ["local" if config.get("worlds") == [1] else "ag_rs"])
     together(config.get("runtime") == "torchrun")
     experiment = Experiment(**config)
+    if experiment.peers and not sweep:
+        rule = "are measured beside ours, and this command is about one configuration"
+        raise ConfigError("experiment.peers", list(experiment.peers), rule, "moe-dist compare")
     stored = experiment.source
     if stored.checkpoint is not None and stored.layer is not None:
         check_models(experiment.models, stored, checkpoint.layer_spec(stored.checkpoint, stored.layer))
@@ -94,6 +106,10 @@ def asked_for(
     machine = machine or Machine.detect(experiment.device)
     chosen_by: ChosenBy = "name"
     why = mode_why = ""
+    lines: list[str] = []
+    if AUTO in experiment.placements:
+        named = experiment.backends if "backends" in config else None
+        experiment, lines = settle_placements(experiment, machine, named)
     if "backends" not in config:
         backend, why = default_backend(experiment, machine)
         experiment, chosen_by = experiment.with_changes(backends=(backend,)), "default"
@@ -101,17 +117,31 @@ def asked_for(
         modes, mode_why = default_modes(experiment, machine)
         if mode_why:
             experiment = experiment.with_changes(modes=modes)
-    return Asked(experiment, machine, chosen_by, why, mode_why)
+    return Asked(experiment, machine, chosen_by, why, mode_why, model_why, tuple(lines))
 
 
-def _with_flags(config: dict[str, Any], source: Source, flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags that are given, over the file's keys. Without any model the small embedded default is taken."""
+def _with_flags(
+    config: dict[str, Any], source: Source, flags: dict[str, Any], machine: Machine | None
+) -> tuple[dict[str, Any], str]:
+    """Flags that are given, over the file's keys, and who chose the model if nobody named it."""
     config = with_source(config, source.checkpoint, source.layer)
+    config |= {key: value for key, value in flags.items() if value is not None}
+    why = ""
     if source.model:
         config["models"] = [source.model]
     elif "models" not in config:
-        config["models"] = ["tiny"]
-    return resolve_models(config | {key: value for key, value in flags.items() if value is not None})
+        config["models"] = [_unnamed(config, machine)]
+        why = "default on such a machine" if machine else "default on this machine"
+    return resolve_models(config), why
+
+
+def _unnamed(config: dict[str, Any], machine: Machine | None) -> str:
+    """The model that nobody named. Keys have not been checked yet: what a wrong one would say is said later."""
+    device = config.get("device", "auto")
+    machine = machine or Machine.detect(device if device in ("cpu", "cuda") else "auto")
+    worlds, layers = config.get("worlds", list(Experiment.model_fields["worlds"].default)), config.get("layers", 1)
+    sizes = [world for world in worlds if type(world) is int] if isinstance(worlds, (list, tuple)) else []
+    return default_model(machine, find_model, min(sizes, default=1), layers if type(layers) is int else 1)
 
 
 def files_read(experiment: Experiment, file: str | None = None) -> list[str]:

@@ -17,12 +17,13 @@ from moe_dist.balance.balancer import balanced
 from moe_dist.balance.loads import RankLoads, expert_loads
 from moe_dist.balance.placement_file import KEYS, KIND, placement_text, read_placement
 from moe_dist.bench.case import check_step
+from moe_dist.bench.draws import shortage
 from moe_dist.bench.output import open_output
 from moe_dist.bench.roofline import balanced_floor_us, floor_us
 from moe_dist.bench.table import number, plain_table, size
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import find_model
-from moe_dist.commands.flags import BACKEND_NAMES, NUMBER, SKEWS_HELP, Calibrate, Ep, Json, Model, Tp
+from moe_dist.commands.flags import BACKEND_NAMES, NUMBER, PREDICTED, SKEWS_HELP, Calibrate, Ep, Json, Model, Tp
 from moe_dist.commands.printing import console, print_json, write_once
 from moe_dist.commands.terminal import Terminal, say, show, to_standard_output
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -35,7 +36,7 @@ from moe_dist.simulate.calibration import Calibration, calibration
 from moe_dist.simulate.gain import EXCHANGE, Change, Gain, Sweep, steps_to_pay
 from moe_dist.workloads.skew_names import canonical_skew
 from moe_dist.workloads.skews import synthetic_routing
-from moe_dist.workloads.traces import read_trace
+from moe_dist.workloads.traces import read_trace, trace_of
 
 DEVICE = "NVIDIA H200"  # whose floors are said; the only one with measured peaks
 MOST_GBPS = 1e5
@@ -67,7 +68,7 @@ class Predicted:
 
 def balance(
     *,
-    model: Model = "DeepSeek-V3",
+    model: Model = PREDICTED,
     tp: Tp = 1,
     ep: Ep = 4,
     tokens: Tokens = 8192,
@@ -87,7 +88,8 @@ def balance(
     if ep == 1:
         rule = "is one group of ranks, which has nothing to even out"
         raise ConfigError("parallel.ep", ep, rule, f"2 to {spec.num_experts}")
-    work = WorkloadSpec(tokens=tokens, skew=canonical_skew(skew))
+    known = canonical_skew(skew)
+    work = WorkloadSpec(tokens=tokens, skew=known, trace=trace_of(known))
     check_step(tokens, spec)
     Placement.build(spec, before)
     made_for, judged_on = _routings(spec, work)
@@ -178,6 +180,7 @@ def _document(
         "parallel": change.after.model_dump(mode="json", include=set(KEYS)),
         "global_tokens": work.tokens,
         "skew": work.skew,
+        "trace_short": shortage(change.spec, work, several=False),
         "judged_on_other_rows": apart,
         **{
             name: {"pairs": each.pairs, "active_experts": each.active, "imbalance": each.imbalance}
@@ -202,6 +205,8 @@ def print_balance(
     title = f"{change.spec.name} {change.spec.quant_label} as {change.before.label}"
     title += f", {work.tokens:,} tokens, routing {work.skew}"
     console.print(printable(title), style="bold", soft_wrap=True)
+    if said := shortage(change.spec, work, several=False):
+        console.print(f"The trace is short: {said}.")
     show(console, loads_table(change, first, second))
     console.print(
         f"Imbalance, most pairs of a rank over the mean: {first.imbalance:.2f} before, {second.imbalance:.2f} after."

@@ -10,18 +10,21 @@ from moe_dist.bench.defaults import build_quickly, default_experiment
 from moe_dist.bench.source import with_source
 from moe_dist.commands.asked import asked_for
 from moe_dist.commands.call import ThisCall
-from moe_dist.commands.config import find_model, override, read_experiment
-from moe_dist.commands.flags import NO_SOURCE, NOT_KEPT, Json, Layers, Measuring, Overrides, Runtime, Source
+from moe_dist.commands.config import override, read_experiment
+from moe_dist.commands.flags import NAMES, NO_SOURCE, NOT_KEPT, Json, Layers, Measuring, Overrides, Runtime, Source
 from moe_dist.commands.measuring import measure
 from moe_dist.commands.terminal import say
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
+from moe_dist.peers import PEERS
 
-FILE_HELP = "Experiment file (YAML). Without one: a small layer on a CPU, a real model's on GPUs."
+FILE_HELP = "Experiment file (YAML). Without one: what is here, TP against EP."
 File = Annotated[str | None, Parameter(help=FILE_HELP)]
 RESUME_HELP = "Keep the finished rows of the file of --out, of the same experiment, commit and machine."
 REMEMBER_HELP = "Keep the results where `auto` chooses from, under the user's cache folder."
 Remember = Annotated[bool, Parameter(show_default=False, help=REMEMBER_HELP)]
+PEERS_HELP = f"Measure other packages' whole layers beside ours, where they are installed: {', '.join(PEERS.names())}."
+Peers = Annotated[list[str] | None, NAMES, Parameter(show_default=False, help=PEERS_HELP)]
 Resume = Annotated[bool, Parameter(show_default=False, help=RESUME_HELP)]
 
 
@@ -32,6 +35,7 @@ def compare(
     source: Source = NO_SOURCE,
     runtime: Runtime = None,
     layers: Layers = None,
+    peers: Peers = None,
     measuring: Measuring = NOT_KEPT,
     resume: Resume = False,
     remember: Remember = False,
@@ -44,9 +48,11 @@ def compare(
     config = override(read_experiment(file) if file else {}, overrides)
     config = with_source(config, source.checkpoint, source.layer)
     if not file:
-        default = default_experiment(machine, find_model, router=config["source"].get("checkpoint") is not None)
+        default = default_experiment(machine, router=config["source"].get("checkpoint") is not None)
         if machine.device == "cuda" and "backends" not in config:
             build_quickly(default["backends"], machine, say)
         config = default | config
+    if peers:
+        config = config | {"peers": peers}
     asked = asked_for(config, source, sweep=True, runtime=runtime, layers=layers)
     return measure(asked, measuring, call, as_json=json, sweep=True, file=file, resume=resume, remember=remember)

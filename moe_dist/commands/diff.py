@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moe_dist.bench.diff import compare_results, diff_table, read_results
+from moe_dist.bench.diff import Side, compare_results, diff_table, read_results
 from moe_dist.commands.flags import Json
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import say, show, to_standard_output
@@ -20,14 +20,19 @@ Wide = Annotated[bool, Parameter(show_default=False, help="Show rows that are th
 
 
 def diff(old: Old, new: New, /, *, wide: Wide = False, json: Json = False) -> int:
-    found = compare_results(read_results(old), read_results(new))
+    documents = {path: read_results(path) for path in (old, new)}
+    found = compare_results(documents[old], documents[new])
+    before, after = (Side.of(path, documents[path]) for path in (old, new))
     if found.machines:
         say(f"measured on different machines: {', '.join(found.machines)}")
     if json:
         changes = [asdict(change) | {"verdict": change.verdict} for change in found.changes]
-        print_json({"changes": changes, "alone": found.alone, "machines": list(found.machines)})
+        sides = {"old": asdict(before), "new": asdict(after)}
+        print_json(sides | {"changes": changes, "alone": found.alone, "machines": list(found.machines)})
     else:
         with to_standard_output():
+            for name, side in (("old", before), ("new", after)):
+                console().print(f"{name}: {side.line()}")
             counts = Counter(change.verdict for change in found.changes)
             if wide or counts["same"] < len(found.changes):
                 show(console(), diff_table(found, wide))

@@ -48,7 +48,7 @@ def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
             console.print(f"peak rates, {source}: {Peaks(**peaks)}")
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items())
     console.print(f"Python {found['python']}, {versions}, nvcc {'yes' if found['nvcc'] else 'no'}")
-    for kind in ("backends", "exchanges"):
+    for kind in ("backends", "exchanges", "peers"):
         table = plain_table(columns=(kind[:-1], "usable here", "what to know"))
         for name, answer in found[kind].items():
             usable = Text("yes", "green") if answer["ok"] else Text("no", "red")

@@ -19,6 +19,7 @@ from moe_dist.machine.machine import Machine, cores, nvidia_driver
 from moe_dist.messages.printable import one_line
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
+from moe_dist.peers import PEERS, Peer
 from moe_dist.registry import Registry
 
 PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flashinfer-python", "sgl-deep-gemm")
@@ -47,6 +48,7 @@ def examine() -> dict[str, Any]:
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
         "exchanges": {name: _asked(EXCHANGES, name, _exchange, machine.device) for name in EXCHANGES.names()},
+        "peers": {name: _asked(PEERS, name, _peer, machine.device) for name in PEERS.names()},
     }
 
 
@@ -75,6 +77,11 @@ def _asked(
 def _backend(cls: type[Backend], device: str) -> tuple[bool, str]:
     ok, reason = cls.available(device)
     return ok, reason
+
+
+def _peer(cls: type[Peer], device: str) -> tuple[bool, str]:
+    ok, reason = cls.available(device)
+    return ok, reason or cls.label()
 
 
 def _exchange(cls: type[Exchange[Any, Any]], device: str) -> tuple[bool, str]:

@@ -10,6 +10,7 @@ from cyclopts import CoercionError, Parameter, Token
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Experiment
+from moe_dist.bench.defaults import MODELS, SMALL
 from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.commands.config import SECTIONS, model_names
 from moe_dist.commands.yaml_loader import integer
@@ -31,7 +32,8 @@ SETS = {
     "--batch-size": ("tokens", "batch_size"), "--input-len": ("tokens", "input_len"),
     "--chunked-prefill-size": ("tokens", "chunked_prefill_size"),
     "--placements": ("placements",), "--exchanges": ("exchanges",), "--backends": ("backends",),
-    "--tokens-per-rank": ("tokens",),
+    "--tokens-per-rank": ("tokens",), "--peers": ("peers",),
+    "--placement": ("placements",),
 }  # fmt: skip
 
 
@@ -105,6 +107,8 @@ def keys_of(help_text: str | None) -> list[str]:
     return dotted if help_text == MODEL_KEYS_HELP else [*Experiment.model_fields, *dotted]
 
 
+MODEL_HELP = f"One of {', '.join(model_names())}, or a YAML file."
+DEFAULT_MODEL_HELP = f"Default: on GPUs the first of {', '.join(MODELS)} that fits the ranks, {SMALL} on a CPU."
 Json = Annotated[bool, Parameter(show_default=False, help="Print JSON instead of tables.")]
 Overrides = Annotated[str, Parameter(name="key=value", help=keys_help())]
 Runtime = Annotated[Literal["ray", "torchrun"] | None, Parameter(help="Who starts the ranks (default ray).")]
@@ -120,9 +124,7 @@ Ep = Annotated[int, NUMBER, Parameter(help="Ranks that experts are spread over."
 class Source:
     """Whose weights and sizes, and on which device. Raises ConfigError for a model beside a checkpoint."""
 
-    model: Annotated[
-        str | None, Parameter(help=f"One of {', '.join(model_names())}, or a YAML file; random weights.")
-    ] = None
+    model: Annotated[str | None, Parameter(help=f"{MODEL_HELP[:-1]}; random weights. {DEFAULT_MODEL_HELP}")] = None
     checkpoint: Annotated[
         str | None, Parameter(help="Folder of a Hugging Face checkpoint; its own experts and router.")
     ] = None
@@ -207,7 +209,6 @@ class Profiling:
                 raise ConfigError(flag, value, "is of a profile, and none is asked for", "--profile beside it")
 
 
-MODEL_HELP = f"One of {', '.join(model_names())}, or a YAML file."
 Model = Annotated[str, Parameter(help=MODEL_HELP)]
 Calibrate = Annotated[
     list[str] | None,
@@ -219,6 +220,8 @@ Calibrate = Annotated[
 Recording = Annotated[
     str | None, Parameter(help="Save the routing that was measured in this new file, for --skew file:PATH.")
 ]
+
+PREDICTED = MODELS[0]  # the model of commands that predict: nothing is loaded, so the largest always fits
 
 # What commands have where no such flag is given.
 NO_SOURCE, ONE, NOT_KEPT, NO_PROFILE = Source(), Grid(), Measuring(), Profiling()

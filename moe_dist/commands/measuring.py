@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case, Experiment
+from moe_dist.bench.draws import shortage
 from moe_dist.bench.output import said
 from moe_dist.bench.results import Outcome, provenance
 from moe_dist.bench.resume import resumed
@@ -29,8 +30,10 @@ from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, OutputError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
+from moe_dist.peers import PEERS
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.voice import launched, speaks
+from moe_dist.workloads.skew_names import skew_label
 
 
 def measure(
@@ -68,6 +71,8 @@ def measure(
             case.plan(machine)
     if not planned:
         reasons = list(dict.fromkeys(item.reason for item in refused))
+        if len(reasons) == 1:  # then it is the error, with all that it knows
+            cases[0].plan(machine)
         none = f"none of placements {listed(experiment.placements)} fits any of worlds {listed(experiment.worlds)}"
         raise UnsupportedError("this experiment", reasons or [none])
     with ExitStack() as stack:
@@ -82,6 +87,7 @@ def measure(
         if not as_json and not measuring.csv and not kept.lines_alone:
             _print_chosen(asked)
             _print_taken(planned)
+            _print_shortages(planned)
         kept.begin(len(planned) - len(left))
         try:
             _run(left, experiment, machine, kept, go_on=sweep and experiment.runtime == "ray")
@@ -158,11 +164,17 @@ def _check_names_and_launcher(asked: Asked) -> None:
     for name in experiment.exchanges:
         if name != AUTO:
             EXCHANGES.get(name)
+    for name in experiment.peers:
+        PEERS.get(name)
 
 
 def _print_chosen(asked: Asked) -> None:
+    if asked.model_why:
+        print_line(f"model {', '.join(model.name for model in asked.experiment.models)} ({asked.model_why})")
     if asked.why:
         print_line(f"backend {', '.join(asked.experiment.backends)} ({asked.why})")
+    for line in asked.placement_why:
+        print_line(line)
     if asked.mode_why:
         print_line(f"mode {', '.join(asked.experiment.modes or ())} ({asked.mode_why})")
 
@@ -173,3 +185,12 @@ def _print_taken(planned: list[tuple[Case, Plan]]) -> None:
         choice = plan.choice()
         if choice.why:
             print_line(f"{case.label}: auto takes {choice.exchange} with {choice.backend}: {choice.why}")
+
+
+def _print_shortages(planned: list[tuple[Case, Plan]]) -> None:
+    """Recorded routings that have less than was asked for; their rows say it too."""
+    traced = {(case.model, case.workload.skew, case.workload.tokens, case.layers): case for case, _ in planned}
+    for case in traced.values():
+        if said := shortage(case.model, case.workload, case.layers):
+            work = case.workload
+            print_line(f"routing {skew_label(work.skew, work.trace)}, {work.tokens:,} tokens: {said}")

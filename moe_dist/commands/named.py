@@ -11,7 +11,7 @@ from moe_dist.errors import UNKNOWN_KEY, ConfigError, listed
 
 # What the library calls it, and the experiment's key.
 KEYS = {
-    "world": "worlds", "exchange": "exchanges", "backend": "backends", "token_layout": "token_layouts",
+    "world": "worlds", "exchange": "exchanges", "backend": "backends", "peer": "peers", "token_layout": "token_layouts",
     "token_split": "token_splits", "skew": "skews", "parallel.tp": "placements", "parallel.ep": "placements",
     "parallel.expert_map": "placements", "parallel.replicas": "placements", "checkpoint.layer": "source.layer",
 }  # fmt: skip

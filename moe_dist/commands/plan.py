@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from moe_dist import checkpoint
 from moe_dist.bench.table import plain_table, size
 from moe_dist.commands.asked import single
-from moe_dist.commands.flags import NO_SOURCE, ONE, Grid, Json, Overrides, Runtime, Source
+from moe_dist.commands.flags import NO_SOURCE, NUMBER, ONE, Grid, Json, Overrides, Runtime, Source
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import Terminal, say, to_standard_output
 from moe_dist.engine.plan import Plan
@@ -17,10 +17,14 @@ from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import GPUS, Machine
 from moe_dist.messages.printable import printable
-from moe_dist.model.spec import WorkloadSpec
+from moe_dist.model.spec import MOST_RANKS, WorkloadSpec
 from moe_dist.workloads.token_splits import most_tokens
 
 MACHINE_HELP = f"A machine that is not this one: {', '.join(f'{name}x4' for name in GPUS)} or other numbers of GPUs."
+PLACEMENT_HELP = "auto: which of TP, EP and their grids was fastest when measured, with exchange and backend likewise."
+Auto = Annotated[Literal["auto"] | None, Parameter(help=PLACEMENT_HELP)]
+WORLD_HELP = "Ranks that --placement auto is for (default: all GPUs of the machine)."
+World = Annotated[int | None, NUMBER, Parameter(help=WORLD_HELP)]
 Elsewhere = Annotated[str | None, Parameter(help=MACHINE_HELP)]
 
 
@@ -30,12 +34,15 @@ def plan(
     runtime: Runtime = None,
     grid: Grid = ONE,
     machine: Elsewhere = None,
+    placement: Auto = None,
+    world: World = None,
     json: Json = False,
 ) -> int:
     elsewhere = Machine.named(machine) if machine else None
     if elsewhere and source.device not in (None, "cuda"):
         raise ConfigError("--device", source.device, f"contradicts --machine {machine}", "one of the two")
-    asked = single(overrides, source, grid, runtime, machine=elsewhere)
+    ranks = _ranks(placement, world, grid, elsewhere, source)
+    asked = single(overrides, source, grid, runtime, machine=elsewhere, world=ranks)
     cases = list(asked.experiment.cases("cpu" if asked.experiment.modes is None else asked.machine.device))
     if len(cases) != 1:
         rule = "plan is for one configuration; compare takes lists"
@@ -47,12 +54,32 @@ def plan(
     if case.source.checkpoint is not None and not checkpoint.Checkpoint(case.source.checkpoint).holds_weights:
         say(f"{case.source.checkpoint} holds no weights, so the layer's format is what its config.json says")
     if json:
-        sent = {"layers": case.layers, "wire_bytes": _wire_bytes(made, case.workload), "chosen_by": asked.chosen_by}
+        sent: dict[str, Any] = {"placement_why": list(asked.placement_why)} if asked.placement_why else {}
+        sent |= {"layers": case.layers, "wire_bytes": _wire_bytes(made, case.workload), "chosen_by": asked.chosen_by}
         print_json(made.as_dict() | sent, indent=1)
     else:
         with to_standard_output():
+            if asked.model_why:
+                console().print(f"model {made.spec.name} ({asked.model_why})")
+            for line in asked.placement_why:
+                console().print(printable(line))
             print_plan(console(), made, case.workload, asked.why, case.layers)
     return OK
+
+
+def _ranks(
+    placement: str | None, world: int | None, grid: Grid, elsewhere: Machine | None, source: Source
+) -> int | None:
+    """That `--placement auto` is for; None without it."""
+    if placement is None:
+        if world is not None:
+            raise ConfigError("--world", world, "is of --placement auto; else ranks are tp x ep", "--tp and --ep")
+        return None
+    if (grid.tp, grid.ep) != (1, 1):
+        raise ConfigError("--placement", placement, f"contradicts --tp {grid.tp} --ep {grid.ep}", "one of the two")
+    if world is not None and not 1 <= world <= MOST_RANKS:
+        raise ConfigError("--world", world, "is a number of ranks", f"1 to {MOST_RANKS:,}")
+    return world or (elsewhere or Machine.detect(source.device or "auto")).devices
 
 
 def _share(made: Plan, work: WorkloadSpec) -> int:

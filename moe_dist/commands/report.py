@@ -28,7 +28,7 @@ FIRST = 1024  # bytes by which a report is known
 
 
 def report(files: Files, /, *, out: Out = None, format: Format = "html", call: ThisCall) -> int:
-    found = read_files(files)
+    found = read_files(files, say)
     target = out or ("report.html" if format == "html" else None)
     output = open_output(target, say, call.descriptors, files, older=_older_report) if target else None
     text = MADE[format](found)

@@ -10,20 +10,22 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from moe_dist.backends import BACKENDS
+from moe_dist.bench.draws import shortage
 from moe_dist.bench.row import Refused
 from moe_dist.bench.table import number, plain_table, refused_table
 from moe_dist.commands.config import find_model
-from moe_dist.commands.flags import BACKEND_NAMES, NAMES, NUMBERS, SKEWS_HELP, Calibrate, Json, Model
+from moe_dist.commands.flags import BACKEND_NAMES, NAMES, NUMBERS, PREDICTED, SKEWS_HELP, Calibrate, Json, Model
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import Terminal, show, to_standard_output
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import BAD_INPUT, OK
 from moe_dist.messages.printable import printable
-from moe_dist.model.spec import MOST_TOKENS, MoESpec
+from moe_dist.model.spec import MOST_TOKENS, MoESpec, WorkloadSpec
 from moe_dist.simulate.calibration import Calibration, calibration
 from moe_dist.simulate.cluster import FORM, Cluster, Network
-from moe_dist.simulate.predict import Prediction, Wanted, predictions
+from moe_dist.simulate.predict import SAMPLE, Prediction, Wanted, predictions
+from moe_dist.workloads.traces import trace_of
 
 MOST_GBPS, MOST_US = 10_000.0, 1e6
 
@@ -46,7 +48,7 @@ PER_RANK = [8, 128, 2048, 8192]
 
 def simulate(
     *,
-    model: Model = "DeepSeek-V3",
+    model: Model = PREDICTED,
     machine: Elsewhere = "h200x8",
     network_gbps: Gbps = None,
     network_us: Us = None,
@@ -69,6 +71,8 @@ def simulate(
     wanted = Wanted(find_model(model), placements, exchanges, backends, tokens_per_rank, skew)
     made = calibration(calibrate)
     found, reasons = predictions(made.model, cluster, wanted)
+    drawn = min(max(tokens_per_rank) * cluster.world, SAMPLE)
+    short = shortage(wanted.spec, WorkloadSpec(tokens=drawn, skew=skew, trace=trace_of(skew)), several=False)
     refused = [Refused(case=case, reason=reason) for case, reason in reasons.items()]
     if json:
         print_json({
@@ -76,12 +80,15 @@ def simulate(
             "model": wanted.spec.name,
             "machine": cluster.text,
             "skew": skew,
+            "trace_short": short,
             "rows": [asdict(row) for row in found],
             "refused": [each.model_dump() for each in refused],
             "calibration": made.as_dict(),
         })  # fmt: skip
     else:
         with to_standard_output():
+            if short:
+                console().print(f"The trace is short: {short}.")
             print_predictions(console(), wanted.spec, cluster, found, made, wide)
             if refused:
                 console().print(refused_table(refused))

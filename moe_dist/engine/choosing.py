@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from moe_dist.engine.backend_rule import UNMEASURED, first_that_serves
 from moe_dist.engine.records import Pick, Record, Setting, Timed, pick, records
 from moe_dist.machine.machine import HOPPER, Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
 
 AUTO = "auto"
-FASTEST, EVERYWHERE = "triton", "torch"  # backends of the rule: on Hopper GPUs, and anywhere
-PREFILL = "cutlass"  # the backend of the rule where it can serve: ahead at prefill, level at decode
 Payload = Callable[[str, str], str | None]  # how rows would travel with these names; None: they can't serve here
-
-__all__ = ["AUTO", "EVERYWHERE", "FASTEST", "choose"]
 
 
 def choose(
@@ -48,18 +45,12 @@ def _fitting(record: Record, setting: Setting, payloads: dict[tuple[str, str], s
 
 def _by_rule(parallel: ParallelSpec, token_layout: str, machine: Machine, able: list[tuple[str, str]]) -> Pick:
     """Of pairs that can serve: local on one rank, nvlink on Hopper GPUs of one host, else ag_rs or, for replicated
-    tokens, all_reduce; cutlass, else triton, else torch; what comes first where none of them is there."""
+    tokens, all_reduce; and with it the backend of `backend_rule`; what comes first where none of them is there."""
     one_host = machine.capability == HOPPER and parallel.world <= machine.devices
     exchanges = ["local", *(["nvlink"] if one_host else []), "ag_rs" if token_layout == "sharded" else "all_reduce"]
-    backends = [PREFILL, FASTEST, EVERYWHERE]
-
-    def order(pair: tuple[str, str]) -> tuple[int, int]:
-        exchange, backend = pair
-        return (
-            exchanges.index(exchange) if exchange in exchanges else len(exchanges),
-            backends.index(backend) if backend in backends else len(backends),
-        )
-
-    exchange, backend = min(able, key=order)
+    serving = {name: [backend for exchange, backend in able if exchange == name] for name, _ in able}
+    exchange = next((name for name in exchanges if name in serving), able[0][0])
+    order = [name for name in UNMEASURED if name in serving[exchange]] or serving[exchange][:1]
+    backend = first_that_serves(order, ()).backend
     why = "by rule, as no row of such a layer was measured on such a machine; moe-dist compare --remember measures some"
     return Pick(exchange, backend, None, why)

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_dist.backends import BACKENDS
 from moe_dist.checkpoint import check_layer, layer_spec, load_router, load_shard, load_shared_shard
 from moe_dist.comm import Comm
+from moe_dist.engine.backend_rule import default_backend, refusal_of
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan, shared_placement
-from moe_dist.engine.planning import AUTO, EVERYWHERE, FASTEST, available_on, make_plan
+from moe_dist.engine.planning import AUTO, make_plan
 from moe_dist.engine.router import Router
-from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.messages.notices import notice
 from moe_dist.model.spec import MoESpec, ParallelSpec, QuantKind, TokenLayout
@@ -101,17 +101,12 @@ def plan_for(
     """With the backend that goes with the machine where None is named: on a GPU that triton can't serve there is a
     notice why it is torch. A named one that can't serve is refused."""
     plan = partial(make_plan, spec, parallel, exchange=exchange, token_layout=token_layout, machine=machine)
-    if backend is not None or machine.device != "cuda":
-        return plan(backend=backend or EVERYWHERE)
-    available = available_on(BACKENDS.get(FASTEST), machine)
-    reason = available.reason
-    if available.ok:
-        try:
-            return plan(backend=FASTEST)
-        except UnsupportedError as error:
-            reason = str(error)
-    made = plan(backend=EVERYWHERE)
-    notice(f"backend {EVERYWHERE} by default, which is slow: {reason}")
+    if backend is not None:
+        return plan(backend=backend)
+    taken, reason = default_backend(machine, [refusal_of(lambda name: plan(backend=name))])
+    made = plan(backend=taken)
+    if reason:
+        notice(f"backend {taken} by default, which is slow: {reason}")
     return made
 
 

@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.engine.choosing import AUTO, EVERYWHERE, FASTEST, choose
+from moe_dist.engine.backend_rule import available_on
+from moe_dist.engine.choosing import AUTO, choose
 from moe_dist.engine.plan import Choice, Option, Plan, shared_placement
 from moe_dist.engine.records import merged
-from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 from moe_dist.step import Support
 
-__all__ = ["AUTO", "COMBINE_DTYPES", "EVERYWHERE", "FASTEST", "PAYLOADS", "available_on", "make_plan"]
+__all__ = ["AUTO", "COMBINE_DTYPES", "PAYLOADS", "make_plan"]
 
 PAYLOADS = ("auto", "unquantized", "fp8")
 COMBINE_DTYPES = ("bf16", "fp32")
@@ -73,23 +74,27 @@ class _Given(NamedTuple):
 
 def _chosen(given: _Given, exchange: str, backend: str, tokens_per_rank: int | None) -> Plan:
     """Where one or both of the names are `auto`. Raises UnsupportedError where nothing can serve."""
+    Placement.build(given.spec, given.parallel)  # what is wrong with it is wrong with every pair
     exchanges = [name for name, _ in EXCHANGES.usable()] if exchange == AUTO else [exchange]
     backends = [name for name, _ in BACKENDS.usable()] if backend == AUTO else [backend]
     plans: dict[tuple[str, str], Plan] = {}
-    reasons: dict[str, None] = {}
+    reasons: dict[str, MoeDistError] = {}
 
     def payload_of(exchange: str, backend: str) -> str | None:
         try:
             plan = plans[exchange, backend] = _named(given, exchange, backend)
         except (UnsupportedError, ConfigError) as error:
-            reasons[str(error)] = None
+            reasons.update(dict.fromkeys(_against(error, given), error))
             return None
         return plan.payload
 
     layout, graph, machine = given.token_layout, given.graph, given.machine
     picks = choose(given.spec, given.parallel, layout, graph, machine, exchanges, backends, payload_of)
     if not picks:
-        raise UnsupportedError(f"exchange {exchange} with backend {backend}", list(reasons))
+        (first, *others) = reasons.items()
+        if not others and isinstance(first[1], ConfigError):
+            raise first[1]
+        raise UnsupportedError(f"exchange {exchange} with backend {backend}", reasons)
     if tokens_per_rank is not None:
         fit = (each for each in picks if each.up_to is None or tokens_per_rank <= each.up_to)
         picks = [next(fit)._replace(up_to=None)]
@@ -103,6 +108,19 @@ def _chosen(given: _Given, exchange: str, backend: str, tokens_per_rank: int | N
     return replace(taken[-1], choices=tuple(choices), options=tuple(options))
 
 
+def _under(parallel: ParallelSpec) -> str:
+    return f" under {parallel.label}"
+
+
+def _against(error: UnsupportedError | ConfigError, given: _Given) -> list[str]:
+    """A pair of names, each reason once whatever the other name is."""
+    if isinstance(error, ConfigError):
+        return [error.brief]
+    if len(error.reasons) > 1:
+        return list(error.reasons)
+    return [f"{error.what.removesuffix(_under(given.parallel))}: {error.reasons[0]}"]
+
+
 def _named(given: _Given, exchange: str, backend: str) -> Plan:
     spec, parallel, token_layout, payload, form, combine, graph, machine = given
     exchange_class, backend_class = EXCHANGES.get(exchange).for_layout(token_layout), BACKENDS.get(backend)
@@ -114,7 +132,10 @@ def _named(given: _Given, exchange: str, backend: str) -> Plan:
     if refused:
         what = " and ".join(f"{option.kind} {option.name}" for option in refused)
         fit = [option.name for option in options if option.possible and option.kind == refused[0].kind]
-        raise UnsupportedError(f"{what} under {parallel.label}", [option.reason for option in refused], fit or "none")
+        reasons = [option.reason for option in refused]
+        if len(refused) > 1:
+            reasons = [f"{option.kind} {option.name}: {option.reason}" for option in refused]
+        raise UnsupportedError(what + _under(parallel), reasons, fit or "none")
     _check_shared(spec, exchange_class, parallel)
     choice = Choice(exchange, backend, _form(exchange_class, backend_class, form), travels)
     plan = Plan(
@@ -207,11 +228,6 @@ def _asked(foreign: bool, question: Callable[..., Support], *given: Any) -> Supp
         if not foreign:
             raise
         return Support(False, f"its own code failed when asked: {type(error).__name__}: {error}")
-
-
-def available_on(backend: type[Backend], machine: Machine) -> Support:
-    """Whether it can run there at all; of a machine that is not here, what is installed is taken for granted."""
-    return Support(True) if machine.elsewhere else backend.available(machine.device)
 
 
 def _backend_support(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.model.refused import as_config_error
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.tables import cache_folder
 
@@ -120,16 +121,16 @@ def read_record(path: Path, source: str) -> Record:
         rows, device, date = document["rows"], document["machine"]["gpu"], str(document["date"])
     except OSError as error:
         raise ConfigError("record", str(path), f"can't be read: {error.strerror}", legal) from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError("record", str(path), f"holds no results: {type(error).__name__}: {error}", legal) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("record", str(path), f"is no JSON: {error}", legal) from None
+    except (TypeError, KeyError):
+        raise ConfigError("record", str(path), "holds no date, machine and rows of results", legal) from None
     found: dict[Setting, list[Timed]] = {}
     for number, given in enumerate(rows):
         try:
             row = _Row.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, (number, *first["loc"])))
-            raise ConfigError(f"{path}: rows.{where}", first.get("input"), str(first["msg"]), legal) from None
+            raise as_config_error(error, _Row, f"{path}: rows.{number}") from None
         if row.usable and device:
             setting = Setting(str(device), *(getattr(row, name) for name in Setting._fields[1:]))
             found.setdefault(setting, []).append(row.timed())
@@ -176,14 +177,15 @@ def pick(record: Record, timed: Sequence[Timed]) -> list[Pick]:
         if found:
             before = found[-1].exchange, found[-1].backend
             same = next((row for row in ordered if (row.exchange, row.backend) == before), None)
-            if same is not None and same.p50_us - best.p50_us <= _noise(same, best):
+            if same is not None and same.p50_us - best.p50_us <= noise(same, best):
                 taken = same
         up_to = int(sqrt(size * sizes[number + 1][0])) if number + 1 < len(sizes) else None
         found.append(Pick(taken.exchange, taken.backend, up_to, _why(record, size, taken, ordered)))
     return found
 
 
-def _noise(one: Timed, other: Timed) -> float:
+def noise(one: Timed, other: Timed) -> float:
+    """Microseconds by which two medians may differ and say nothing."""
     return max(3 * hypot(one.scatter_us, other.scatter_us), NOISE * other.p50_us)
 
 
@@ -194,7 +196,7 @@ def _why(record: Record, size: int, taken: Timed, ordered: list[Timed]) -> str:
     if rest:
         gain = rest[0].p50_us / taken.p50_us - 1
         over = f", {rest[0].exchange} with {rest[0].backend} {abs(gain):.0%} {'more' if gain >= 0 else 'less'}"
-        over += " (within the noise)" if abs(rest[0].p50_us - taken.p50_us) <= _noise(taken, rest[0]) else ""
+        over += " (within the noise)" if abs(rest[0].p50_us - taken.p50_us) <= noise(taken, rest[0]) else ""
     where = f"at {size:,} tokens a rank, even routing"
     return f"{taken.p50_us:,.0f} µs {where}{over}; {record.source} record {record.name}"
 

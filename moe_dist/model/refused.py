@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from moe_dist.errors import UNKNOWN_KEY, ConfigError, listed
 
@@ -23,8 +23,10 @@ RULES = {
     "greater_than_equal": "is too small",
     "int_parsing": "is no whole number",
     "int_type": "is no whole number",
+    "json_invalid": "is no JSON",
     "less_than": "is too large",
     "less_than_equal": "is too large",
+    "list_type": "is no list",
     "literal_error": "is no legal value",
     "missing": "this key is required",
     "model_type": "is no section",
@@ -50,13 +52,13 @@ def legal(values: Callable[[], Iterable[str] | str]) -> Callable[[dict[str, Any]
     return add
 
 
-def as_config_error(error: ValidationError, cls: type[BaseModel], section: str) -> ConfigError:
+def as_config_error(error: ValidationError, cls: type[BaseModel] | TypeAdapter[Any], section: str) -> ConfigError:
     """The first thing that is wrong, unknown keys before others: a key that is missing may be there under a wrong name.
     `section` is how messages call what `cls` describes."""
     first = min(error.errors(include_url=False), key=lambda each: each["type"] not in EXTRA)
     kind, given, place = first["type"], first["input"], first["loc"]
     path = ".".join([section, *map(str, place)]).strip(".")
-    whole = cls.model_json_schema()
+    whole = cls.json_schema() if isinstance(cls, TypeAdapter) else cls.model_json_schema()
     if kind in EXTRA:
         keys = tuple(_at(whole, place[:-1], whole).get("properties", ()))
         return ConfigError(path, given, UNKNOWN_KEY, keys)

@@ -22,6 +22,7 @@ class Numerics:
     # summing can round that one the other way, and a bf16 step of the scale moves codes everywhere: worth 1 to 3 %
     # (tests/unit/test_reference.py).
     bf16_maximum: bool = False
+    gemm2_group: int = 128  # columns of GEMM2's input that share a scale under fp8_block
 
     @property
     def tolerance(self) -> float:

@@ -72,7 +72,8 @@ def oracle_partial(
         whole_amax = max((float(h.abs().max()) for h in hidden if h.numel()), default=0.0)
         for index, (slot, _, _) in enumerate(work):
             static = None if shard.a2 is None else shard.a2[slot]
-            hidden[index] = _fake_quantize(hidden[index], spec.quant, static, whole_amax, turned)
+            group = 128 if numerics is None else numerics.gemm2_group
+            hidden[index] = _fake_quantize(hidden[index], spec.quant, static, whole_amax, turned, group)
     for (slot, token, weight), h in zip(work, hidden, strict=True):
         w2 = _weight(shard.w2_eHi[slot], None if shard.s2 is None else shard.s2[slot], spec.quant)
         for_expert = weight[:, None] * (h @ w2.T)
@@ -123,14 +124,20 @@ def _weight(codes: Tensor, scale: Tensor | None, kind: str) -> Tensor:
 
 
 def _fake_quantize(
-    x: Tensor, kind: str, static: Tensor | None, whole_amax: float | None = None, reciprocal: bool = False
+    x: Tensor,
+    kind: str,
+    static: Tensor | None,
+    whole_amax: float | None = None,
+    reciprocal: bool = False,
+    group: int = 128,
 ) -> Tensor:
     """x rounded to what FP8 can hold under `kind`, as float32. `whole_amax`: the largest magnitude of the whole tensor
-    that `x` is a part of, for a dynamic per-tensor scale (default: of x itself)."""
+    that `x` is a part of, for a dynamic per-tensor scale (default: of x itself). `group`: columns that share a scale
+    under fp8_block."""
     if x.numel() == 0:
         return x
     if kind == "fp8_block":
-        columns = [_fake_quantize(part, "fp8_channel", None, None, reciprocal) for part in torch.split(x, 128, dim=1)]
+        columns = [_fake_quantize(part, "fp8_channel", None, None, reciprocal) for part in torch.split(x, group, dim=1)]
         return torch.cat(columns, dim=1)
     most = torch.full(
         (1,), 448.0, dtype=torch.float32, device=x.device

@@ -9,10 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from moe_dist.bench.diff import UNKNOWN
 from moe_dist.bench.row import Row
 from moe_dist.bench.table import number, size, times_floor
 from moe_dist.report.findings import Setup
-from moe_dist.report.recorded import UNKNOWN, Recorded, known
+from moe_dist.report.recorded import Recorded, known
 from moe_dist.report.tables import NOTHING, Table, text_of
 from moe_dist.report.words import checked, standing
 

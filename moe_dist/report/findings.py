@@ -84,8 +84,9 @@ def is_step(row: Row) -> bool:
 
 
 def valid(rows: Iterable[Row]) -> list[Row]:
-    """Those with times whose errors are all within tolerance."""
-    return [row for row in rows if row.ok is True and row.p50_us is not None]
+    """Those with times whose errors are all within tolerance, and which are moe_dist's own: another package's stand
+    among all rows and win nothing."""
+    return [row for row in rows if row.ok is True and row.p50_us is not None and row.peer is None]
 
 
 def setups(file: Recorded) -> list[Setup]:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from typing import Any
 
+from moe_dist.bench.diff import UNKNOWN
 from moe_dist.bench.row import Row
 from moe_dist.report import tables
 from moe_dist.report.all_rows import all_rows, as_table
 from moe_dist.report.findings import setups, told
 from moe_dist.report.page import GENERATOR
-from moe_dist.report.recorded import UNKNOWN, Recorded, known
+from moe_dist.report.recorded import Recorded, known
 from moe_dist.report.words import phase, standing, summary, title_of, tokens_of, verdict
 
 MARKDOWN_FIRST = "<!-- moe-dist report -->\n"

@@ -4,7 +4,7 @@ that a page or a terminal might obey is escaped on the way in."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +12,11 @@ from typing import Any, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from moe_dist.bench.diff import read_results
+from moe_dist.bench.diff import UNKNOWN, read_results
 from moe_dist.bench.row import Hardware, Notice, Refused, Row
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.messages.printable import one_line
+from moe_dist.model.refused import as_config_error
 
 RESULTS = "what --out or --json of moe-dist gave"
 # Without these a row can't be named or compared.
@@ -24,7 +25,6 @@ NEEDED = (
     "global_tokens", "skew", "seed", "p50_us",
 )  # fmt: skip
 LARGEST, LEAST_US = 1e15, 1e-3  # no count, time or rate is larger; no time is shorter than a nanosecond
-UNKNOWN = "not recorded"
 
 
 class AnyVersion(Row):
@@ -77,16 +77,31 @@ def known(row: Row, key: str) -> bool:
     return key in row.model_fields_set
 
 
-def read_files(paths: Sequence[str]) -> list[Recorded]:
-    """The latest first. Raises ConfigError for a file that holds no rows of results or a value that no row may have,
-    and for one that is named twice."""
+def read_files(paths: Sequence[str], note: Callable[[str], None] | None = None) -> list[Recorded]:
+    """The latest first. A file without rows is left out where another one has some, and `note` is told which; without
+    `note` it is refused. Raises NoRowsError where none has any, and ConfigError for a file that is none of results, for
+    a value that no row may have, and for a file that is named twice."""
     places = [Path(path).resolve() for path in paths]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ConfigError("file", paths[number], "is named twice", "each file once")
     names = [Path(path).name for path in paths]
     shown = [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
-    found = [read_file(path, one_line(name)) for path, name in zip(paths, shown, strict=True)]
+    found: list[Recorded] = []
+    without: list[NoRowsError] = []
+    for path, name in zip(paths, shown, strict=True):
+        try:
+            found.append(read_file(path, one_line(name)))
+        except NoRowsError as error:
+            if note is None:
+                raise
+            without.append(error)
+    if without and not found:
+        several = "file", [str(each.value) for each in without], "hold no rows of results", RESULTS
+        raise without[0] if len(without) == 1 else NoRowsError(*several)
+    if note is not None:
+        for each in without:
+            note(f"{one_line(str(each.value))} is left out: it {each.rule}")
     return sorted(found, key=lambda file: file.date, reverse=True)
 
 
@@ -97,7 +112,7 @@ def read_file(path: str, name: str) -> Recorded:
         raise ConfigError("file", path, "is no JSON of results: it is nested too deeply", RESULTS) from None
     given: list[dict[str, Any]] = document["rows"]
     if not given:
-        raise ConfigError("file", path, "has no row: nothing was measured", "a file with one row at least")
+        raise NoRowsError("file", path, "has no row: nothing was measured", "a file with one row at least")
     keys = {key for row in given for key in row}
     machine = document.get("machine")
     return Recorded(
@@ -134,10 +149,11 @@ def _machine(given: dict[str, Any]) -> dict[str, str]:
 
 
 def _list_of(kind: Any, path: str, document: dict[str, Any], key: str, otherwise: Any) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(document.get(key, otherwise))
+        return adapter.validate_python(document.get(key, otherwise))
     except ValidationError as error:
-        raise _refusal(path, key, error, "as docs/results.md describes it") from None
+        raise as_config_error(error, adapter, f"{path}: {key}") from None
 
 
 def _row(path: str, number: int, given: dict[str, Any]) -> Row:
@@ -150,17 +166,9 @@ def _row(path: str, number: int, given: dict[str, Any]) -> Row:
     try:
         row = RecordedRow(**values)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        field = Row.model_fields.get(key)
-        raise _refusal(path, where, error, field.description if field else RESULTS) from None
+        raise as_config_error(error, RecordedRow, f"{path}: {where}") from None
     _check_sizes(path, where, row)
     return row
-
-
-def _refusal(path: str, where: str, error: ValidationError, legal: str | None) -> ConfigError:
-    first = error.errors()[0]
-    place = ".".join([where, *map(str, first["loc"])])
-    return ConfigError(f"{path}: {place}", first["input"], first["msg"], legal)
 
 
 def _check_sizes(path: str, where: str, row: Row) -> None:

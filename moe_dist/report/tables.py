@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from moe_dist.bench.diff import UNKNOWN
 from moe_dist.bench.row import Hardware, Row
 from moe_dist.bench.table import number, speed, times_floor
 from moe_dist.report.findings import Setup, backends_beside_each_other, skews_beside_each_other
-from moe_dist.report.recorded import UNKNOWN, Recorded, known
+from moe_dist.report.recorded import Recorded, known
 from moe_dist.report.words import beside, checked
 
 NOTHING = "-"  # a null

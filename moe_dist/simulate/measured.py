@@ -12,6 +12,7 @@ from moe_dist.bench.diff import LEAST_US, MOST_US, read_results
 from moe_dist.bench.peaks import PEAKS
 from moe_dist.errors import ConfigError
 from moe_dist.model.placement import Placement
+from moe_dist.model.refused import as_config_error
 from moe_dist.model.spec import MOST_TOKENS, Experts, MoESpec, ParallelSpec, Ranks, Size, Tokens
 from moe_dist.simulate.work import Work, even_bytes, row_bytes, work_of
 
@@ -82,7 +83,7 @@ def _fits(row: Mapping[str, Any]) -> bool:
     alike = all(row.get(key, value) == value for key, value in ALIKE.items()) and row.get("exchange") != "local"
     timed = row.get("p50_us") is not None and row.get("ok") is not False and not row.get("routing_p50_us")
     plain = row.get("placement") in _labels(row.get("tp"), row.get("ep"))  # where experts lie is not in a row
-    return alike and timed and plain and row.get("world") != 1
+    return alike and timed and plain and row.get("world") != 1 and row.get("peer") is None
 
 
 def _labels(tp: Any, ep: Any) -> tuple[str, ...]:
@@ -98,10 +99,7 @@ def _measured(path: str, gpu: str, number: int, row: Mapping[str, Any]) -> Measu
         spec = spec_of(keys)
         placement = Placement.build(spec, ParallelSpec(tp=keys.tp, ep=keys.ep))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        given = None if first["type"] == "missing" else first["input"]
-        raise ConfigError(f"{path}: rows.{number}.{key}", given, first["msg"], "see docs/results.md") from None
+        raise as_config_error(error, Keys, f"{path}: rows.{number}") from None
     except ConfigError as error:
         raise error.of(f"{path}: rows.{number}.{error.field}") from None
     if len(keys.rows_per_rank) != placement.world or not 0 < sum(keys.rows_per_rank) <= MOST_TOKENS * placement.world:

@@ -94,7 +94,7 @@ def _loaded(content: bytes, skew: str) -> dict[str, Tensor]:
         if not isinstance(error, UnpicklingError):  # whose text advises to load whatever is in the file
             said += ": " + " ".join(str(error).split("\n")[0].split())[:200]
         rule = f"is no torch file of tensors ids and weights ({said})"
-        raise ConfigError("workload.skew", skew, rule) from error
+        raise ConfigError("workload.skew", skew, rule, "what --record-routing or torch.save wrote") from error
     keys = list(recorded) if isinstance(recorded, dict) else type(recorded).__name__
     named = isinstance(recorded, dict) and recorded.keys() - {"steps"} == {"ids", "weights"}
     if not named or not all(map(_plain, recorded.values())):

@@ -47,7 +47,7 @@ def measured(comm: Comm, chosen: Case, turns: int = 1, wrong: Any = None) -> Any
     context = RankContext(comm, "torchrun")
     undo = wrong() if wrong else None
     try:
-        for number in range(turns):
+        for number in range(turns + 1):
             result = measure(context, chosen, chosen.plan(MACHINE), Turn(number, turns, 0))
     finally:
         if undo:

@@ -58,11 +58,13 @@ def test_one_case_fails_the_sweep_is_interrupted_and_resumed(monkeypatch, tmp_pa
 
     with monkeypatch.context() as first:
         first.setattr(sweep, "measure", ill)
-        watched = Watched(first, ends_with=(8, 2))
+        watched = Watched(first, ends_with=(8, 3))
         assert main([*command, "iters=3"]) == 130
-    assert watched.turns == [(4, 0), (5, 0), (8, 0), (4, 1), (5, 1), (4, 0), (8, 0), (4, 1), (8, 1), (4, 2), (8, 2)]
+    others = [(tokens, turn) for turn in range(4) for tokens in (4, 8)]
+    assert watched.turns == [(4, 0), (5, 0), (8, 0), (4, 1), (5, 1), *others]
     before, said = json.loads(out.read_text()), capsys.readouterr().err
-    assert {row["global_tokens"]: (row["iters"], row["start"]) for row in before["rows"]} == {4: (3, 1), 8: (2, 1)}
+    assert {row["global_tokens"]: (row["iters"], row["start"]) for row in before["rows"]} == {4: (3, 1), 8: (3, 1)}
+    assert [row["chained_us"] is None for row in before["rows"]] == [False, True]
     (failed,) = before["failed"]
     assert (failed["rank"], failed["op"], failed["exit_code"]) == (1, "being ill", 4)
     assert failed["reason"] == "MemoryError: out of memory, on purpose"
@@ -86,7 +88,7 @@ def test_one_case_fails_the_sweep_is_interrupted_and_resumed(monkeypatch, tmp_pa
         watched = Watched(second)
         assert main([*command, "iters=3"]) == 0
     assert "1 of 3 cases are finished" in capsys.readouterr().err
-    assert sorted(watched.turns) == [(tokens, turn) for tokens in (5, 8) for turn in range(3)]
+    assert sorted(watched.turns) == [(tokens, turn) for tokens in (5, 8) for turn in range(4)]
     after = json.loads(out.read_text())
     assert {row["global_tokens"]: (row["iters"], row["run"]) for row in after["rows"]} == {
         4: (3, 0), 5: (3, 1), 8: (3, 1),

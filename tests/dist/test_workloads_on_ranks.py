@@ -94,7 +94,7 @@ def measured(comm: Comm, chosen: Case, turns: int = 1, in_graph: bool = False) -
 
     MoELayer.forward, moe_dist.bench.measure.time_steps = watched, timed  # type: ignore[method-assign]
     try:
-        for number in range(turns):
+        for number in range(turns + 1):
             result = measure(context, chosen, replace(plan, graph=in_graph), Turn(number, turns, 0))
     finally:
         MoELayer.forward, moe_dist.bench.measure.time_steps = forward, clock  # type: ignore[method-assign]
@@ -274,6 +274,14 @@ def test_what_was_recorded_is_what_is_measured_again(pool: Pool, tmp_path: Path,
     assert second.skew.startswith("file:")
     assert (first.rows_per_rank, first.imbalance) == (second.rows_per_rank, second.imbalance)
     assert len(first.routing_p50_us) == len(second.routing_p50_us) == (ROUTINGS if "rotating" in skew else 0)
+    assert first.trace_short is second.trace_short is None
+
+
+def test_a_row_says_that_its_trace_was_too_short(pool: Pool, tmp_path: Path) -> None:
+    ids = torch.arange(8).view(4, 2)
+    torch.save({"ids": ids, "weights": torch.ones(4, 2)}, tmp_path / "short.pt")
+    row = row_of(pool, case(f"file:{tmp_path / 'short.pt'}", iters=0, check=False))
+    assert row.trace_short == "4 recorded rows for the 24 of a step: from the first one again"
 
 
 def test_a_checkpoint_s_router_is_recorded(pool: Pool, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_stack_waits_for_nothing_that_its_layers_do_not_wait_for(world, exchan
 
 def rows_of(context: Any, cases: list[Case]) -> list[Any]:
     found = {}
-    for number in range(2):
+    for number in range(3):
         for index, case in enumerate(cases):
             found[index] = measure(context, case, case.plan(Machine.detect("cuda")), Turn(number, 2, 0))
     return [found[index] for index in range(len(cases))]

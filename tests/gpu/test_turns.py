@@ -20,7 +20,7 @@ ROUNDS = 3
 def in_turns(context, cases: list[Case]):
     """What is known of each case after its last turn."""
     found = {}
-    for number in range(ROUNDS):
+    for number in range(ROUNDS + 1):
         for index, case in enumerate(cases):
             found[index] = measure(context, case, case.plan(Machine.detect("cuda")), Turn(number, ROUNDS, 0))
     return [found[index] for index in range(len(cases))]

@@ -25,7 +25,7 @@ def in_rounds(context, cases: list[Case]):
     """What is known of each case after its last round."""
     found = []
     for case in cases:
-        for number in range(ROUNDS):
+        for number in range(ROUNDS + 1):
             result = measure(context, case, case.plan(Machine.detect("cuda")), Turn(number, ROUNDS, 0))
         found.append(result)
     return found

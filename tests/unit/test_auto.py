@@ -157,12 +157,12 @@ def test_the_rule(given: dict[str, Any], expected: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "holds no results"),
-        ("[]", "holds no results"),
-        ('{"rows": []}', "holds no results"),
+        ("{", "is no JSON"),
+        ("[]", "holds no date, machine and rows"),
+        ('{"rows": []}', "holds no date, machine and rows"),
         (
             '{"rows": [{"hidden": "x"}], "machine": {"gpu": "NVIDIA H200"}, "date": "d"}',
-            r"broken.json: rows\.0\.hidden",
+            r"broken.json: rows\.0\.hidden = 'x': is no whole number",
         ),
     ],
 )

@@ -166,8 +166,9 @@ GOOD = {"tp": 1, "ep": 2, "expert_map": [0, 1], "replicas": []}
         ("[]", "does not hold the keys tp, ep, expert_map, replicas"),
         (json.dumps(GOOD | {"more": 1}), "does not hold the keys"),
         ('{"tp": 1, "tp": 2}', "stands there twice"),
-        (json.dumps(GOOD | {"ep": 0}), "parallel.ep = 0"),
-        (json.dumps(GOOD | {"expert_map": [0, "x"]}), "parallel.expert_map.1 = 'x'"),
+        (json.dumps(GOOD | {"ep": 0}), "m.json: ep = 0: is too small (legal: 1 to 4,096)"),
+        (json.dumps(GOOD | {"expert_map": [0, "x"]}), "m.json: expert_map.1 = 'x': is no whole number (legal: "),
+        (json.dumps(GOOD | {"expert_map": [0, 2]}), "m.json: expert_map.1 = 2: is no group of experts (legal: 0 to 1)"),
         (None, "can't be read: No such file or directory"),
     ],
 )
@@ -177,8 +178,9 @@ def test_a_file_of_something_else_is_refused(tmp_path, text, rule):
         path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         Experiment(models=[SPEC], worlds=(2,), placements=(f"map:{path}",))
-    assert caught.value.field == "experiment.placements"
-    assert rule in caught.value.rule
+    assert rule in str(caught.value)
+    assert str(caught.value).count("(legal: ") == 1
+    assert "m.json" in str(caught.value)
 
 
 def test_loads_of_nothing():

@@ -96,7 +96,7 @@ def row(tp: int = 1, ep: int = 1, p50: float | None = 100.0, **changes) -> Row:
         "active_experts": 4, "rows_per_rank": (64, 64), "pairs": 128, "bytes_sent": 2048, "max_memory": None,
         "err_oracle": 1e-3, "err_exact": 2e-2, "err_whole": 1e-6, "err_token": 0.1, "err_repeat": 0.0, "err_again": 0.0,
         "not_finite": (), "tflops": None, "hbm_gbps": None, "link_gbps": None, "chosen_by": "name",
-        "why": None, "ok": True,
+        "why": None, "trace_short": None, "peer": None, "ok": True,
     }  # fmt: skip
     return Row(**(defaults | changes))
 
@@ -549,6 +549,15 @@ class TestVerdict:
         assert lines[0].strip() == "m fp8_block · 2 ranks · backend torch · eager"
         assert lines[-2].split() == ["64", "uniform", "EP2", "ag_rs", "100", "fastest"]
         assert lines[-1].split() == ["TP2", "all_reduce", "200", "2.00x"]
+
+    @pytest.mark.parametrize(("us", "times"), [(80.0, "0.80x"), (100.5, "1.00x,")])
+    def test_a_peer_stands_beside_the_answer_and_wins_nothing(self, us, times):
+        peer = row(ep=2, p50=us, exchange="peer", backend="mega", peer="package 1.0")
+        (answer,) = answers([row(tp=2, p50=200.0), row(ep=2, p50=100.0), peer, peer.model_copy(update={"p50_us": 500})])
+        assert (answer.family, answer.peers) == ("EP", (peer,))
+        assert last_line([answer]) == "Verdict: 1 comparisons: EP fastest in 1."
+        line = printed(answer_table([answer])).splitlines()[-1]
+        assert line.split()[:5] == ["EP2", "peer", "mega", f"{us:.0f}", times]
 
     def test_a_split_that_all_steps_have_is_in_the_title(self):
         rows = [row(tp=2, token_split="ragged"), row(ep=2, token_split="ragged")]

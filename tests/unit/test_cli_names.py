@@ -32,6 +32,7 @@ WRONG = {
     "--batch-size": "0", "--input-len": "0", "--output-len": "0", "--chunked-prefill-size": "0",
     "--measured-layers": "2", "--run-name": "", "--result-filename": "/", "--profile-steps": "0",
     "--profile-output-dir": "nosuch/traces", "--lines": "/",
+    "--peers": "nosuch", "--placement": "tp",
     "--calibrate": "nosuch.json", "--network-gbps": "0", "--network-us": "-1", "--redundant": "-1", "--move-gbps": "0",
     "--placements": "pp", "--exchanges": "nosuch", "--backends": "nosuch", "--tokens-per-rank": "0",
 }  # fmt: skip

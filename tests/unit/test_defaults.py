@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_dist.backends.cutlass_fused import CutlassFused
 from moe_dist.backends.triton_fused import TritonFused
 from moe_dist.bench.case import Experiment
-from moe_dist.bench.defaults import build_quickly, default_backend, default_experiment, default_modes
+from moe_dist.bench.defaults import build_quickly, default_backend, default_experiment, default_model, default_modes
 from moe_dist.bench.runner import plan_cases
 from moe_dist.commands import cli
 from moe_dist.commands.asked import Asked, single
 from moe_dist.commands.config import find_model
+from moe_dist.engine.loading import plan_for
 from moe_dist.errors import ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.notices import collecting
+from moe_dist.model.spec import ParallelSpec
 from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "CPU")
@@ -68,6 +73,30 @@ def test_a_case_that_can_not_run_anywhere_decides_nothing(on):
     assert default_backend(experiment(exchanges=("ag_rs", "local")), HOPPER)[0] == "triton"
 
 
+class TestOneRule:
+    """A checkpoint's layer gets what `run` of it gets."""
+
+    def planned(self, **changes):
+        spec = find_model("tiny").with_changes(**changes)
+        return plan_for(spec, ParallelSpec(ep=2), "ag_rs", None, "sharded", HOPPER)
+
+    @pytest.mark.parametrize("changes", [{}, {"quant": "none", "dtype": "fp32"}])
+    def test_load_layer_and_run(self, on, changes):
+        on(HOPPER)
+        with collecting() as said:
+            found = self.planned(**changes).backend
+        model = find_model("tiny").with_changes(**changes)
+        assert found == default_backend(experiment(models=(model,)), HOPPER)[0]
+        assert len(said) == (found == "torch")
+
+    def test_a_refusal_of_any_kind_leaves_torch(self, on, monkeypatch):
+        on(HOPPER)
+        monkeypatch.setattr(TritonFused, "payloads", classmethod(lambda cls, spec: {"bf16"}))
+        with collecting() as said:
+            assert self.planned(quant="fp8_tensor_dynamic").backend == "torch"
+        assert "belongs to the source rank" in str(said)
+
+
 def test_modes(on):
     on(HOPPER)
     assert default_modes(experiment(backends=("triton",)), HOPPER) == (("eager", "graph"), "")
@@ -119,14 +148,40 @@ def test_plan_says_who_chose(capsys):
     assert "backend torch, rows" in capsys.readouterr().out
 
 
+class TestModel:
+    """One rule for all commands that measure, plan or tune."""
+
+    @pytest.mark.parametrize(("ranks", "memory", "layers", "model"), [
+        (1, 80, 1, "DeepSeek-V3"), (1, 24, 1, "Qwen3-30B-A3B"), (2, 24, 1, "Qwen3-30B-A3B"), (4, 24, 1, "DeepSeek-V3"),
+        (4, 24, 8, "Qwen3-30B-A3B"), (1, 2, 1, "Qwen3-30B-A3B"),
+    ])  # fmt: skip
+    def test_the_largest_of_two_that_fits(self, ranks, memory, layers, model):
+        machine = Machine("cuda", 4, "NVIDIA H200", (9, 0), memory << 30)
+        assert default_model(machine, find_model, ranks, layers) == model
+
+    def test_what_run_takes(self, on):
+        for machine, arguments, model in (
+            (CPU, [], "tiny"),
+            (HOPPER, ["--ep", "2"], "DeepSeek-V3"),
+            (replace(HOPPER, memory=24 << 30), ["--ep", "2"], "Qwen3-30B-A3B"),
+            (HOPPER, ["layers=40"], "Qwen3-30B-A3B"),
+        ):
+            on(machine)
+            found = asked(*arguments)
+            assert [spec.name for spec in found.experiment.models] == [model]
+            assert found.model_why == "default on this machine"
+        assert asked("--model", "tiny").model_why == asked("models=[tiny]").model_why == ""
+
+    def test_plan_goes_by_the_machine_that_it_is_for(self, capsys):
+        assert cli.main(["plan", "--machine", "h200x4", "--ep", "4"]) == OK
+        assert capsys.readouterr().out.startswith("model DeepSeek-V3 (default on such a machine)\nDeepSeek-V3")
+
+
 class TestCompareWithoutAFile:
     def test_a_real_models_shape_decode_and_prefill_by_our_kernels(self, on, monkeypatch):
         on(HOPPER)
         monkeypatch.setattr(CutlassFused, "available", classmethod(lambda cls, device: Support(True)))
-        config = default_experiment(HOPPER, find_model, router=False)
-        models = tuple(find_model(name) for name in config.pop("models"))
-        made = Experiment(models=models, **config)
-        assert models[0].name == "DeepSeek-V3"
+        made = Experiment(models=(find_model("DeepSeek-V3"),), **default_experiment(HOPPER, router=False))
         assert made.tokens == (64, 8192)
         assert made.worlds == (4,)
         planned, refused = plan_cases(made.cases("cuda"), HOPPER)
@@ -135,16 +190,9 @@ class TestCompareWithoutAFile:
         assert {case.backend for case, _ in planned} == {"triton", "cutlass"}
         assert all(case.graph for case, _ in planned)
 
-    @pytest.mark.parametrize(("devices", "memory", "model"), [(1, 80, "DeepSeek-V3"), (1, 24, "Qwen3-30B-A3B"),
-                                                              (2, 24, "Qwen3-30B-A3B"), (4, 24, "DeepSeek-V3"),
-                                                              (1, 2, "Qwen3-30B-A3B")])  # fmt: skip
-    def test_the_largest_of_two_models_that_fits(self, devices, memory, model):
-        machine = Machine("cuda", devices, "NVIDIA H200", (9, 0), memory << 30)
-        assert default_experiment(machine, find_model, router=True)["models"] == [model]
-
     def test_other_gpus_and_cpus_take_the_reference(self):
-        assert default_experiment(AMPERE, find_model, router=False)["backends"] == ["torch"]
-        assert default_experiment(CPU, find_model, router=True)["skews"] == ["router", "uniform", "zipf:1.2"]
+        assert default_experiment(AMPERE, router=False)["backends"] == ["torch"]
+        assert default_experiment(CPU, router=True)["skews"] == ["router", "uniform", "zipf:1.2"]
 
     def test_what_is_built_within_a_minute_is_built(self, monkeypatch):
         built, said, there = [], [], Support(False, "not built yet")

@@ -131,16 +131,26 @@ def test_files_that_somebody_has_edited(tmp_path, capsys, text, code):
     assert ("file.json" in capsys.readouterr().err) == (code == 2)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # paths of tests are long
     for name, change in (("old", {}), ("new", {"p50_us": 120.0})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(document(change)))
+        about = {"date": "2026-11-27T21:13:12Z", "commit": "1a2b3c4"} if name == "old" else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document(change) | about))
     old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
     assert main(["diff", old, new]) == 7
-    assert "1 rows: 1 slower, 0 faster, 0 same." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.splitlines()[:2] == [
+        f"old: {old}, 2026-11-27T21:13:12Z, commit 1a2b3c4, 2 x NVIDIA H200",
+        f"new: {new}, not recorded, commit not recorded, 2 x NVIDIA H200",
+    ]
+    assert "1 rows: 1 slower, 0 faster, 0 same." in said
     assert main(["diff", new, old]) == 0
     assert main(["diff", old, old, "--json"]) == 0
-    captured = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(captured)["changes"][0]["verdict"] == "same"
+    printed_json = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed_json["changes"][0]["verdict"] == "same"
+    assert printed_json["old"] == printed_json["new"] == {
+        "file": old, "date": "2026-11-27T21:13:12Z", "commit": "1a2b3c4", "machine": "2 x NVIDIA H200",
+    }  # fmt: skip
     assert main(["diff", old, str(tmp_path)]) == 2
 
 

@@ -116,7 +116,7 @@ class TestBalance:
         assert document["predicted"] is None
         assert "fp8_tensor_static" in document["not_predicted"]
 
-    @pytest.mark.parametrize(("rows", "apart"), [(64, True), (20, False)])
+    @pytest.mark.parametrize(("rows", "apart"), [(64, True), (20, False), (10, False)])
     def test_a_trace_is_judged_on_its_second_half(self, said, tmp_path, rows, apart):
         """Where the first half is busy on other experts than the second, balancing for it does not help."""
         spec = find_model("tiny")
@@ -127,6 +127,9 @@ class TestBalance:
         words = ["balance", "--model", "tiny", "--ep", "2", "--tokens", "16", "--skew", f"file:{trace}", "--json"]
         found = json.loads(said(*words))
         assert found["judged_on_other_rows"] is apart
+        short = "10 recorded rows for the 16 of a step: from the first one again" if rows == 10 else None
+        assert found["trace_short"] == short
+        assert ("The trace is short: 10" in said(*words[:-1])) == (rows == 10)
         pairs = found["before"]["pairs"]
         assert pairs[0] == 0 if apart else pairs[0] > 0
         assert sum(found["after"]["pairs"]) == 16 * spec.top_k
@@ -177,6 +180,13 @@ class TestSimulate:
         assert sum("ep64" in line.lower() and "~" in line for line in text.splitlines()) == 1
         every = said("simulate", "--machine", "8xh200x8", *words, "--wide")
         assert sum(line.startswith("EP64") for line in every.splitlines()) == 4
+
+    def test_a_short_trace_is_told(self, said, tmp_path):
+        ids = torch.stack([torch.randperm(256)[:8] for _ in range(10)])
+        torch.save({"ids": ids, "weights": torch.ones(ids.shape)}, tmp_path / "t.pt")
+        words = ["simulate", "--tokens-per-rank", "8", "--skew", f"file:{tmp_path / 't.pt'}"]
+        assert "The trace is short: 10 recorded rows for the 64 of a step" in " ".join(said(*words).split())
+        assert json.loads(said(*words, "--json"))["trace_short"].startswith("10 recorded rows")
 
     def test_json(self, said):
         found: dict[str, Any] = json.loads(said("simulate", "--tokens-per-rank", "8,128", "--json"))

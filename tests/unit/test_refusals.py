@@ -17,15 +17,25 @@ from moe_dist.exits.exit_codes import BAD_INPUT, TOO_SMALL
         (["check", "check=false"], "check = False: contradicts the command"),
         (["compare", "backends=[torch,nope]"], "no backend has this name"),
         (["compare", "exchanges=[nope]"], "no exchange has this name"),
+        (["compare", "--peers", "nope"], "no peer has this name (legal: deep_gemm_mega)"),
+        (["run", "peers=[deep_gemm_mega]"], "is about one configuration (legal: moe-dist compare)"),
         (["run", "--skew", "hot:99"], "legal: hot:1 to hot:10"),
         (["run", "--skew", "limited:9x9"], "limited:2x1, limited:5x2, limited:10x4"),
+        (["compare", "worlds=[7]", "placements=[tp]"], "placements = 7: 640 has only 5 slices"),
+        (["plan", "--tp", "9", "--exchange", "auto"], "--tp = 9: 640 has only 5 slices"),
+        (
+            ["run", "--ep", "2", "--exchange", "auto", "--backend", "cutlass", "--device", "cpu"],
+            "is not supported: exchange local: one rank only, not 2; backend cutlass: needs",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_refused_before_anything_starts(arguments, said, capsys, monkeypatch):
     monkeypatch.setattr(measuring, "group_starter", lambda *_: pytest.fail("started"))
     assert cli.main(arguments) == BAD_INPUT
-    assert said in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("is not supported") + line.count("(legal: ") == 1  # no error within an error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from reports import RECORDED, ROOT, document, evil, many, rows_of, written
 from moe_dist.bench.answer import answers
 from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError
+from moe_dist.exits.exit_codes import BAD_INPUT, OK
 from moe_dist.report.findings import Setup, backends_beside_each_other, setups, skews_beside_each_other, told
 from moe_dist.report.formats import csv_text, is_report, markdown
 from moe_dist.report.page import page
@@ -160,7 +161,7 @@ class TestFiles:
         [
             ("", "is no JSON"),
             ("[1]", "holds no rows"),
-            ('{"rows": 3}', "holds no rows"),
+            ('{"rows": 3}', "rows = 3: is no list of rows"),
             ('{"what": "tests/gpu"}', "holds no rows"),
             ("[" * 100_000, "nested too deeply|is no JSON"),
             (document([]), "has no row"),
@@ -182,8 +183,9 @@ class TestFiles:
     def test_values_that_no_row_has_are_refused_by_key(self, tmp_path, key, value):
         tp, ep = rows_of([100.0], [120.0])
         path = written(tmp_path, "bad.json", document([tp, ep | {key: value}]))
-        with pytest.raises(ConfigError, match=rf"bad\.json.*rows\.1\.{key}"):
+        with pytest.raises(ConfigError, match=rf"bad\.json.*rows\.1\.{key}.*\(legal: ") as caught:
             read_files([path])
+        assert "Input should" not in str(caught.value)  # pydantic's words say neither a rule nor what is legal
 
     @pytest.mark.parametrize("key", NEEDED)
     def test_a_key_without_which_nothing_is_compared(self, tmp_path, key):
@@ -209,11 +211,21 @@ class TestFiles:
                          "rank 0, 1: tuned elsewhere", "2 cases refused"):  # fmt: skip
                 assert said in text, said
 
-    def test_make_report_takes_every_file_with_rows(self):
-        left_out = [path.name for path in (ROOT / "benchmarks").glob("*.json") if path.name.endswith("-gpu-tests.json")]
-        assert sorted([*left_out, *(path.name for path in RECORDED)]) == sorted(
-            path.name for path in (ROOT / "benchmarks").glob("*.json")
-        )
+    def test_all_recorded_files_make_a_report_and_one_without_rows_is_named(self, tmp_path, capsys):
+        paths = sorted(map(str, (ROOT / "benchmarks").glob("*.json")))
+        assert main(["report", *paths, "--out", str(tmp_path / "all.html")]) == OK
+        out, err = capsys.readouterr()
+        assert f"rows of {len(RECORDED)} files" in out
+        (left_out,) = err.splitlines()
+        assert "2026-11-27-gpu-tests.json is left out: it holds no rows of results" in left_out
+        assert len(paths) == len(RECORDED) + 1
+
+    def test_files_without_rows_alone_are_an_error(self, tmp_path, capsys):
+        paths = [written(tmp_path, f"{name}.json", content) for name, content in (("a", document([])), ("b", "{}"))]
+        assert main(["report", *paths, "--out", str(tmp_path / "none.html")]) == BAD_INPUT
+        assert re.search(r"file = \['.*a\.json', '.*b\.json'\]: hold no rows of results \(legal: ",
+                         capsys.readouterr().err)  # fmt: skip
+        assert not (tmp_path / "none.html").exists()
 
 
 class Elements(HTMLParser):

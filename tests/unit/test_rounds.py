@@ -40,11 +40,13 @@ class TestSchedule:
     def test_every_round_is_over_before_the_next(self):
         found = list(schedule(planned(*self.FOUR), PLENTY))
         rounds = [found[start : start + 4] for start in range(0, len(found), 4)]
-        assert len(rounds) == ROUNDS
-        for number, one in enumerate(rounds):
+        assert len(rounds) == ROUNDS + 1
+        for number, one in enumerate(rounds):  # queues come last, since they leave a GPU hot
             assert sorted(index for index, _ in one) == [0, 1, 2, 3]
             assert {(turn.number, turn.of, turn.batch) for _, turn in one} == {(number, ROUNDS, 0)}
         assert [index for index, _ in rounds[0]] == [0, 1, 2, 3]
+        for number, one in enumerate(rounds):
+            assert {(turn.iters(7) > 0, turn.queues) for _, turn in one} == {(number < 5, 0 if number < 5 else 5)}
         assert len({one[0][0] for one in rounds}) == 4  # not always the same one is first
 
     @pytest.mark.parametrize("iters", [0, 1, 2, 4, 5, 7, 100, 103])
@@ -52,8 +54,9 @@ class TestSchedule:
         mine = [turn for _, turn in schedule(planned(case(iters=iters)), PLENTY)]
         shares = [turn.iters(iters) for turn in mine]
         assert sum(shares) == iters
-        assert len(mine) == turns(case(iters=iters)) == min(max(iters, 1), ROUNDS)
-        assert max(shares) - min(shares) <= 1
+        assert len(mine) == turns(case(iters=iters)) == min(iters, ROUNDS) + 1
+        assert shares[-1] == 0
+        assert max(shares[:-1], default=0) - min(shares[:-1], default=0) <= 1
         assert [turn.last for turn in mine] == [False] * (len(mine) - 1) + [True]
 
     @pytest.mark.parametrize("machine", [CPU, H200])
@@ -130,9 +133,9 @@ def measured(context, one, *turn):
 
 
 def all_turns(context, *cases, batch=0):
-    """Results after each round, by case."""
+    """Results after each round and the queues, by case."""
     found = {}
-    for turn in range(ROUNDS):
+    for turn in range(ROUNDS + 1):
         for number, one in enumerate(cases):
             found.setdefault(number, []).append(measured(context, one, Turn(turn, ROUNDS, batch)))
     return found
@@ -147,7 +150,7 @@ class TestOnARank:
         found = all_turns(context, alone(), alone(workload={"tokens": 9}))
         assert len(made) == 2
         for results in found.values():
-            assert [len(result.rounds_us) for result in results] == [1, 2, 3, 4, 5]
+            assert [len(result.rounds_us) for result in results] == [1, 2, 3, 4, 5, 5]
             assert [len(times) for times in results[-1].rounds_us] == [2, 2, 1, 1, 1]
             assert all(result.rounds_us == results[-1].rounds_us[: len(result.rounds_us)] for result in results)
             assert {result.err_oracle for result in results} == {results[0].err_oracle}
@@ -156,7 +159,7 @@ class TestOnARank:
             assert sum(results[0].stages_us.values()) > 0
         assert context.memo["kept"].steps == {}  # after the last turn nothing is
 
-    def test_steps_in_a_queue_are_timed_in_every_other_round_on_a_cpu(self, context, monkeypatch):
+    def test_steps_in_queues_are_timed_when_all_rounds_are_over(self, context, monkeypatch):
         """And the clock itself once in all; `merge` takes the slowest rank of each queue."""
         lengths, nothing = [], []
         chain, empty = measuring.time_chain, measuring.time_nothing
@@ -164,8 +167,9 @@ class TestOnARank:
         monkeypatch.setattr(measuring, "time_nothing", lambda *given: nothing.append(1) or empty(*given))
         found = all_turns(context, alone(), alone(workload={"tokens": 9}))
         for results in found.values():
-            assert [len(result.chained_us) for result in results] == [1, 1, 2, 2, 3]
-            assert len({(result.chained_steps, result.clock_us) for result in results}) == 1
+            assert [len(result.chained_us) for result in results] == [0, 0, 0, 0, 0, 3]  # 5 on a GPU
+            assert len({result.clock_us for result in results}) == 1
+            assert {result.chained_steps for result in results[:-1]} == {None}
             assert 4 <= results[-1].chained_steps <= 32
             assert min(results[-1].chained_us) > results[-1].clock_us > 0
         assert sorted(lengths) == sorted([results[-1].chained_steps for results in found.values()] * 3)
@@ -216,7 +220,7 @@ class TestOnARank:
         if why == "large":
             monkeypatch.setattr(steps, "SMALL", 0)
             found = all_turns(context, alone())
-            assert len(made) == ROUNDS
+            assert len(made) == ROUNDS + 1
         else:
             found = {0: [measured(context, alone(), Turn(0, 3, 0))]}
             (weights,) = context.memo["weights"].values()

@@ -12,7 +12,7 @@ from unit.test_bench import CPU, H200, SPEC, case, printed, rank_result, row, ro
 
 from moe_dist.bench.answer import answer_table, answers
 from moe_dist.bench.case import Experiment
-from moe_dist.bench.draws import draws
+from moe_dist.bench.draws import draws, shortage
 from moe_dist.bench.findings import merge
 from moe_dist.bench.loading import weights_of
 from moe_dist.bench.measure import measure
@@ -28,6 +28,7 @@ from moe_dist.model.spec import MoESpec, WorkloadSpec
 from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
+from moe_dist.workloads.traces import trace_of
 
 ALONE: dict[str, Any] = {"parallel": {}, "exchange": "local", "workload": {"tokens": 5}, "iters": 2, "warmup": 0}
 
@@ -80,6 +81,22 @@ class TestDraws:
         assert [routing.ids_TK.tolist() for routing in found] == [
             ids[[0, 1, 2, 3]].tolist(), ids[[4, 5, 0, 1]].tolist(), ids[[2, 3, 4, 5]].tolist(),
         ]  # fmt: skip
+
+    @pytest.mark.parametrize(("content", "tokens", "layers", "said"), [
+        ({}, 6, 1, None),
+        ({}, 7, 1, "6 recorded rows for the 7 of a step: from the first one again"),
+        ({}, 3, 2, "one recorded layer for 2: each takes the rows that come next"),
+        ({}, 4, 2, "6 recorded rows for the 8 of a step: from the first one again; one recorded layer for 2"),
+        ({"steps": torch.tensor([2, 2, 2])}, 2, 1, None),
+        ({"steps": torch.tensor([2, 2, 2])}, 3, 1, "rows for 2 such steps, where 3 were recorded"),
+    ])  # fmt: skip
+    def test_a_trace_that_is_too_short_says_in_what(self, trace, content, tokens, layers, said):
+        path = trace[0].removeprefix("file:")
+        torch.save(torch.load(path) | content, path)
+        work = WorkloadSpec(tokens=tokens, skew=trace[0], trace=trace_of(trace[0]))
+        found = shortage(SPEC, work, layers)
+        assert found is None if said is None else (found or "").startswith(said)
+        assert shortage(SPEC, WorkloadSpec(tokens=tokens), layers) is None
 
     def test_a_trace_that_leaves_a_layer_without_any_is_refused_with_the_experiment(self, trace):
         keys = {"models": [SPEC], "worlds": [1], "exchanges": ["local"], "skews": [trace[0]]}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_dist.bench import clock
 from moe_dist.bench.clock import (
-    CHAIN_CYCLES,
     CHAINED,
     EMPTY_STEPS,
     FEWEST_CHAINED,
@@ -62,6 +62,10 @@ class Device:
     def query(self) -> bool:
         return self.sleeps[-1] < self.launching
 
+    def idle(self) -> bool:
+        """Whether the stream has nothing to do."""
+        return False
+
     def elapsed_time(self, _: Device) -> float:
         return float(self.calls)
 
@@ -107,7 +111,7 @@ def test_a_host_that_is_always_late_is_told_of(monkeypatch):
     device = Device(MOST_CYCLES + 1)
     with collecting() as said:
         assert len(timed(monkeypatch, device)) == 3
-    assert ["too late to time graphs" in text for text in said] == [True]
+    assert ["some times of theirs hold its launches" in text for text in said] == [True]
     assert max(device.sleeps) == MOST_CYCLES
 
 
@@ -125,24 +129,42 @@ def test_a_cpu_has_no_sleep(monkeypatch):
     assert device.calls == 2
 
 
+def played(monkeypatch, launching: int) -> Device:
+    device = Device(launching)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(query=device.idle))
+    return device
+
+
 class TestQueue:
     def test_its_steps_are_launched_one_behind_another(self, monkeypatch):
         """One alignment for all of them, and a time that is divided by their number."""
-        device = Device(0)
-        monkeypatch.setattr(torch.cuda, "Event", device.event)
-        monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+        device = played(monkeypatch, 0)
         assert time_chain(device, device.step, 32, queued=True) == 32 * 1000 / 32
-        assert device.sleeps == [CHAIN_CYCLES]
+        assert device.sleeps == [SLEEP_CYCLES]
         assert device.calls == 32
         assert time_chain(device, device.step, 4, queued=False) == 36 * 1000 / 4
-        assert device.sleeps == [CHAIN_CYCLES, 0]
+        assert device.sleeps == [SLEEP_CYCLES, 0]
 
-    def test_all_of_it_is_launched_before_the_stream_gets_there(self, monkeypatch):
-        device = Device(3 * CHAIN_CYCLES)
-        monkeypatch.setattr(torch.cuda, "Event", device.event)
-        monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+    def test_its_first_step_is_launched_before_the_stream_gets_there(self, monkeypatch):
+        device = played(monkeypatch, 3 * SLEEP_CYCLES)
         time_chain(device, device.step, 32, queued=True)
-        assert device.sleeps == [CHAIN_CYCLES, 2 * CHAIN_CYCLES, 4 * CHAIN_CYCLES]
+        assert device.sleeps == [SLEEP_CYCLES, 2 * SLEEP_CYCLES, 4 * SLEEP_CYCLES]
+
+    def test_a_stream_that_runs_dry_between_two_steps_counts_only_where_that_is_told(self, monkeypatch):
+        """A longer sleep gives the host time to get ahead."""
+        device = played(monkeypatch, 0)
+        device.idle = lambda: device.sleeps[-1] < 3 * SLEEP_CYCLES and device.calls % 32 == 7  # once in a queue
+        time_chain(device, device.step, 32, queued=True)
+        assert device.sleeps == [SLEEP_CYCLES, 2 * SLEEP_CYCLES, 4 * SLEEP_CYCLES]
+        device.idle = lambda: device.calls % 32 == 31
+        with collecting() as said:
+            time_chain(device, device.step, 32, queued=True)
+        assert ["some chained_us hold its launches" in text for text in said] == [True]
+        device.sleeps.clear()
+        time_chain(device, device.step, 32, queued=False)  # launches are part of an eager step
+        assert device.sleeps == [0]
 
     def test_on_a_cpu_it_is_the_mean_of_its_steps(self, monkeypatch):
         now = iter([10.0, 10.5])

@@ -212,7 +212,7 @@ template <int CLUSTER, bool WAVES> struct Tiles {
 
   __device__ int first_tiles(int n) const { return full_tiles(n) > 0 ? columns : 0; } // of an expert in the first wave
 
-  __device__ void find(const int *starts, const int *stops, bool waves) { // by all threads
+  __device__ void find(const int *starts, const int *stops) { // by all threads
     for (int e = threadIdx.x; e < experts; e += THREADS) {
       start[e] = starts[e];
       count[e] = stops[e] - starts[e];
@@ -220,13 +220,13 @@ template <int CLUSTER, bool WAVES> struct Tiles {
     __syncthreads();
     if (threadIdx.x < 32) {
       int total = 0;
-      if (WAVES && waves)
+      if constexpr (WAVES)
         total = add_up(ahead, total, [&](int n) { return first_tiles(n); });
       add_up(before, total,
-             [&](int n) { return full_tiles(n) * columns + split_tiles(n) - (WAVES && waves ? first_tiles(n) : 0); });
+             [&](int n) { return full_tiles(n) * columns + split_tiles(n) - (WAVES ? first_tiles(n) : 0); });
     }
     __syncthreads();
-    early = WAVES && waves ? ahead[experts] : 0;
+    early = WAVES ? ahead[experts] : 0;
   }
 
   // to[e] = total + the tiles of all experts before e; by one warp, which gets to[experts].
@@ -259,7 +259,7 @@ template <int CLUSTER, bool WAVES> struct Tiles {
     if (expert == experts)
       return false;
     const int n = count[expert], all = full_tiles(n), within = number - begins[expert];
-    const int done = WAVES && early > 0 && !first_wave && all > 0; // of the full ones, in the first wave
+    const int done = WAVES && !first_wave && all > 0; // of the full ones, in the first wave
     const int full = first_wave ? 1 : all - done;
     const int rank = int(blockIdx.x) % CLUSTER;
     shared = within < full * columns;
@@ -288,9 +288,12 @@ struct Parities {
   }
 };
 
-template <int GEMM, int KIND, int CLUSTER> struct Kernel {
+// ARRIVING: rows are on their way. A kernel of its own, since what waits and what counts waves took GEMM1 2 % longer
+// where nothing was waited for.
+template <int GEMM, int KIND, int CLUSTER, bool ARRIVING> struct Kernel {
+  static_assert(GEMM != DOWN || !ARRIVING); // GEMM2 has nothing to wait for
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  using Tile = Tiles<CLUSTER, GEMM != DOWN>;                   // GEMM2 has nothing to wait for
+  using Tile = Tiles<CLUSTER, ARRIVING>;
   static constexpr int COLUMNS = GEMM == UP_GATED ? 128 : 256; // of the output in a tile
 
   const Args &args;
@@ -330,8 +333,6 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
     int at = tile.start[tile.expert] + tile.first + token;
     return GEMM == DOWN ? at : int(uint32_t(args.order[at]) / uint32_t(args.top_k));
   }
-
-  __device__ bool waves() const { return GEMM != DOWN && args.flags != nullptr; }
 
   // This cluster's next tile: the first AHEAD by its own number, the others as its first block was told.
   __device__ bool next(Tile &tile, int round) const {
@@ -412,9 +413,8 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
         if (CLUSTER > 1)
           told(round % NUMBERS)->arrive_and_expect_tx(sizeof(int));
       }
-      if constexpr (GEMM != DOWN)
-        if (args.flags != nullptr)
-          await(tile, here);
+      if constexpr (ARRIVING)
+        await(tile, here);
       const uint8_t *rows[PASSES];
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -713,12 +713,12 @@ template <int GEMM, int KIND, int CLUSTER> struct Kernel {
   }
 };
 
-template <int GEMM, int KIND, int CLUSTER>
+template <int GEMM, int KIND, int CLUSTER, bool ARRIVING>
 __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ Args args, const __grid_constant__ CUtensorMap weights) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t shared[];
-  Kernel<GEMM, KIND, CLUSTER> kernel{args, shared};
+  Kernel<GEMM, KIND, CLUSTER, ARRIVING> kernel{args, shared};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       kernel.full(stage)->init(1 + LOAD_THREADS);
@@ -730,9 +730,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  typename Kernel<GEMM, KIND, CLUSTER>::Tile tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
-                                                  (args.end - args.first + kernel.COLUMNS - 1) / kernel.COLUMNS);
-  tile.find(args.starts, args.stops, kernel.waves());
+  typename decltype(kernel)::Tile tile(reinterpret_cast<int *>(shared + AT_TILES), args.experts,
+                                       (args.end - args.first + kernel.COLUMNS - 1) / kernel.COLUMNS);
+  tile.find(args.starts, args.stops);
   if constexpr (CLUSTER > 1) { // barriers that the other block arrives at must be there
     cute::cluster_arrive();
     cute::cluster_wait();
@@ -752,9 +752,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // On `sms` multiprocessors; a CUDA error code.
-template <int GEMM, int KIND, int CLUSTER>
+template <int GEMM, int KIND, int CLUSTER, bool ARRIVING>
 int launch(const Args &args, const CUtensorMap &weights, int sms, bool early, cudaStream_t stream) {
-  auto kernel = grouped_gemm<GEMM, KIND, CLUSTER>;
+  auto kernel = grouped_gemm<GEMM, KIND, CLUSTER, ARRIVING>;
   const int bytes = shared_bytes(args.experts);
   if (bytes > MOST_SHARED)
     return cudaErrorInvalidValue;

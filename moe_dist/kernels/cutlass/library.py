@@ -40,6 +40,14 @@ FLAGS = (
 HEADERS = (("flashinfer", "data/cutlass/include"), ("cutlass_library", "source/include"))  # packages, and where in them
 UP_GATED, UP, DOWN = 0, 1, 2  # grouped_gemm.cuh's Gemm
 GEMMS, KINDS = (UP_GATED, UP, DOWN), (1, 2, 3)
+# (GEMM, kind, whether its rows may be on their way): GEMM2's never are.
+INSTANCES = tuple(
+    (gemm, kind, arriving)
+    for kind in KINDS
+    for gemm in GEMMS
+    for arriving in (False, True)
+    if gemm != DOWN or not arriving
+)
 COMPILE_TIMEOUT_S = 900.0
 
 
@@ -67,7 +75,8 @@ class Library:
         self._loaded.moe_dist_error.restype = ctypes.c_char_p
         self._loaded.moe_dist_weights_map.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._gemms = {
-            (gemm, kind): getattr(self._loaded, f"moe_dist_gemm_{gemm}_{kind}") for gemm in GEMMS for kind in KINDS
+            (gemm, kind, arriving): getattr(self._loaded, f"moe_dist_gemm_{gemm}_{kind}_{int(arriving)}")
+            for gemm, kind, arriving in INSTANCES
         }
         for launch in self._gemms.values():
             launch.argtypes = (
@@ -94,7 +103,7 @@ class Library:
         stream: int,
     ) -> None:
         """Launch on `sms` multiprocessors of `device`. `share`: how many thread blocks share weights."""
-        launch = self._gemms[gemm, kind]
+        launch = self._gemms[gemm, kind, bool(args.flags)]
         self._check(launch(ctypes.addressof(args), weights.address, share, device, sms, int(pdl), stream))
 
     def _check(self, error: int) -> None:
@@ -198,15 +207,16 @@ def compile_object(source: str, target: Path, defines: tuple[str, ...] = (), fla
     return _run([nvcc, *FLAGS, *flags, *includes, *defined, "-c", str(SOURCES / source), "-o", str(target)])
 
 
-def gemm_defines(gemm: int, kind: int) -> tuple[str, ...]:
+def gemm_defines(gemm: int, kind: int, arriving: bool) -> tuple[str, ...]:
     """What grouped_gemm.cu is compiled with."""
-    return f"MOE_DIST_GEMM={gemm}", f"MOE_DIST_KIND={kind}", f"MOE_DIST_ARGS_BYTES={ctypes.sizeof(Args)}"
+    named = {"GEMM": gemm, "KIND": kind, "ARRIVING": int(arriving), "ARGS_BYTES": ctypes.sizeof(Args)}
+    return tuple(f"MOE_DIST_{name}={value}" for name, value in named.items())
 
 
 def _build(path: Path) -> None:
     began, nvcc = time.monotonic(), find_nvcc()
     wanted: list[tuple[str, str, tuple[str, ...]]] = [
-        (f"gemm_{gemm}_{kind}.o", "grouped_gemm.cu", gemm_defines(gemm, kind)) for kind in KINDS for gemm in GEMMS
+        ("gemm_{}_{}_{}.o".format(*instance), "grouped_gemm.cu", gemm_defines(*instance)) for instance in INSTANCES
     ]
     wanted.append(("weights_map.o", "weights_map.cu", ()))
     workers = min(len(wanted), cores())
