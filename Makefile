@@ -8,6 +8,7 @@
 #   make docs                               docs/performance.md from the recorded files
 #   make report                             build/report.html from the recorded files
 #   make test-browser                       the report's page in Chromium, which must be installed
+#   make test-stacks                        models of transformers with our layers in them, which installs it
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
 
@@ -22,7 +23,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test nightly lint docs report test-browser kernels-check gpu-test clean
+.PHONY: compare test nightly lint docs report test-browser test-stacks kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
 ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
@@ -63,6 +64,10 @@ report: $(VENV)/.ready
 test-browser: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -q -m browser tests/browser $(ARGS)
 
+# Models of other libraries with our layers in them; small and random, so that nothing is downloaded.
+test-stacks: $(VENV)/.ready-stacks
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "stacks and not gpu" tests/stacks $(ARGS)
+
 # Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
 # CUTLASS's headers wants others for its Python part, which is not used.
 kernels-check: $(VENV)/.ready-kernels
@@ -81,6 +86,10 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(if $(GPU),gpu$(COMMA))test]"
+	@touch $@
+
+$(VENV)/.ready-stacks: $(VENV)/.ready-test
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(if $(GPU),gpu$(COMMA))test,stacks]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

@@ -59,7 +59,7 @@ def load_layer(
     if exchange is None:
         exchange = "local" if comm.world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
     plan = plan_for(spec, parallel, exchange, backend, token_layout, machine)
-    _check_alike(plan, comm)
+    check_alike(plan, comm)
     shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress, quant)
     shared = None
     if spec.shared_experts != "none":
@@ -110,7 +110,7 @@ def plan_for(
     return made
 
 
-def _check_alike(plan: Plan, comm: Comm) -> None:
+def check_alike(plan: Plan, comm: Comm) -> None:
     """Collective. Raises ConfigError where ranks have chosen differently, as from different records."""
     chosen = repr([(each.exchange, each.backend, each.up_to) for each in plan.choices])
     digest = int.from_bytes(hashlib.sha256(chosen.encode()).digest()[:7])
