@@ -82,8 +82,8 @@ def test_a_gated_shared_expert_is_whole_on_every_rank():
 def test_a_gate_by_itself_is_of_a_shared_expert_only():
     with pytest.raises(ConfigError, match=r"model\.token_gate = True.*several experts"):
         MoESpec(**SIZES, token_gate=True)
+    one = MoESpec(**SIZES | {"num_experts": 1, "top_k": 1}, token_gate=True)
     with pytest.raises(ConfigError, match=r"model\.token_gate = True.*not of routed ones"):
-        one = MoESpec(**SIZES | {"num_experts": 1, "top_k": 1}, token_gate=True)
         make_plan(one, ParallelSpec(), exchange="local", backend="torch")
 
 
