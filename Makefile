@@ -5,7 +5,7 @@
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
 #   make nightly                            the property tests with 2,000 examples each
-#   make docs                               docs/performance.md from the recorded files
+#   make docs                               docs/performance.md and docs/choosing.md from the recorded files
 #   make report                             build/report.html from the recorded files
 #   make test-browser                       the report's page in Chromium, which must be installed
 #   make test-stacks                        models of transformers with our layers in them, which installs it
@@ -56,6 +56,7 @@ lint: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready
 	$(BIN)/python benchmarks/make_tables.py
+	$(BIN)/python benchmarks/make_choosing.py
 
 # A file without rows of results is named and left out.
 report: $(VENV)/.ready
