@@ -37,7 +37,8 @@ class Backend(ABC):
     `table_revision`: raised when its configs mean something else; older tables are then passed over. `sums`: in which
     of a plan's combine_dtypes it gives sums that were not rounded to a narrower one before. `takes`: the forms of rows
     that it has use for (step.rows.FORMS), the one it likes best first. Every backend takes token rows, as those for a
-    shared expert are, and rows sorted by expert are token rows too.
+    shared expert are, and rows sorted by expert are token rows too. `gate_first`: the only order of gate and up that it
+    reads, to which `prepare` turns weights in place; None reads them as they come.
     """
 
     capturable: ClassVar[bool]
@@ -46,6 +47,7 @@ class Backend(ABC):
     quick_build: ClassVar[bool] = False  # `build` takes a minute at most: some commands do it unasked
     sums: ClassVar[frozenset[str]] = frozenset({"bf16", "fp32"})
     takes: ClassVar[tuple[str, ...]] = ("token",)
+    gate_first: ClassVar[bool | None] = None
 
     def __init__(self, problem: Problem) -> None:
         """For the problem that `supports` was asked about."""

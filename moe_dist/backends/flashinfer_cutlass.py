@@ -40,6 +40,7 @@ class FlashInferCutlass(Backend):
     capturable = True
     deterministic = True  # the fused finalize, which adds with atomics, is not used
     sums = frozenset({"bf16"})  # what the library writes
+    gate_first = False
 
     @classmethod
     def available(cls, device: str) -> Support:

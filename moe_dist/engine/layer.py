@@ -239,7 +239,7 @@ class MoELayer(nn.Module):
         check_bucket(bucket, len(x_TH))
         if device.type == "cpu" or (self.debug and not self._capturing()):
             check_values(routing, spec, x_TH if own else None)
-        return _plain_rows(x_TH.detach()), routing
+        return plain_rows(x_TH.detach()), routing
 
     @property
     def meets(self) -> bool:
@@ -303,7 +303,7 @@ def _as_json(state: Any) -> str | None:
         return None
 
 
-def _plain_rows(x_TH: Tensor) -> Tensor:
+def plain_rows(x_TH: Tensor) -> Tensor:
     """`x_TH` with one row right behind the other, from a multiple of 16 bytes on. A single row that is cut out of a
     wider tensor is contiguous, wherever it begins, and has the wider one's stride."""
     aligned = x_TH.data_ptr() % ALIGNMENT == 0 and x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT == 0
