@@ -51,7 +51,8 @@ def error(found: Tensor, right: Tensor) -> float:
 def pieces(weights: ExpertWeights) -> Iterator[tuple[int, str, str, Tensor, Tensor]]:
     """(expert, its matrix's name in a checkpoint, w1, w2 or w3, the matrix, its scales)."""
     s13, s2 = weights.s13, weights.s2
-    assert s13 is not None and s2 is not None
+    assert s13 is not None
+    assert s2 is not None
     for expert in range(weights.num_experts):
         gate, up = weights.w13_eFH[expert].chunk(2)
         of_gate, of_up = s13[expert].chunk(2)

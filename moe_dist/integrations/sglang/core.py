@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.moe.utils import RegisteredMoeRunnerBackend, get_moe_a2a_backend
 from torch import Tensor
 
@@ -63,16 +64,14 @@ class MoeDistRunnerCore(DispatchMoeRunnerCore):
         return RegisteredMoeRunnerBackend(PREFIX + self.backend)
 
     def prepare(self, quant_info: Any) -> None:
-        """Once, after the weights were loaded; when they were loaded again, anew if they lie elsewhere. Raises
-        UnsupportedError or ConfigError for weights of another form."""
+        """After weights were loaded, and whenever they were loaded again. Raises UnsupportedError or ConfigError for
+        weights of another form."""
         if reasons := unexpected(quant_info, PLAIN_INFO, WEIGHTS):
             raise UnsupportedError(f"the weights of {type(quant_info).__name__}", reasons)
-        tensors = _tensors(quant_info)
-        if self._experts is None or not self._experts.reads(*tensors):
-            up_first = getattr(self.config.layer.quant_method, "load_up_proj_weight_first", False)
-            w13, w2, s13, s2 = (tensor.detach() for tensor in tensors)
-            weights = ExpertWeights("fp8_block", self.spec.gated, w13, w2, s13, s2, gate_first=not up_first)
-            self._experts = LocalExperts(self.backend, self.spec, weights)
+        up_first = getattr(self.config.layer.quant_method, "load_up_proj_weight_first", False)
+        w13, w2, s13, s2 = (tensor.detach() for tensor in _tensors(quant_info))
+        weights = ExpertWeights("fp8_block", self.spec.gated, w13, w2, s13, s2, gate_first=not up_first)
+        self._experts = LocalExperts(self.backend, self.spec, weights)
 
     def run_from_dispatch(
         self, dispatch_output: Any, quant_info: Any, runner_config: Any, hooks: Any = None
@@ -81,8 +80,8 @@ class MoeDistRunnerCore(DispatchMoeRunnerCore):
         if hooks is not None:
             raise UnsupportedError(f"LoRA of experts with {PREFIX}{self.backend}", ["it has no hooks for it"])
         topk = dispatch_output.topk_output
-        if not dispatch_output.format.is_standard() or not topk.format.is_standard():
-            what = f"dispatch {dispatch_output.format.value} with top-k {topk.format}"
+        if not dispatch_output.format.is_standard() or not TopKOutputChecker.format_is_standard(topk):
+            what = f"dispatch {dispatch_output.format.value} with {type(topk).__name__}"
             raise UnsupportedError(what, [f"{PREFIX}{self.backend} takes the standard form of both"], "standard")
         if dispatch_output.hidden_states_scale is not None:
             raise UnsupportedError("quantized hidden_states", [f"{PREFIX}{self.backend} quantizes them itself"])

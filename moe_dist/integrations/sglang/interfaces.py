@@ -24,6 +24,7 @@ def interfaces() -> SimpleNamespace:
     dispatched = ("dispatch_output", "quant_info", "runner_config", "hooks")
     needed(BASE, "DispatchMoeRunnerCore.run_from_dispatch", *dispatched)
     needed(f"{MOE}.token_dispatcher.standard", "StandardCombineInput", "hidden_states")
+    needed(f"{MOE}.topk", "TopKOutputChecker.format_is_standard")
     needed(UTILS, "RegisteredMoeRunnerBackend", "value")
     for name in ("get_moe_runner_backend", "get_moe_a2a_backend"):
         needed(UTILS, name)
