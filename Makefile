@@ -9,6 +9,7 @@
 #   make report                             build/report.html from the recorded files
 #   make test-browser                       the report's page in Chromium, which must be installed
 #   make test-stacks                        models of transformers with our layers in them, which installs it
+#   make test-sglang, make test-vllm        our backends in their layers, without a GPU; downloads one of them
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
 #   make TORCH="torch==2.14.*" …            another release of torch
@@ -26,7 +27,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test nightly lint docs report test-browser test-stacks kernels-check gpu-test clean
+.PHONY: compare test nightly lint docs report test-browser test-stacks test-sglang test-vllm kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
 ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
@@ -72,6 +73,11 @@ test-browser: $(VENV)/.ready-test
 test-stacks: $(VENV)/.ready-stacks
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "stacks and not gpu" tests/stacks $(ARGS)
 
+# Each in an environment of its own, because they want another torch than we do; it is that of the tests and the stack's
+# package, without what that depends on.
+test-sglang test-vllm: test-%: build/%-env/.ready
+	build/$*-env/bin/python -m pytest -q -m stacks tests/serving/test_$*.py $(ARGS)
+
 # Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
 # CUTLASS's headers wants others for its Python part, which is not used.
 kernels-check: $(VENV)/.ready-kernels
@@ -94,6 +100,13 @@ $(VENV)/.ready-test: $(VENV)/.ready
 
 $(VENV)/.ready-stacks: $(VENV)/.ready-test
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[$(if $(GPU),gpu$(COMMA))test,stacks]"
+	@touch $@
+
+build/%-env/.ready: tests/serving/%.txt $(VENV)/.ready-test
+	$(BIN)/python -m venv --clear --without-pip build/$*-env
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(echo build/$*-env/lib/python3*/site-packages)/tests.pth"
+	$(BIN)/python -m pip --python build/$*-env/bin/python install -q $(PIP_ARGS) --no-deps -r $< -e .
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

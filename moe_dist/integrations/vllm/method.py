@@ -74,7 +74,8 @@ class MoeDistFp8Method(FusedMoEMethodBase):
         if self.prepared:
             rule = "weights are prepared once, they can't be loaded again in a running server"
             raise ConfigError("weights", self.prefix, rule, "a new start")
-        weights = ExpertWeights("fp8_block", self.spec.gated, *(tensor.detach() for tensor in _tensors(layer)))
+        w13, w2, s13, s2 = (tensor.detach() for tensor in _tensors(layer))
+        weights = ExpertWeights("fp8_block", self.spec.gated, w13, w2, s13, s2)
         held = None if layer._expert_map is None else _held(layer._expert_map)
         self._experts = LocalExperts(self.backend, self.spec, weights, held, self.moe.num_experts)
 
