@@ -74,6 +74,11 @@ class LocalExperts:
         Raises ConfigError for other shapes, dtypes and devices, UnsupportedError in a CUDA graph for a backend that
         can't be captured.
         """
+        y_TH: Tensor = self._run(x_TH, ids_TK, weights_TK)
+        return y_TH
+
+    @torch.compiler.disable
+    def _run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         check_gradient("x", x_TH)
         with torch.no_grad(), settled(self.device):
             check_tokens(x_TH, self.spec, self.device)

@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.moe_runner.runner import _CUSTOM_RUNNER_CORE_FACTORIE
 from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_moe_runner_backend, initialize_moe_config
-from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_context, get_parallel
 from sglang.srt.server_args import MOE_RUNNER_BACKEND_CHOICES, ServerArgs
@@ -186,6 +186,10 @@ def test_up_first_backends_get_weights_in_their_order(monkeypatch: pytest.Monkey
         assert error(run(again, x_TH, routing), expected(weights, x_TH, routing)) < TOLERANCE
         with pytest.raises(UnsupportedError, match="loader of fused experts does not write"):
             layer_of(use_weight_loader_fused=True)
+        wrapped = Fp8MoEMethod(BLOCKS)
+        layer.weight_load_method = object()
+        with pytest.raises(UnsupportedError, match=r"wants \[up; gate\], and object loads the weights"):
+            wrapped.create_moe_runner(layer, layer.moe_runner_config)
 
 
 def test_an_update_of_weights_is_seen() -> None:
@@ -252,6 +256,11 @@ def test_without_a_hopper_gpu_the_fast_backends_say_so(name: str) -> None:
 
 def test_other_exchanges_are_refused() -> None:
     with server(moe_a2a_backend="deepep"), pytest.raises(UnsupportedError, match="--moe-a2a-backend deepep hands over"):
+        layer_of()
+
+
+def test_streams_at_once_are_refused() -> None:
+    with server(enable_pdmux=True), pytest.raises(UnsupportedError, match="--enable-pdmux runs prefill and decode"):
         layer_of()
 
 

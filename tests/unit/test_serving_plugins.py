@@ -75,9 +75,7 @@ def test_what_takes_more_than_it_is_given_is_no_match(tmp_path: Path, monkeypatc
     monkeypatch.setattr(package, "version", lambda name: "2")
     stack = Package("newstack", ("1",))
     stack.needed("newstack", "run", "x", "weights")
-    with pytest.raises(
-        InstallationError, match=r"newstack 2 has no newstack\.run of \(x\), it has one of \(x, more"
-    ):
+    with pytest.raises(InstallationError, match=r"newstack 2 has no newstack\.run of \(x\), it has one of \(x, more"):
         stack.needed("newstack", "run", "x")
 
 

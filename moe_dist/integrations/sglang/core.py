@@ -9,6 +9,7 @@ from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.moe.utils import RegisteredMoeRunnerBackend, get_moe_a2a_backend
+from sglang.srt.runtime_context import get_disagg
 from torch import Tensor
 
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -68,7 +69,7 @@ class MoeDistRunnerCore(DispatchMoeRunnerCore):
         weights of another form."""
         if reasons := unexpected(quant_info, PLAIN_INFO, WEIGHTS):
             raise UnsupportedError(f"the weights of {type(quant_info).__name__}", reasons)
-        up_first = getattr(self.config.layer.quant_method, "load_up_proj_weight_first", False)
+        up_first = getattr(loads_by(self.config.layer), "load_up_proj_weight_first", False)
         w13, w2, s13, s2 = (tensor.detach() for tensor in _tensors(quant_info))
         weights = ExpertWeights("fp8_block", self.spec.gated, w13, w2, s13, s2, gate_first=not up_first)
         self._experts = LocalExperts(self.backend, self.spec, weights)
@@ -111,6 +112,8 @@ def _spec(config: Any, name: str) -> MoESpec:
         reasons.append(f"activation {config.activation} {gate} a gate is not computed here")
     if not get_moe_a2a_backend().is_none():
         reasons.append(f"--moe-a2a-backend {get_moe_a2a_backend().value} hands over other forms of rows, only none")
+    if get_disagg().enable_pdmux:
+        reasons.append("--enable-pdmux runs prefill and decode at once, and they would share one scratch")
     if config.layer is None:
         reasons.append("the config names no layer")
     if reasons or activation is None:
@@ -124,6 +127,11 @@ def _spec(config: Any, name: str) -> MoESpec:
         activation=activation,
         quant="fp8_block",
     )
+
+
+def loads_by(layer: Any) -> Any:
+    """The method whose order of gate and up SGLang's loader follows."""
+    return getattr(layer, "weight_load_method", None) or layer.quant_method
 
 
 def _tensors(quant_info: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

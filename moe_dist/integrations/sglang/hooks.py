@@ -15,6 +15,7 @@ from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from moe_dist.backends import BACKENDS
 from moe_dist.errors import UnsupportedError
 from moe_dist.integrations.sglang import PREFIX, SGLANG
+from moe_dist.integrations.sglang.core import loads_by
 from moe_dist.model.spec import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ def _against(method: Any, layer: Any, up_first: bool) -> list[str]:
         ),
         "experts are MXFP8": method.use_mxfp8,
         "experts are FP4": method.is_fp4_expert,
+        f"its kernel wants [up; gate], and {type(loads_by(layer)).__name__} loads the weights": (
+            up_first and loads_by(layer) is not method
+        ),
         "experts have biases": getattr(layer, "with_bias", False),
         "weights are not FP8 in the checkpoint": not config.is_checkpoint_fp8_serialized,
         "its kernel wants [up; gate], which SGLang's loader of fused experts does not write": (
