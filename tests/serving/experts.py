@@ -48,14 +48,15 @@ def error(found: Tensor, right: Tensor) -> float:
     return float((found.float() - right).norm() / right.norm())
 
 
-def pieces(weights: ExpertWeights) -> Iterator[tuple[int, str, str, Tensor, Tensor]]:
-    """(expert, its matrix's name in a checkpoint, w1, w2 or w3, the matrix, its scales)."""
+def pieces(weights: ExpertWeights) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+    """(expert, w1, w2 or w3, the matrix, its scales). Without a gate there is no w3."""
     s13, s2 = weights.s13, weights.s2
     assert s13 is not None
     assert s2 is not None
     for expert in range(weights.num_experts):
-        gate, up = weights.w13_eFH[expert].chunk(2)
-        of_gate, of_up = s13[expert].chunk(2)
-        yield expert, "gate_proj", "w1", gate, of_gate
-        yield expert, "down_proj", "w2", weights.w2_eHi[expert], s2[expert]
-        yield expert, "up_proj", "w3", up, of_up
+        halves = 2 if weights.gated else 1
+        for shard_id, half, scales in zip(
+            ("w1", "w3"), weights.w13_eFH[expert].chunk(halves), s13[expert].chunk(halves), strict=False
+        ):
+            yield expert, shard_id, half, scales
+        yield expert, "w2", weights.w2_eHi[expert], s2[expert]

@@ -63,7 +63,7 @@ def layer_of(**changes: Any) -> FusedMoE:
 
 def load(layer: FusedMoE, weights: Any) -> None:
     """By SGLang's own loader, from tensors as a checkpoint has them."""
-    for expert, _, shard_id, matrix, scales in pieces(weights):
+    for expert, shard_id, matrix, scales in pieces(weights):
         stem = "w2" if shard_id == "w2" else "w13"
         for suffix, tensor in (("weight", matrix), ("weight_scale_inv", scales)):
             param = getattr(layer, f"{stem}_{suffix}")
@@ -124,6 +124,14 @@ def test_a_layer_gives_what_the_oracle_says(caplog: pytest.LogCaptureFixture) ->
     assert found.dtype == torch.bfloat16
     assert error(found, expected(weights, x_TH, routing)) < TOLERANCE
     assert empty.shape == (0, SPEC.hidden)
+
+
+def test_experts_without_a_gate() -> None:
+    spec = SPEC.with_changes(activation="relu2")
+    weights, x_TH, routing = drawn(spec)
+    with server():
+        layer = loaded(layer_of(activation="relu2", is_gated=False), weights)
+        assert error(run(layer, x_TH, routing), expected(weights, x_TH, routing, spec)) < TOLERANCE
 
 
 def test_the_log_says_which_backend_runs(caplog: pytest.LogCaptureFixture) -> None:

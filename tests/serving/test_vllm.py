@@ -75,7 +75,7 @@ def layer_of(**changes: Any) -> MoERunner:
 
 def load(layer: RoutedExperts, weights: Any) -> None:
     """By vLLM's own loader, from tensors as a checkpoint has them."""
-    for expert, _, shard_id, matrix, scales in pieces(weights):
+    for expert, shard_id, matrix, scales in pieces(weights):
         stem = "w2" if shard_id == "w2" else "w13"
         for suffix, tensor in (("weight", matrix), ("weight_scale_inv", scales)):
             param = getattr(layer, f"{stem}_{suffix}")
@@ -127,6 +127,14 @@ def test_a_layer_gives_what_the_oracle_says(backend: Any, monkeypatch: pytest.Mo
     assert found.dtype == torch.bfloat16
     assert error(found, expected(weights, x_TH, routing)) < TOLERANCE
     assert empty.shape == (0, SPEC.hidden)
+
+
+def test_the_gate_of_gelu() -> None:
+    spec = SPEC.with_changes(activation="geglu")
+    weights, x_TH, routing = drawn(spec)
+    with server() as config:
+        layer = loaded(layer_of(activation="gelu_tanh"), weights)
+        assert error(run(layer, config, x_TH, routing), expected(weights, x_TH, routing, spec)) < TOLERANCE
 
 
 def test_vllm_does_the_shared_expert_and_the_scaling() -> None:

@@ -163,6 +163,13 @@ def test_rows_cut_out_of_a_wider_tensor() -> None:
     assert torch.equal(found, experts(x_TH, routing.ids_TK, routing.weights_TK))
 
 
+def test_a_compiler_goes_around_them() -> None:
+    weights, x_TH, routing = drawn()
+    experts = experts_of(weights)
+    compiled = torch.compile(lambda x: experts(2 * x, routing.ids_TK, routing.weights_TK) + 1, backend="eager")
+    assert torch.equal(compiled(x_TH), experts(2 * x_TH, routing.ids_TK, routing.weights_TK) + 1)
+
+
 def test_wrong_inputs_are_named() -> None:
     weights, x_TH, routing = drawn()
     experts = experts_of(weights)
