@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,6 +265,15 @@ def test_without_a_hopper_gpu_the_fast_backends_say_so(name: str) -> None:
 
 def test_other_exchanges_are_refused() -> None:
     with server(moe_a2a_backend="deepep"), pytest.raises(UnsupportedError, match="--moe-a2a-backend deepep hands over"):
+        layer_of()
+
+
+def test_a_choice_that_sglang_overrides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does under --quantization mxfp8, with a warning in the log."""
+    from moe_dist.integrations.sglang import hooks
+
+    monkeypatch.setattr(hooks, "get_server_args", lambda: SimpleNamespace(moe_runner_backend="moe_dist_cutlass"))
+    with server("triton"), pytest.raises(UnsupportedError, match=r"moe_dist_cutlass .* SGLang takes triton instead"):
         layer_of()
 
 

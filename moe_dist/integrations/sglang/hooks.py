@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
 from sglang.srt.layers.moe.utils import get_moe_runner_backend
+from sglang.srt.runtime_context import get_exec, get_server_args
 
 from moe_dist.backends import BACKENDS
 from moe_dist.errors import UnsupportedError
@@ -58,6 +59,10 @@ def weights_were_loaded(result: None, method: Any, layer: Any) -> None:
 
 def layer_was_made(result: None, layer: Any, *arguments: Any, **named: Any) -> None:
     """After FusedMoE.__init__. Raises UnsupportedError where another runner than the one asked for has the layer."""
+    given, resolved = str(get_server_args().moe_runner_backend), get_exec().moe.moe_runner_backend
+    if given.startswith(PREFIX) and given != resolved:  # as for some quantizations, with a warning
+        reason = f"SGLang takes {resolved} instead, for this model and these flags"
+        raise UnsupportedError(f"--moe-runner-backend {given} for {_place(layer)}", [reason])
     asked = get_moe_runner_backend()
     if ours(asked) and not ours(layer.runner_backend):
         method = type(layer.quant_method).__name__

@@ -28,7 +28,8 @@ def interfaces() -> SimpleNamespace:
     needed(UTILS, "RegisteredMoeRunnerBackend", "value")
     for name in ("get_moe_runner_backend", "get_moe_a2a_backend"):
         needed(UTILS, name)
-    needed("sglang.srt.runtime_context", "get_disagg")
+    for name in ("get_disagg", "get_exec", "get_server_args"):
+        needed("sglang.srt.runtime_context", name)
     needed(FP8, "Fp8MoEMethod.create_moe_runner", "layer", "moe_runner_config")
     needed(FP8, "Fp8MoEMethod.apply", "layer", "dispatch_output")
     needed(FP8, "Fp8MoEMethod.process_weights_after_loading", "layer")
