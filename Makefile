@@ -73,8 +73,7 @@ test-browser: $(VENV)/.ready-test
 test-stacks: $(VENV)/.ready-stacks
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "stacks and not gpu" tests/stacks $(ARGS)
 
-# Each in an environment of its own, because they want another torch than we do; it is that of the tests and the stack's
-# package, without what that depends on.
+# Each in an environment of its own: that of the tests, and the stack's package without the gigabytes that it depends on.
 test-sglang test-vllm: test-%: build/%-env/.ready
 	build/$*-env/bin/python -m pytest -q -m stacks tests/serving/test_$*.py $(ARGS)
 
