@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +102,17 @@ def test_plugins_are_loaded_by_entry_point() -> None:
     assert names <= set(_CUSTOM_RUNNER_CORE_FACTORIES)
     register()  # again: nothing is there twice
     assert len([name for name in MOE_RUNNER_BACKEND_CHOICES if name == "moe_dist_triton"]) == 1
+
+
+def test_the_plugin_comes_first_in_a_process() -> None:
+    """SGLang loads its plugins before it imports its layers and reads its flags."""
+    code = (
+        "import conftest; from sglang.srt.plugins import load_plugins; load_plugins();"
+        "from sglang.srt.server_args import MOE_RUNNER_BACKEND_CHOICES as names; assert 'moe_dist_cutlass' in names;"
+        "from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod; assert hasattr(Fp8MoEMethod.apply, '__wrapped__')"
+    )
+    folder = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=170)
 
 
 def test_the_choice_is_one_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
