@@ -75,7 +75,7 @@ test-stacks: $(VENV)/.ready-stacks
 
 # Each in an environment of its own: that of the tests, and the stack's package without the gigabytes that it depends on.
 test-sglang test-vllm: test-%: build/%-env/.ready
-	build/$*-env/bin/python -m pytest -q -m stacks tests/serving/test_$*.py $(ARGS)
+	build/$*-env/bin/python -m pytest -q -m stacks tests/serving/test_$**.py $(ARGS)
 
 # Compiler and headers come from packages, so that it needs no CUDA toolkit; what it compiled is kept. The package of
 # CUTLASS's headers wants others for its Python part, which is not used.
