@@ -3,15 +3,11 @@ reference backend. Its CUDA kernels and the packages that it only imports are no
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from experts import SPEC, TOLERANCE, drawn, error, expected
-
-os.environ["MOE_DIST_VLLM_BACKEND"] = "torch"  # as a server is started
-
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm_server import UpFirst, experts_of, layer_of, load, loaded, place, run, server
 

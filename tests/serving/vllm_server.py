@@ -33,7 +33,7 @@ plugins.load_general_plugins()  # vLLM's own: by the entry point of this package
 
 
 @contextmanager
-def server(**changes: Any) -> Iterator[VllmConfig]:
+def server() -> Iterator[VllmConfig]:
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
     with set_current_vllm_config(config):
         yield config
