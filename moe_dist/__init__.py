@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_dist.comm import Comm
+    from moe_dist.comm import Comm, Meeting
     from moe_dist.engine.graph import StepGraph
     from moe_dist.engine.layer import MoELayer
     from moe_dist.engine.loading import load_layer
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Comm": "moe_dist.comm",
     "ExpertWeights": "moe_dist.model.weights",
+    "Meeting": "moe_dist.comm",
     "MoELayer": "moe_dist.engine.layer",
     "MoESpec": "moe_dist.model.spec",
     "MoEStack": "moe_dist.engine.stack",
@@ -35,6 +36,7 @@ _HOMES = {
 __all__ = [
     "Comm",
     "ExpertWeights",
+    "Meeting",
     "MoELayer",
     "MoESpec",
     "MoEStack",

@@ -27,12 +27,12 @@ import psutil
 import ray
 from ray._private import ray_constants
 
+from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
 from moe_dist.files import require_text
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe
-from moe_dist.runtime.rendezvous import LOOPBACK
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the group's one error says what counts

@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskE
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
@@ -20,7 +21,6 @@ from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.pulse import Peer, Sight
-from moe_dist.runtime.rendezvous import LOOPBACK
 
 BEAT_EVERY_S = 1.0
 GRACE_S = 2.0  # after a first failure: time for the others to show theirs, so that the cause is named, not an echo
