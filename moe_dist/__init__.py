@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_dist.model.routing import Routing
     from moe_dist.model.spec import MoESpec, ParallelSpec
     from moe_dist.model.weights import ExpertWeights
+    from moe_dist.runtime.own_actors import join_actors
 
 _HOMES = {
     "Comm": "moe_dist.comm",
@@ -29,6 +30,7 @@ _HOMES = {
     "Recorder": "moe_dist.engine.recording",
     "Routing": "moe_dist.model.routing",
     "StepGraph": "moe_dist.engine.graph",
+    "join_actors": "moe_dist.runtime.own_actors",
     "load_layer": "moe_dist.engine.loading",
     "make_plan": "moe_dist.engine.planning",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "Recorder",
     "Routing",
     "StepGraph",
+    "join_actors",
     "load_layer",
     "make_plan",
 ]
