@@ -130,6 +130,10 @@ class Comm:
             owned = [cpu_group]
         return cls(rank, dist.get_world_size(group), device, group, cpu_group, timeout_s, owned)
 
+    def is_of(self, group: dist.ProcessGroup) -> bool:
+        """Whether it uses this very process group."""
+        return self._real is not None and self._real() is group
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Comm:
         """A copy of what holds it talks to the same ranks through the same group."""
         return self
