@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def test_the_tables_of_the_docs_are_those_of_the_recorded_files(monkeypatch: pyt
         assert make_tables.page() == (ROOT / "docs" / "performance.md").read_text(), "run `make docs`"
     finally:
         del sys.modules["make_tables"]
+
+
+def test_the_whole_model_of_the_readme_is_that_of_the_docs_which_the_tests_run() -> None:
+    _, program = re.findall(r"```python\n.*?```", (ROOT / "README.md").read_text(), re.S)
+    assert program in (ROOT / "docs" / "integration.md").read_text()
+    assert len([line for line in program.splitlines()[1:-1] if line]) <= 11
 
 
 def test_a_cell_that_two_rows_claim_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
