@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import runpy
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,3 +88,9 @@ def test_a_request_does_not_depend_on_the_others(loop: ModuleType, tmp_path: Pat
     other = request(5)
     loop.decode(actors, [other])
     assert other.tokens != together[5].tokens  # so all of this says something about the layers
+
+    ray.kill(actors[1])
+    begun = time.monotonic()
+    with pytest.raises(ray.exceptions.RayError):  # the dead rank's, or what the other one raised for want of it
+        loop.decode(actors, [request(5)])
+    assert time.monotonic() - begun < 30  # of 120 that a wait may take
