@@ -29,6 +29,7 @@ from transformers import StaticCache
 from moe_dist.bench.results import provenance
 from moe_dist.engine.graph import capture
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.machine.machine import Machine
 from moe_dist.workloads.streams import Stream
 
@@ -109,6 +110,9 @@ def variants(args: argparse.Namespace) -> list[Variant]:
     graphs = ON_GPUS_ONLY if torch.cuda.is_available() else ()
     theirs = names("--theirs", args.theirs, ("eager", "compiled", *graphs[1:]))
     native = names("--native", args.native, ("eager", "batched_mm", "grouped_mm"))
+    if "eager" in native and theirs and "eager" not in theirs:
+        rule = "experts eager of transformers wait for the host in each layer, so they decode eagerly only"
+        raise ConfigError("--theirs", args.theirs, rule, "eager among them, or --native without eager")
     found = [Variant(one, decode) for one in native for decode in theirs if one != "eager" or decode == "eager"]
     ours = names("--ours", args.ours, ("eager", *graphs))
     if not found and not ours:
@@ -124,6 +128,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{field.replace('_', '-')}", value, "is too small", f"{least} and more")
     if min(args.batch_size) < 1:
         raise ConfigError("--batch-size", args.batch_size, "are sequences", "1 and more")
+    Settings(args.exchange, args.backend)  # names that nothing has are refused before anything is made
 
 
 def begin(args: argparse.Namespace) -> Ranks:

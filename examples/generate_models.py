@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DistributedConfig, Qwen3MoeConfig
 
+from moe_dist.errors import ConfigError
 from moe_dist.integrations.transformers import replace_experts
 from moe_dist.workloads.streams import Stream
 
@@ -43,12 +44,24 @@ class Ranks(NamedTuple):
 
 
 def config_of(args: argparse.Namespace) -> Any:
+    """Raises ConfigError for a folder without a model, more layers than it has, and more tokens than it takes."""
     if args.checkpoint:
-        config = AutoConfig.from_pretrained(args.checkpoint)
+        try:
+            config = AutoConfig.from_pretrained(args.checkpoint, local_files_only=True)
+        except (OSError, ValueError) as error:
+            rule = f"has no model that transformers reads: {str(error).splitlines()[0]}"
+            raise ConfigError("--checkpoint", args.checkpoint, rule, "a model's folder") from None
     else:
         config = Qwen3MoeConfig(**QWEN3_30B if torch.cuda.is_available() else TINY)
     if args.layers:
+        if args.layers > config.num_hidden_layers:
+            rule = "is more than the model has"
+            raise ConfigError("--layers", args.layers, rule, f"1 to {config.num_hidden_layers}")
         config.num_hidden_layers = args.layers
+    most = config.max_position_embeddings
+    if args.input_len + args.output_len > most:
+        rule = "is more than the model has positions for"
+        raise ConfigError("--input-len + --output-len", args.input_len + args.output_len, rule, f"up to {most}")
     return config
 
 

@@ -7,9 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,9 +146,18 @@ def test_on_two_ranks_experts_are_spread_and_nothing_else(two: Pool) -> None:
     assert two.run(2, made, str(EXAMPLES)) == [(4, (128, 128), 3, 1)] * 2
 
 
-def test_its_loop_is_that_of_transformers(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_its_loop_is_that_of_transformers(example: ModuleType, monkeypatch: pytest.MonkeyPatch, decode: str) -> None:
+    """With something else in the place of a CUDA graph: its warm-up leaves nothing in the cache."""
+
+    def captured(call: Callable[[], object], warm_up: Callable[[], object]) -> tuple[SimpleNamespace, None]:
+        for _ in range(3):
+            warm_up()
+        return SimpleNamespace(replay=call), None
+
+    monkeypatch.setattr(example, "capture", captured)
     model, ids_BL = tiny("qwen3_moe"), prompts(3, 6)
-    variant = example.Variant("eager", "eager")
+    variant = example.Variant("eager", decode)
     with torch.no_grad():
         prefill_ms, decode_ms, tokens_BN = example.generate(model, variant, ids_BL, 5, repeats=2)
         wanted = model.generate(ids_BL, max_new_tokens=5, do_sample=False)
@@ -173,6 +182,11 @@ def test_every_variant_that_can_be(example: ModuleType, monkeypatch: pytest.Monk
         (["--native", "eager,nope"], r"--native = '?nope'?: is no name that is known \(legal: eager, batched_mm"),
         (["--theirs", "graph"], r"--theirs = '?graph'?: needs CUDA graphs, and there is no GPU \(legal: eager, comp"),
         (["--ours", "layers"], r"--ours = '?layers'?: needs CUDA graphs"),
+        (["--theirs", "compiled"], r"--theirs = '?compiled'?: experts eager of transformers wait for the host"),
+        (["--backend", "tritn"], r"backend = '?tritn'?: no backend has this name; did you mean triton"),
+        (["--layers", "4"], r"--layers = 4: is more than the model has \(legal: 1 to 3\)"),
+        (["--input-len", "50000"], r"--input-len \+ --output-len = 50008: "),
+        (["--checkpoint", "/nowhere"], r"--checkpoint = '?/nowhere'?: has no model that transformers reads"),
         (["--native", "", "--ours", ""], "nothing is left to run"),
         (["--output-len", "1"], r"--output-len = 1: is too small \(legal: 2 and more\)"),
         (["--layers", "0"], "--layers = 0: "),
@@ -188,6 +202,7 @@ def test_what_is_refused(example: ModuleType, monkeypatch: pytest.MonkeyPatch, a
         example.check(args)
         example.variants(args)
         example.begin(args)
+        example.config_of(args)
 
     with pytest.raises(ConfigError, match=said):
         start()
