@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -124,9 +124,11 @@ class Comm:
         cpu_group, owned = group, []
         if backends.get("cpu") != "gloo":
             members = dist.get_process_group_ranks(group)
-            cpu_group = dist.new_group(
+            # This process is a member: since torch 2.14 the type says that it might not be.
+            made = dist.new_group(
                 members, backend="gloo", timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
             )
+            cpu_group = cast(dist.ProcessGroup, made)
             owned = [cpu_group]
         return cls(rank, dist.get_world_size(group), device, group, cpu_group, timeout_s, owned)
 

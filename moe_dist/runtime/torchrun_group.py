@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,9 @@ class TorchrunGroup:
         self._store.set(f"host{self.rank}", socket.gethostname())
         before = open_sockets()
         self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
-        self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # Of all ranks. Since torch 2.14 the type says that this one might not be in it.
+        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._results: dist.ProcessGroup | None = cast(dist.ProcessGroup, made)
         self._watcher = _Watcher(self.context, self._store, silence_timeout_s, open_sockets() - before)
         try:  # the end of a rank that nobody sees yet could not be told from anything else
             dist.barrier(group=self._results)
