@@ -29,13 +29,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.comm import Comm
+from moe_dist.comm.meeting import LOOPBACK, bind_gloo
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
 from moe_dist.runtime import voice
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Peer, Sight, ranks_here, stopped
-from moe_dist.runtime.rendezvous import LOOPBACK, bind_gloo, break_sockets, open_sockets
+from moe_dist.runtime.sockets import break_sockets, open_sockets
 
 LOOK_EVERY_S = 1.0
 GRACE_S = 2.5  # after a collective broke: time to learn from the others what broke it

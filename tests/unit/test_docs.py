@@ -23,6 +23,12 @@ def test_the_tables_of_the_docs_are_those_of_the_recorded_files(monkeypatch: pyt
         del sys.modules["make_tables"]
 
 
+def test_the_whole_model_of_the_readme_is_that_of_the_docs_which_the_tests_run() -> None:
+    _, program = re.findall(r"```python\n.*?```", (ROOT / "README.md").read_text(), re.S)
+    assert program in (ROOT / "docs" / "integration.md").read_text()
+    assert len([line for line in program.splitlines()[1:-1] if line]) <= 11
+
+
 def test_the_page_of_choices_is_that_of_the_recorded_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import make_choosing
