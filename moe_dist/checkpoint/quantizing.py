@@ -28,8 +28,8 @@ def quantize_checkpoint(source: Path | str, directory: Path | str) -> Path:
     128×128 (weight_scale_inv), each matrix under a name of its own. Attention, router and whatever else there is keep
     their numbers, and config.json names them as exceptions. All of it is held in memory, and goes into one file.
 
-    Raises ConfigError for a directory that is there, UnsupportedError for experts that aren't bf16 or whose sizes aren't
-    multiples of 128, CheckpointError for a source that can't be read, OSError where nothing can be written."""
+    Raises ConfigError for a directory that is there, UnsupportedError for experts that aren't bf16 or whose sizes
+    aren't multiples of 128, CheckpointError for a source that can't be read, OSError where nothing can be written."""
     source, target = folder(source, "source"), folder(directory, "directory")
     checkpoint = Checkpoint(source)
     if target.exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_dist.workloads.streams import Stream
 
+STEPS = 800  # of training: enough for nearly all of the sums
 NUMBERS = 100
 TRAINED_ON = 8000  # of the 10,000 sums; the others are asked
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"

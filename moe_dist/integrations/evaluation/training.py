@@ -13,14 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_dist.checkpoint.folder import folder
 from moe_dist.checkpoint.quantizing import quantize_checkpoint
 from moe_dist.errors import ConfigError
-from moe_dist.integrations.evaluation.sums import END, PAD, PROMPT, UNKNOWN, VOCABULARY, codes_of, split_sums, write_task
+from moe_dist.integrations.evaluation.sums import (
+    END,
+    PAD,
+    PROMPT,
+    STEPS,
+    UNKNOWN,
+    VOCABULARY,
+    codes_of,
+    split_sums,
+    write_task,
+)
 from moe_dist.integrations.transformers.version import needed
 from moe_dist.machine.surroundings import unaffected
 from moe_dist.workloads.streams import Stream
 
-STEPS, MOST_STEPS = 1200, 100_000
+MOST_STEPS = 100_000
 BATCH, RATE, WARMUP, LEAST_RATE = 64, 3e-3, 100, 0.02
 PARTS = ("bf16", "fp8_block", "sums.jsonl")
 SIZES: dict[str, Any] = {  # multiples of 128 where FP8 blocks lie
@@ -50,11 +61,7 @@ def train_tiny(
     """Train on a CPU and write `directory`/bf16, /fp8_block and /sums.jsonl: whole, or not at all. 1.5 minutes on two
     cores. `progress` is told after every step. Raises ConfigError for a directory that holds something and for a number
     of steps that can't be, InstallationError without transformers, OSError where nothing can be written."""
-    target = Path(directory)
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-        raise ConfigError("steps", steps, "of training", f"1 to {MOST_STEPS:,}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("directory", str(target), "is there already and not empty", "a new or an empty folder")
+    target = check(directory, steps)
     made = needed("transformers", "Qwen3MoeForCausalLM"), needed("transformers", "Qwen3MoeConfig")
     training, asked = split_sums(seed)
     partial = target.resolve().with_name(f".{target.resolve().name}.{uuid.uuid4().hex}.partial")
@@ -71,6 +78,16 @@ def train_tiny(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Trained(*(target / part for part in PARTS), accuracy)
+
+
+def check(directory: Path | str, steps: int) -> Path:
+    """The folder, if it is free. Raises ConfigError as `train_tiny`."""
+    target = folder(directory, "directory")
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise ConfigError("steps", steps, "is no number of steps of training", f"1 to {MOST_STEPS:,}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("directory", str(target), "is there already and not empty", "a new or an empty folder")
+    return target
 
 
 def _tokens(pairs: list[tuple[int, int]]) -> Tensor:
@@ -108,10 +125,11 @@ def _accuracy(model: Any, rows: Tensor) -> float:
     return float((found == rows[:, PROMPT:]).all(1).float().mean())
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, into: Path) -> None:
     model.config.output_router_logits = False  # of use in training only
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    needed("transformers.utils.logging", "disable_progress_bar")()
+    model.to(torch.bfloat16).save_pretrained(into)
+    tokenizer().save_pretrained(into)
 
 
 def tokenizer() -> Any:

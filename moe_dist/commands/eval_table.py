@@ -1,0 +1,113 @@
+"""What `eval` prints: a line for the baseline and one for each variant, in 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from moe_dist.bench.table import plain_table
+from moe_dist.commands.terminal import Terminal, show
+from moe_dist.integrations.evaluation.running import Row, Work
+from moe_dist.integrations.evaluation.scores import LOST, Logits, Score
+from moe_dist.integrations.evaluation.setup import BASELINE, Setup
+from moe_dist.messages.printable import printable
+
+WHO = ("experts", "placement", "format")
+
+
+def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
+    setup = work.setup
+    if work.task is not None:
+        title = f"{work.task.name}: {len(work.task.questions):,} questions, batches of {setup.batch_size}, greedy"
+        console.print(printable(title), style="bold", soft_wrap=True)
+        show(console, answers_table(rows))
+    if work.tokens:
+        found = next(row.logits for row in rows if row.logits)
+        title = f"logits on {found.tokens:,} tokens of the baseline's own text"
+        console.print(title, style="bold", soft_wrap=True)
+        show(console, logits_table(rows))
+    console.print(printable(_about(setup)), soft_wrap=True)
+    if lost := [row for row in rows if row.score and row.score.lost]:
+        rule = f"more than {LOST:g} standard errors below the baseline"
+        console.print(f"{len(lost)} of {len(rows) - 1} answer worse than chance explains: {rule}.", style="bold red")
+
+
+def answers_table(rows: Sequence[Row]) -> Table:
+    table = plain_table(columns=WHO)
+    for name in ("right %", "±", "invalid", "s/answer", "tokens/s", "vs eager", "±"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.score is not None:
+            table.add_row(*_who(row), *_score(row.score))
+    return table
+
+
+def logits_table(rows: Sequence[Row]) -> Table:
+    table = plain_table(columns=WHO)
+    for name in ("KL, nats", "±", "perplexity", "of eager", "same top %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.logits is not None:
+            table.add_row(*_who(row), *_logits(row.logits))
+    return table
+
+
+def _score(score: Score) -> list[str | Text]:
+    difference: str | Text = _percent(score.difference, sign=True)
+    if score.lost:
+        difference = Text(str(difference), "bold red")
+    speed = [f"{score.latency_s:.2f}", f"{score.tokens_per_s:,.0f}"]
+    shares: list[str | Text] = [_percent(score.accuracy), _percent(score.accuracy_error), f"{score.invalid:,}"]
+    return [*shares, *speed, difference, _percent(score.difference_error)]
+
+
+def _logits(found: Logits) -> list[str]:
+    error = "-" if found.kl_error is None else f"{found.kl_error:.1e}"
+    ppl = [f"{value:.4g}" for value in (found.perplexity, found.baseline_perplexity)]
+    return [f"{found.kl:.2e}", error, *ppl, _percent(found.same_top)]
+
+
+def _percent(share: float | None, sign: bool = False) -> str:
+    return "-" if share is None else f"{100 * share:{'+' if sign else ''}.1f}"
+
+
+def _who(row: Row) -> list[str]:
+    if row.variant is None:
+        return [BASELINE, "single", "bf16"]
+    return [printable(row.variant.backend), row.variant.placement, row.variant.format]
+
+
+def _about(setup: Setup) -> str:
+    where = "" if setup.baseline == setup.checkpoint else f" on {setup.baseline}"
+    return f"eager: transformers' own experts in bf16{where}. The others are moe_dist's, on {setup.checkpoint}."
+
+
+def document(rows: Sequence[Row], work: Work, about: dict[str, Any]) -> dict[str, Any]:
+    """The same for `--json`, with every answer. Shares are from 0 to 1, times in seconds."""
+    setup, task = work.setup, work.task
+    return about | {
+        "checkpoint": setup.checkpoint,
+        "baseline": setup.baseline,
+        "task": task and task.name,
+        "questions": len(task.questions) if task else 0,
+        "batch_size": setup.batch_size,
+        "max_new_tokens": setup.new_tokens,
+        "seed": work.seed,
+        "rows": [_as_dict(row) for row in rows],
+    }
+
+
+def _as_dict(row: Row) -> dict[str, Any]:
+    variant, who = row.variant, _who(row)
+    return {
+        "experts": who[0],
+        "placement": who[1],
+        "exchange": variant and variant.exchange,
+        "format": who[2],
+        "score": row.score and vars(row.score) | {"lost": row.score.lost},
+        "logits": row.logits and vars(row.logits),
+        "answers": list(row.said),
+    }
