@@ -19,7 +19,7 @@ from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.progress import Reporter
 from moe_dist.commands.terminal import to_standard_output
 from moe_dist.engine.planning import AUTO
-from moe_dist.errors import ConfigError
+from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.integrations.evaluation.running import Evaluation, Row, Start, Work
@@ -39,14 +39,16 @@ Checkpoint = Annotated[str, Parameter(help="Folder of a whole Hugging Face model
 TASK_HELP = """File of JSON lines to ask: prompt and answer, or question and answer with "#### N" as GSM8K has them. A
 line's own pattern is a regular expression that finds the answer."""
 TaskFile = Annotated[str | None, Parameter(help=TASK_HELP.replace("\n", " "))]
-LogitsHelp = "Compare logits, on about so many tokens of text that the baseline itself draws; needs no task."
-LogitTokens = Annotated[int | None, NUMBER, Parameter(help=LogitsHelp)]
+LOGITS_HELP = "Compare logits on text that the baseline itself draws, up to so many tokens; needs no task."
+LogitTokens = Annotated[int | None, NUMBER, Parameter(help=LOGITS_HELP)]
 Baseline = Annotated[
     str | None, Parameter(help="Checkpoint that transformers runs in bf16 to compare with (default: the same).")
 ]
 Backends = Annotated[list[str] | None, NAMES, Parameter(show_default=False, help=BACKEND_HELP)]
 Placements = Annotated[
-    list[str] | None, NAMES, Parameter(help=f"Several to compare, in place of --tp and --ep: {PLACEMENTS}.")
+    list[str] | None,
+    NAMES,
+    Parameter(show_default=False, help=f"Several to compare, in place of --tp and --ep: {PLACEMENTS}."),
 ]
 EXCHANGE_HELP = f"Of {', '.join(EXCHANGES.names())}. Default: local on one rank, all_reduce on more."
 Exchange = Annotated[str | None, Parameter(help=EXCHANGE_HELP)]
@@ -93,6 +95,9 @@ def eval(
     kind = _kind(quant)
     grids = _grids(placements, tp, ep)
     _check_names(backends, exchange)
+    _check_baseline(baseline)
+    if task is None:
+        _check_no_task(limit=limit, shots=shots or None, pattern=pattern)
     asked = read_task(task, pattern=pattern, limit=limit, shots=shots) if task else None
     if asked is None and logits is None:
         raise ConfigError("task", None, "there is nothing to ask and no logits to compare", "--task FILE or --logits N")
@@ -106,7 +111,6 @@ def eval(
     world = 1
     if runtime == "torchrun":
         world = launched().world
-    _check_baseline(baseline)
     _check_room(variants, baseline or checkpoint, checkpoint, machine, world)
     setup = Setup(checkpoint, baseline or checkpoint, batch_size, max_new_tokens, ray.collective_timeout_s)
     work = Work(setup, asked, logits or 0, seed)
@@ -187,8 +191,18 @@ def _check_names(backends: Sequence[str] | None, exchange: str | None) -> None:
 
 
 def _check_baseline(baseline: str | None) -> None:
-    if baseline is not None:
+    if baseline is None:
+        return
+    try:
         specs_of(baseline, None)
+    except CheckpointError as error:
+        raise ConfigError("baseline", baseline, error.problem, "the folder of a checkpoint") from None
+
+
+def _check_no_task(**given: object) -> None:
+    for field, value in given.items():
+        if value is not None:
+            raise ConfigError(field, value, "is of a task, and none is given", "--task FILE beside it")
 
 
 def _check_room(variants: list[Variant], baseline: str, checkpoint: str, machine: Machine, world: int) -> None:

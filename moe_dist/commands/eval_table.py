@@ -15,7 +15,7 @@ from moe_dist.integrations.evaluation.scores import LOST, Logits, Score
 from moe_dist.integrations.evaluation.setup import BASELINE, Setup
 from moe_dist.messages.printable import printable
 
-WHO = ("experts", "placement", "format")
+WHO = ("experts", "ranks", "format")
 
 
 def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
@@ -36,9 +36,7 @@ def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
 
 
 def answers_table(rows: Sequence[Row]) -> Table:
-    table = plain_table(columns=WHO)
-    for name in ("right %", "±", "invalid", "s/answer", "tokens/s", "vs eager", "±"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("right %", "invalid", "s each", "tok/s", "vs eager")
     for row in rows:
         if row.score is not None:
             table.add_row(*_who(row), *_score(row.score))
@@ -46,32 +44,43 @@ def answers_table(rows: Sequence[Row]) -> Table:
 
 
 def logits_table(rows: Sequence[Row]) -> Table:
-    table = plain_table(columns=WHO)
-    for name in ("KL, nats", "±", "perplexity", "of eager", "same top %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("KL, nats", "perplexity", "of eager", "same top")
     for row in rows:
         if row.logits is not None:
             table.add_row(*_who(row), *_logits(row.logits))
     return table
 
 
+def _table(*numbers: str) -> Table:
+    """Narrower than other tables, for 80 columns; only the names of long backends take several lines."""
+    table = plain_table(columns=WHO[:1])
+    table.padding = (0, 1, 0, 0)
+    for name in WHO[1:]:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _score(score: Score) -> list[str | Text]:
-    difference: str | Text = _percent(score.difference, sign=True)
-    if score.lost:
-        difference = Text(str(difference), "bold red")
-    speed = [f"{score.latency_s:.2f}", f"{score.tokens_per_s:,.0f}"]
-    shares: list[str | Text] = [_percent(score.accuracy), _percent(score.accuracy_error), f"{score.invalid:,}"]
-    return [*shares, *speed, difference, _percent(score.difference_error)]
+    difference = _with_error(score.difference, score.difference_error, sign=True)
+    speed = f"{score.latency_s:.2f}", f"{score.tokens_per_s:,.0f}"
+    accuracy = _with_error(score.accuracy, score.accuracy_error)
+    return [accuracy, f"{score.invalid:,}", *speed, Text(difference, "bold red") if score.lost else difference]
 
 
 def _logits(found: Logits) -> list[str]:
-    error = "-" if found.kl_error is None else f"{found.kl_error:.1e}"
-    ppl = [f"{value:.4g}" for value in (found.perplexity, found.baseline_perplexity)]
-    return [f"{found.kl:.2e}", error, *ppl, _percent(found.same_top)]
+    error = "" if found.kl_error is None else f" ± {found.kl_error:.1e}"
+    likely = [f"{value:.4g}" for value in (found.perplexity, found.baseline_perplexity)]
+    return [f"{found.kl:.1e}{error}", *likely, f"{100 * found.same_top:.1f} %"]
 
 
-def _percent(share: float | None, sign: bool = False) -> str:
-    return "-" if share is None else f"{100 * share:{'+' if sign else ''}.1f}"
+def _with_error(share: float | None, error: float | None, sign: bool = False) -> str:
+    """In percent."""
+    if share is None:
+        return "-"
+    found = f"{100 * share:{'+' if sign else ''}.1f}"
+    return found if error is None else f"{found} ± {100 * error:.1f}"
 
 
 def _who(row: Row) -> list[str]:

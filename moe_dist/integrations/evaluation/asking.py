@@ -113,9 +113,9 @@ def compare_logits(context: RankContext, ids: Tensor, used: Tensor) -> Logits:
     counts = kept.sum(1)
     rows = counts > 0
     mean, error = mean_of_rows(kl.sum(1)[rows].tolist(), counts[rows].tolist())
-    likely = [_perplexity(each, ids, kept) for each in (after, before)]
+    own, of_baseline = (_perplexity(each, ids, kept) for each in (after, before))
     same = (before.argmax(-1) == after.argmax(-1))[kept].double().mean()
-    return Logits(int(counts.sum()), int(rows.sum()), mean, error, *likely, float(same))
+    return Logits(int(counts.sum()), int(rows.sum()), mean, error, own, of_baseline, float(same))
 
 
 def counted(new: Tensor, ends: list[int]) -> Tensor:
@@ -140,7 +140,7 @@ def _log_probabilities(context: RankContext, ids: Tensor) -> Tensor:
 def _generate(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, new_tokens: int, sample: bool) -> Tensor:
     """What the checkpoint's own generation_config says of sampling is left aside: answers are greedy, text is drawn by
     the plain probabilities."""
-    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    plain: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sample:
         plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     out: Tensor = model.generate(
