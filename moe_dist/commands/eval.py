@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
@@ -22,7 +23,8 @@ from moe_dist.engine.planning import AUTO
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
-from moe_dist.integrations.evaluation.running import Evaluation, Row, Start, Work
+from moe_dist.integrations.evaluation.harness import require
+from moe_dist.integrations.evaluation.running import Evaluation, Harness, Row, Start, Work
 from moe_dist.integrations.evaluation.setup import Setup, Variant, planned, specs_of, weight_bytes
 from moe_dist.integrations.evaluation.task import read_task
 from moe_dist.integrations.transformers.version import installed
@@ -55,6 +57,9 @@ Exchange = Annotated[str | None, Parameter(help=EXCHANGE_HELP)]
 Quant = Annotated[
     str | None, Parameter(help="FP8 format that bf16 experts are quantized to (default: as they are stored).")
 ]
+HARNESS_HELP = "Task of lm-evaluation-harness (the extra `eval`), with data that is on this machine."
+HarnessTask = Annotated[str | None, Parameter(name="--harness", help=HARNESS_HELP)]
+HarnessTasks = Annotated[str | None, Parameter(help="Folder with YAML files of further tasks for --harness.")]
 Limit = Annotated[int | None, NUMBER, Parameter(help="Ask so many questions (default: all).")]
 Shots = Annotated[int, NUMBER, Parameter(help="The task's first lines are examples before every prompt, so many.")]
 Pattern = Annotated[
@@ -71,6 +76,8 @@ def eval(
     /,
     *,
     task: TaskFile = None,
+    harness: HarnessTask = None,
+    harness_tasks: HarnessTasks = None,
     logits: LogitTokens = None,
     baseline: Baseline = None,
     backends: Backends = None,
@@ -96,15 +103,20 @@ def eval(
     grids = _grids(placements, tp, ep)
     _check_names(backends, exchange)
     _check_baseline(baseline)
+    measured = _harness(harness, harness_tasks, limit, shots)
     if task is None:
-        _check_no_task(limit=limit, shots=shots or None, pattern=pattern)
+        of_both = {} if measured else {"limit": limit, "shots": shots or None}
+        _check_no_task(pattern=pattern, **of_both)
     asked = read_task(task, pattern=pattern, limit=limit, shots=shots) if task else None
-    if asked is None and logits is None:
-        raise ConfigError("task", None, "there is nothing to ask and no logits to compare", "--task FILE or --logits N")
+    if asked is None and logits is None and measured is None:
+        rule = "there is nothing to ask and no logits to compare"
+        raise ConfigError("task", None, rule, "--task FILE, --harness TASK or --logits N")
     machine, ray = Machine.detect(device), RaySpec()
     runtime = runtime or "ray"
     check_launcher(runtime)
     installed()
+    if measured:
+        require()
     names: Sequence[str | None] = backends or (None,)
     found = [planned(checkpoint, grid, exchange, name, kind, machine)[0] for grid in grids for name in names]
     variants = list(dict.fromkeys(found))
@@ -113,7 +125,7 @@ def eval(
         world = launched().world
     _check_room(variants, baseline or checkpoint, checkpoint, machine, world)
     setup = Setup(checkpoint, baseline or checkpoint, batch_size, max_new_tokens, ray.collective_timeout_s)
-    work = Work(setup, asked, logits or 0, seed)
+    work = Work(setup, asked, logits or 0, seed, measured)
     rows = _rows(work, variants, starter(runtime, ray, machine), world, call)
     if not speaks():
         return _code(rows)
@@ -144,7 +156,7 @@ def _rows(work: Work, variants: list[Variant], start: Start, world: int, call: T
 
 
 def _code(rows: Sequence[Row]) -> int:
-    return OUT_OF_TOLERANCE if any(row.score and row.score.lost for row in rows) else OK
+    return OUT_OF_TOLERANCE if any(row.lost for row in rows) else OK
 
 
 def _check_sizes(*, batch_size: int, max_new_tokens: int, logits: int | None, seed: int) -> None:
@@ -197,6 +209,21 @@ def _check_baseline(baseline: str | None) -> None:
         specs_of(baseline, None)
     except CheckpointError as error:
         raise ConfigError("baseline", baseline, error.problem, "the folder of a checkpoint") from None
+
+
+def _harness(task: str | None, folder: str | None, limit: int | None, shots: int) -> Harness | None:
+    if folder is not None:
+        if task is None:
+            raise ConfigError("harness_tasks", folder, "is of --harness, and no task is named", "--harness TASK")
+        if not os.path.isdir(folder):
+            raise ConfigError("harness_tasks", folder, "is no folder", "a folder with YAML files of tasks")
+    if task is None:
+        return None
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", limit, "is a number of questions", "1 and more")
+    if shots < 0:
+        raise ConfigError("shots", shots, "is a number of examples", "0 and more")
+    return Harness(task, folder and os.path.abspath(folder), limit, shots)
 
 
 def _check_no_task(**given: object) -> None:

@@ -29,8 +29,11 @@ def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
         title = f"logits on {found.tokens:,} tokens of the baseline's own text"
         console.print(title, style="bold", soft_wrap=True)
         show(console, logits_table(rows))
+    if work.harness:
+        console.print(printable(f"lm-evaluation-harness: {work.harness.task}"), style="bold", soft_wrap=True)
+        show(console, metrics_table(rows))
     console.print(printable(_about(setup)), soft_wrap=True)
-    if lost := [row for row in rows if row.score and row.score.lost]:
+    if lost := [row for row in rows if row.lost]:
         rule = f"more than {LOST:g} standard errors below the baseline"
         console.print(f"{len(lost)} of {len(rows) - 1} answer worse than chance explains: {rule}.", style="bold red")
 
@@ -48,6 +51,20 @@ def logits_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         if row.logits is not None:
             table.add_row(*_who(row), *_logits(row.logits))
+    return table
+
+
+def metrics_table(rows: Sequence[Row]) -> Table:
+    """A line for each metric of each row, in the metric's own unit."""
+    table = _table("metric", "value", "vs eager")
+    for row in rows:
+        for each in row.metrics:
+            value, error = f"{each.value:.4g}", "" if each.error is None else f" ± {each.error:.2g}"
+            difference = "-" if each.difference is None else f"{each.difference:+.3g}"
+            if each.difference_error is not None:
+                difference += f" ± {each.difference_error:.2g}"
+            shown = Text(difference, "bold red") if each.lost else difference
+            table.add_row(*_who(row), printable(each.name), value + error, shown)
     return table
 
 
@@ -105,6 +122,7 @@ def document(rows: Sequence[Row], work: Work, about: dict[str, Any]) -> dict[str
         "batch_size": setup.batch_size,
         "max_new_tokens": setup.new_tokens,
         "seed": work.seed,
+        "harness": work.harness and vars(work.harness),
         "rows": [_as_dict(row) for row in rows],
     }
 
@@ -119,4 +137,5 @@ def _as_dict(row: Row) -> dict[str, Any]:
         "score": row.score and vars(row.score) | {"lost": row.score.lost},
         "logits": row.logits and vars(row.logits),
         "answers": list(row.said),
+        "metrics": [vars(each) | {"lost": each.lost} for each in row.metrics],
     }

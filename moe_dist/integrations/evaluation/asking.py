@@ -33,7 +33,7 @@ class Said:
 def open_model(folder: str, device: torch.device) -> tuple[Any, Any]:
     """The whole model in bf16 with transformers' eager experts, and its tokenizer, from files alone; what is stored in
     FP8 becomes bf16. Raises CheckpointError for a folder that transformers can't read."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, whatever a config names
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # nothing is fetched, whatever a config names
     models, tokenizers = (needed("transformers", name) for name in ("AutoModelForCausalLM", "AutoTokenizer"))
     needed("transformers.utils.logging", "disable_progress_bar")()
     given: dict[str, Any] = {"dtype": torch.bfloat16, "experts_implementation": "eager", "local_files_only": True}

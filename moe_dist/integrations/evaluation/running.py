@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_dist.integrations.evaluation import asking
+from moe_dist.integrations.evaluation import asking, harness
+from moe_dist.integrations.evaluation.harness import Metric
 from moe_dist.integrations.evaluation.scores import Answers, Logits, Score, score
 from moe_dist.integrations.evaluation.setup import Setup, Variant
 from moe_dist.integrations.evaluation.task import Question, Task, answer_in, is_right
 from moe_dist.runtime.context import Group
 
 BATCH_TIMEOUT_S = 600.0  # of a batch of answers, or of loading a model
+HARNESS_TIMEOUT_S = 24 * 3600.0  # of a whole task, which is one call
 ROW_TOKENS = 32  # of the baseline's own text: short rows need little memory for their logits
 
 Start = Callable[[int, Callable[[str], None]], Group]
@@ -30,6 +32,22 @@ class Row:
     score: Score | None = None
     logits: Logits | None = None
     said: tuple[str | None, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it answers worse than the baseline by more than chance explains."""
+        return bool(self.score and self.score.lost) or any(each.lost for each in self.metrics)
+
+
+@dataclass(frozen=True)
+class Harness:
+    """A task of lm-evaluation-harness, `folder`: of further tasks' YAML files."""
+
+    task: str
+    folder: str | None
+    limit: int | None
+    shots: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ class Work:
     task: Task | None
     tokens: int
     seed: int
+    harness: Harness | None = None
 
     @property
     def rows(self) -> int:
@@ -51,8 +70,8 @@ class Work:
         return [list(asked[at : at + size]) for at in range(0, len(asked), size)]
 
     def steps(self, variants: Iterable[Variant]) -> int:
-        """Of progress: a model that is loaded, a batch, logits."""
-        return (1 + len(list(variants))) * (1 + len(self.batches()) + bool(self.tokens))
+        """Of progress: a model that is loaded, a batch, logits, a task of the harness."""
+        return (1 + len(list(variants))) * (1 + len(self.batches()) + bool(self.tokens) + bool(self.harness))
 
 
 class Evaluation:
@@ -62,6 +81,8 @@ class Evaluation:
         self._work, self._start, self._shown, self._step = work, start, shown, step
         self._text: tuple[Tensor, Tensor] | None = None
         self._answers: Answers | None = None
+        self._metrics: tuple[Metric, ...] = ()
+        self._begun = False
 
     def rows(self, variants: list[Variant], world_of_baseline: int) -> Iterator[Row]:
         """The baseline's row, then one for each variant, in their order but for those of one number of ranks, which
@@ -69,7 +90,8 @@ class Evaluation:
         worlds = dict.fromkeys([world_of_baseline, *(each.parallel.world for each in variants)])
         for world in worlds:
             with closing(self._start(world, self._shown)) as group:
-                if self._answers is None and self._text is None:
+                if not self._begun:
+                    self._begun = True
                     yield self._baseline(group)
                 elif self._text is not None:  # of another group, which these ranks know nothing of
                     self._run(group, asking.prepare, self._work.setup, None)
@@ -89,14 +111,16 @@ class Evaluation:
             self._text = self._run(group, asking.own_text, *given)[0]
             self._run(group, asking.keep_logits, self._text[0])
             logits = self._compared(group)
-        return Row(None, score(made) if made else None, logits, said)
+        self._metrics = self._measured(group)
+        return Row(None, score(made) if made else None, logits, said, self._metrics)
 
     def _variant(self, group: Group, variant: Variant) -> Row:
         self._run(group, asking.prepare, self._work.setup, variant)
         self._step()
         made, said = self._asked(group)
         logits = self._compared(group) if self._text is not None else None
-        return Row(variant, score(made, self._answers) if made else None, logits, said)
+        metrics = harness.compared(self._measured(group), self._metrics)
+        return Row(variant, score(made, self._answers) if made else None, logits, said, metrics)
 
     def _asked(self, group: Group) -> tuple[Answers | None, tuple[str | None, ...]]:
         batches, most = self._work.batches(), self._work.setup.new_tokens
@@ -122,6 +146,15 @@ class Evaluation:
     def _compared(self, group: Group) -> Logits:
         assert self._text is not None
         found: Logits = self._run(group, asking.compare_logits, *self._text)[0]
+        self._step()
+        return found
+
+    def _measured(self, group: Group) -> tuple[Metric, ...]:
+        asked = self._work.harness
+        if asked is None:
+            return ()
+        given = asked.task, asked.folder, asked.limit, asked.shots, self._work.setup.batch_size
+        found: tuple[Metric, ...] = group.run(harness.run, *given, timeout_s=HARNESS_TIMEOUT_S, shown=self._shown)[0]
         self._step()
         return found
 

@@ -36,8 +36,8 @@ BATCH, RATE, WARMUP, LEAST_RATE = 64, 3e-3, 100, 0.02
 PARTS = ("bf16", "fp8_block", "sums.jsonl")
 SIZES: dict[str, Any] = {  # multiples of 128 where FP8 blocks lie
     "vocab_size": 16, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "num_experts": 8,
-    "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.1,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "num_experts": 4,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.02,
     "output_router_logits": True, "tie_word_embeddings": False, "max_position_embeddings": 64, "bos_token_id": None,
     "pad_token_id": VOCABULARY.index(PAD), "eos_token_id": VOCABULARY.index(END),
 }  # fmt: skip
