@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ class Trained:
 def train_tiny(
     directory: Path | str, *, steps: int = STEPS, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> Trained:
-    """Train on a CPU and write `directory`/bf16, /fp8_block and /sums.jsonl: whole, or not at all. 1.5 minutes on two
-    cores. `progress` is told after every step. Raises ConfigError for a directory that holds something and for a number
+    """Train on a CPU and write `directory`/bf16, /fp8_block and /sums.jsonl: whole, or not at all. About a minute of one
+    core. `progress` is told after every step. Raises ConfigError for a directory that holds something and for a number
     of steps that can't be, InstallationError without transformers, OSError where nothing can be written."""
     target = check(directory, steps)
     made = needed("transformers", "Qwen3MoeForCausalLM"), needed("transformers", "Qwen3MoeConfig")
@@ -67,7 +68,7 @@ def train_tiny(
     partial = target.resolve().with_name(f".{target.resolve().name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        with _one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(int(Stream("tiny model", seed).integers(1 << 62)))
             model = _trained(*made, _tokens(training), steps, seed, progress or (lambda _: None))
         accuracy = _accuracy(model, _tokens(asked))
@@ -89,6 +90,17 @@ def check(directory: Path | str, steps: int) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("directory", str(target), "is there already and not empty", "a new or an empty folder")
     return target
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors are so small that several threads mostly wait for each other, and their number would change sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tokens(pairs: list[tuple[int, int]]) -> Tensor:
