@@ -59,9 +59,9 @@ class Trained:
 def train_tiny(
     directory: Path | str, *, steps: int = STEPS, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> Trained:
-    """Train on a CPU and write `directory`/bf16, /fp8_block and /sums.jsonl: whole, or not at all. About a minute of one
-    core. `progress` is told after every step. Raises ConfigError for a directory that holds something and for a number
-    of steps that can't be, InstallationError without transformers, OSError where nothing can be written."""
+    """Train on a CPU and write `directory`/bf16, /fp8_block and /sums.jsonl: whole, or not at all. About a minute of
+    one core. `progress` is told after every step. Raises ConfigError for a directory that holds something and for a
+    number of steps that can't be, InstallationError without transformers, OSError where nothing can be written."""
     target = check(directory, steps)
     made = needed("transformers", "Qwen3MoeForCausalLM"), needed("transformers", "Qwen3MoeConfig")
     training, asked = split_sums(seed)
@@ -127,7 +127,7 @@ def _trained(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress(f"training, loss {float(loss):.3f}")
+        progress(f"training, loss {float(loss.detach()):.3f}")
     return model.eval()
 
 
