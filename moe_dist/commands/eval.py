@@ -41,7 +41,7 @@ Checkpoint = Annotated[str, Parameter(help="Folder of a whole Hugging Face model
 TASK_HELP = """File of JSON lines to ask: prompt and answer, or question and answer with "#### N" as GSM8K has them. A
 line's own pattern is a regular expression that finds the answer."""
 TaskFile = Annotated[str | None, Parameter(help=TASK_HELP.replace("\n", " "))]
-LOGITS_HELP = "Compare logits on text that the baseline itself draws, up to so many tokens; needs no task."
+LOGITS_HELP = "Compare logits on text that the baseline itself draws, about so many tokens; needs no task."
 LogitTokens = Annotated[int | None, NUMBER, Parameter(help=LOGITS_HELP)]
 Baseline = Annotated[
     str | None, Parameter(help="Checkpoint that transformers runs in bf16 to compare with (default: the same).")

@@ -20,6 +20,9 @@ from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.streams import Stream
 
 
+MOST_ROUNDS = 16  # of draws of text
+
+
 @dataclass(frozen=True)
 class Said:
     """Of one batch: each prompt's continuation without special tokens, all new tokens with the ones that end an answer,
@@ -84,20 +87,27 @@ def answers(context: RankContext, prompts: list[str], new_tokens: int) -> Said:
     return Said(tuple(texts), int(counted(new, _ends(model, tokenizer)).sum()), seconds)
 
 
-def own_text(context: RankContext, rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Text that the model draws by its own probabilities, each row from one random token on, with a seed: ids
-    [rows, length + 1] int64, and which of them count [rows, length + 1] bool: those drawn, to the end of the row's
-    text."""
+def own_text(context: RankContext, tokens: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Text that the model draws by its own probabilities, each row from one random token on: ids [rows, length + 1]
+    int64, and which of them count [rows, length + 1] bool: those drawn, to the end of the row's text. There are rows
+    for `tokens` that count, and where they end early, for as many as MOST_ROUNDS of draws have given."""
     model, tokenizer = context.memo["model"]
-    context.progress("drawing text")
-    ordinary = [code for code in range(len(tokenizer)) if code not in tokenizer.all_special_ids]
-    first = torch.tensor(ordinary)[Stream("first tokens", seed).integers(len(ordinary), rows)][:, None]
-    with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
-        torch.manual_seed(int(Stream("own text", seed).integers(1 << 62)))
-        first = first.to(context.device)
-        ids = _generate(model, tokenizer, first, torch.ones_like(first), length, sample=True).cpu()
-    drawn = counted(ids[:, 1:], _ends(model, tokenizer))
-    return ids, torch.cat([torch.zeros(rows, 1, dtype=torch.bool), drawn], 1)
+    ordinary = torch.tensor([code for code in range(len(tokenizer)) if code not in tokenizer.all_special_ids])
+    rows, ids, used = -(-tokens // length), [], []
+    for number in range(MOST_ROUNDS):
+        context.progress("drawing text")
+        first = ordinary[Stream("first tokens", seed, number).integers(len(ordinary), rows)][:, None]
+        with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+            torch.manual_seed(int(Stream("own text", seed, number).integers(1 << 62)))
+            first = first.to(context.device)
+            drawn = _generate(model, tokenizer, first, torch.ones_like(first), length, sample=True).cpu()
+        padding = length + 1 - drawn.shape[1]  # all of its rows have ended earlier
+        ids.append(torch.nn.functional.pad(drawn, (0, padding), value=int(tokenizer.pad_token_id)))
+        kept = counted(drawn[:, 1:], _ends(model, tokenizer))
+        used.append(torch.nn.functional.pad(kept, (1, padding)))
+        if sum(int(each.sum()) for each in used) >= tokens:
+            break
+    return torch.cat(ids), torch.cat(used)
 
 
 def keep_logits(context: RankContext, ids: Tensor) -> None:

@@ -60,10 +60,6 @@ class Work:
     seed: int
     harness: Harness | None = None
 
-    @property
-    def rows(self) -> int:
-        return -(-self.tokens // ROW_TOKENS)
-
     def batches(self) -> list[list[Question]]:
         asked = self.task.questions if self.task else ()
         size = self.setup.batch_size
@@ -107,7 +103,7 @@ class Evaluation:
         self._answers = made
         logits = None
         if self._work.tokens:
-            given = self._work.rows, ROW_TOKENS, self._work.seed
+            given = self._work.tokens, ROW_TOKENS, self._work.seed
             self._text = self._run(group, asking.own_text, *given)[0]
             self._run(group, asking.keep_logits, self._text[0])
             logits = self._compared(group)
