@@ -19,7 +19,6 @@ from moe_dist.integrations.transformers.version import needed
 from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.streams import Stream
 
-
 MOST_ROUNDS = 16  # of draws of text
 
 
