@@ -123,6 +123,10 @@ def eval(
     world = 1
     if runtime == "torchrun":
         world = launched().world
+        for each in variants:
+            if each.parallel.world != world:
+                rule = f"has {each.parallel.world} ranks, and torchrun started {world}"
+                raise ConfigError("placements", each.placement, rule, f"placements of {world} ranks, or --runtime ray")
     _check_room(variants, baseline or checkpoint, checkpoint, machine, world)
     setup = Setup(checkpoint, baseline or checkpoint, batch_size, max_new_tokens, ray.collective_timeout_s)
     work = Work(setup, asked, logits or 0, seed, measured)

@@ -222,8 +222,7 @@ def test_skipped_experts(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("moe_dist.integrations.transformers.replacing.routing_of", dropping)
     *_, row = evaluated(trained, trained.fp8_block)
-    assert row.score is not None
-    assert row.score.lost
+    assert standard_errors_lost(row) > FAR
 
 
 def test_a_task_of_the_harness(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
