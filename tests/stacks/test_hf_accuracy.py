@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_dist import Comm
-from moe_dist.checkpoint import check_layer
+from moe_dist.checkpoint import check_layer, make_checkpoint
 from moe_dist.commands import cli
-from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
+from moe_dist.exits.exit_codes import BAD_INPUT, OK, OUT_OF_TOLERANCE
 from moe_dist.integrations.evaluation import training
 from moe_dist.integrations.evaluation.running import Evaluation, Row, Work
 from moe_dist.integrations.evaluation.setup import Setup, planned
@@ -245,3 +245,13 @@ def test_a_task_of_the_harness(trained: Trained, tmp_path: Path, capsys: pytest.
     assert row["metrics"][0]["difference"] == pytest.approx(
         row["metrics"][0]["value"] - baseline["metrics"][0]["value"]
     )
+
+
+def test_a_checkpoint_without_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers would draw what is missing at random."""
+    made = make_checkpoint(tmp_path / "made", hidden=128, intermediate=128, num_experts=4, top_k=2, layers=1)
+    training.tokenizer().save_pretrained(made)
+    config = json.loads((made / "config.json").read_text()) | {"vocab_size": 16, "num_attention_heads": 4}
+    (made / "config.json").write_text(json.dumps(config))
+    assert cli.main(["eval", str(made), "--logits", "9", "--device", "cpu"]) == BAD_INPUT
+    assert "weights of the model are missing: lm_head.weight" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from moe_dist.commands.eval_table import document, print_rows
 from moe_dist.commands.terminal import WIDTH, Terminal
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exits.exit_codes import BAD_INPUT, TOO_SMALL
+from moe_dist.integrations.evaluation import harness
 from moe_dist.integrations.evaluation.asking import counted
 from moe_dist.integrations.evaluation.running import Row, Work
 from moe_dist.integrations.evaluation.scores import Answers, Logits, mean_and_error, mean_of_rows, score
@@ -169,6 +170,31 @@ def test_the_document(tmp_path: Path) -> None:
     assert made["rows"][0]["answers"] == ["1", None]
 
 
+def test_numbers_of_the_harness() -> None:
+    given = {"alias": "t", "exact_match,none": 0.9, "exact_match_stderr,none": 0.03, "ppl,flexible": 7, "n,none": "N/A"}
+    given["ppl_stderr,flexible"] = "N/A"
+    found = harness.metrics(given, {"exact_match": True, "ppl": False})
+    assert [(each.name, each.value, each.error) for each in found] == [
+        ("exact_match", 0.9, 0.03),
+        ("ppl (flexible)", 7.0, None),
+    ]
+    given = {"exact_match,none": 0.5, "exact_match_stderr,none": 0.04, "ppl,flexible": 9}
+    worse = harness.metrics(given, {"exact_match": True})
+    exact, ppl = harness.compared(worse, found)
+    assert (exact.difference, exact.difference_error) == (pytest.approx(-0.4), pytest.approx(0.05))
+    assert exact.lost
+    assert not ppl.lost  # there is no error to judge by
+    assert not harness.compared(found, worse)[0].lost
+    assert Row(None, metrics=(exact,)).lost
+
+
+def test_without_the_harness(said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_dist.commands.eval.installed", lambda: "5.24.0")
+    monkeypatch.setattr(harness, "version", _nowhere)
+    make_checkpoint("made", hidden=128, intermediate=128, num_experts=4, top_k=2, layers=1)
+    assert "--harness needs the package lm-eval" in said("eval", "made", "--harness", "gsm8k", code=TOO_SMALL)
+
+
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
@@ -194,6 +220,9 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
         (["eval", "a", "--task", "task.jsonl", "--limit", "0"], "--limit = 0"),
         (["eval", "a", "--task", "task.jsonl", "--shots", "3"], "--shots = 3: task.jsonl has 2 lines"),
         (["eval", "a", "--task", "task.jsonl", "--pattern", "("], "--pattern = '(': is no regular expression"),
+        (["eval", "a", "--harness-tasks", "."], "--harness-tasks = '.': is of --harness"),
+        (["eval", "a", "--logits", "9", "--limit", "3"], "--limit = 3: is of a task, and none is given"),
+        (["eval", "a", "--logits", "9", "--baseline", "b"], "--baseline = 'b': no such file"),
         (["train-tiny", "."], "directory = '.': is there already and not empty"),
         (["train-tiny", "new", "--steps", "0"], "--steps = 0"),
     ],

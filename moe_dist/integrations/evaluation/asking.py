@@ -34,7 +34,8 @@ class Said:
 
 def open_model(folder: str, device: torch.device) -> tuple[Any, Any]:
     """The whole model in bf16 with transformers' eager experts, and its tokenizer, from files alone; what is stored in
-    FP8 becomes bf16. Raises CheckpointError for a folder that transformers can't read."""
+    FP8 becomes bf16. Raises CheckpointError for a folder that transformers can't read, and for one that lacks weights
+    or a tokenizer."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # nothing is fetched, whatever a config names
     models, tokenizers = (needed("transformers", name) for name in ("AutoModelForCausalLM", "AutoTokenizer"))
     needed("transformers.utils.logging", "disable_progress_bar")()
@@ -43,9 +44,12 @@ def open_model(folder: str, device: torch.device) -> tuple[Any, Any]:
         given["quantization_config"] = needed("transformers", "FineGrainedFP8Config")(dequantize=True)
     try:
         tokenizer = tokenizers.from_pretrained(folder, local_files_only=True)
-        model = models.from_pretrained(folder, **given)
+        model, loaded = models.from_pretrained(folder, output_loading_info=True, **given)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(folder, f"transformers can't load it: {' '.join(str(error).split())[:300]}") from None
+    if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
+        problem = f"{len(missing)} weights of the model are missing: {', '.join(missing[:3])}"
+        raise CheckpointError(folder, problem + ", ..." * (len(missing) > 3))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
