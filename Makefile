@@ -5,18 +5,21 @@
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
 #   make nightly                            the property tests with 2,000 examples each
-#   make docs                               docs/performance.md from the recorded files
+#   make docs                               docs/performance.md and docs/choosing.md from the recorded files
 #   make report                             build/report.html from the recorded files
 #   make test-browser                       the report's page in Chromium, which must be installed
 #   make test-stacks                        models of transformers with our layers in them, which installs it
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
+#   make TORCH="torch==2.14.*" …            another release of torch
 
 PYTHON ?= python3
 VENV ?= .venv
 LAYER ?= 0
 ARGS ?=
 PIP_ARGS ?=
+# Of the releases that pyproject.toml admits. On a CPU 2.14 passes the same tests; GPUs have run 2.11.
+TORCH ?= torch<2.14
 OUT ?= results/compare.json
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -56,6 +59,7 @@ lint: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready
 	$(BIN)/python benchmarks/make_tables.py
+	$(BIN)/python benchmarks/make_choosing.py
 
 # A file without rows of results is named and left out.
 report: $(VENV)/.ready
@@ -81,7 +85,7 @@ $(VENV)/.ready: pyproject.toml
 	@echo "Installing into $(VENV) ($(if $(GPU),with the GPU extra,no NVIDIA GPU here: CPU only)); the first time takes minutes."
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".$(if $(GPU),[gpu])"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) "$(TORCH)" -e ".$(if $(GPU),[gpu])"
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_dist.comm import Comm
+    from moe_dist.comm import Comm, Meeting
     from moe_dist.engine.graph import StepGraph
     from moe_dist.engine.layer import MoELayer
     from moe_dist.engine.loading import load_layer
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from moe_dist.model.routing import Routing
     from moe_dist.model.spec import MoESpec, ParallelSpec
     from moe_dist.model.weights import ExpertWeights
+    from moe_dist.runtime.own_actors import join_actors
 
 _HOMES = {
     "Comm": "moe_dist.comm",
     "ExpertWeights": "moe_dist.model.weights",
+    "Meeting": "moe_dist.comm",
     "MoELayer": "moe_dist.engine.layer",
     "MoESpec": "moe_dist.model.spec",
     "MoEStack": "moe_dist.engine.stack",
@@ -28,6 +30,7 @@ _HOMES = {
     "Recorder": "moe_dist.engine.recording",
     "Routing": "moe_dist.model.routing",
     "StepGraph": "moe_dist.engine.graph",
+    "join_actors": "moe_dist.runtime.own_actors",
     "load_layer": "moe_dist.engine.loading",
     "make_plan": "moe_dist.engine.planning",
 }
@@ -35,6 +38,7 @@ _HOMES = {
 __all__ = [
     "Comm",
     "ExpertWeights",
+    "Meeting",
     "MoELayer",
     "MoESpec",
     "MoEStack",
@@ -42,6 +46,7 @@ __all__ = [
     "Recorder",
     "Routing",
     "StepGraph",
+    "join_actors",
     "load_layer",
     "make_plan",
 ]

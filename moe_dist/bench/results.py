@@ -239,9 +239,9 @@ def provenance(machine: Machine) -> Provenance:
 
 
 def _program() -> str:
-    """What was started, as one would type it in the repository: the command itself, or a script of benchmarks/."""
+    """What was started, as one would type it in the repository: the command itself, or a script of ours."""
     path = Path(sys.argv[0])
-    return f"{path.parent.name}/{path.name}" if path.parent.name == "benchmarks" else "moe-dist"
+    return f"{path.parent.name}/{path.name}" if path.parent.name in ("benchmarks", "examples") else "moe-dist"
 
 
 def _without_folder(argument: str) -> str:

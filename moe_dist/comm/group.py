@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
+from moe_dist.comm.meeting import check_ranks, check_timeout, go_to
 from moe_dist.comm.others import backends_of, device_of, rank_in, real_group, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.comm.user import user_of
@@ -24,9 +25,6 @@ from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.model.sizes import row_bytes
 
 R = TypeVar("R")
-
-LEAST_TIMEOUT_S = 0.001  # process groups count whole milliseconds, and take none as no limit
-LONGEST_TIMEOUT_S = 1e9  # thirty years: a deadline in nanoseconds still fits into 64 bits
 
 # torch 2.13 has new names for these two and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -68,11 +66,19 @@ class Comm:
         return cls(0, 1, with_index(device))
 
     @classmethod
-    def join(cls, rank: int, world: int, store: Store | None, device: torch.device, timeout_s: float) -> Comm:
-        """Form the default process group with the other ranks, through `store` (None: torchrun's own).
+    def join(
+        cls, rank: int, world: int, at: Store | str | None, device: torch.device | str, timeout_s: float = 60.0
+    ) -> Comm:
+        """Form this process's default process group with the other ranks: `at` the address of a Meeting, through a
+        store, or None for torchrun's own. On a GPU it is of NCCL, else of gloo; the caller has set its current GPU.
 
-        Raises RankFailure when the others don't come within `timeout_s`, which also bounds every later collective.
+        Raises ConfigError for a rank, an address, a device or a timeout that can't be, RankFailure when the others
+        don't come within `timeout_s`, which also bounds every later collective.
         """
+        check_ranks(rank, world)
+        check_timeout(timeout_s)
+        device = with_index(device_of(device))
+        store = go_to(at, rank, world, timeout_s) if isinstance(at, str) else at
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -111,19 +117,24 @@ class Comm:
         device = with_index(device)
         if timeout_s is None:
             timeout_s = timeout_of(group, device)
-        elif type(timeout_s) not in (int, float) or not LEAST_TIMEOUT_S <= timeout_s <= LONGEST_TIMEOUT_S:
-            legal = f"seconds, {LEAST_TIMEOUT_S} to {LONGEST_TIMEOUT_S:.0f}"
-            raise ConfigError("timeout_s", timeout_s, "bounds every collective", legal)
-        elif backends[device.type] == "nccl":
-            _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        else:
+            check_timeout(timeout_s)
+            if backends[device.type] == "nccl":
+                _set_pg_timeout(timedelta(seconds=timeout_s), group)
         cpu_group, owned = group, []
         if backends.get("cpu") != "gloo":
             members = dist.get_process_group_ranks(group)
-            cpu_group = dist.new_group(
+            # This process is a member: since torch 2.14 the type says that it might not be.
+            made = dist.new_group(
                 members, backend="gloo", timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
             )
+            cpu_group = cast(dist.ProcessGroup, made)
             owned = [cpu_group]
         return cls(rank, dist.get_world_size(group), device, group, cpu_group, timeout_s, owned)
+
+    def is_of(self, group: dist.ProcessGroup) -> bool:
+        """Whether it uses this very process group."""
+        return self._real is not None and self._real() is group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Comm:
         """A copy of what holds it talks to the same ranks through the same group."""

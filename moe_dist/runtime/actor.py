@@ -15,11 +15,11 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moe_dist.comm import Comm
+from moe_dist.comm.meeting import bind_gloo, reach_store, serve_store
 from moe_dist.errors import RankFailure
 from moe_dist.runtime.blame import as_failure, packed
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Pulse
-from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
 
 
 class RankActor:

@@ -27,12 +27,12 @@ import psutil
 import ray
 from ray._private import ray_constants
 
+from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
 from moe_dist.files import require_text
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe
-from moe_dist.runtime.rendezvous import LOOPBACK
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the group's one error says what counts
@@ -46,7 +46,7 @@ AGAIN_S = 2.0
 _users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
 
 
-def connect(spec: RaySpec) -> None:
+def connect(spec: RaySpec | None = None) -> None:
     """Join a running Ray cluster, or start a private one on this machine that ends with this process.
 
     Raises ConfigError for an address that can't be joined and for what Ray can't take over from this process,
@@ -54,6 +54,7 @@ def connect(spec: RaySpec) -> None:
     """
     if ray.is_initialized():
         return
+    spec = spec or RaySpec()
     found = tuple(int(part) for part in ray.__version__.split(".")[:2] if part.isdigit())
     if found < OLDEST_RAY:
         raise ConfigError("ray", ray.__version__, "this release has no token authentication", "2.52 and newer")

@@ -13,14 +13,15 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskE
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
 from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.logs import said_last
+from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.pulse import Peer, Sight
-from moe_dist.runtime.rendezvous import LOOPBACK
 
 BEAT_EVERY_S = 1.0
 GRACE_S = 2.0  # after a first failure: time for the others to show theirs, so that the cause is named, not an echo
@@ -88,7 +89,6 @@ class RayGroup:
             free = {name: f"{ray.available_resources().get(name, 0):g}" for name in bundle}
             hint = f"{self.world} bundles of {bundle} were not free within {self.spec.start_timeout_s:g} s."
             raise ResourceError("free resources in the Ray cluster", bundle, free, hint)
-        environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"} if self.device == "cuda" else {}
         remote = ray.remote(RankActor)
         for rank in range(self.world):
             options = remote.options(
@@ -96,7 +96,7 @@ class RayGroup:
                 num_gpus=1 if self.device == "cuda" else 0,
                 max_concurrency=2,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._bundles, rank),
-                runtime_env={"env_vars": environment} if environment else None,
+                runtime_env=ALL_GPUS_VISIBLE if self.device == "cuda" else None,
             )
             self._actors.append(options.remote(rank, self.world, self.device))
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,13 +29,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.comm import Comm
+from moe_dist.comm.meeting import LOOPBACK, bind_gloo
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
 from moe_dist.runtime import voice
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Peer, Sight, ranks_here, stopped
-from moe_dist.runtime.rendezvous import LOOPBACK, bind_gloo, break_sockets, open_sockets
+from moe_dist.runtime.sockets import break_sockets, open_sockets
 
 LOOK_EVERY_S = 1.0
 GRACE_S = 2.5  # after a collective broke: time to learn from the others what broke it
@@ -69,7 +70,9 @@ class TorchrunGroup:
         self._store.set(f"host{self.rank}", socket.gethostname())
         before = open_sockets()
         self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
-        self._results = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # Of all ranks. Since torch 2.14 the type says that this one might not be in it.
+        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._results: dist.ProcessGroup | None = cast(dist.ProcessGroup, made)
         self._watcher = _Watcher(self.context, self._store, silence_timeout_s, open_sockets() - before)
         try:  # the end of a rank that nobody sees yet could not be told from anything else
             dist.barrier(group=self._results)

@@ -14,6 +14,8 @@ from moe_dist.bench.phases import BenchResult
 from moe_dist.bench.row import Document
 from moe_dist.commands.cli import main
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2"]
 SIZES = ["--batch-size", "1", "3", "--input-len", "10", "--output-len", "100", "--chunked-prefill-size", "16"]
 EP2 = ["--ep", "2", "--device", "cpu"]

@@ -88,7 +88,7 @@ def test_every_command_of_the_docs_outside_of_a_checkout(installed: Path, tmp_pa
 
 
 def test_the_program_of_the_readme(installed: Path, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "program.py").write_text(code)
     moe_dist(installed, tmp_path, "demo-checkpoint", "demo")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]

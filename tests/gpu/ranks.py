@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm, copied
+from moe_dist.comm.meeting import bind_gloo, reach_store, serve_store
 from moe_dist.runtime.context import RankContext
-from moe_dist.runtime.rendezvous import bind_gloo, reach_store, serve_store
 
 HOST = "127.0.0.1"
 

@@ -75,7 +75,7 @@ def test_a_command_of_the_docs(ended, line):
 
 def test_the_program_of_the_readme_on_gpus(tmp_path):
     """With the changes that the README names for GPUs."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     for here, on_gpus in (
         ('dist.init_process_group("gloo")', 'dist.init_process_group("nccl")'),
         ("from moe_dist", "torch.cuda.set_device(int(__import__('os').environ['LOCAL_RANK']))\nfrom moe_dist"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,46 @@ def test_the_tables_of_the_docs_are_those_of_the_recorded_files(monkeypatch: pyt
         assert make_tables.page() == (ROOT / "docs" / "performance.md").read_text(), "run `make docs`"
     finally:
         del sys.modules["make_tables"]
+
+
+def test_the_whole_model_of_the_readme_is_that_of_the_docs_which_the_tests_run() -> None:
+    _, program = re.findall(r"```python\n.*?```", (ROOT / "README.md").read_text(), re.S)
+    assert program in (ROOT / "docs" / "integration.md").read_text()
+    assert len([line for line in program.splitlines()[1:-1] if line]) <= 11
+
+
+def test_the_page_of_choices_is_that_of_the_recorded_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import make_choosing
+
+    try:
+        assert make_choosing.page() == (ROOT / "docs" / "choosing.md").read_text(), "run `make docs`"
+    finally:
+        for name in ("make_choosing", "make_tables", "score_auto"):
+            del sys.modules[name]
+
+
+def test_each_line_of_choices_is_what_its_rows_say() -> None:
+    """Read without the page's own code."""
+    text = (ROOT / "docs" / "choosing.md").read_text().split("## What a rule costs")[0]
+    rows: list[dict[str, Any]] = []
+    checked = 0
+    for line in text.splitlines():
+        if found := re.search(r"\[file\]\(\.\./benchmarks/(.*)\)\)", line):
+            rows = json.loads((ROOT / "benchmarks" / found[1]).read_text())["rows"]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 6 or not cells[0][:1].isdigit():
+            continue
+        first, *others = (rows[int(number) - 1] for number in cells[5].split(", "))
+        assert cells[1] == f"{first['placement']} `{first['exchange']}` `{first['backend']}`"
+        assert cells[2] == f"{first['p50_us']:,.0f}"
+        assert {row["tokens_per_rank"] for row in (first, *others)} == {int(cells[0].replace(",", ""))}
+        assert len({(row["model"], row["world"], row["skew"], row["graph"]) for row in (first, *others)}) == 1
+        for told, row in zip(cells[4].split("; "), others, strict=True):
+            assert f" {row['p50_us'] / first['p50_us']:.2f}x" in told
+            assert row["p50_us"] >= first["p50_us"]
+        checked += 1
+    assert checked > 50
 
 
 def test_a_cell_that_two_rows_claim_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

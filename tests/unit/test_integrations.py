@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from dist.pool import Pool
+import torch.distributed as dist
+from dist.pool import Pool, group_of
 
 import moe_dist.integrations.transformers as integration
 from moe_dist import Comm, MoELayer, MoESpec, ParallelSpec, Routing, make_plan
 from moe_dist.errors import ConfigError, InstallationError, UnsupportedError
 from moe_dist.integrations.transformers import steps as steps_module
 from moe_dist.integrations.transformers import version
+from moe_dist.integrations.transformers.comms import comm_of
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import Steps
 from moe_dist.model.routing import route
@@ -151,3 +153,16 @@ def test_inside_of_a_capture_the_step_is_part_of_it(monkeypatch: pytest.MonkeyPa
     Layer.capturable = Support(False, "backend torch is not capturable")
     with pytest.raises(UnsupportedError, match=r"a CUDA graph around the model.*backend torch is not capturable"):
         Steps(Layer(), (8,))(OnGpu([1, 2, 3]), None)  # type: ignore[arg-type]
+
+
+def shared(comm: Comm) -> tuple[bool, bool, bool, bool]:
+    group = group_of(comm.world)
+    first = comm_of(group, "cpu", 60.0)
+    whole = comm_of(None, "cpu", 60.0)
+    kept = first.is_of(group), comm_of(group, "cpu", 60.0) is first
+    return *kept, comm_of(group, "cpu", 61.0) is first, whole is first or not whole.is_of(dist.group.WORLD)
+
+
+def test_layers_of_one_process_group_share_a_communicator(pool: Pool) -> None:
+    """As long as timeout and device are the same; that of another group is another one."""
+    assert pool.run(2, shared) == [(True, True, False, False)] * 2

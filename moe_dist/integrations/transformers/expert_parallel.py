@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.distributed.expert_parallel import EPImplementation
 
 from moe_dist.comm import Comm
 from moe_dist.errors import UnsupportedError
+from moe_dist.integrations.transformers.comms import comm_of
 from moe_dist.integrations.transformers.forms import check_structure, tensors_of
 from moe_dist.integrations.transformers.kept import Kept
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import check_inference, routing_of
 from moe_dist.model.spec import ParallelSpec, split_bounds
-
-# One for all layers of a group: the key says which, and a Comm holds its group, so an id is not used again meanwhile.
-_comms: WeakValueDictionary[tuple[int, str, float | None], Comm] = WeakValueDictionary()
 
 
 class MoeDistEP(EPImplementation):  # type: ignore[misc]  # transformers has no types
@@ -50,7 +46,7 @@ class MoeDistEP(EPImplementation):  # type: ignore[misc]  # transformers has no 
         come in time."""
         check_inference(hidden_states, top_k_weights, self._experts.parameters(recurse=False))
         device = hidden_states.device
-        self._ep = self._ep or _comm(self._ep_group, device, self.settings.timeout_s)
+        self._ep = self._ep or comm_of(self._ep_group, device, self.settings.timeout_s)
         fsdp = isinstance(self._experts, FSDPModule)  # it takes the weights away between two calls
         if fsdp and self.settings.graph_buckets:
             reason = "FSDP takes the experts' weights away between steps, and a graph reads them where they were"
@@ -59,7 +55,7 @@ class MoeDistEP(EPImplementation):  # type: ignore[misc]  # transformers has no 
         steps = self._kept.steps(self._experts, tensors, top_k_index.shape[1], self._ep, keep=not fsdp)
         if self._parts == 1:
             return steps(hidden_states, routing_of(top_k_index, top_k_weights))
-        self._tp = self._tp or _comm(self._tp_group, device, self.settings.timeout_s)
+        self._tp = self._tp or comm_of(self._tp_group, device, self.settings.timeout_s)
         bounds = split_bounds(len(hidden_states), self._parts)
         start, stop = bounds[self._tp.rank]
         y_tH = steps(hidden_states[start:stop], routing_of(top_k_index[start:stop], top_k_weights[start:stop]))
@@ -74,14 +70,6 @@ def _gathered(y_tH: Tensor, bounds: list[tuple[int, int]], comm: Comm) -> Tensor
     return torch.cat(
         [part[: stop - start] for part, (start, stop) in zip(everyone.split(longest), bounds, strict=True)]
     )
-
-
-def _comm(group: dist.ProcessGroup, device: torch.device, timeout_s: float | None) -> Comm:
-    key = (id(group), str(device), timeout_s)
-    found = _comms.get(key)
-    if found is None:
-        found = _comms[key] = Comm.from_group(device, group, timeout_s)
-    return found
 
 
 def implementation(settings: Settings) -> type[MoeDistEP]:

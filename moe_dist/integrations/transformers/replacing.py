@@ -17,6 +17,7 @@ from moe_dist.comm.others import backends_of, rank_in
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.integrations.transformers.comms import comm_of
 from moe_dist.integrations.transformers.forms import Form, check_structure, form_of, is_experts, tensors_of
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import Steps, check_inference, plan_of, routing_of
@@ -168,7 +169,7 @@ def _comm(
         rank_in(group)
         nccl = backends_of(group).get("cuda") == "nccl" and torch.cuda.is_available()
         device = "cuda" if nccl else here
-    return Comm.from_group(device or here, group, settings.timeout_s)
+    return comm_of(group, device or here, settings.timeout_s)
 
 
 def _parallel(tp: int, ep: int | None, given: dict[str, Any], world: int) -> ParallelSpec:

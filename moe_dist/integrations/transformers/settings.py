@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_dist.backends import BACKENDS
-from moe_dist.comm.group import LEAST_TIMEOUT_S, LONGEST_TIMEOUT_S
+from moe_dist.comm.meeting import LEAST_TIMEOUT_S, LONGEST_TIMEOUT_S
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import EXCHANGES
 from moe_dist.model.spec import MOST_TOKENS

@@ -1,0 +1,235 @@
+"""docs/choosing.md from the recorded files: python benchmarks/make_choosing.py. A test compares the two.
+
+Every line of a table is a claim and names its rows: their numbers in the file, as `moe-dist report` counts them. Of
+each question (which placement, exchange or backend) and case the latest file that can answer it is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from math import hypot
+from typing import Any, NamedTuple
+
+from make_tables import FOLDER
+from score_auto import RULES, by_records, scores, summary
+
+from moe_dist.engine.records import NOISE, read_record
+from moe_dist.report.formats import markdown_table
+
+TARGET = FOLDER.parent / "docs" / "choosing.md"
+RECORDED, RUN = "2026-11-22-h200x2-backends.json", "2026-11-27-h200x2-backends.json"  # two runs of one sweep
+LOCAL = "2026-11-22-h200-local.json"
+Row = dict[str, Any]
+
+HEAD = """# Choosing: TP or EP, which exchange, which backend
+
+Made from the files in [benchmarks/](../benchmarks) by `python benchmarks/make_choosing.py`; nothing in its tables is
+written by hand. Each line is a claim: the fastest choice for so many tokens a rank, what the others take longer, and
+the rows that say so, by their numbers in the file. Steps are those of one layer without its shared expert, exchange
+included, in a CUDA graph, with sharded tokens. "Tie" is a difference within two standard errors of both rows or within
+2 %, which another start of the ranks moves too. `moe-dist plan --placement auto --exchange auto --backend auto` takes
+these rows for you, and `moe-dist compare --remember` adds yours, which then count before them.
+"""
+
+OF_LOCAL = """## A rank's share alone
+
+The exchange hides what a backend costs. These are single shares of a layer on one GPU, without any exchange; "rows" are
+the tokens that enter the rank. µs, and in brackets times the floor.
+"""
+
+TAIL = """## What would change these answers
+
+- **Skew.** Under EP the busiest rank decides: take your own routing (`--record-routing`, `--skew file:PATH`), or
+  `moe-dist balance` on it. Under TP all ranks do the same.
+- **Another shape.** Narrow slices (few hundred columns a rank) cost TP, few experts a rank cost EP. Only models that
+  stand in the tables were measured.
+- **Another machine.** H100s and machines without NVLink were not measured; `moe-dist compare` takes minutes.
+- **A queue of steps.** A GPU at full load lowers its clock: at prefill a step in a queue takes up to a tenth longer
+  than these. `chained_us` of newer files has that.
+- **What can't run**: `cutlass` and `deep_gemm` don't compute bf16 layers; channel and dynamic scales run on `triton`
+  and `cutlass`; `flashinfer_cutlass` has no geglu. `triton` compiles in seconds at its first use, `cutlass` takes an
+  nvcc and a minute, `flashinfer_cutlass` 23 minutes on 64 cores.
+- **Newer code.** Each table says its commit; what was measured once is not measured again for every change.
+
+## When to rearrange experts (predicted)
+
+DeepSeek-V3, EP4 on H200s with `ag_rs` and `cutlass`, predicted from the recorded rows (28 November 2026,
+`moe-dist balance --model DeepSeek-V3 --ep 4 --backend cutlass --skew zipf:1.2 --tokens N`, and `--redundant 16`); no
+rearranged step was measured on GPUs yet. µs of the step of zipf:1.2 that the placement was made for; after how many
+steps the gain has paid for moving 0.7 to 2.1 GiB of weights to a rank at 229 GB/s; the exponent from which a
+measurement would show a gain on later tokens.
+
+| tokens a rank | busiest rank, pairs over the mean | before | rearranged | with 16 copies | steps that pay | from |
+|---|---|---|---|---|---|---|
+| 8 | 1.45 | 309 | 298 | 327 | 301 | none up to zipf:2 |
+| 128 | 1.46 | 830 | 789 | 818 | 228 | zipf:1.1 |
+| 2,048 | 1.46 | 2,891 | 2,380 | 2,419 | 20 | zipf:0.5 |
+| 8,192 | 1.46 | 9,445 | 7,445 | 7,479 | 5 | zipf:0.5 |
+
+At decode the weights of active experts are the step, and even pairs hardly change them. Copies are weights to read too:
+by the model they pay where one expert alone has more pairs than a rank's share, and not for zipf:1.2 over 256 experts.
+"""
+
+
+class Case(NamedTuple):
+    """What rows must have in common to be compared."""
+
+    model: str
+    world: int
+    skew: str
+
+
+class Question(NamedTuple):
+    """What is chosen: `of` names a row's choice, `within` what the compared rows share beside their case."""
+
+    title: str
+    words: str
+    of: Callable[[Row], str]
+    within: Callable[[Row], str]
+
+
+def shown(row: Row) -> str:
+    return f"{row['placement']} `{row['exchange']}` `{row['backend']}`"
+
+
+QUESTIONS = (
+    Question(
+        "TP or EP",
+        "The best row of each placement, whichever exchange and backend it has.",
+        lambda row: str(row["placement"]),
+        lambda row: "",
+    ),
+    Question(
+        "Which exchange",
+        "The best row of each exchange, whichever backend it has.",
+        lambda row: f"`{row['exchange']}`",
+        lambda row: str(row["placement"]),
+    ),
+    Question(
+        "Which backend",
+        "The best row of each backend, whichever exchange it has.",
+        lambda row: f"`{row['backend']}`",
+        lambda row: str(row["placement"]),
+    ),
+)
+
+
+def main() -> None:
+    TARGET.write_text(page())
+
+
+def page() -> str:
+    """The whole page."""
+    documents = {path.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("20*.json"), reverse=True)}
+    documents = {name: document for name, document in documents.items() if "rows" in document}
+    parts = [HEAD]
+    for question in QUESTIONS:
+        parts += [f"## {question.title}", "", question.words, "", *answered(question, documents)]
+    parts += [*of_rules(), OF_LOCAL, *of_shares(documents[LOCAL]), TAIL]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def answered(question: Question, documents: dict[str, Any]) -> Iterator[str]:
+    """For each case the latest file with rows of several choices at one size."""
+    known: set[tuple[Case, str]] = set()
+    for name, document in documents.items():
+        found: dict[tuple[Case, str], dict[int, dict[str, tuple[int, Row]]]] = {}
+        for number, row in enumerate(document["rows"], 1):
+            if not is_step(row):
+                continue
+            key = Case(row["model"], row["world"], row["skew"]), question.within(row)
+            best = found.setdefault(key, {}).setdefault(row["tokens_per_rank"], {})
+            choice = question.of(row)
+            if choice not in best or row["p50_us"] < best[choice][1]["p50_us"]:
+                best[choice] = number, row
+        for case in dict.fromkeys(case for case, _ in found):
+            lines = []
+            for key, sizes in found.items():
+                if key[0] != case or key in known or all(len(best) < 2 for best in sizes.values()):
+                    continue
+                known.add(key)
+                lines += [line(tokens, best) for tokens, best in sorted(sizes.items()) if len(best) > 1]
+            if lines:
+                yield from [heading(case, name, document), ""]
+                yield from markdown_table(["tokens a rank", "take", "µs", "× floor", "the others", "rows"], lines)
+                yield ""
+
+
+def is_step(row: Row) -> bool:
+    """Checked, whole, in a graph, of even shares and plain placements: what can answer for others."""
+    plain = (
+        row.get("layer") == "whole" and row["token_layout"] == "sharded" and row.get("token_split", "even") == "even"
+    )
+    plain = plain and not {"+", "@"} & set(row["placement"]) and row.get("peer") is None
+    return plain and bool(row["graph"]) and bool(row.get("p50_us")) and bool(row.get("ok"))
+
+
+def heading(case: Case, name: str, document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    about = f"{document['date'][:10]}, commit {document['commit'][:7]}, [file](../benchmarks/{name})"
+    return f"**{case.model}**, {case.world} × {machine['gpu']}, routing {case.skew}\n({about})"
+
+
+def line(tokens: int, best: dict[str, tuple[int, Row]]) -> list[str]:
+    ordered = sorted(best.items(), key=lambda item: item[1][1]["p50_us"])
+    (_, (number, first)), *others = ordered
+    compared = []
+    for choice, (_, row) in others:
+        tie = ", tie" if is_tie(first, row) else ""
+        compared.append(f"{choice} {row['p50_us'] / first['p50_us']:.2f}x{tie}")
+    numbers = ", ".join(str(each) for each in (number, *(number for _, (number, _) in others)))
+    floor = f"{first['p50_us'] / first['floor_us']:.2f}" if first.get("floor_us") else "-"
+    return [f"{tokens:,}", shown(first), f"{first['p50_us']:,.0f}", floor, "; ".join(compared), numbers]
+
+
+def is_tie(first: Row, second: Row) -> bool:
+    """As engine.records has it."""
+    scatter = 2 * hypot(first.get("scatter_us") or 0.0, second.get("scatter_us") or 0.0)
+    return bool(abs(second["p50_us"] - first["p50_us"]) <= max(scatter, NOISE * first["p50_us"]))
+
+
+def of_rules() -> Iterator[str]:
+    """What `auto` and the rules of serving stacks lose on a run that they don't know."""
+    records, runs = ([read_record(FOLDER / name, "user")] for name in (RECORDED, RUN))
+    yield from ("## What a rule costs", "")
+    yield f"Backends chosen for every cell of [one run](../benchmarks/{RUN}), over the best of that cell."
+    yield f"`auto` chose by [another run](../benchmarks/{RECORDED}) of the same sweep, five days older."
+    yield ""
+    lines = []
+    for name, chosen in {"`auto`": by_records(records), **RULES}.items():
+        found = summary(name, list(scores(chosen, runs)))
+        within = "-" if found["within_3_percent"] is None else f"{found['within_3_percent']:.0%}"
+        worst = "-" if found["worst_loss"] is None else f"{found['worst_loss']:.0%}"
+        lines.append([name, str(found["cells"]), within, str(found["beyond_10_percent"]), worst])
+    yield from markdown_table(["rule", "cells", "within 3 %", "beyond 10 %", "worst"], lines)
+    yield ""
+
+
+def of_shares(document: dict[str, Any]) -> Iterator[str]:
+    machine = document["machine"]
+    about = f"{document['date'][:10]}, commit {document['commit'][:7]}, [file](../benchmarks/{LOCAL})"
+    yield f"{machine['gpu']} ({about})"
+    yield ""
+    rows = [row for row in document["rows"] if ":" not in row["backend"]]  # others are bare products, no backends
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    lines = []
+    for shard in dict.fromkeys((row["model"], row["placement"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["placement"]) == shard]
+        for tokens in sorted({row["global_tokens"] for row in mine}):
+            cells = {row["backend"]: row for row in mine if row["global_tokens"] == tokens}
+            fastest = min(row["p50_us"] for row in cells.values())
+            lines.append([", ".join(shard), f"{tokens:,}", *(share(cells.get(name), fastest) for name in backends)])
+    yield from markdown_table(["shard", "rows", *(f"`{name}`" for name in backends)], lines)
+    yield ""
+
+
+def share(row: Row | None, fastest: float) -> str:
+    if row is None:
+        return "-"
+    text = f"{row['p50_us']:,.0f} ({row['ratio']:.2f})"
+    return f"**{text}**" if row["p50_us"] == fastest else text
+
+
+if __name__ == "__main__":
+    main()
