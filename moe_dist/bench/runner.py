@@ -10,7 +10,7 @@ from moe_dist.bench.source import check_stored
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, ResourceError, UnsupportedError
 from moe_dist.machine.machine import Machine
-from moe_dist.runtime.context import Group
+from moe_dist.runtime.context import Group, RaySpec
 from moe_dist.workloads.skew_names import ROUTINGS, several_routings
 from moe_dist.workloads.token_splits import most_tokens
 
@@ -61,16 +61,21 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
 
 
 def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int, Shown], Group]:
-    """How this experiment's ranks are started. The runtime's library is imported only when it is chosen."""
+    """How this experiment's ranks are started."""
+    return starter(experiment.runtime, experiment.ray, machine)
+
+
+def starter(runtime: str, ray: RaySpec, machine: Machine) -> Callable[[int, Shown], Group]:
+    """How ranks are started. The runtime's library is imported only when it is chosen."""
 
     def start(world: int, shown: Shown) -> Group:
-        if experiment.runtime == "torchrun":
+        if runtime == "torchrun":
             from moe_dist.runtime.torchrun_group import TorchrunGroup
 
-            limits = experiment.ray.collective_timeout_s, experiment.ray.silence_timeout_s
+            limits = ray.collective_timeout_s, ray.silence_timeout_s
             return TorchrunGroup(world, machine.device, *limits)
         from moe_dist.runtime.ray_group import RayGroup
 
-        return RayGroup(world, machine.device, experiment.ray, shown)
+        return RayGroup(world, machine.device, ray, shown)
 
     return start

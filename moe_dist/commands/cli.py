@@ -34,9 +34,11 @@ COMMANDS = {
     "balance": "Loads of experts, a placement that evens them out, and what it is predicted to gain.",
     "simulate": "Predicted steps of a machine that is not at hand, from measured rows.",
     "check": "Numbers against the oracle at a model's real shapes.",
+    "eval": "Accuracy of a whole model with moe_dist's experts in it, against transformers' own in bf16.",
     "build": "Compile what a backend needs, once; can take many minutes.",
     "tune": "Find a backend's fastest configs for a model's shapes (random weights), for its tables.",
     "demo-checkpoint": "Write a small checkpoint of random weights to try things on.",
+    "train-tiny": "Train a tiny MoE model to add two numbers, to try eval on; a minute or two on a CPU.",
 }
 VALUES = """\
 A flag that takes several values takes them as `1 2` or as `1,2`. A key takes a

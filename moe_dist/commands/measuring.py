@@ -153,11 +153,7 @@ def _resumable(measuring: Measuring, experiment: Experiment) -> str:
 def _check_names_and_launcher(asked: Asked) -> None:
     """An unknown name is a mistake, not a case that can't run here."""
     experiment = asked.experiment
-    if experiment.runtime == "ray" and "TORCHELASTIC_RUN_ID" in os.environ:
-        rule = "torchrun has started this process as one of its ranks, and each would start Ray's ranks too"
-        raise ConfigError("runtime", "ray", rule, "--runtime torchrun")
-    if experiment.runtime == "torchrun":
-        launched()
+    check_launcher(experiment.runtime)
     for name in experiment.backends:
         if name != AUTO:
             BACKENDS.get(name)
@@ -166,6 +162,15 @@ def _check_names_and_launcher(asked: Asked) -> None:
             EXCHANGES.get(name)
     for name in experiment.peers:
         PEERS.get(name)
+
+
+def check_launcher(runtime: str) -> None:
+    """Raise ConfigError where this process was not started as this runtime needs it."""
+    if runtime == "ray" and "TORCHELASTIC_RUN_ID" in os.environ:
+        rule = "torchrun has started this process as one of its ranks, and each would start Ray's ranks too"
+        raise ConfigError("runtime", "ray", rule, "--runtime torchrun")
+    if runtime == "torchrun":
+        launched()
 
 
 def _print_chosen(asked: Asked) -> None:

@@ -18,10 +18,12 @@ from moe_dist.runtime.context import RaySpec
 
 # Flags that set no key of an experiment.
 OTHERS = {
-    "--build", "--calibrate", "--csv", "--format", "--json", "--lines", "--machine", "--measure", "--measured-layers",
-    "--model-type", "--move-gbps", "--network-gbps", "--network-us", "--out", "--output-len", "--profile",
-    "--profile-output-dir", "--profile-steps", "--redundant", "--remember", "--result-filename", "--resume", "--rows",
-    "--run-name", "--seeds", "--show-report", "--skip-warmup", "--verbose", "--wide",
+    "--baseline", "--build", "--calibrate", "--csv", "--format", "--harness", "--harness-tasks", "--json", "--limit",
+    "--lines", "--logits", "--machine", "--max-new-tokens", "--measure", "--measured-layers", "--model-type",
+    "--move-gbps", "--network-gbps", "--network-us", "--out", "--output-len", "--pattern", "--profile",
+    "--profile-output-dir", "--profile-steps", "--quant", "--redundant", "--remember", "--result-filename",
+    "--resume", "--rows", "--run-name", "--seeds", "--shots", "--show-report", "--skip-warmup", "--steps", "--task",
+    "--verbose", "--wide",
 }  # fmt: skip
 WRONG = {
     "--model": "nosuch", "--checkpoint": "nosuch", "--layer": "-1", "--layers": "0", "--device": "tpu",
@@ -34,13 +36,23 @@ WRONG = {
     "--profile-output-dir": "nosuch/traces", "--lines": "/",
     "--peers": "nosuch", "--placement": "tp",
     "--calibrate": "nosuch.json", "--network-gbps": "0", "--network-us": "-1", "--redundant": "-1", "--move-gbps": "0",
+    "--baseline": "nosuch", "--harness": "", "--harness-tasks": "nosuch", "--limit": "0", "--logits": "0",
+    "--max-new-tokens": "0", "--pattern": "(",
+    "--quant": "fp4", "--shots": "-1", "--steps": "0", "--task": "nosuch",
     "--placements": "pp", "--exchanges": "nosuch", "--backends": "nosuch", "--tokens-per-rank": "0",
 }  # fmt: skip
 ELSEWHERE = {
     ("tune", "--out"),  # in test_tune.py, with a backend that can be tuned here
     ("report", "--out"),  # in test_report.py, with a file to report of
 }
-FEW = {"diff": ["a", "b"], "build": ["torch"], "demo-checkpoint": ["made"], "report": ["a"]}
+FEW = {
+    "diff": ["a", "b"],
+    "build": ["torch"],
+    "demo-checkpoint": ["made"],
+    "report": ["a"],
+    "eval": ["a"],
+    "train-tiny": ["made"],
+}
 
 
 @pytest.fixture

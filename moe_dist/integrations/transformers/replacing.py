@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +21,11 @@ from moe_dist.integrations.transformers.comms import comm_of
 from moe_dist.integrations.transformers.forms import Form, check_structure, form_of, is_experts, tensors_of
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import Steps, check_inference, plan_of, routing_of
+from moe_dist.integrations.transformers.stored import StoredExperts
 from moe_dist.integrations.transformers.version import installed
 from moe_dist.integrations.transformers.weights import as_they_lie, check_values, shard_of
 from moe_dist.model.spec import TOKEN_LAYOUTS, ParallelSpec, QuantKind, TokenLayout
+from moe_dist.model.weights import ExpertWeights
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 NO_CHECKPOINT = (
@@ -76,6 +79,7 @@ def replace_experts(
     exchange: str | None = None,
     backend: str | None = None,
     quant: QuantKind | None = None,
+    checkpoint: Path | str | None = None,
     top_k: int | None = None,
     graph_buckets: tuple[int, ...] = (),
     group: dist.ProcessGroup | None = None,
@@ -90,9 +94,11 @@ def replace_experts(
     `token_layout`: replicated where all ranks give the model the same batch, sharded where each has its own. `tp` and
     `ep`, multiplied, are the number of ranks; `ep` defaults to what `tp` leaves. `expert_map`, `replicas` and
     `allow_empty_shards`: as ParallelSpec. `exchange`, `backend`, `graph_buckets`, `timeout_s`: as Settings. `quant`:
-    the FP8 format that bf16 experts are quantized to. `top_k`: experts of a token, if the model's config does not say
-    it. `group`: of the ranks (default: the process's default group, or one rank alone). `device`: of this rank's
-    experts (default: its GPU under NCCL, else where they are). `progress` is called after each module.
+    the FP8 format that bf16 experts are quantized to. `checkpoint`: the folder that the model was loaded from, whose
+    experts are read as they are stored: transformers makes bf16 of FP8 on a CPU. `top_k`: experts of a token, if the
+    model's config does not say it. `group`: of the ranks (default: the process's default group, or one rank alone).
+    `device`: of this rank's experts (default: its GPU under NCCL, else where they are). `progress` is called after each
+    module.
 
     Nothing is replaced unless all of it can be, on this rank. Raises ConfigError for an argument that can't be and for
     weights that are not finite or all zeros, UnsupportedError for experts that moe_dist does not compute or a model
@@ -106,10 +112,12 @@ def replace_experts(
     comm = _comm(group, device, settings, next(iter(found.values())))
     given = {"expert_map": expert_map, "replicas": replicas or (), "allow_empty_shards": allow_empty_shards}
     parallel = _parallel(tp, ep, given, comm.world)
+    stored = None if checkpoint is None else StoredExperts(checkpoint, list(found), quant)
 
     def planned(name: str) -> tuple[Form, Plan]:
         form = form_of(found[name], tensors_of(found[name]), name)
-        spec = spec_as(form.spec(name, _top_k(found[name], top_k)), quant)
+        experts = _top_k(found[name], top_k)
+        spec = stored.spec(name, form, experts) if stored else spec_as(form.spec(name, experts), quant)
         return form, plan_of(spec, parallel, token_layout, settings, comm)
 
     plans = {name: planned(name) for name in found}
@@ -121,7 +129,8 @@ def replace_experts(
             raise error.of(f"{name}: {error.field}") from None
     found.clear()  # so that each is freed as it is replaced
     for name, (form, plan) in plans.items():
-        _replace(model, name, form, plan, comm, settings)
+        shard = stored.shard(name, plan, comm.rank, comm.device) if stored else _shard(model, name, form, plan, comm)
+        _replace(model, name, MoELayer(plan, shard, comm), settings)
         if progress:
             progress()
     _settle(model)
@@ -183,12 +192,14 @@ def _top_k(module: Any, asked: int | None) -> int:
     return known
 
 
-def _replace(model: nn.Module, name: str, form: Form, plan: Plan, comm: Comm, settings: Settings) -> None:
-    module = model.get_submodule(name)
-    whole = as_they_lie(form, tensors_of(module))
-    layer = MoELayer(plan, shard_of(whole, plan.spec, plan.placement, comm.rank, comm.device), comm)
+def _shard(model: nn.Module, name: str, form: Form, plan: Plan, comm: Comm) -> ExpertWeights:
+    whole = as_they_lie(form, tensors_of(model.get_submodule(name)))
+    return shard_of(whole, plan.spec, plan.placement, comm.rank, comm.device)
+
+
+def _replace(model: nn.Module, name: str, layer: MoELayer, settings: Settings) -> None:
     new = DistributedExperts(layer, settings.graph_buckets)
-    new.train(module.training)
+    new.train(model.get_submodule(name).training)
     model.set_submodule(name, new)
 
 
