@@ -101,7 +101,8 @@ def test_the_program_of_the_readme(installed: Path, tmp_path: Path) -> None:
 
 def lines_of(page: str) -> list[str]:
     """Every line of a page's code blocks that calls the command."""
-    found = re.findall(r"^    moe-dist (.*)$", (ROOT / page).read_text(), re.M)
+    text = re.sub(r"\\\n *", "", (ROOT / page).read_text())  # one command may go over two lines
+    found = re.findall(r"^    moe-dist (.*)$", text, re.M)
     return [line for line in found if not line.startswith("·")]
 
 
