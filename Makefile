@@ -4,7 +4,7 @@
 #   make compare                            TP against EP on what is here: on GPUs a real model's shape
 #   make compare CHECKPOINT=dir LAYER=3     on your own model's layer
 #   make compare ARGS="tokens=[8,512] iters=50"
-#   make nightly                            the property tests with 2,000 examples each
+#   make nightly                            the property tests with 2,000 examples each, and the slow tests
 #   make docs                               docs/performance.md and docs/choosing.md from the recorded files
 #   make report                             build/report.html from the recorded files
 #   make test-browser                       the report's page in Chromium, which must be installed
@@ -39,13 +39,13 @@ else
 	$(BIN)/moe-dist compare --checkpoint $(DEMO) --layer $(LAYER) --out "$(OUT)" $(ARGS)
 endif
 
-# Whole files to each of two processes: ranks and Ray clusters are shared within a file.
+# Whole files to each of three processes: ranks and Ray clusters are shared within a file, and some wait for timeouts.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile $(ARGS)
 
-# Property tests only, 2,000 examples each.
+# Property tests with 2,000 examples each, and what takes long and shows little more.
 nightly: $(VENV)/.ready-test
-	MOE_DIST_HYPOTHESIS=nightly $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "hypothesis and not gpu" \
+	MOE_DIST_HYPOTHESIS=nightly $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "(hypothesis or slow) and not gpu" \
 		--timeout 3600 $(ARGS)
 
 # Not in CI, which has no GPU.

@@ -127,11 +127,16 @@ def test_nothing_that_runs_here_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("parallel", "exchange"),
     [
-        pytest.param(parallel, exchange, id=f"{parallel.label}-{exchange}")
+        pytest.param(
+            parallel, exchange, id=f"{parallel.label}-{exchange}",
+            marks=[pytest.mark.slow] * (
+                parallel.world == 8 and (min(parallel.tp, parallel.ep) > 1 or exchange == "all_reduce")
+            ),
+        )
         for parallel in PLACEMENTS
         for exchange in exchanges_for(parallel)
     ],
-)
+)  # fmt: skip
 def test_layer(pool: Pool, parallel: ParallelSpec, exchange: str, backend: str) -> None:
     inputs = Inputs(uneven(parallel.world), SEED)
     wanted = [

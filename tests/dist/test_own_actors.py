@@ -43,6 +43,7 @@ def test_one_actor_is_a_group_too() -> None:
     assert ray.get(actor.agreed.remote(7), timeout=60) == (0, 1, 7)
 
 
+@pytest.mark.slow
 def test_an_actor_without_a_place_is_a_rank_failure() -> None:
     first, second = *ranks(1), *ranks(1, num_cpus=100)
     with pytest.raises(RankFailure, match=r"rank 1 failed in its place.*did not answer within 10 s; it may still wait"):

@@ -77,7 +77,7 @@ def test_the_rank_that_fails_is_named_by_one_that_lives(how: str, doomed: int, c
     assert float(seconds) < 15.0  # the collective itself would have waited for 60
 
 
-@pytest.mark.parametrize("doomed", [0, 1])
+@pytest.mark.parametrize("doomed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_death_before_there_is_a_group_is_told(doomed: int) -> None:
     """Not as SIGTERM, which torchrun sends to the other rank then."""
     done = torchrun(str(HERE / "doomed_rank.py"), "import", str(doomed))
