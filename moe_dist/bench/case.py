@@ -317,11 +317,18 @@ def parse_placement(text: str, world: int) -> ParallelSpec | None:
         raise ConfigError("experiment.placements", text, rule, "moe_dist.bench.defaults.settle_placements before it")
     if text in ("tp", "ep"):
         return ParallelSpec(**{text: world})
+    grid = parse_grid(text)
+    if grid is None:
+        raise ConfigError("experiment.placements", text, "not a placement", PLACEMENTS)
+    return grid if grid.world == world else None
+
+
+def parse_grid(text: str) -> ParallelSpec | None:
+    """`tp2`, `ep4`, `tp2xep2`; None for what names no sizes."""
     sizes: dict[str, int] = {}
     for part in text.lower().split("x"):
         kind, size = part[:2], part[2:]
         if kind not in ("tp", "ep") or kind in sizes or not re.fullmatch("[1-9][0-9]{0,3}", size):
-            raise ConfigError("experiment.placements", text, "not a placement", PLACEMENTS)
+            return None
         sizes[kind] = int(size)
-    parallel = ParallelSpec(**sizes)
-    return parallel if parallel.world == world else None
+    return ParallelSpec(**sizes)

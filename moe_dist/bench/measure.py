@@ -161,10 +161,12 @@ def _timed(context: RankContext, case: Case, turn: Turn, step: Prepared, kept: K
     if iters:
         rounds_us = [*rounds_us, time_steps(comm, call, iters, captured, before)]
         err_repeat = max(changed(), err_repeat)
-    steps = chain_length(comm, median(chain(*rounds_us))) if queues else None
-    for _ in range(queues if comm.device.type == "cuda" else cdiv(queues, 2)):  # comparisons on a CPU stay quick
-        chained_us = (*chained_us, time_chain(comm, call, steps or 0, captured))
-        err_repeat = max(changed(), err_repeat)
+    steps = None
+    if queues:
+        steps = chain_length(comm, median(chain(*rounds_us)))
+        for _ in range(queues if comm.device.type == "cuda" else cdiv(queues, 2)):  # comparisons on a CPU stay quick
+            chained_us = (*chained_us, time_chain(comm, call, steps, captured))
+            err_repeat = max(changed(), err_repeat)
     kept.found[key] = replace(
         found,
         rounds_us=rounds_us,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_dist.engine.backend_rule import EVERYWHERE
+from moe_dist.engine.choosing import plain_exchange
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import UnsupportedError
@@ -25,7 +26,7 @@ def peer_plan(case: Case, machine: Machine) -> Plan:
     UnsupportedError with the reason where the peer can't run here or not this, ConfigError for an unknown name."""
     name, work = str(case.peer), case.workload
     peer, what = PEERS.get(name), f"peer {name}"
-    plain = "local" if case.parallel.world == 1 else "ag_rs" if work.token_layout == "sharded" else "all_reduce"
+    plain = plain_exchange(case.parallel.world, work.token_layout)
     plan = make_plan(
         case.model, case.parallel, exchange=plain, backend=EVERYWHERE, token_layout=work.token_layout, machine=machine
     )

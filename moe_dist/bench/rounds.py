@@ -2,7 +2,8 @@
 alike, and how far one case's rounds lie apart says which differences between cases mean something.
 
 Queues of steps come when all rounds are over: they keep a GPU so busy that it lowers its clock, and whatever was timed
-next would take longer. On two H200s a step of 2.9 ms took 75 µs more where a queue had run before it.
+next would take longer. On two H200s a step of 2.9 ms took 75 µs more where a queue had run before it
+(benchmarks/2026-11-28-before-after.json).
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ class Turn:
         return self.of if self.last else 0
 
 
+def rounds(case: Case) -> int:
+    return min(ROUNDS, case.iters)
+
+
 def turns(case: Case) -> int:
     """One more than rounds, for the queues; one for a case without iterations."""
-    return min(ROUNDS, case.iters) + 1
+    return rounds(case) + 1
 
 
 def schedule(planned: list[tuple[Case, Plan]], memory: int) -> Iterator[tuple[int, Turn]]:
@@ -53,11 +58,11 @@ def schedule(planned: list[tuple[Case, Plan]], memory: int) -> Iterator[tuple[in
         for turn in range(ROUNDS):
             first = turn * len(batch) // ROUNDS
             for index in batch[first:] + batch[:first]:
-                of = turns(planned[index][0]) - 1
+                of = rounds(planned[index][0])
                 if turn < of:
                     yield index, Turn(turn, of, number)
         for index in batch:
-            of = turns(planned[index][0]) - 1
+            of = rounds(planned[index][0])
             yield index, Turn(of, of, number)
 
 

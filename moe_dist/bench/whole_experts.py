@@ -30,6 +30,8 @@ TOKENS = 4  # of the whole group; more where these leave out an expert that was 
 LEAST_PART = 1 / 4  # of an even share of a token's weights: by a pair with less a token tells little of its expert
 
 Copy = tuple[int, int]  # an expert, and the group that serves it there
+# w13 with [gate; up] rows, w2 and, of a gated shared expert, the weight [H] of the sigmoid of a token.
+Whole = tuple[Tensor, Tensor, Tensor | None]
 
 
 def whole_error(
@@ -150,42 +152,32 @@ def _outputs(context: RankContext, case: Case, x_nH: Tensor, routing: Routing, s
         row, place = (ids == expert).nonzero(as_tuple=True)
         y.index_add_(0, row, weights[row, place, None] * _through(x[row], make(expert), case))
     if shared and comm.rank == 0:
-        gate_H = _token_gate(case, comm.device)
-        counts = 1.0 if gate_H is None else torch.sigmoid(x @ gate_H.double())[:, None]
-        y += counts * _through(x, make(None), case)
+        y += _through(x, make(None), case)
     return summed(comm, y)
 
 
-def _token_gate(case: Case, device: torch.device) -> Tensor | None:
-    """[H], of a gated shared expert."""
-    source, spec = case.source, case.model
-    if source.checkpoint is None or source.layer is None:
-        drawn = random_expert(spec.shared_spec(), spec.num_experts, source.seed, device, layer=case.depth).token_gate_eH
-        return None if drawn is None else drawn[0]
-    read = WholeExperts(source.checkpoint, source.layer).token_gate()
-    return None if read is None else read.to(device)
-
-
-def _through(x: Tensor, matrices: tuple[Tensor, Tensor], case: Case) -> Tensor:
-    w13, w2 = matrices
+def _through(x: Tensor, tensors: Whole, case: Case) -> Tensor:
+    w13, w2, gate_H = tensors
     y: Tensor = activate(x @ w13.double().T, case.model.activation) @ w2.double().T
-    return y
+    return y if gate_H is None else torch.sigmoid(x @ gate_H.double())[:, None] * y
 
 
-def _maker(case: Case, device: torch.device) -> Callable[[int | None], tuple[Tensor, Tensor]]:
-    """What makes one whole expert: w13 with [gate; up] rows and w2, float32 on `device`. None is the shared one."""
+def _maker(case: Case, device: torch.device) -> Callable[[int | None], Whole]:
+    """What makes one whole expert, float32 on `device`. None is the shared one."""
     source, spec = case.source, case.model
     if source.checkpoint is None or source.layer is None:
 
-        def draw(expert: int | None) -> tuple[Tensor, Tensor]:
+        def draw(expert: int | None) -> Whole:
             number, own = (spec.num_experts, spec.shared_spec()) if expert is None else (expert, spec)
-            return random_expert(own, number, source.seed, device, layer=case.depth).dequantized(0)
+            drawn = random_expert(own, number, source.seed, device, layer=case.depth)
+            return *drawn.dequantized(0), None if drawn.token_gate_eH is None else drawn.token_gate_eH[0]
 
         return draw
     whole = WholeExperts(source.checkpoint, source.layer)
 
-    def read(expert: int | None) -> tuple[Tensor, Tensor]:
+    def read(expert: int | None) -> Whole:
         gate, up, down = whole.shared() if expert is None else whole.expert(expert)
-        return torch.cat([gate, up]).to(device), down.to(device)
+        of_token = whole.token_gate() if expert is None else None
+        return torch.cat([gate, up]).to(device), down.to(device), None if of_token is None else of_token.to(device)
 
     return read

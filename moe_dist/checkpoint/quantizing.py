@@ -6,16 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, read_json
 from moe_dist.checkpoint.layout import layer_spec, spec_as
 from moe_dist.checkpoint.load import load_shard
-from moe_dist.checkpoint.names import Names
 from moe_dist.checkpoint.quantization import CONFIG_FILE, SECTION
 from moe_dist.checkpoint.reader import SINGLE_FILE, WEIGHT_FILES, Checkpoint
+from moe_dist.checkpoint.synthetic import stored_matrices
 from moe_dist.checkpoint.synthetic_configs import FP8_BLOCK
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.model.placement import Placement
@@ -38,8 +37,9 @@ def quantize_checkpoint(source: Path | str, directory: Path | str) -> Path:
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         _check(layer, source)
-        experts = f"{names.experts(layer)}."
-        tensors |= _expert_tensors(experts, names, _quantized(checkpoint, layer, source))
+        held = _quantized(checkpoint, layer, source)
+        for expert in range(held.num_experts):
+            tensors |= stored_matrices(f"{names.experts(layer)}.{expert}", names, held.one(expert))
     replaced = tuple(f"{names.experts(layer)}." for layer in layers)
     kept = [name for name in checkpoint.files if not name.startswith(replaced)]
     tensors |= {name: checkpoint.read(name) for name in kept}
@@ -67,21 +67,6 @@ def _check(layer: int, source: Path) -> None:
 def _quantized(checkpoint: Checkpoint, layer: int, source: Path) -> ExpertWeights:
     whole = Placement.build(spec_as(layer_spec(source, layer), "fp8_block"), ParallelSpec())
     return load_shard(checkpoint, layer, whole, 0, quant="fp8_block")
-
-
-def _expert_tensors(prefix: str, names: Names, held: ExpertWeights) -> dict[str, Tensor]:
-    """By their names on disk. Cloned, because safetensors refuses tensors that share memory."""
-    found: dict[str, Tensor] = {}
-    modules, halves = tuple(names.matrices.values()), len(names.matrices) - 1
-    assert held.s13 is not None
-    assert held.s2 is not None
-    for expert in range(held.num_experts):
-        matrices = (*held.w13_eFH[expert].chunk(halves), held.w2_eHi[expert])
-        scales = (*held.s13[expert].chunk(halves), held.s2[expert])
-        for module, matrix, scale in zip(modules, matrices, scales, strict=True):
-            name = f"{prefix}{expert}.{module}.weight"
-            found |= {name: matrix.clone(), f"{name}_scale_inv": scale.clone().to(torch.float32)}
-    return found
 
 
 def _modules(checkpoint: Checkpoint, kept: list[str]) -> list[str]:

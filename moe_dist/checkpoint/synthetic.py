@@ -167,7 +167,7 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     for layer in range(config.num_layers):
         module = names.module(layer)
         if layer in _dense_layers(config):
-            yield from _matrices(module, names, random_expert(dense, 0, seed, layer=layer))
+            yield from stored_matrices(module, names, random_expert(dense, 0, seed, layer=layer))
         if layer not in config.moe_layers:
             continue
         yield from _router(module, names, spec, Stream("router", seed, layer))
@@ -176,15 +176,15 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
             yield from _fused(f"{module}.experts", stack(experts))
         else:
             for number, expert in enumerate(experts):
-                yield from _matrices(f"{module}.experts.{number}", names, expert)
+                yield from stored_matrices(f"{module}.experts.{number}", names, expert)
         if spec.shared_intermediate:
             shared = random_expert(spec.shared_spec(), spec.num_experts, seed, layer=layer)
-            yield from _matrices(f"{module}.{names.shared}", names, shared)
+            yield from stored_matrices(f"{module}.{names.shared}", names, shared)
             if shared.token_gate_eH is not None:
                 yield f"{module}.{names.shared_gate}", shared.token_gate_eH.bfloat16()
 
 
-def _matrices(prefix: str, names: Names, expert: ExpertWeights) -> Iterator[tuple[str, Tensor]]:
+def stored_matrices(prefix: str, names: Names, expert: ExpertWeights) -> Iterator[tuple[str, Tensor]]:
     """One expert as its tensors on disk. Cloned, because safetensors refuses tensors that share memory."""
     modules, halves = tuple(names.matrices.values()), len(names.matrices) - 1
     for name, values in zip(modules, (*expert.w13_eFH[0].chunk(halves), expert.w2_eHi[0]), strict=True):

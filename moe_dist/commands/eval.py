@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from moe_dist.backends import BACKENDS
+from moe_dist.bench.case import parse_grid
 from moe_dist.bench.results import provenance
 from moe_dist.bench.runner import check_fits, starter
 from moe_dist.commands.call import ThisCall
@@ -34,7 +34,6 @@ from moe_dist.runtime.context import Group, RaySpec
 from moe_dist.runtime.voice import launched, speaks
 
 MOST_BATCH, MOST_NEW, MOST_TEXT = 65_536, 65_536, 1 << 20
-PLACEMENT = re.compile(r"(?:tp([1-9][0-9]{0,4}))?(?:(?<=[0-9])x)?(?:ep([1-9][0-9]{0,4}))?")
 PLACEMENTS = "tp1, tp2, ep4, tp2xep2 and the like"
 
 Checkpoint = Annotated[str, Parameter(help="Folder of a whole Hugging Face model with its tokenizer.")]
@@ -186,15 +185,14 @@ def _kind(quant: str | None) -> QuantKind | None:
 def _grids(placements: Sequence[str] | None, tp: int, ep: int) -> list[ParallelSpec]:
     if placements is None:
         return [ParallelSpec(tp=tp, ep=ep)]
-    for field, size in (("placements", tp), ("placements", ep)):
-        if size != 1:
-            raise ConfigError(field, list(placements), "contradicts --tp or --ep, which name one", "one of the two")
+    if (tp, ep) != (1, 1):
+        raise ConfigError("placements", list(placements), "contradicts --tp or --ep, which name one", "one of the two")
     grids = []
     for name in placements:
-        sizes = PLACEMENT.fullmatch(name)
-        if sizes is None or not any(sizes.groups()) or name.endswith("x"):
+        grid = parse_grid(name)
+        if grid is None:
             raise ConfigError("placements", name, "names no sizes of a placement", PLACEMENTS)
-        grids.append(ParallelSpec(tp=int(sizes[1] or 1), ep=int(sizes[2] or 1)))
+        grids.append(grid)
     return grids
 
 

@@ -13,6 +13,11 @@ AUTO = "auto"
 Payload = Callable[[str, str], str | None]  # how rows would travel with these names; None: they can't serve here
 
 
+def plain_exchange(world: int, token_layout: str) -> str:
+    """The one that nobody needs to name: it serves every layer on every machine."""
+    return "local" if world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
+
+
 def choose(
     spec: MoESpec,
     parallel: ParallelSpec,
@@ -47,7 +52,7 @@ def _by_rule(parallel: ParallelSpec, token_layout: str, machine: Machine, able: 
     """Of pairs that can serve: local on one rank, nvlink on Hopper GPUs of one host, else ag_rs or, for replicated
     tokens, all_reduce; and with it the backend of `backend_rule`; what comes first where none of them is there."""
     one_host = machine.capability == HOPPER and parallel.world <= machine.devices
-    exchanges = ["local", *(["nvlink"] if one_host else []), "ag_rs" if token_layout == "sharded" else "all_reduce"]
+    exchanges = ["local", *(["nvlink"] if one_host else []), plain_exchange(parallel.world, token_layout)]
     serving = {name: [backend for exchange, backend in able if exchange == name] for name, _ in able}
     exchange = next((name for name in exchanges if name in serving), able[0][0])
     order = [name for name in UNMEASURED if name in serving[exchange]] or serving[exchange][:1]

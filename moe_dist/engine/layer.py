@@ -207,9 +207,9 @@ class MoELayer(nn.Module):
     def _of_shared(self, step: Step, path: Path, rows: TokenRows) -> Tensor:
         """The shared expert's part of these rows' sums, or all of it."""
         sink = Whole(step, (len(rows), self.plan.spec.hidden), self.plan.out_dtype, self.comm.device)
-        if path.shared is not None:
-            gate_1H = self._weights[1].token_gate_eH if self._weights[1] is not None else None
-            path.shared.forward(step, _every_row(step, rows, gate_1H), sink)
+        _, weights = self._weights
+        if path.shared is not None and weights is not None:
+            path.shared.forward(step, _every_row(step, rows, weights.token_gate_eH), sink)
         return sink.y
 
     def warm_up(self, x_TH: Tensor, routing: Routing | None, max_tokens_per_rank: int, captured: bool = False) -> None:
@@ -360,6 +360,8 @@ def _every_row(step: Step, rows: TokenRows, gate_1H: Tensor | None) -> TokenRows
     """The same rows for a backend of one expert that every token picks with weight 1, or as much as its gate says."""
     count = rows.slots_RK.shape[0]
     slots = rows.slots_RK.new_zeros(count, 1)
-    if gate_1H is not None and isinstance(rows.x, Tensor):  # a gated one has its rank's own tokens, as they came
-        return TokenRows(rows.x, slots, token_gate(rows.x, gate_1H, step.workspace.take))
-    return TokenRows(rows.x, slots, torch.ones(count, 1, dtype=torch.float32, device=slots.device))
+    if gate_1H is None:
+        return TokenRows(rows.x, slots, torch.ones(count, 1, dtype=torch.float32, device=slots.device))
+    if not isinstance(rows.x, Tensor):  # MoESpec refuses a gated one that is sliced, which takes what has travelled
+        raise RuntimeError("a gated shared expert takes its rank's own tokens, as they came")
+    return TokenRows(rows.x, slots, token_gate(rows.x, gate_1H, step.workspace.take))

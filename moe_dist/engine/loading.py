@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_dist.checkpoint import check_layer, layer_spec, load_router, load_shard, load_shared_shard
 from moe_dist.comm import Comm
 from moe_dist.engine.backend_rule import default_backend, refusal_of
+from moe_dist.engine.choosing import plain_exchange
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan, shared_placement
 from moe_dist.engine.planning import AUTO, make_plan
@@ -56,8 +57,6 @@ def load_layer(
     parallel = _parallel(tp, ep, comm.world)
     spec = _spec(str(checkpoint), layer, shared_experts, quant)
     machine = Machine.detect(comm.device.type)
-    if exchange is None:
-        exchange = "local" if comm.world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
     plan = plan_for(spec, parallel, exchange, backend, token_layout, machine)
     check_alike(plan, comm)
     shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress, quant)
@@ -93,13 +92,14 @@ def _spec(checkpoint: str, layer: int, shared_experts: str | None, quant: QuantK
 def plan_for(
     spec: MoESpec,
     parallel: ParallelSpec,
-    exchange: str,
+    exchange: str | None,
     backend: str | None,
     token_layout: TokenLayout,
     machine: Machine,
 ) -> Plan:
-    """With the backend that goes with the machine where None is named: on a GPU that triton can't serve there is a
-    notice why it is torch. A named one that can't serve is refused."""
+    """With the exchange that goes with the tokens and the backend that goes with the machine where None is named: on a
+    GPU that triton can't serve there is a notice why it is torch. A named one that can't serve is refused."""
+    exchange = exchange or plain_exchange(parallel.world, token_layout)
     plan = partial(make_plan, spec, parallel, exchange=exchange, token_layout=token_layout, machine=machine)
     if backend is not None:
         return plan(backend=backend)

@@ -25,10 +25,16 @@ class Package:
         except PackageNotFoundError:
             raise InstallationError(f"the package {self.name} is not installed; {self._against()}") from None
 
+    def optional(self, module: str, name: str) -> Any:
+        """`name` of a module, or None where this version lacks one of both, or there is none."""
+        return getattr(self._imported(module), name, None)
+
     def needed(self, module: str, name: str, *parameters: str) -> Any:
         """`name`, or `Class.name`, of a module. Raises InstallationError where this version lacks it, or where what it
         has can't be called with these parameters, all by their names."""
         found = self._imported(module)
+        if found is None:
+            raise self.lacking(f"module {module}")
         for part in name.split("."):
             found = getattr(found, part, None)
             if found is None:
@@ -46,12 +52,12 @@ class Package:
         return InstallationError(f"{self.name} {self.installed()} has no {what}; {self._against()}")
 
     def _imported(self, module: str) -> Any:
+        """None where this version has no such module."""
         try:
             return import_module(module)
         except ModuleNotFoundError as error:
             if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-                self.installed()
-                raise self.lacking(f"module {module}") from None
+                return None
             raise
 
     def _against(self) -> str:

@@ -123,6 +123,11 @@ class ExpertWeights:
             found[name] = [list(tensor.shape), position_sum(tensor, turned)]
         return found
 
+    def one(self, slot: int) -> ExpertWeights:
+        """The expert in `slot` alone, as views."""
+        tensors = self.tensors().items()
+        return self.with_tensors(**{name: each[slot : slot + 1] for name, each in tensors if each.ndim})
+
     def with_tensors(self, **tensors: Any) -> ExpertWeights:
         """Another object with these tensors instead of its own; the rest is shared, so don't `turn` both."""
         return replace(self, **tensors)

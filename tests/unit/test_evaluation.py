@@ -240,7 +240,7 @@ def test_a_placement_that_the_checkpoint_can_t_have(said, monkeypatch: pytest.Mo
 
 
 def test_without_transformers(said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_dist.integrations.transformers.version.version", _nowhere)
+    monkeypatch.setattr("moe_dist.integrations.package.version", _nowhere)
     make_checkpoint("made", hidden=128, intermediate=128, num_experts=4, top_k=2, layers=1)
     for words in (["eval", "made", "--logits", "9"], ["train-tiny", "new"]):
         assert "the package transformers is not installed" in said(*words, code=TOO_SMALL)

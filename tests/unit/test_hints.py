@@ -22,7 +22,10 @@ ERRORS = {"ConfigError", "UnsupportedError", "ResourceError", "CheckpointError",
           "ClusterLost", "OutputError", "Support"}  # fmt: skip
 SECTIONS = {"model": MoESpec, "ray": RaySpec, "source": SourceSpec}
 # Of the stacks that a plug-in is loaded by, which its errors name.
-OF_OTHERS = {"--moe-runner-backend", "--speculative-moe-runner-backend", "--all"}  # the last: --all2all-backend
+OF_OTHERS = {
+    "--moe-runner-backend", "--speculative-moe-runner-backend", "--moe-a2a-backend", "--enable-pdmux",
+    "--all2all-backend",
+}  # fmt: skip
 NOT_KEYS = ("experiment", "parallel", "workload", "case")  # sections of the code, not of the command
 
 
@@ -72,7 +75,7 @@ def test_every_flag_in_a_hint_is_there():
     arguments = [argument for name in cli.COMMANDS for argument in app[name].assemble_argument_collection()]
     arguments = [argument for argument in arguments if argument.parse]
     flags = {"--help", "--version", *(name for argument in arguments for name in argument.names)}
-    texts = [(place, flag) for place, text in advice() for flag in re.findall(r"(?<!\w)--[a-z][a-z-]+", text)]
+    texts = [(place, flag) for place, text in advice() for flag in re.findall(r"(?<!\w)--[a-z][a-z0-9-]+", text)]
     assert [f"{place}: {flag}" for place, flag in texts if flag not in flags | OF_OTHERS] == []
     assert any(flag == "--runtime" for _, flag in texts)
 

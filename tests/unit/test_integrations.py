@@ -17,7 +17,6 @@ import moe_dist.integrations.transformers as integration
 from moe_dist import Comm, MoELayer, MoESpec, ParallelSpec, Routing, make_plan
 from moe_dist.errors import ConfigError, InstallationError, UnsupportedError
 from moe_dist.integrations.transformers import steps as steps_module
-from moe_dist.integrations.transformers import version
 from moe_dist.integrations.transformers.comms import comm_of
 from moe_dist.integrations.transformers.settings import Settings
 from moe_dist.integrations.transformers.steps import Steps
@@ -44,7 +43,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(version, "version", nowhere)
+    monkeypatch.setattr("moe_dist.integrations.package.version", nowhere)
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "transformers.integrations.moe", raising=False)
     for call in (integration.register, lambda: integration.replace_experts(torch.nn.Linear(1, 1), token_layout="even")):

@@ -52,7 +52,6 @@ def planned(
     """What runs where names are left open, found out without any weights; the plan is that of the first MoE layer, and
     every layer must have one. Raises as `layer_spec` and `make_plan`."""
     specs = specs_of(checkpoint, quant)
-    exchange = exchange or ("local" if parallel.world == 1 else "all_reduce")
     plans = [plan_for(spec, parallel, exchange, backend, "replicated", machine) for spec in dict.fromkeys(specs)]
     first = plans[0]
     return Variant(parallel, first.exchange, first.backend, quant, first.spec.quant_label), first

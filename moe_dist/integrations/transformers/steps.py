@@ -22,11 +22,9 @@ from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 def plan_of(spec: MoESpec, parallel: ParallelSpec, token_layout: TokenLayout, settings: Settings, comm: Comm) -> Plan:
     """With load_layer's defaults for what the settings leave open. Raises as make_plan, and for graphs of what can't be
     captured. Collective where a name is `auto`."""
-    exchange = settings.exchange
-    if exchange is None:
-        exchange = "local" if comm.world == 1 else "ag_rs" if token_layout == "sharded" else "all_reduce"
-    plan = plan_for(spec, parallel, exchange, settings.backend, token_layout, Machine.detect(comm.device.type))
-    if AUTO in (exchange, settings.backend):
+    machine = Machine.detect(comm.device.type)
+    plan = plan_for(spec, parallel, settings.exchange, settings.backend, token_layout, machine)
+    if AUTO in (settings.exchange, settings.backend):
         check_alike(plan, comm)
     if settings.graph_buckets and not plan.capturable.ok:
         raise UnsupportedError(f"graph_buckets = {settings.graph_buckets}", [plan.capturable.reason], "()")

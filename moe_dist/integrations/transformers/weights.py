@@ -43,7 +43,7 @@ def shard_of(
     held = placement.experts_of(rank)
     shard = ExpertWeights.empty(spec, len(held), stop - start, device)
     for slot, expert in enumerate(held):
-        made = _one(whole, expert)
+        made = whole.one(expert)
         if whole.kind != spec.quant:
             made = quantize_weights(made.w13_eFH.to(device), made.w2_eHi.to(device), spec)
         made = slice_width(made, start, stop)
@@ -58,10 +58,4 @@ def shard_of(
 def check_values(whole: ExpertWeights, experts: Iterable[int]) -> None:
     """Raise ConfigError for values of these experts that no layer can have. One pass over them."""
     for expert in experts:
-        _one(whole, expert).check_finite([expert])
-
-
-def _one(whole: ExpertWeights, expert: int) -> ExpertWeights:
-    """One of the experts alone, as views."""
-    tensors = {name: each[expert : expert + 1] for name, each in whole.tensors().items() if each.ndim}
-    return whole.with_tensors(**tensors)
+        whole.one(expert).check_finite([expert])
