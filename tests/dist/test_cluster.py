@@ -273,6 +273,7 @@ def test_what_starts_too_slowly_is_stopped() -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] > 0  # pytest-timeout's own is set again
 
 
+@pytest.mark.slow
 def test_a_cluster_that_listens_beyond_the_loopback_interface_is_said() -> None:
     """As with a release of Ray that does not know the switch for that."""
     code = (

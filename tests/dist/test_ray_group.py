@@ -250,7 +250,9 @@ def test_a_failure_is_told_as_it_was(how: str, cause: str, capfd: pytest.Capture
     ("how", "cause"),
     [
         ("interrupt", "KeyboardInterrupt"),
-        ("speechless", "Speechless (its message can't be shown: __str__ raised RuntimeError)"),
+        pytest.param(
+            "speechless", "Speechless (its message can't be shown: __str__ raised RuntimeError)", marks=pytest.mark.slow
+        ),
         ("result", "its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,19 +49,20 @@ def test_a_world_that_torchrun_did_not_start_is_refused() -> None:
 
 
 WAITS = r"; rank \d waits in barrier \(sequence number 21\)"
+slow = partial(pytest.param, marks=pytest.mark.slow)  # the others, and ranks of Ray, show nearly as much
 
 
 @pytest.mark.parametrize(
     ("how", "doomed", "cause"),
     [
         ("raise", 1, r"ValueError: on purpose"),
-        ("interrupt", 1, r"KeyboardInterrupt"),
-        ("surrogate", 1, r"ValueError: a\\ud800b"),
-        ("result", 0, r"its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"),
+        slow("interrupt", 1, r"KeyboardInterrupt"),
+        slow("surrogate", 1, r"ValueError: a\\ud800b"),
+        slow("result", 0, r"its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"),
         ("return", 1, r"returned after 20 collectives" + WAITS),
         ("SIGSTOP", 0, r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
         ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),
-        ("spin", 0, r"silent for \d s" + WAITS),
+        slow("spin", 0, r"silent for \d s" + WAITS),
         # Both ranks have one deadline: the one that waits may have been freed before it is looked at.
         ("sleep", 1, rf"not done within 4 s, here for \d s({WAITS})?"),
     ],
