@@ -1,7 +1,8 @@
 """docs/choosing.md from the recorded files: python benchmarks/make_choosing.py. A test compares the two.
 
 Every line of a table is a claim and names its rows: their numbers in the file, as `moe-dist report` counts them. Of
-each question (which placement, exchange or backend) and case the latest file that can answer it is taken.
+each question (which placement, exchange or backend), case and size the latest file that can answer it is taken, and an
+older one where that knows more of the choices.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def page() -> str:
 
 
 def answered(question: Question, documents: dict[str, Any]) -> Iterator[str]:
-    """For each case the latest file with rows of several choices at one size."""
-    known: set[tuple[Case, str]] = set()
+    """For each case and size the latest file with rows of several choices, and older ones that know more choices."""
+    known: dict[tuple[Case, str, int], set[str]] = {}
     for name, document in documents.items():
         found: dict[tuple[Case, str], dict[int, dict[str, tuple[int, Row]]]] = {}
         for number, row in enumerate(document["rows"], 1):
@@ -146,10 +147,11 @@ def answered(question: Question, documents: dict[str, Any]) -> Iterator[str]:
         for case in dict.fromkeys(case for case, _ in found):
             lines = []
             for key, sizes in found.items():
-                if key[0] != case or key in known or all(len(best) < 2 for best in sizes.values()):
-                    continue
-                known.add(key)
-                lines += [line(tokens, best) for tokens, best in sorted(sizes.items()) if len(best) > 1]
+                for tokens, best in sorted(sizes.items()):
+                    if key[0] != case or len(best) < 2 or known.get((*key, tokens), set()) >= best.keys():
+                        continue
+                    known.setdefault((*key, tokens), set()).update(best)
+                    lines.append(line(tokens, best))
             if lines:
                 yield from [heading(case, name, document), ""]
                 yield from markdown_table(["tokens a rank", "take", "µs", "× floor", "the others", "rows"], lines)

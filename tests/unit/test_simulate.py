@@ -29,7 +29,7 @@ from moe_dist.simulate.work import even_bytes, work_of
 
 SPEC = MoESpec(name="m", hidden=1024, intermediate=512, num_experts=32, top_k=4)
 GPU = "NVIDIA H200"
-TWO, FOUR = RECORDED / "2026-11-27-h200x2-backends.json", RECORDED / "2026-11-27-h200x4-nvlink.json"
+TWO, FOUR = RECORDED / "2026-11-27-h200x2-backends.json", RECORDED / "2026-11-28-h200x4-nvlink.json"
 MANY = RECORDED / "2026-11-22-h200x4.json"
 TRUE = {"a": (1.5, 1.1, 0.5), "b": (2.0, 0.9, 0.0)}
 LINKS = {"ag_rs": Link(80.0, 1e-3 / 200), "all_to_all": Link(50.0, 1e-3 / 300)}
