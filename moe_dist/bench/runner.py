@@ -60,13 +60,16 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
         raise ResourceError(what, *gib, "Choose a smaller model, fewer layers or tokens, or more ranks.")
 
 
-def group_starter(experiment: Experiment, machine: Machine) -> Callable[[int, Shown], Group]:
+def group_starter(
+    experiment: Experiment, machine: Machine, planned: list[tuple[Case, Plan]]
+) -> Callable[[int, Shown], Group]:
     """How this experiment's ranks are started."""
-    return starter(experiment.runtime, experiment.ray, machine)
+    return starter(experiment.runtime, experiment.ray, machine, max(plan.placement.world for _, plan in planned))
 
 
-def starter(runtime: str, ray: RaySpec, machine: Machine) -> Callable[[int, Shown], Group]:
-    """How ranks are started. The runtime's library is imported only when it is chosen."""
+def starter(runtime: str, ray: RaySpec, machine: Machine, largest: int) -> Callable[[int, Shown], Group]:
+    """How ranks are started. `largest`: of the groups that will be; none is started where it has no room. The
+    runtime's library is imported only when it is chosen."""
 
     def start(world: int, shown: Shown) -> Group:
         if runtime == "torchrun":
@@ -76,6 +79,6 @@ def starter(runtime: str, ray: RaySpec, machine: Machine) -> Callable[[int, Show
             return TorchrunGroup(world, machine.device, *limits)
         from moe_dist.runtime.ray_group import RayGroup
 
-        return RayGroup(world, machine.device, ray, shown)
+        return RayGroup(world, machine.device, ray, shown, largest)
 
     return start

@@ -38,9 +38,9 @@ def vllm(row: Row) -> str | None:
     return " ".join(flags)
 
 
-def python(row: Row) -> str:
-    """The call that gives this layer of a checkpoint here."""
+def python(row: Row) -> list[str]:
+    """The lines of the call that gives this layer of a checkpoint here."""
     sizes = [f"{name}={size}" for name, size in (("tp", row.tp), ("ep", row.ep)) if size > 1]
     names = [f'exchange="{row.exchange}"', f'backend="{row.backend}"']
     layout = ['token_layout="replicated"'] if row.token_layout == "replicated" else []
-    return f"load_layer(CHECKPOINT, LAYER, {', '.join([*sizes, *names, *layout])})"
+    return ["load_layer(CHECKPOINT, LAYER,", f"           {', '.join([*sizes, *names, *layout])})"]

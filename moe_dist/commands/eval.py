@@ -129,7 +129,8 @@ def eval(
     _check_room(variants, baseline or checkpoint, checkpoint, machine, world)
     setup = Setup(checkpoint, baseline or checkpoint, batch_size, max_new_tokens, ray.collective_timeout_s)
     work = Work(setup, asked, logits or 0, seed, measured)
-    rows = _rows(work, variants, starter(runtime, ray, machine), world, call)
+    largest = max(each.parallel.world for each in variants)
+    rows = _rows(work, variants, starter(runtime, ray, machine, largest), world, call)
     if not speaks():
         return _code(rows)
     if json:

@@ -32,7 +32,8 @@ def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
     if work.harness:
         console.print(printable(f"lm-evaluation-harness: {work.harness.task}"), style="bold", soft_wrap=True)
         show(console, metrics_table(rows))
-    console.print(printable(_about(setup)), soft_wrap=True)
+    for line in _about(setup):
+        console.print(printable(line), soft_wrap=True)
     if lost := [row for row in rows if row.lost]:
         rule = f"more than {LOST:g} standard errors below the baseline"
         console.print(f"{len(lost)} of {len(rows) - 1} answer worse than chance explains: {rule}.", style="bold red")
@@ -106,9 +107,9 @@ def _who(row: Row) -> list[str]:
     return [printable(row.variant.backend), row.variant.placement, row.variant.format]
 
 
-def _about(setup: Setup) -> str:
+def _about(setup: Setup) -> list[str]:
     where = "" if setup.baseline == setup.checkpoint else f" on {setup.baseline}"
-    return f"eager: transformers' own experts in bf16{where}. The others are moe_dist's, on {setup.checkpoint}."
+    return [f"eager: transformers' own experts in bf16{where}", f"others: moe_dist's on {setup.checkpoint}"]
 
 
 def document(rows: Sequence[Row], work: Work, about: dict[str, Any]) -> dict[str, Any]:

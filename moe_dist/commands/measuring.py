@@ -101,7 +101,7 @@ def measure(
 
 
 def _run(left: list[tuple[Case, Plan]], experiment: Experiment, machine: Machine, kept: Kept, go_on: bool) -> None:
-    start, signals = group_starter(experiment, machine), kept.ending.signals
+    start, signals = group_starter(experiment, machine, left), kept.ending.signals
 
     def started(world: int, shown: Callable[[str], None]) -> Group:
         try:

@@ -62,9 +62,10 @@ def print_next(console: Terminal, found: list[Answer]) -> None:
     for row in winners.values():
         mapped = " (without its map of experts, for which there is no flag)" if MAPPED in row.placement else ""
         console.print(f"To use {row.placement}, the fastest at {row.global_tokens:,} tokens{mapped}:")
-        for name, text in (("SGLang", sglang(row)), ("vLLM", vllm(row)), ("Python", python(row))):
-            if text:
+        for name, lines in (("SGLang", [sglang(row)]), ("vLLM", [vllm(row)]), ("Python", python(row))):
+            for text in filter(None, lines):
                 console.print(f"  {name:<7} {printable(text)}", soft_wrap=True)
+                name = ""
 
 
 def print_rows(console: Terminal, outcome: Outcome, wide: bool = False) -> None:

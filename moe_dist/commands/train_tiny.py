@@ -43,6 +43,8 @@ def train_tiny(directory: Directory, /, *, steps: Steps = STEPS, seed: Seed = 0,
         print_json(paths | {"accuracy": made.accuracy})
     else:
         print_line(f"a Qwen3-MoE model that adds: {made.bf16}, and with FP8 experts: {made.fp8_block}")
-        print_line(f"held-out sums: {made.task}; of them it has {made.accuracy:.1%} right before weights are rounded")
-        print_line(f"next: moe-dist eval {made.fp8_block} --baseline {made.bf16} --task {made.task} --limit 200")
+        print_line(f"held-out sums: {made.task}")
+        print_line(f"of them it has {made.accuracy:.1%} right before weights are rounded")
+        print_line("next:")
+        print_line(f"  moe-dist eval {made.fp8_block} --baseline {made.bf16} --task {made.task} --limit 200")
     return OK

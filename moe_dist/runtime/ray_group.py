@@ -54,9 +54,15 @@ class RayGroup:
     runtime = "ray"
 
     def __init__(
-        self, world: int, device: str = "cpu", spec: RaySpec | None = None, shown: Callable[[str], None] | None = None
+        self,
+        world: int,
+        device: str = "cpu",
+        spec: RaySpec | None = None,
+        shown: Callable[[str], None] | None = None,
+        largest: int = 0,
     ) -> None:
-        """`shown` is told what is waited for."""
+        """`shown` is told what is waited for. `largest`: of the groups that will follow this one; without room for it
+        not even this one is started."""
         self.world, self.device, self.spec = world, device, spec or RaySpec()
         self._shown = shown or (lambda _: None)
         self._actors: list[Any] = []
@@ -65,7 +71,7 @@ class RayGroup:
         self._peers: list[Peer | None] = [None] * world
         self._heard = [time.monotonic()] * world
         connect(self.spec)
-        check_resources(world, device, self.spec)
+        check_resources(max(world, largest), device, self.spec)
         self._watch_cluster = Watch(self.spec.silence_timeout_s)
         try:
             self._place()

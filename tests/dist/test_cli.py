@@ -435,3 +435,11 @@ class TestWithRanks:
         found = command("run", "--ep", "2", "ray.cpus_per_rank=50")
         assert found.code == 3
         assert "not enough CPUs in the Ray cluster: 100 CPU needed, 2 CPU available" in found.err
+
+    def test_a_cluster_too_small_for_the_second_group(self, command):
+        """The first one, which would fit, is not started."""
+        found = command("compare", "worlds=[1,2]", "placements=[tp,ep]", "exchanges=[ag_rs]", "backends=[torch]",
+                        "tokens=[4]", "ray.cpus_per_rank=2", *SMALL)  # fmt: skip
+        assert found.code == 3
+        assert "not enough CPUs in the Ray cluster: 4 CPU needed, 2 CPU available" in found.err
+        assert "timing" not in found.err

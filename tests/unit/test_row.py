@@ -115,7 +115,9 @@ class TestPage:
         assert len(RECORDED) >= 7
         for path in RECORDED:
             missing = set(Row.model_fields).difference(*json.loads(path.read_text())["rows"])
-            assert re.findall(r"`(\w+)`", said.pop(path.name)) == [key for key in Row.model_fields if key in missing]
+            if missing:
+                listed = re.findall(r"`(\w+)`", said.pop(path.name))
+                assert listed == [key for key in Row.model_fields if key in missing]
         assert said == {}
 
 
