@@ -16,15 +16,17 @@ from moe_dist.step.step import Step
 class Routes:
     """Where a kernel may store sums itself, instead of handing them over. Row r of the R = W · each rows belongs to
     place r % each in the memory that begins at `addresses_W[r // each]` (int64, on the device), a rank's, this one's
-    first. From `at` bytes on, a multiple of 16, it has H values in `dtype` for each place; places beyond the last row
-    stay as they are. Rows without any slot are not stored, or as zeros with `every`. `first`: the one to begin with,
-    another on each rank."""
+    first. From `at` bytes on, a multiple of 16, it has the columns `start` to `stop` in `dtype` for each place; places
+    beyond the last row stay as they are. Rows without any slot are not stored, or as zeros with `every`. `first`: the
+    one to begin with, another on each rank."""
 
     addresses_W: Tensor
     at: int
     each: int
     dtype: torch.dtype
     first: int
+    start: int
+    stop: int
     every: bool = False
 
 
@@ -33,13 +35,11 @@ class Sink(ABC):
     alike: what is done with a range may be collective, and is ordered behind what was launched before on the current
     stream.
 
-    With `routes`, kernels that can may store a range by them and say so with `store`.
+    Where a range has routes (`routes_of`), kernels that can may store it by them and say so with `store`.
 
     A backend that can compute a range of columns goes through `columns()`, computes each into `target(start, stop)` and
     hands it over with `put`. One that can't fills `whole(step)` and hands that over with `put_all`.
     """
-
-    routes: Routes | None = None
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -49,6 +49,10 @@ class Sink(ABC):
     def columns(self) -> list[tuple[int, int]]:
         """The ranges wanted, which cover all columns once; each begins and ends at a multiple of 128 or at H."""
         return [(0, self.shape[1])]
+
+    def routes_of(self, start: int, stop: int) -> Routes | None:
+        """Where kernels may store this range; they hold its columns."""
+        return None
 
     @abstractmethod
     def target(self, start: int, stop: int) -> Tensor:
@@ -66,8 +70,8 @@ class Sink(ABC):
 
     def store(self, start: int, stop: int) -> None:
         """These columns are finished, and a launch has stored them by `routes`."""
-        if self.routes is None:
-            raise RuntimeError("this sink has no routes to store by")
+        if self.routes_of(start, stop) is None:
+            raise RuntimeError(f"this sink has no routes to store columns {start} to {stop} by")
         self._count(start, stop)
         self._stored += 1
 

@@ -63,9 +63,9 @@ def draws(seed: int, world: int, count: int) -> list[tuple[int, list[int], str]]
 
 
 def use_engines(world: int, sums: int, rows: int) -> None:
-    """Sums travel in chunks of 256 columns, and rows by copy engines, in steps of so many tokens a rank and more; 0: in
-    none. All ranks call it alike."""
-    engines.CHUNKED_FROM = sums * (world - 1) * SPEC.hidden * 2
+    """Columns of sums go ahead, and rows by copy engines, in steps of so many tokens a rank and more; 0: in none. All
+    ranks call it alike."""
+    engines.AHEAD_FROM, engines.MOST_PAIRS = sums * (world - 1) * SPEC.hidden * 2, SPEC.top_k
     engines.COPIED_FROM = rows * (world - 1) * SPEC.hidden
 
 

@@ -459,7 +459,7 @@ def test_weighted_sum(dtype, split_k):
     out[:, slots.flatten() < 0] = torch.nan
     y = torch.empty(4, 1100, dtype=dtype)
     sizes = {"H": 1100, "COLUMNS": 1100, "K": 4, "SPLIT_K": split_k, "BLOCK": 1024, "PDL": False}
-    sizes |= {"AT": 0, "EACH": 1, "FIRST": 0, "ROUTED": False, "EVERY": False, "WIDE": False}
+    sizes |= {"AT": 0, "EACH": 1, "FIRST": 0, "WIDTH": 1100, "ROUTED": False, "EVERY": False, "WIDE": False}
     _weighted_sum[(4, 2, 1)](out, slots, weights, slots, y, 4, 0, PLACED=False, **sizes)
     pairs = sum(part.float() for part in out).view(4, 4, 1100)
     expected = torch.zeros(4, 1100)
@@ -487,7 +487,8 @@ def test_weighted_sum_by_routes(dtype, first):
     addresses, at = torch.tensor([each.data_ptr() for each in memory]), 2 * 1104 * dtype.itemsize
     for start, columns in ((0, 1024), (1024, 80)):
         _weighted_sum[(4, 1, 1)](
-            out, slots, weights, slots, addresses, 4, start, at, 2, first, H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
+            out, slots, weights, slots, addresses, 4, start, at + start * dtype.itemsize, 2, first, 1104,
+            H=1104, COLUMNS=columns, K=2, SPLIT_K=1,
             PLACED=False, ROUTED=True, EVERY=False, WIDE=dtype == torch.float32, BLOCK=1024, PDL=False,
         )  # fmt: skip
     pairs = out[0].float().view(4, 2, 1104)
@@ -505,7 +506,7 @@ def test_weighted_sum_of_every_row_by_routes():
     memory = [torch.full((2, 64), 7.0) for _ in range(2)]
     addresses = torch.tensor([each.data_ptr() for each in memory])
     _weighted_sum[(4, 1, 1)](
-        out, slots, weights, slots, addresses, 3, 0, 0, 2, 1, H=64, COLUMNS=64, K=1, SPLIT_K=1, PLACED=False,
+        out, slots, weights, slots, addresses, 3, 0, 0, 2, 1, 64, H=64, COLUMNS=64, K=1, SPLIT_K=1, PLACED=False,
         ROUTED=True, EVERY=True, WIDE=True, BLOCK=64, PDL=False,
     )  # fmt: skip
     assert torch.equal(memory[0], torch.stack([weights[0] * out[0, 0].float(), torch.zeros(64)]))

@@ -23,7 +23,7 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import QuantizedRows
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.step import Routes, Step, Workspace
+from moe_dist.step import Sink, Step, Workspace
 from moe_dist.step.workspace import bytes_of
 
 EXPERTS, TOP_K = 7, 3
@@ -63,7 +63,7 @@ class Ranks:
     def begin(self, counts: list[int], bucket: int, seed: int) -> list[SimpleNamespace]:
         """Each rank's tokens, its visit, and no row sent yet."""
         regions = Regions.of(self.spec, self.world, self.payload, self.dtype, bucket)
-        width = engines.chunk_width(self.world, bucket, self.hidden, self.dtype.itemsize)
+        ahead = engines.columns_ahead(self.spec, self.placement, bucket, self.dtype.itemsize)
         steps = []
         for rank, tokens in enumerate(counts):
             generator = torch.Generator().manual_seed(1000 * seed + rank)
@@ -73,7 +73,7 @@ class Ranks:
             rows = quantize_rows(x, "fp8_block") if self.payload == "fp8" else x
             served = torch.full((tokens, self.world), 7, dtype=torch.int8)
             slots = self.windows[rank].view(regions.row_starts[-2], *regions.rows[-2])
-            visit = Visit(self.windows[rank], regions, bucket, width, tokens, served, slots, Aside(CPU))
+            visit = Visit(self.windows[rank], regions, bucket, ahead, tokens, served, slots, Aside(CPU))
             steps.append(SimpleNamespace(rank=rank, x=x, rows=rows, routing=routing, visit=visit))
         return steps
 
@@ -121,7 +121,7 @@ class Ranks:
     def finish(self, steps: list[SimpleNamespace], rank: int) -> None:
         step = steps[rank]
         y = torch.full((step.visit.tokens, self.hidden), -1.0).to(self.dtype)
-        kernels.add_sums(step.visit, None, y, self.ends[rank])
+        kernels.add_sums(step.visit, None, 0, y, self.ends[rank])
         step.visit.window.open = False  # as the exchange does
         assert torch.equal(y, self.expected(steps, rank))
 
@@ -189,8 +189,7 @@ class Replicated:
             sink = exchange.sink(step, rows, handle, ranks.dtype)
             sums = torch.randn(tokens, ranks.hidden, generator=generator).to(ranks.dtype)
             if routed:
-                self.store(sink.routes, sums)
-                sink.store(*sink.columns()[0])
+                store(sink, *sink.columns()[0], sums)
             else:
                 sink.put(*sink.columns()[0], sums)
                 if tokens:
@@ -208,18 +207,20 @@ class Replicated:
                 reduce_kernels.gather_shares(handle, y, ranks.ends[rank])
             assert torch.equal(y, expected.to(ranks.dtype))
 
-    @staticmethod
-    def store(routes: Routes, sums: torch.Tensor) -> None:
-        """What a weighted sum does by routes, whose kernel is tested elsewhere."""
-        assert routes.every
-        one = torch.ones(len(sums), 1)
-        grid = len(routes.addresses_W) * routes.each, 1, 1
-        if len(sums):
-            _weighted_sum[grid](
-                sums, one.int(), one, one, routes.addresses_W, len(sums), 0, routes.at,
-                routes.each, routes.first, H=sums.shape[1], COLUMNS=sums.shape[1], K=1, SPLIT_K=1, PLACED=False,
-                ROUTED=True, EVERY=True, WIDE=sums.dtype == torch.float32, BLOCK=1024, PDL=False,
-            )  # fmt: skip
+
+def store(sink: Sink, start: int, stop: int, sums: torch.Tensor, slots_R1: torch.Tensor | None = None) -> None:
+    """What a weighted sum of one pair a row does by routes, whose kernel is tested elsewhere. `slots_R1`: -1 where a
+    row has none."""
+    routes, one, hidden = sink.routes_of(start, stop), torch.ones(len(sums), 1), sums.shape[1]
+    slots = one.int() if slots_R1 is None else slots_R1
+    grid, at = (len(routes.addresses_W) * routes.each, 1, 1), routes.at + (start - routes.start) * sums.itemsize
+    if len(sums):
+        _weighted_sum[grid](
+            sums, slots, one, one, routes.addresses_W, len(sums), start, at, routes.each, routes.first,
+            routes.stop - routes.start, H=hidden, COLUMNS=stop - start, K=1, SPLIT_K=1, PLACED=False, ROUTED=True,
+            EVERY=routes.every, WIDE=sums.dtype == torch.float32, BLOCK=1024, PDL=False,
+        )  # fmt: skip
+    sink.store(start, stop)
 
 
 COPIES = ParallelSpec(ep=3, replicas={0: (1,), 5: (0, 1)})
@@ -340,34 +341,43 @@ def test_layers_of_sharded_and_of_replicated_tokens_share_windows():
     ranks.check_flags(6)
 
 
-def in_chunks(sink, sums: torch.Tensor) -> None:
+def in_ranges(sink, sums: torch.Tensor, slots_R1: torch.Tensor) -> None:
     for start, stop in sink.columns():
         sink.put(start, stop, sink.target(start, stop).copy_(sums[:, start:stop]))
 
 
-def in_chunks_of_its_own(sink, sums: torch.Tensor) -> None:
+def in_ranges_of_its_own(sink, sums: torch.Tensor, slots_R1: torch.Tensor) -> None:
     """A backend may hand over memory that is not the sink's."""
     for start, stop in sink.columns():
         sink.put(start, stop, sums[:, start:stop].contiguous())
+
+
+def by_routes(sink, sums: torch.Tensor, slots_R1: torch.Tensor) -> None:
+    """As triton and cutlass do: the second range is stored."""
+    first, second = sink.columns()
+    assert sink.routes_of(*first) is None
+    sink.put(*first, sink.target(*first).copy_(sums[:, slice(*first)]))
+    store(sink, *second, sums, slots_R1)
 
 
 @pytest.mark.parametrize(
     "parallel", [ParallelSpec(ep=3), ParallelSpec(tp=2, ep=2), COPIES], ids=lambda each: each.label
 )
 @pytest.mark.parametrize(
-    ("payload", "dtype", "chunks", "widths"),
+    ("payload", "dtype", "part", "widths"),
     [
-        ("fp8", torch.bfloat16, 2, [512, 256]),
-        ("bf16", torch.float32, 3, [256, 256, 256]),
-        ("bf16", torch.bfloat16, 2, [512, 272]),
+        ("fp8", torch.bfloat16, 0.6, [512, 256]),
+        ("bf16", torch.float32, 0.2, [256, 512]),
+        ("bf16", torch.bfloat16, 1.0, [768, 16]),
     ],
 )
-def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeypatch):
-    """Steps of all kinds in one window: from 4 tokens a rank on, sums go in chunks, and from 5 on, rows are copied."""
+def test_some_columns_of_sums_go_ahead(parallel, payload, dtype, part, widths, monkeypatch):
+    """Steps of all kinds in one window: from 4 tokens a rank on, columns go ahead, and from 5 on, rows are copied."""
     hidden = sum(widths)
     ranks = Ranks(parallel, payload, dtype, 6, hidden)
-    monkeypatch.setattr(engines, "CHUNKS", chunks)
-    monkeypatch.setattr(engines, "CHUNKED_FROM", 4 * (ranks.world - 1) * hidden * dtype.itemsize)
+    monkeypatch.setattr(engines, "AHEAD_PART", part)
+    monkeypatch.setattr(engines, "MOST_PAIRS", TOP_K)
+    monkeypatch.setattr(engines, "AHEAD_FROM", 4 * (ranks.world - 1) * hidden * dtype.itemsize)
     row_bytes = payload_row_bytes(ranks.spec, payload) - 8 * TOP_K
     monkeypatch.setattr(engines, "COPIED_FROM", 5 * (ranks.world - 1) * row_bytes)
     exchanges, copied = [ranks.exchange(rank) for rank in range(ranks.world)], 0
@@ -376,7 +386,7 @@ def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeyp
         counts = [random.Random(seed + rank).choice((0, bucket, random.Random(seed * rank).randint(0, bucket)))
                   for rank in range(ranks.world)]  # fmt: skip
         steps = ranks.begin(counts, bucket, seed)
-        assert steps[0].visit.width == (widths[0] if bucket >= 4 else hidden)
+        assert steps[0].visit.ahead == (widths[0] if bucket >= 4 else 0)
         copied = seed + 1 if bucket >= 5 else copied
         for step, exchange in zip(steps, exchanges, strict=True):
             step.step = Step(Workspace(CPU), bucket)
@@ -401,7 +411,8 @@ def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeyp
                 continue
             step.sink = exchange.sink(step.step, step.taken, step.visit, dtype)
             assert [stop - start for start, stop in step.sink.columns()] == widths
-            (in_chunks, in_chunks_of_its_own)[seed % 2](step.sink, step.sums)
+            how = (by_routes, in_ranges, in_ranges_of_its_own)[(seed + step.rank) % 3]  # each rank as it likes
+            how(step.sink, step.sums, step.visit.slots_RK.amax(1, keepdim=True))
             used = step.step.workspace.high_water
             assert used <= bytes_of(exchange.scratch(ranks.spec, ranks.placement, payload, dtype, bucket))
         for step, exchange in zip(steps, exchanges, strict=True):
@@ -415,11 +426,12 @@ def test_sums_travel_in_chunks(parallel, payload, dtype, chunks, widths, monkeyp
 
 @pytest.mark.parametrize("few", [0, 512])
 def test_ranks_may_differ_in_how_they_send(few, monkeypatch):
-    """In a step of chunks, rank 0 goes through them, rank 1 has all columns at once. Rank 2 holds nothing and adds
-    zeros."""
+    """In a step whose first columns go ahead, rank 0 goes through both ranges, rank 1 has all columns at once. Rank 2
+    holds nothing and adds zeros."""
     ranks = Ranks(ParallelSpec(tp=3, allow_empty_shards=True), "fp8", torch.bfloat16, 6, 768)
     monkeypatch.setattr(kernels, "FEW", few)
-    monkeypatch.setattr(engines, "CHUNKED_FROM", 1)
+    monkeypatch.setattr(engines, "AHEAD_FROM", 1)
+    monkeypatch.setattr(engines, "MOST_PAIRS", TOP_K)
     exchanges, steps = [ranks.exchange(rank) for rank in range(3)], ranks.begin([5, 0, 6], 6, 1)
     for step, exchange in zip(steps, exchanges, strict=True):
         step.step = Step(Workspace(CPU), 6)
@@ -427,10 +439,10 @@ def test_ranks_may_differ_in_how_they_send(few, monkeypatch):
     for step, exchange in zip(steps, exchanges, strict=True):
         ranks.compute(step, 1)
         step.sink = exchange.sink(step.step, step.taken, step.visit, torch.bfloat16)
-        assert len(step.sink.columns()) == 3
-    in_chunks(steps[0].sink, steps[0].sums)
+        assert len(step.sink.columns()) == 2
+    in_ranges(steps[0].sink, steps[0].sums, steps[0].visit.slots_RK)
     steps[1].sink.put_all(steps[1].sink.whole(steps[1].step).copy_(steps[1].sums))
-    unsent, _ = steps[1].sink.finish()
+    unsent, *_ = steps[1].sink.finish()
     kernels.send_sums(steps[1].visit, unsent, ranks.ends[1])  # `combine` does it too, after rank 0's here
     steps[2].sink.put_zeros()
     steps[2].sums.zero_()
@@ -442,25 +454,34 @@ def test_ranks_may_differ_in_how_they_send(few, monkeypatch):
 
 def test_only_large_steps_are_cut(monkeypatch):
     """DeepSeek-V3 on four ranks: 2,048 tokens a rank send 88 MB of sums. By hand."""
-    assert engines.chunk_width(4, 8192, 7168, 2) == 7168  # not without being told to
-    monkeypatch.setattr(engines, "CHUNKED_FROM", 64 << 20)
-    assert engines.chunk_width(4, 1024, 7168, 2) == 7168
-    assert engines.chunk_width(4, 2048, 7168, 2) == 1792
-    assert engines.chunk_width(1, 1 << 20, 7168, 2) == 7168
-    assert engines.chunk_width(4, 8192, 2880, 2) == 768  # the last one has 576
+    large = MoESpec(hidden=7168, intermediate=2048, num_experts=256, top_k=8)
+    ep4, tp4, one = (Placement.build(large, ParallelSpec(**size)) for size in ({"ep": 4}, {"tp": 4}, {}))
+    assert engines.columns_ahead(large, ep4, 8192, 2) == 0  # not without being told to
+    monkeypatch.setattr(engines, "AHEAD_FROM", 64 << 20)
+    assert engines.columns_ahead(large, ep4, 1024, 2) == 0
+    assert engines.columns_ahead(large, ep4, 2048, 2) == 4352
+    assert engines.columns_ahead(large, tp4, 8192, 2) == 0  # each row has eight pairs
+    assert engines.columns_ahead(large, one, 1 << 20, 2) == 0
+    monkeypatch.setattr(engines, "AHEAD_FROM", 1)
+    narrow = MoESpec(hidden=256, intermediate=256, num_experts=8, top_k=2)
+    assert engines.columns_ahead(narrow, Placement.build(narrow, ParallelSpec(ep=2)), 8192, 2) == 0  # of one tile
+    assert not engines.rows_are_copied(4, 2048, 7168 + 224)
+    assert engines.rows_are_copied(4, 8192, 7168 + 224)
     spec = MoESpec(hidden=512, intermediate=256, num_experts=EXPERTS, top_k=1)
     placement, (row, pairs, total) = Placement.build(spec, ParallelSpec(ep=3)), (512 + 4 * 4, 8, 512 * 2)
-    for cut, copied in ((0, 0), (1, 0), (0, 1)):
-        monkeypatch.setattr(engines, "CHUNKED_FROM", cut)
+    for ahead, copied in ((0, 0), (1, 0), (0, 1)):
+        monkeypatch.setattr(engines, "AHEAD_FROM", ahead)
         monkeypatch.setattr(engines, "COPIED_FROM", copied)
         sent = 4 * (2 * pairs + row * (1 + copied) + total * 2)
         assert Nvlink.wire_bytes(spec, placement, 12, "fp8", 2) == sent
 
 
-@pytest.mark.parametrize(("chunked", "copied"), [(0, 0), (1, 0), (1, 1)])
-def test_the_exchange_counts_what_it_stores_elsewhere(chunked, copied, monkeypatch):
+@pytest.mark.parametrize(("ahead", "copied"), [(0, 0), (1, 0), (1, 1)])
+@pytest.mark.parametrize("routed", [False, True])
+def test_the_exchange_counts_what_it_stores_elsewhere(ahead, copied, routed, monkeypatch):
     """By hand: rows, sums, and every token's slots and weights, to other ranks only. Copies have no gaps."""
-    monkeypatch.setattr(engines, "CHUNKED_FROM", chunked)
+    monkeypatch.setattr(engines, "AHEAD_FROM", ahead)
+    monkeypatch.setattr(engines, "MOST_PAIRS", TOP_K)
     monkeypatch.setattr(engines, "COPIED_FROM", copied)
     ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6, 512)
     steps, exchanges = ranks.begin([4, 6, 0], 6, 1), [ranks.exchange(rank) for rank in range(3)]
@@ -470,9 +491,13 @@ def test_the_exchange_counts_what_it_stores_elsewhere(chunked, copied, monkeypat
         step.taken, step.visit = exchange.dispatch(step.step, step.rows, step.routing)
     for step, exchange in zip(steps, exchanges, strict=True):
         sink = exchange.sink(step.step, step.taken, step.visit, torch.bfloat16)
-        sink.put_zeros()
+        if ahead and routed:
+            ranks.compute(step, 1)
+            by_routes(sink, step.sums, step.visit.slots_RK.amax(1, keepdim=True))
+        else:
+            sink.put_zeros()
         exchange.combine(step.step, sink, step.visit)
-    row, pairs, total = 512 + 4 * 4, 8 * TOP_K, 512 * 2
+    row, pairs = 512 + 4 * 4, 8 * TOP_K
     slots = [
         torch.stack([ranks.placement.slots_on(target, step.routing.ids_TK, 6).ge(0).any(1) for target in range(3)])
         for step in steps
@@ -480,6 +505,7 @@ def test_the_exchange_counts_what_it_stores_elsewhere(chunked, copied, monkeypat
     for rank, exchange in enumerate(exchanges):
         others = [other for other in range(3) if other != rank]
         leaving = 2 * (4, 6, 0)[rank] if copied else int(slots[rank][others].sum())
-        returning = 2 * 6 if chunked else sum(int(slots[other][rank].sum()) for other in others)
-        stored = 2 * 6 * pairs + leaving * row + returning * total
+        needed = sum(int(slots[other][rank].sum()) for other in others)
+        gapless = 0 if not ahead else 256 if routed else 512  # columns
+        stored = 2 * 6 * pairs + leaving * row + 2 * (2 * 6 * gapless + needed * (512 - gapless))
         assert exchange.stored_bytes() == stored <= Nvlink.wire_bytes(ranks.spec, ranks.placement, 18, "fp8", 2)

@@ -1,5 +1,4 @@
-"""When copy engines move what crosses, and how it is cut for them. Nothing here may change between a layer's steps, or
-differ between ranks.
+"""What copy engines move in a step. Nothing here may change between a layer's steps, or differ between ranks.
 
 They take no multiprocessor, so copies can travel under a GEMM. On a busy GPU a copy may begin 0.2 ms late. Copies know
 no gaps: rows and sums that nobody needs travel too.
@@ -7,25 +6,32 @@ no gaps: rows and sums that nobody needs travel too.
 
 from __future__ import annotations
 
+from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
+from moe_dist.model.spec import MoESpec
 
-CHUNKS = 4  # at most, of a step's sums
-# Bytes of sums that leave a rank, from which on they are cut; 0: never, as long as no GPU has shown what it gains. On
-# two H200s it gained nothing: at 8,192 tokens a rank (112 MiB) GEMM2 in four parts took 110 µs longer, and the whole
-# step 200 of 5,930 (benchmarks/2026-11-28-nvlink-settings.json). Three times as much leaves a rank of four.
-CHUNKED_FROM = 0
-GRAIN = 256  # columns: a chunk is made of whole tiles of GEMM2
-# Bytes of rows that leave a rank, from which on copy engines take them; 0: never, as long as no GPU has shown what it
-# gains. In the same run dispatch took 144 µs less and GEMM1 83 more; the step was the same within its scatter, and 1 %
-# shorter in a queue.
-COPIED_FROM = 0
+# Bytes of sums that leave a rank, from which on the first of their columns go ahead by copies, while GEMM2 computes the
+# others; 0: never, as long as no GPU has shown what it gains. Four chunks of equal width, the last one copied too,
+# gained 1 % at most under EP4 and lost 6 % under TP4 (benchmarks/2026-11-28-nvlink-settings.json): nothing hid the last
+# chunk's copy and all weighted sums.
+AHEAD_FROM = 0
+AHEAD_PART = 0.6  # of the columns: as many as travel while GEMM2 computes the others
+# Pairs of a row that a rank has in the mean. Sums that go ahead are written to scratch and copied. Weighted sums of
+# more pairs are bound by reading them: there the stores into the peers' windows cost no time of their own.
+MOST_PAIRS = 2
+GRAIN = 256  # columns: whole tiles of GEMM2
+# Bytes of rows that leave a rank, from which on copy engines take them; 0: never. On four H200s at 8,192 tokens a rank
+# (175 MiB) a step was 3 % shorter, and 1 to 2 % in a queue: dispatch took 420 to 480 µs less, GEMM1 190 to 210 more. On
+# two (57 MiB) it was the same within its scatter, and 1 % shorter in a queue (the same file).
+COPIED_FROM = 100 << 20
 
 
-def chunk_width(world: int, bucket: int, hidden: int, itemsize: int) -> int:
-    """Columns of a chunk of sums; the last one has what is left. All of `hidden`: they are not cut."""
-    if not 0 < CHUNKED_FROM <= (world - 1) * bucket * hidden * itemsize:
-        return hidden
-    return min(hidden, cdiv(cdiv(hidden, CHUNKS), GRAIN) * GRAIN)
+def columns_ahead(spec: MoESpec, placement: Placement, bucket: int, itemsize: int) -> int:
+    """How many of the first columns of sums copies take; the others go by kernels."""
+    leaving = (placement.world - 1) * bucket * spec.hidden * itemsize
+    if not 0 < AHEAD_FROM <= leaving or spec.top_k > MOST_PAIRS * placement.ep:
+        return 0
+    return min(cdiv(int(AHEAD_PART * spec.hidden), GRAIN) * GRAIN, (spec.hidden - 1) // GRAIN * GRAIN)
 
 
 def rows_are_copied(world: int, bucket: int, row_bytes: int) -> bool:

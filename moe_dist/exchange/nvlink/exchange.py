@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moe_dist.comm.symmetric import Aside
 from moe_dist.exchange.base import Exchange
-from moe_dist.exchange.nvlink.engines import chunk_width, rows_are_copied
+from moe_dist.exchange.nvlink.engines import columns_ahead, rows_are_copied
 from moe_dist.exchange.nvlink.replicated import NvlinkReplicated
-from moe_dist.exchange.nvlink.sinks import Chunked, Returning
+from moe_dist.exchange.nvlink.sinks import Ahead, Returning
 from moe_dist.exchange.nvlink.window import Ends, Regions, Visit, begin, served_here
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes, row_specs, sorting_specs
 from moe_dist.machine.machine import Machine
@@ -24,7 +24,7 @@ from moe_dist.model.spec import MoESpec, TokenLayout
 from moe_dist.step import Routes, Step, Support, Take, TensorSpec, TokenRows
 
 
-class Nvlink(Exchange[Visit, Returning | Chunked]):
+class Nvlink(Exchange[Visit, Returning | Ahead]):
     """For GPUs of one host. A token's row goes once to each rank that holds one of its experts, to a place that nobody
     needs to count, and one partial sum comes back from each. Flags in the peers' memory say that they are there."""
 
@@ -40,7 +40,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         self._known: dict[int, Regions] = {}
         self._last: Visit | None = None
         self._row_bytes = payload_row_bytes(self.spec, self.payload) - 8 * self.spec.top_k
-        self._gapless = False  # the last step's sums went in chunks
+        self._gapless = 0  # columns of the last step's sums that went by copies
 
     @classmethod
     def supports(cls, spec: MoESpec, placement: Placement, machine: Machine) -> Support:
@@ -81,9 +81,9 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             window = self.comm.window(*regions.sizes)
             served_TW = step.workspace.take((routing.tokens, self.comm.world), torch.int8)
             came = [window.view(at, *form) for at, form in zip(regions.row_starts, regions.rows, strict=True)]
-            width = chunk_width(self.comm.world, bucket, self.spec.hidden, self.sums_dtype.itemsize)
+            ahead = columns_ahead(self.spec, self.placement, bucket, self.sums_dtype.itemsize)
             copies = Aside(self.comm.device)
-            visit = Visit(window, regions, bucket, width, routing.tokens, served_TW, came[-2], copies)
+            visit = Visit(window, regions, bucket, ahead, routing.tokens, served_TW, came[-2], copies)
             arrivals, quantize = None, self._quantizes(x)
             if bucket:
                 from moe_dist.exchange.nvlink import kernels
@@ -92,7 +92,7 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
                 copied = self._copies(bucket)
                 kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied, quantize)
                 arrivals = kernels.arrivals(visit, self._ends) if copied else None
-            self._last, self._gapless = visit, False
+            self._last, self._gapless = visit, 0
             rows = QuantizedRows(came[0], came[1]) if quantize else activations_of(x, came[:-2])
             return TokenRows(rows, *came[-2:], arrivals=arrivals), visit
 
@@ -138,13 +138,13 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
         if visit is None:
             return 0
         others = [other for other in range(world) if other != rank]
-        leaving, returning = visit.tokens * len(others), visit.bucket * len(others)
+        leaving = visit.tokens * len(others)
         if not self._copies(visit.bucket):
             leaving = int(visit.served_TW[:, others].sum())
-        if not self._gapless:
-            returning = int((visit.slots_RK >= 0).any(1).view(world, visit.bucket)[1:].sum())
+        computed = int((visit.slots_RK >= 0).any(1).view(world, visit.bucket)[1:].sum())
+        sums = visit.bucket * len(others) * self._gapless + computed * (self.spec.hidden - self._gapless)
         everyone = visit.bucket * 8 * self.spec.top_k * len(others)
-        return everyone + leaving * self._row_bytes + returning * self.spec.hidden * self.sums_dtype.itemsize
+        return everyone + leaving * self._row_bytes + sums * self.sums_dtype.itemsize
 
     def _regions(self, bucket: int) -> Regions:
         found = self._known.get(bucket)
@@ -153,25 +153,24 @@ class Nvlink(Exchange[Visit, Returning | Chunked]):
             found = self._known[bucket] = Regions.of(*given)
         return found
 
-    def sink(self, step: Step, rows: TokenRows, handle: Visit, dtype: torch.dtype) -> Returning | Chunked:
-        shape = len(rows), self.spec.hidden
-        if handle.width < self.spec.hidden:
-            return Chunked(step, shape, dtype, handle, self.comm.rank)
-        at = handle.sums_at + self.comm.rank * handle.bucket * self.spec.hidden * dtype.itemsize
-        routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype, 1)
+    def sink(self, step: Step, rows: TokenRows, handle: Visit, dtype: torch.dtype) -> Returning | Ahead:
+        shape, ahead = (len(rows), self.spec.hidden), handle.ahead
+        at = handle.sums_at + (self.comm.rank * self.spec.hidden + ahead) * handle.bucket * dtype.itemsize
+        routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype, 1, ahead, self.spec.hidden)
+        if ahead:
+            return Ahead(step, shape, dtype, handle, self.comm.rank, routes)
         return Returning(step, shape, dtype, self.comm.device, routes)
 
-    def combine(self, step: Step, sink: Returning | Chunked, handle: Visit) -> Tensor:
+    def combine(self, step: Step, sink: Returning | Ahead, handle: Visit) -> Tensor:
         from moe_dist.exchange.nvlink import kernels
 
         with step.stages("combine"):
             y_TH = torch.empty(handle.tokens, self.spec.hidden, dtype=sink.dtype, device=self.comm.device)
             if handle.bucket:
-                unsent, own = sink.finish()
+                unsent, own, self._gapless = sink.finish()
                 handle.copies.join()
-                self._gapless = own is not None
                 if unsent is not None:
                     kernels.send_sums(handle, unsent, self._ends)
-                kernels.add_sums(handle, own, y_TH, self._ends)
+                kernels.add_sums(handle, own, self._gapless, y_TH, self._ends)
                 handle.window.open = False
             return y_TH

@@ -96,7 +96,8 @@ class NvlinkReplicated(Exchange[Reduction, Returning]):
     def sink(self, step: Step, rows: TokenRows, handle: Reduction, dtype: torch.dtype) -> Returning:
         at = handle.sums_at + self.comm.rank * handle.share * self.spec.hidden * dtype.itemsize
         next_rank = (self.comm.rank + 1) % self.comm.world
-        routes = Routes(handle.window.by_rank_W, at, handle.share, dtype, next_rank, every=True)
+        columns = 0, self.spec.hidden
+        routes = Routes(handle.window.by_rank_W, at, handle.share, dtype, next_rank, *columns, every=True)
         return Returning(step, (len(rows), self.spec.hidden), dtype, self.comm.device, routes)
 
     def combine(self, step: Step, sink: Returning, handle: Reduction) -> Tensor:
@@ -105,7 +106,7 @@ class NvlinkReplicated(Exchange[Reduction, Returning]):
         with step.stages("combine"):
             y_TH = torch.empty(handle.tokens, self.spec.hidden, dtype=sink.dtype, device=self.comm.device)
             if handle.tokens:
-                unsent, _ = sink.finish()
+                unsent, *_ = sink.finish()
                 if unsent is not None:
                     reduce_kernels.send_shares(handle, unsent, self._ends)
                 reduce_kernels.add_share(handle, self._ends)

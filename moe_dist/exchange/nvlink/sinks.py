@@ -1,11 +1,13 @@
 """What takes partial sums on their way back.
 
-Of a small step, a kernel stores all columns where they belong. Of a large one, copy engines move a chunk of columns
-while the backend computes the next, so that only the last chunk is waited for. The price: GEMM2 in several launches,
-one more pass of the sums through memory, and sums that no token waits for, since copies know no gaps.
+Of a small step, a kernel stores all columns where they belong. Of a large one the first columns go ahead: copy engines
+move them while the backend computes the others, which a kernel stores. The price: GEMM2 in two launches, one more pass
+of the first columns through memory, and sums that no token waits for, since copies know no gaps.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,16 @@ from moe_dist.exchange.nvlink.window import Visit
 from moe_dist.step import Routes, Sink, Step, Whole
 
 
+class Finished(NamedTuple):
+    """What is left to do. `unsent`: [R, H] sums that nobody has sent. `own`: where this rank's own sums of the first
+    `apart` columns are, which copies have taken: [R, columns] range by range, its own rows first. Its other sums lie in
+    its window like everybody's."""
+
+    unsent: Tensor | None = None
+    own: Tensor | None = None
+    apart: int = 0
+
+
 class Returning(Whole):
     """Takes sums that a backend has sent back by itself, or keeps them until `combine` sends them."""
 
@@ -22,27 +34,34 @@ class Returning(Whole):
         self, step: Step, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, routes: Routes
     ) -> None:
         super().__init__(step, shape, dtype, device)
-        self.routes = routes
+        self._routes = routes
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """[R, H] sums that nobody has sent, and those among which this rank's own lie apart from what comes back."""
-        return None if self.sent else self.y, None
+    def routes_of(self, start: int, stop: int) -> Routes:
+        return self._routes
+
+    def finish(self) -> Finished:
+        return Finished() if self.sent else Finished(unsent=self.y)
 
 
-class Chunked(Sink):
-    """Copies each chunk to its peers while the next one is computed. Chunks lie one behind the other in scratch, so
-    none is overwritten while it travels. The next step may do that, since `finish` makes this step's stream wait."""
+class Ahead(Sink):
+    """Copies the first range to its peers while the second one is computed, and the second one too where no kernel has
+    stored it by its routes. What is copied lies in scratch and is not overwritten while it travels: `finish` makes this
+    step's stream wait."""
 
-    def __init__(self, step: Step, shape: tuple[int, int], dtype: torch.dtype, visit: Visit, rank: int) -> None:
+    def __init__(
+        self, step: Step, shape: tuple[int, int], dtype: torch.dtype, visit: Visit, rank: int, routes: Routes
+    ) -> None:
         super().__init__(shape, dtype)
-        self._visit, self._rank = visit, rank
+        self._visit, self._rank, self._routes = visit, rank, routes
         self._sums = step.workspace.take((shape[0] * shape[1],), dtype)
         self._aside = Aside(visit.window.local.device)
         self._whole: Tensor | None = None
 
     def columns(self) -> list[tuple[int, int]]:
-        hidden, width = self.shape[1], self._visit.width
-        return [(start, min(start + width, hidden)) for start in range(0, hidden, width)]
+        return [(0, self._visit.ahead), (self._visit.ahead, self.shape[1])]
+
+    def routes_of(self, start: int, stop: int) -> Routes | None:
+        return self._routes if start else None
 
     def target(self, start: int, stop: int) -> Tensor:
         rows = self.shape[0]
@@ -68,7 +87,9 @@ class Chunked(Sink):
         """Sums that come all at once have nothing to travel under: `combine` sends them in one launch."""
         self._whole = y_RH
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """As Returning.finish. The current stream waits for the copies."""
+    def finish(self) -> Finished:
+        """The current stream waits for the copies."""
         self._aside.join()
-        return (None, self._sums) if self._whole is None else (self._whole, None)
+        if self._whole is not None:
+            return Finished(unsent=self._whole)
+        return Finished(own=self._sums, apart=self._visit.ahead if self._stored else self.shape[1])

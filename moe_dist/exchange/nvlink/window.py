@@ -52,7 +52,8 @@ def begin(window: Symmetric, comm: Comm) -> None:
 class Regions:
     """Of a window for steps of one bucket, which all ranks agree on. `rows`: values, scales if there are any, slots and
     weights of the [world · bucket] rows, this rank's own first, then the next rank's, and so on; `sums`: [world,
-    bucket · H], from each rank, in their order, chunk after chunk of [bucket, columns] (`Visit.width`).
+    bucket · H], from each rank, in their order: the columns that go ahead (`Visit.ahead`) as [bucket, columns], then
+    the others.
 
     Rows lie in a window's first area, behind the header; their starts are in bytes. Sums have the second area: what
     steps of another size or layer write first must never meet what a step reads last."""
@@ -87,14 +88,14 @@ class Ends:
 
 @dataclass(frozen=True)
 class Visit:
-    """One step in a window: what lies where in it, the columns of a chunk of sums (the last one has what is left), the
-    number of this rank's tokens, which ranks send a sum back for each (`served_TW`, int8), the slots of the rows that
-    came, and the copies of rows that are under way."""
+    """One step in a window: what lies where in it, how many columns of the sums go ahead of the others, the number of
+    this rank's tokens, which ranks send a sum back for each (`served_TW`, int8), the slots of the rows that came, and
+    the copies of rows that are under way."""
 
     window: Symmetric
     regions: Regions
     bucket: int
-    width: int
+    ahead: int
     tokens: int
     served_TW: Tensor
     slots_RK: Tensor

@@ -37,13 +37,14 @@ ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
 
 @triton.jit
 def _weighted_sum(
-    out, slots, weights, places, y, R, START, AT, EACH, FIRST, H: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
-    SPLIT_K: tl.constexpr, PLACED: tl.constexpr, ROUTED: tl.constexpr, EVERY: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    out, slots, weights, places, y, R, START, AT, EACH, FIRST, WIDTH, H: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, SPLIT_K: tl.constexpr, PLACED: tl.constexpr, ROUTED: tl.constexpr, EVERY: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[row] = the sum of weight · out over each of R rows' pairs that are here, in float32, in the order of K, for
     COLUMNS columns from START on. A pair's row of `out` has its number or, if PLACED, that in `places`. If ROUTED, `y`
-    holds the addresses of Routes, and AT, EACH, FIRST and EVERY are theirs; WIDE: sums are float32."""
+    holds the addresses of Routes, and EACH, FIRST and EVERY are theirs. There, the first of the columns is at AT, and a
+    place has WIDTH values. WIDE: sums are float32."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -73,7 +74,7 @@ def _weighted_sum(
     if ROUTED:
         TYPE: tl.constexpr = tl.float32 if WIDE else tl.bfloat16
         begin = tl.multiple_of((tl.load(y + target) + AT).to(tl.pointer_type(TYPE)), 16)
-        tl.store(begin + there * H + START + column, total.to(TYPE), mask=inside & real & (EVERY | (most >= 0)))
+        tl.store(begin + there * WIDTH + column, total.to(TYPE), mask=inside & real & (EVERY | (most >= 0)))
     else:
         tl.store(y + row * COLUMNS + column, total.to(y.dtype.element_ty), mask=inside)
 
@@ -161,8 +162,9 @@ class Pipeline(ABC):
             with stages("gemm2"):
                 self.gemm2(start, stop)
             with stages("combine"):
-                y_RC = sink.target(start, stop) if sink.routes is None else None
-                self.weighted_sum(weights_RK, start, stop, y_RC, sink.routes)
+                routes = sink.routes_of(start, stop)
+                y_RC = sink.target(start, stop) if routes is None else None
+                self.weighted_sum(weights_RK, start, stop, y_RC, routes)
             if y_RC is None:
                 sink.store(start, stop)
             else:
@@ -213,9 +215,10 @@ class Pipeline(ABC):
         (R, K), columns = self.slots_RK.shape, stop - start
         block = min(1024, power_of_2(columns))
         placed = self.places is not None
-        target, route, wide, every, programs = y_RC, (0, 1, 0), False, False, R
+        target, route, wide, every, programs = y_RC, (0, 1, 0, columns), False, False, R
         if routes is not None:
-            target, route = routes.addresses_W, (routes.at, routes.each, routes.first)
+            at = routes.at + (start - routes.start) * routes.dtype.itemsize
+            target, route = routes.addresses_W, (at, routes.each, routes.first, routes.stop - routes.start)
             wide, every = routes.dtype == torch.float32, routes.every
             programs = len(routes.addresses_W) * routes.each
         tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, target)
