@@ -63,7 +63,7 @@ class DeepGemm(OwnPipelines):
             return Support(False, f"needs compute capability 9.0, not {problem.capability}")
         if spec.hidden % BLOCK or width % BLOCK:
             return Support(False, f"needs hidden ({spec.hidden}) and slices ({width}) in whole blocks of {BLOCK}")
-        return installed()
+        return Support(True)
 
     def pipeline(self, step: Step, rows: TokenRows) -> PaddedPipeline:
         from moe_dist.kernels.triton.padded import PaddedPipeline

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.backends import BACKENDS, deep_gemm_grouped
+from moe_dist.backends import BACKENDS
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -37,7 +37,6 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine on which every backend is built."""
     for name in GPU_BACKENDS:
         monkeypatch.setattr(BACKENDS.get(name), "available", classmethod(lambda cls, device: Support(True)))
-    monkeypatch.setattr(deep_gemm_grouped, "installed", lambda: Support(True))
     return H200
 
 

@@ -11,7 +11,6 @@ from unit.asked import problem
 
 from moe_dist.backends import BACKENDS, deep_gemm_grouped
 from moe_dist.backends.deep_gemm_grouped import DeepGemm, installed
-from moe_dist.step.rows import Support
 
 
 @pytest.fixture
@@ -39,8 +38,7 @@ def package(tmp_path, monkeypatch):
         (problem(width=192), r"slices \(192\)"),
     ],
 )
-def test_refuses_with_the_reason(asked, reason, monkeypatch):
-    monkeypatch.setattr(deep_gemm_grouped, "installed", lambda: Support(True))
+def test_refuses_with_the_reason(asked, reason):
     support = DeepGemm.supports(asked)
     assert not support.ok
     assert re.search(reason, support.reason), support.reason
@@ -50,27 +48,27 @@ def test_refuses_with_the_reason(asked, reason, monkeypatch):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(deep_gemm_grouped, "find_spec", lambda name: None)
     installed.cache_clear()
-    assert DeepGemm.supports(problem()) == (False, "deep_gemm is not installed (pip install sgl-deep-gemm)")
+    assert installed() == (False, "deep_gemm is not installed (pip install sgl-deep-gemm)")
     installed.cache_clear()
 
 
 def test_a_build_that_does_not_fit_is_explained(package):
     package("raise OSError('undefined symbol: _ZN3c104cuda')")
-    support = DeepGemm.supports(problem())
+    support = installed()
     assert not support.ok
     assert re.search(r"does not load with torch \S+: OSError: undefined symbol: _ZN3c104cuda", support.reason)
 
 
 def test_one_without_a_function(package):
     package("")
-    assert "has no m_grouped_fp8_gemm_nt_contiguous" in DeepGemm.supports(problem()).reason
+    assert "has no m_grouped_fp8_gemm_nt_contiguous" in installed().reason
     package("m_grouped_fp8_gemm_nt_contiguous = None")
-    assert "has no fp8_m_grouped_gemm_nt_masked" in DeepGemm.supports(problem()).reason
+    assert "has no fp8_m_grouped_gemm_nt_masked" in installed().reason
 
 
 def test_one_that_fits(package):
     package("m_grouped_fp8_gemm_nt_contiguous = fp8_m_grouped_gemm_nt_masked = None")
-    assert DeepGemm.supports(problem()).ok
+    assert installed().ok
 
 
 def test_it_is_listed():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from unit.asked import HOPPER, problem
 
-from moe_dist.backends import BACKENDS, Problem, deep_gemm_grouped, flashinfer_build
+from moe_dist.backends import BACKENDS, Problem, flashinfer_build
 from moe_dist.backends.flashinfer_cutlass import FlashInferCutlass
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.row import Refused
@@ -150,7 +150,6 @@ class TestPartialSums:
     def on_hopper(self, monkeypatch):
         for name in ("flashinfer_cutlass", "triton", "cutlass", "deep_gemm"):
             monkeypatch.setattr(BACKENDS.get(name), "available", classmethod(lambda cls, device: Support(True)))
-        monkeypatch.setattr(deep_gemm_grouped, "installed", lambda: Support(True))
 
     def plan(self, backend: str, combine: str | None):
         return make_plan(
