@@ -26,7 +26,7 @@ from moe_dist.machine.machine import Machine
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
 SEED = int.from_bytes(os.urandom(2), "little")
-PLACEMENTS = ("tp", "ep", "tp2xep2")
+PLACEMENTS = ("tp", "ep", "tp2xep2", "tp2xep4", "tp4xep2")  # those that fit a number of ranks
 
 
 PARTS = ("large", "small", "replicated", "formats")
@@ -51,15 +51,16 @@ def experiments(world: int, shared: bool = False) -> dict[str, Experiment]:
     }
     large = [find_model(name) for name in ("DeepSeek-V3", "Qwen3-235B-A22B")]
     small = find_model("Qwen3-30B-A3B")
+    fewer = common if world < 8 else common | {"placements": PLACEMENTS[1:]}  # it has six blocks of 128 columns
     kinds = [small.with_changes(quant=kind, name=f"Qwen3-30B-A3B {kind}") for kind in
              ("none", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")]  # fmt: skip
     kinds[0] = kinds[0].with_changes(shared_experts="replicated", shared_intermediate=512, shared_gate=True)
     relu2 = find_model("Nemotron-H")
     wanted = (
         Experiment(models=large, tokens=large_tokens, skews=("zipf:1.2",), **common),
-        Experiment(models=[small], tokens=tokens, skews=("uniform", "single"), **common),
-        Experiment(models=[small], tokens=(130,), skews=("hot:3",), token_layouts=("replicated",), **common),
-        Experiment(models=[*kinds, relu2], tokens=tokens, skews=("zipf:1.2",), **common),
+        Experiment(models=[small], tokens=tokens, skews=("uniform", "single"), **fewer),
+        Experiment(models=[small], tokens=(130,), skews=("hot:3",), token_layouts=("replicated",), **fewer),
+        Experiment(models=[*kinds, relu2], tokens=tokens, skews=("zipf:1.2",), **fewer),
     )
     return dict(zip(PARTS, wanted, strict=True))
 
@@ -95,13 +96,14 @@ def test_exact_splits(world):
     assert {row.splits for row in rows} == {"exact"}
 
 
-@pytest.mark.parametrize("world", [3, 4])
-def test_ranks_that_share_gpus(world):
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("world", [3, 4, 8])
+def test_ranks_that_share_gpus(world, part):
     """Every rank's kernels and row lists of larger placements, where there are not as many GPUs: what NCCL and graphs
     do is not in it."""
     if torch.cuda.device_count() >= world:
         pytest.skip(f"{torch.cuda.device_count()} GPUs are here: nobody has to share")
-    check(world, list(experiments(world, shared=True).values()), "_shared")
+    check(world, [experiments(world, shared=True)[part]], f"_shared_{part}")
 
 
 def check(
