@@ -12,7 +12,7 @@ import triton_interpreter  # noqa: F401  # before any kernel is decorated
 
 from moe_dist.comm.symmetric import Aside, Symmetric
 from moe_dist.errors import RankFailure
-from moe_dist.exchange.nvlink import Nvlink, engines, kernels, reduce_kernels, window
+from moe_dist.exchange.nvlink import Nvlink, engines, flags, reduce_kernels, row_kernels, sum_kernels, window
 from moe_dist.exchange.nvlink.replicated import NvlinkReplicated
 from moe_dist.exchange.nvlink.replicated import _sizes as reduced
 from moe_dist.exchange.nvlink.window import Ends, Regions, Visit
@@ -78,7 +78,7 @@ class Ranks:
         return steps
 
     def send_rows(self, step: SimpleNamespace) -> None:
-        kernels.send_rows(step.visit, parts_of(step.rows), self.placement, step.routing, self.ends[step.rank])
+        row_kernels.send_rows(step.visit, parts_of(step.rows), self.placement, step.routing, self.ends[step.rank])
 
     def part(self, source: int, target: int) -> int:
         """Which of the parts of a rank's rows come from that source: its own are the first."""
@@ -116,12 +116,12 @@ class Ranks:
         step.sums[(step.visit.slots_RK < 0).all(1)] = float("nan")
 
     def send_sums(self, step: SimpleNamespace) -> None:
-        kernels.send_sums(step.visit, step.sums, self.ends[step.rank])
+        sum_kernels.send_sums(step.visit, step.sums, self.ends[step.rank])
 
     def finish(self, steps: list[SimpleNamespace], rank: int) -> None:
         step = steps[rank]
         y = torch.full((step.visit.tokens, self.hidden), -1.0).to(self.dtype)
-        kernels.add_sums(step.visit, None, 0, y, self.ends[rank])
+        sum_kernels.add_sums(step.visit, None, 0, y, self.ends[rank])
         step.visit.window.open = False  # as the exchange does
         assert torch.equal(y, self.expected(steps, rank))
 
@@ -231,7 +231,7 @@ GRIDS = [ParallelSpec(ep=3), ParallelSpec(tp=2), ParallelSpec(tp=2, ep=2), Paral
 @pytest.mark.parametrize(("payload", "dtype"), [("fp8", torch.bfloat16), ("bf16", torch.float32)])
 @pytest.mark.parametrize("few", [0, 512])
 def test_rows_and_sums_arrive(parallel, payload, dtype, few, monkeypatch):
-    monkeypatch.setattr(kernels, "FEW", few)
+    monkeypatch.setattr(flags, "FEW", few)
     ranks = Ranks(parallel, payload, dtype, 6)
     for seed, bucket in enumerate((6, 1, 4)):  # one window for all
         counts = [random.Random(seed + rank).randint(0, bucket) for rank in range(ranks.world)]
@@ -254,7 +254,7 @@ def test_few_rows_are_quantized_as_they_are_sent(hidden, monkeypatch):
     ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6, hidden)
     exchanges = [ranks.exchange(rank) for rank in range(3)]
     for seed, (bucket, few) in enumerate(((6, 512), (4, 512), (6, 5))):
-        monkeypatch.setattr(kernels, "FEW", few)
+        monkeypatch.setattr(flags, "FEW", few)
         steps = ranks.begin([bucket, 0, bucket - 1], bucket, seed)
         for step, exchange in zip(steps, exchanges, strict=True):
             step.step = Step(Workspace(CPU), bucket)
@@ -315,7 +315,7 @@ def test_a_step_that_raises_after_its_rows_were_sent_is_the_last():
 @pytest.mark.parametrize("few", [0, 512])
 def test_sums_of_replicated_tokens(parallel, dtype, few, monkeypatch):
     """Steps of changing sizes, none and fewer tokens than ranks among them, stored by routes or sent by a launch."""
-    monkeypatch.setattr(reduce_kernels, "FEW", few)
+    monkeypatch.setattr(flags, "FEW", few)
     ranks = Ranks(parallel, "bf16", dtype, 6)
     replicated, steps = Replicated(ranks), 0
     for seed, tokens in enumerate((5, 1, 0, 6, 2)):
@@ -382,7 +382,7 @@ def test_some_columns_of_sums_go_ahead(parallel, payload, dtype, part, widths, m
     monkeypatch.setattr(engines, "COPIED_FROM", 5 * (ranks.world - 1) * row_bytes)
     exchanges, copied = [ranks.exchange(rank) for rank in range(ranks.world)], 0
     for seed, bucket in enumerate((6, 2, 4, 5, 1)):
-        monkeypatch.setattr(kernels, "FEW", (512, 0)[seed % 3 % 2])
+        monkeypatch.setattr(flags, "FEW", (512, 0)[seed % 3 % 2])
         counts = [random.Random(seed + rank).choice((0, bucket, random.Random(seed * rank).randint(0, bucket)))
                   for rank in range(ranks.world)]  # fmt: skip
         steps = ranks.begin(counts, bucket, seed)
@@ -429,7 +429,7 @@ def test_ranks_may_differ_in_how_they_send(few, monkeypatch):
     """In a step whose first columns go ahead, rank 0 goes through both ranges, rank 1 has all columns at once. Rank 2
     holds nothing and adds zeros."""
     ranks = Ranks(ParallelSpec(tp=3, allow_empty_shards=True), "fp8", torch.bfloat16, 6, 768)
-    monkeypatch.setattr(kernels, "FEW", few)
+    monkeypatch.setattr(flags, "FEW", few)
     monkeypatch.setattr(engines, "AHEAD_FROM", 1)
     monkeypatch.setattr(engines, "MOST_PAIRS", TOP_K)
     exchanges, steps = [ranks.exchange(rank) for rank in range(3)], ranks.begin([5, 0, 6], 6, 1)
@@ -443,7 +443,7 @@ def test_ranks_may_differ_in_how_they_send(few, monkeypatch):
     in_ranges(steps[0].sink, steps[0].sums, steps[0].visit.slots_RK)
     steps[1].sink.put_all(steps[1].sink.whole(steps[1].step).copy_(steps[1].sums))
     unsent, *_ = steps[1].sink.finish()
-    kernels.send_sums(steps[1].visit, unsent, ranks.ends[1])  # `combine` does it too, after rank 0's here
+    sum_kernels.send_sums(steps[1].visit, unsent, ranks.ends[1])  # `combine` does it too, after rank 0's here
     steps[2].sink.put_zeros()
     steps[2].sums.zero_()
     for step, exchange in zip(steps, exchanges, strict=True):

@@ -33,7 +33,8 @@ HOMES = {
     "triton": (
         "kernels/triton/",
         *("exchange/all_to_all/list_kernels", "exchange/all_to_all/row_kernels"),
-        *("exchange/nvlink/kernels", "exchange/nvlink/reduce_kernels", "exchange/served"),
+        *(f"exchange/nvlink/{name}" for name in ("flags", "row_kernels", "sum_kernels", "reduce_kernels")),
+        "exchange/served",
     ),
     "flashinfer": ("backends/flashinfer",),
     "deep_gemm": ("backends/deep_gemm", "peers/deep_gemm"),

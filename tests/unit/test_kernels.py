@@ -42,8 +42,8 @@ def test_fused_moe_in_the_interpreter():
 def kernels():
     """Every kernel with the types of its arguments and values for its constants."""
     from moe_dist.exchange.all_to_all import list_kernels, row_kernels
-    from moe_dist.exchange.nvlink import kernels as nvlink
-    from moe_dist.exchange.nvlink import reduce_kernels
+    from moe_dist.exchange.nvlink import flags, reduce_kernels, sum_kernels
+    from moe_dist.exchange.nvlink import row_kernels as nvlink_rows
     from moe_dist.kernels.triton import padded, quantize, slots
 
     fp8 = {"H": "i32", "FP8_MAX": 448.0}
@@ -87,27 +87,27 @@ def kernels():
     }  # fmt: skip
     ends = {"header": "*i32", "failed": "*i32", "peers": "*i64", "rank": "i32", "BUCKET": "i32", "LIMIT_NS": "i64",
             "W": 4, "LANES": 4, "WAITS": True, "BLOCK": 2048, "K": 8, "PLACES": 8}  # fmt: skip
-    yield nvlink._send_rows, {
+    yield nvlink_rows._send_rows, {
         **ends, "values": "*fp8e4nv", "scales": "*fp32", "weights": "*fp32", "group_table": "*i64",
         "copy_counts": "*i64", "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),
         **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS"), "i32"),
         **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
         "TP": 2, "REPLICATED": True, "SCALES": 64, "QUANTIZES": False, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
     }  # fmt: skip
-    yield nvlink._send_rows, {
+    yield nvlink_rows._send_rows, {
         **ends, "values": "*bf16", "scales": "*bf16", "weights": "*fp32", "group_table": "*i64", "copy_counts": "*i64",
         "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),
         **dict.fromkeys(("T", "own_group", "EXPERTS", "COPIES", "VALUE_WORDS", "SCALE_WORDS"), "i32"),
         **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
         "TP": 2, "REPLICATED": False, "SCALES": 64, "QUANTIZES": True, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
     }  # fmt: skip
-    yield nvlink._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "AHEAD": "i32",
+    yield sum_kernels._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "AHEAD": "i32",
                               "SUMS_AT": "i32"}  # fmt: skip
-    yield nvlink._add_sums, {**ends, "came": "*bf16", "own": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32",
+    yield sum_kernels._add_sums, {**ends, "came": "*bf16", "own": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32",
                              "H": "i32", "AHEAD": "i32", "APART": "i32", "OWN": True, "ENDS": True}  # fmt: skip
-    yield nvlink._meet, {**ends, "phase": 1}
-    yield nvlink._set_number, {"header": "*i32"}
-    yield nvlink._await_copies, ends
+    yield flags._meet, {**ends, "phase": 1}
+    yield nvlink_rows._set_number, {"header": "*i32"}
+    yield nvlink_rows._await_copies, ends
     sizes = dict.fromkeys(("T", "EACH", "WORDS", "AT", "HERE", "H"), "i32")
     yield reduce_kernels._send_shares, {**ends, **sizes, "sums": "*bf16", "by_rank": "*i64"}
     yield reduce_kernels._add_share, {**ends, **sizes, "came": "*bf16", "total": "*bf16", "ENDS": True}

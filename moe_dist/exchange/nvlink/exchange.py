@@ -86,12 +86,12 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
             visit = Visit(window, regions, bucket, ahead, routing.tokens, served_TW, came[-2], copies)
             arrivals, quantize = None, self._quantizes(x)
             if bucket:
-                from moe_dist.exchange.nvlink import kernels
+                from moe_dist.exchange.nvlink import row_kernels
 
                 begin(window, self.comm)
                 copied = self._copies(bucket)
-                kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied, quantize)
-                arrivals = kernels.arrivals(visit, self._ends) if copied else None
+                row_kernels.send_rows(visit, parts_of(x), self.placement, routing, self._ends, copied, quantize)
+                arrivals = row_kernels.arrivals(visit, self._ends) if copied else None
             self._last, self._gapless = visit, 0
             rows = QuantizedRows(came[0], came[1]) if quantize else activations_of(x, came[:-2])
             return TokenRows(rows, *came[-2:], arrivals=arrivals), visit
@@ -102,7 +102,7 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
 
     def to_payload(self, step: Step, x: Activations, routing: Routing) -> Activations:
         """Few rows stay as they are: they are quantized as they are sent."""
-        from moe_dist.exchange.nvlink.kernels import few_rows
+        from moe_dist.exchange.nvlink.row_kernels import few_rows
 
         bucket = self.check_bucket(routing.tokens, step.bucket)
         plain = self.spec.quant == "fp8_block" and self.spec.dtype == "bf16" and not self._copies(bucket)
@@ -113,10 +113,10 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
     def arrived(self, step: Step, rows: TokenRows, handle: Visit) -> TokenRows:
         if rows.arrivals is None:
             return rows
-        from moe_dist.exchange.nvlink import kernels
+        from moe_dist.exchange.nvlink import row_kernels
 
         with step.stages("dispatch"):
-            kernels.await_copies(handle, self._ends)
+            row_kernels.await_copies(handle, self._ends)
         return replace(rows, arrivals=None)
 
     def payload_room(self, step: Step, tokens: int) -> Take:
@@ -162,7 +162,7 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
         return Returning(step, shape, dtype, self.comm.device, routes)
 
     def combine(self, step: Step, sink: Returning | Ahead, handle: Visit) -> Tensor:
-        from moe_dist.exchange.nvlink import kernels
+        from moe_dist.exchange.nvlink import sum_kernels
 
         with step.stages("combine"):
             y_TH = torch.empty(handle.tokens, self.spec.hidden, dtype=sink.dtype, device=self.comm.device)
@@ -170,7 +170,7 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
                 unsent, own, self._gapless = sink.finish()
                 handle.copies.join()
                 if unsent is not None:
-                    kernels.send_sums(handle, unsent, self._ends)
-                kernels.add_sums(handle, own, self._gapless, y_TH, self._ends)
+                    sum_kernels.send_sums(handle, unsent, self._ends)
+                sum_kernels.add_sums(handle, own, self._gapless, y_TH, self._ends)
                 handle.window.open = False
             return y_TH

@@ -4,7 +4,7 @@ Every rank has a share of the tokens. First the weighted sum, or `send_shares`, 
 window of the rank whose share it is in. `add_share` waits for flags "rows" and adds them up there. `gather_shares`
 waits for flags "sums" and reads all totals from where they are.
 
-It is the same protocol as that of rows and sums (kernels.py), so layers of both kinds can share a window. In the first
+It is the same protocol as that of rows and sums (flags.py), so layers of both kinds can share a window. In the first
 phase ranks write into the first area of their peers, and a rank sets its flag "sums" after it has read its own. In the
 second phase a rank writes into its own second area, which others read, after it has all flags "rows" of this step. A
 peer sets that flag after it has read the totals of the step before.
@@ -18,19 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.exchange.nvlink.kernels import (
-    FEW,
+from moe_dist.exchange.nvlink.flags import (
     ROWS,
     STEP,
     SUMS,
-    VALUES,
-    WORDS,
-    _await,
-    _last_phase,
-    _meet,
-    _tell,
-    _there,
+    await_flags,
+    end_phase,
+    few,
+    last_phase,
+    ranks,
+    region_of,
+    shared,
+    tell,
 )
+from moe_dist.exchange.nvlink.sum_kernels import VALUES, WORDS
 from moe_dist.exchange.nvlink.window import Ends
 from moe_dist.kernels.triton.launch import as_bits, launch
 from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
@@ -56,9 +57,9 @@ def add_share(step: Reduction, ends: Ends) -> None:
     """This rank's share, as soon as everybody's sums are here."""
     block = min(VALUES, power_of_2(step.hidden))
     grid = step.share, cdiv(step.hidden, block), 1
-    at_once = _few(grid)
+    at_once = few(grid)
     if not at_once:
-        _end(step, ROWS.value, ends)
+        end_phase(step.window, ROWS.value, ends)
     shape = step.share, step.hidden
     came = step.window.view(step.sums_at, (ends.world, *shape), step.dtype)
     total = step.window.view(step.totals_at, shape, step.dtype)
@@ -66,9 +67,9 @@ def add_share(step: Reduction, ends: Ends) -> None:
     launch(
         _add_share,
         grid,
-        (came, total, *_shared(step)),
+        (came, total, *shared(step.window)),
         (here, step.share, step.hidden, ends.rank, ends.limit_ns),
-        (ends.world, power_of_2(ends.world), block, at_once, ends.waits),
+        (*ranks(ends), block, at_once, ends.waits),
     )
 
 
@@ -77,29 +78,16 @@ def gather_shares(step: Reduction, y_TH: Tensor, ends: Ends) -> None:
     words = row_bytes(y_TH) // 4
     block = min(WORDS, power_of_2(words))
     grid = step.tokens, cdiv(words, block), 1
-    at_once = _few(grid)
+    at_once = few(grid)
     if not at_once:
-        _end(step, SUMS.value, ends)
+        end_phase(step.window, SUMS.value, ends)
     launch(
         _gather_shares,
         grid,
-        (y_TH, step.window.by_rank_W, *_shared(step)),
+        (y_TH, step.window.by_rank_W, *shared(step.window)),
         (step.share, words, step.totals_at, ends.rank, ends.limit_ns),
-        (ends.world, power_of_2(ends.world), block, at_once, ends.waits),
+        (*ranks(ends), block, at_once, ends.waits),
     )
-
-
-def _few(grid: tuple[int, int, int]) -> bool:
-    return grid[0] * grid[1] <= FEW
-
-
-def _end(step: Reduction, phase: int, ends: Ends) -> None:
-    constants = phase, ends.world, power_of_2(ends.world), ends.waits
-    launch(_meet, (1, 1, 1), _shared(step), (ends.rank, ends.limit_ns), constants)
-
-
-def _shared(step: Reduction) -> tuple[Tensor, Tensor, Tensor]:
-    return step.window.words, step.window.failed, step.window.addresses_W
 
 
 @triton.jit(do_not_specialize=["T", "rank"])
@@ -110,7 +98,7 @@ def _send_shares(sums, by_rank, T, EACH, rank, WORDS, AT, BLOCK: tl.constexpr):
     target = token // EACH
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     words = tl.load(as_bits(sums) + token.to(tl.int64) * WORDS + column, mask=column < WORDS)
-    there = _there(tl.load(by_rank + target), AT, tl.int32) + (tl.cast(rank, tl.int64) * EACH + token % EACH) * WORDS
+    there = region_of(tl.load(by_rank + target), AT, tl.int32) + (tl.cast(rank, tl.int64) * EACH + token % EACH) * WORDS
     tl.store(there + column, words, mask=column < WORDS)
 
 
@@ -125,9 +113,9 @@ def _add_share(
     if ENDS:
         number = tl.load(header + STEP) + 1
         if token + part == 0:
-            _tell(header, peers, rank, ROWS, number, W, LANES)
+            tell(header, peers, rank, ROWS, number, W, LANES)
         if WAITS:
-            _await(header, failed, ROWS, 0, number, LIMIT_NS, W, LANES)
+            await_flags(header, failed, ROWS, 0, number, LIMIT_NS, W, LANES)
         tl.debug_barrier()  # every thread of the block has seen the flags
     column = part * BLOCK + tl.arange(0, BLOCK)
     inside = (column < H) & (token < HERE)
@@ -145,9 +133,9 @@ def _gather_shares(
 ):  # fmt: skip
     """y[token] from the rank whose share it is in. With ENDS as `_add_sums`."""
     if ENDS:
-        _last_phase(header, failed, peers, rank, LIMIT_NS, W, LANES, WAITS)
+        last_phase(header, failed, peers, rank, LIMIT_NS, W, LANES, WAITS)
     token = (tl.program_id(0) + (rank + 1) * EACH) % tl.num_programs(0)  # every rank begins with another source
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = _there(tl.load(by_rank + token // EACH), AT, tl.int32) + (token % EACH).to(tl.int64) * WORDS
+    there = region_of(tl.load(by_rank + token // EACH), AT, tl.int32) + (token % EACH).to(tl.int64) * WORDS
     words = tl.load(there + column, mask=column < WORDS)
     tl.store(as_bits(y) + token.to(tl.int64) * WORDS + column, words, mask=column < WORDS)
