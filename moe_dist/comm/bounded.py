@@ -13,10 +13,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from moe_dist.comm.greeting import facts_of_process
+from moe_dist.comm.guard import Form, check_form
 from moe_dist.comm.others import real_group
 from moe_dist.comm.symmetric import Symmetric
+from moe_dist.comm.teller import Teller
 from moe_dist.comm.user import user_of
-from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.errors import ConfigError, MoeDistError, RankFailure
+from moe_dist.machine.switches import debug_asked_for
 
 R = TypeVar("R")
 
@@ -36,6 +40,7 @@ class Bounded:
         self.rank, self.world, self.device = rank, world, device
         self._group, self._cpu_group, self._timeout_s = group, cpu_group, timeout_s
         self._user = user_of(group, world)
+        self._teller = Teller(rank, world, cpu_group, timeout_s)
         self._real = weakref.ref(real_group(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
         self.shared: Symmetric | None = None  # what `window` made last
@@ -104,7 +109,23 @@ class Bounded:
                 "the process group of this Comm was destroyed; make a new Comm from the one that is there"
             )
 
-    def _run(self, op: str, call: Callable[[], R]) -> R:
+    def guard(self) -> None:
+        """From now on the ranks of this process group, which all call this, look at each collective before it starts:
+        RankFailure that names both sides instead of a hang or of each other's bytes. Costs a small collective on the
+        CPU for each; one that is captured into a CUDA graph is not looked at."""
+        self._user.guarded = True
+
+    def _greet(self) -> None:
+        """Once for a process group: its processes must be alike."""
+        if not self._user.greeted:
+            facts, debug = facts_of_process(self.device), debug_asked_for()
+            self._teller.compare(facts)
+            self._user.greeted, self._user.guarded = True, debug
+
+    def _captures(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _run(self, op: str, call: Callable[[], R], form: Callable[[], Form] = Form) -> R:
         self.check_thread()
         self.check_window()
         self.sequence += 1
@@ -112,7 +133,12 @@ class Bounded:
             self.noted(op, self.sequence)
         try:
             self._check_group()
+            self._greet()
+            if self._user.guarded and not self._captures():
+                check_form(self._teller, op, self.sequence, form())
             result = call()
+        except MoeDistError:
+            raise
         except Exception as error:
             raise RankFailure(self.rank, op, self.sequence, short(error)) from error
         finally:

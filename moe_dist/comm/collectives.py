@@ -11,12 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.bounded import Bounded
-from moe_dist.comm.wires import copied, plain, row_bytes_of, wire
+from moe_dist.comm.guard import form_of, form_of_rows
+from moe_dist.comm.wires import copied, gather_into, plain, row_bytes_of, scatter_sum_into, wire
 from moe_dist.model.sizes import row_bytes
-
-# torch 2.13 has new names for these two and warns at the old ones.
-gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Collectives(Bounded):
@@ -42,7 +39,7 @@ class Collectives(Bounded):
                 for out, wire in zip(outs, wires, strict=True):
                     self._wait(gather_into(out, wire, group=self._group, async_op=self._waits))
 
-        self._run("all_gather", gather)
+        self._run("all_gather", gather, lambda: form_of(parts))
         self.bytes_sent += sum(wire.nbytes for wire in wires) * (self.world - 1)
         return copied(self._unwired(outs, parts), into)
 
@@ -51,14 +48,20 @@ class Collectives(Bounded):
         if self.world == 1:
             return rows
         rows = rows.contiguous()
-        out = self._run("reduce_scatter", lambda: (self._summed if self._waits else self._scattered)(rows))
+        out = self._run(
+            "reduce_scatter", lambda: (self._summed if self._waits else self._scattered)(rows), lambda: form_of([rows])
+        )
         self.bytes_sent += rows.nbytes * (self.world - 1) // self.world
         return out
 
     def all_reduce(self, rows: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.world > 1:
-            self._run("all_reduce", lambda: self._wait(dist.all_reduce(rows, group=self._group, async_op=self._waits)))
+            self._run(
+                "all_reduce",
+                lambda: self._wait(dist.all_reduce(rows, group=self._group, async_op=self._waits)),
+                lambda: form_of([rows]),
+            )
             self.bytes_sent += 2 * rows.nbytes * (self.world - 1) // self.world
         return rows
 
@@ -89,7 +92,7 @@ class Collectives(Bounded):
                         )
                     )
 
-        self._run("all_to_all", exchange)
+        self._run("all_to_all", exchange, lambda: form_of_rows(parts, send, receive))
         self.bytes_sent += sum(map(row_bytes, wires)) * (sum(send) - send[self.rank])
         return copied(self._unwired(outs, parts), into)
 
@@ -128,7 +131,7 @@ class Collectives(Bounded):
 
     def _scattered(self, rows: Tensor) -> Tensor:
         out = rows.new_empty(rows.shape[0] // self.world, *rows.shape[1:])
-        self._wait(_reduce_scatter(out, rows, group=self._group, async_op=self._waits))
+        self._wait(scatter_sum_into(out, rows, group=self._group, async_op=self._waits))
         return out
 
     def _summed(self, rows: Tensor) -> Tensor:

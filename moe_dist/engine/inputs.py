@@ -7,8 +7,6 @@ Without it an id that is no expert's counts as -1 on a GPU: no kernel reads beyo
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -18,17 +16,6 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
-
-DEBUG = "MOE_DIST_DEBUG"
-ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-
-
-def debug_asked_for() -> bool:
-    """Raises ConfigError for a value that says neither yes nor no."""
-    value = os.environ.get(DEBUG, "")
-    if value.lower() in ON or value.lower() in OFF:
-        return value.lower() in ON
-    raise ConfigError(DEBUG, value, "switches the debug mode on or off", (*ON, *OFF[1:]))
 
 
 def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:

@@ -23,7 +23,6 @@ from moe_dist.engine.inputs import (
     check_shard,
     check_tokens,
     check_values,
-    debug_asked_for,
 )
 from moe_dist.engine.plan import Choice, Plan, shared_placement
 from moe_dist.engine.router import Router
@@ -32,6 +31,7 @@ from moe_dist.exchange import Exchange
 from moe_dist.exchange.layout import with_layout
 from moe_dist.kernels import token_gate
 from moe_dist.machine.surroundings import settled
+from moe_dist.machine.switches import debug_asked_for
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MOST_TOKENS
 from moe_dist.model.weights import ExpertWeights
@@ -76,7 +76,7 @@ class MoELayer(nn.Module):
         self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.router = plan, comm, router
         self._weights = shard, shared
-        self.agreement = Agreement(plan)
+        self.agreement = Agreement(plan, shard, shared, router, self.debug)
         self._uncompiled: Callable[..., Tensor] | None = None
         self._assemble()
 
@@ -89,6 +89,7 @@ class MoELayer(nn.Module):
             paths.append(made[same])
         self.paths = tuple(paths)
         self.number = self.comm.number_layer()  # on its process group
+        self.met = False  # its ranks have found in some step that they run the same
 
     def _path(self, plan: Plan) -> Path:
         """What runs by a plan of one choice."""
@@ -172,11 +173,13 @@ class MoELayer(nn.Module):
     ) -> tuple[Step, Path]:
         """What the parts are told, and which they are; the ranks agree on both where they must."""
         agreed, needed = bucket, self.needs_bucket
-        # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
-        if ((needed and bucket is None) or self.meets) and not self._capturing():
+        # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else in the first one, and
+        # where they must.
+        if ((needed and bucket is None) or self.meets or not self.met) and not self._capturing():
             alike = self.plan.token_layout == "replicated"
-            same = partial(self.agreement.of, self.number, x_TH, routing, self.meets)
-            agreed = self.comm.meet(routing.tokens, bucket, alike, same)
+            same = partial(self.agreement.of, self.number, x_TH, routing, self.meets, captured)
+            agreed = self.comm.meet(routing.tokens, bucket, alike, same, lambda: self.agreement.facts)
+            self._has_met()
         bucket = agreed if bucket is None else bucket
         path = self.path(len(x_TH) if bucket is None else bucket)
         workspace = workspace_of(self.comm.device)
@@ -240,6 +243,11 @@ class MoELayer(nn.Module):
         if device.type == "cpu" or (self.debug and not self._capturing()):
             check_values(routing, spec, x_TH if own else None)
         return plain_rows(x_TH.detach()), routing
+
+    def _has_met(self) -> None:
+        self.met = True
+        if self.debug:  # as on all ranks, which is known now
+            self.comm.guard()
 
     @property
     def meets(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.comm import Comm
-from moe_dist.engine.agreement import of_stack
+from moe_dist.engine.agreement import of_stack, stack_facts
 from moe_dist.engine.inputs import check_bucket, check_gradient, check_routing, check_tokens
 from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import ConfigError
@@ -85,7 +85,12 @@ class MoEStack(nn.Module):
             return bucket
         alike = self.layers[0].plan.token_layout == "replicated"
         agreements, numbers = [layer.agreement for layer in self.layers], [layer.number for layer in self.layers]
-        return self.comm.meet(tokens, None, alike, lambda: of_stack(agreements, numbers))
+        agreed = self.comm.meet(
+            tokens, None, alike, lambda: of_stack(agreements, numbers), lambda: stack_facts(agreements)
+        )
+        for layer in self.layers:
+            layer.met = True
+        return agreed
 
     def _chained(self, x_TH: Tensor, routings: Sequence[Routing] | None, captured: bool, run: Runs) -> Tensor:
         # A row of zeros stays one in every layer, so it is enough to look once.
