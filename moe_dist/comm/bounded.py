@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moe_dist.comm.greeting import facts_of_process
 from moe_dist.comm.guard import Form, check_form
-from moe_dist.comm.others import real_group
+from moe_dist.comm.others import known_elsewhere, real_group
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.comm.teller import Teller
 from moe_dist.comm.user import user_of
@@ -122,6 +122,13 @@ class Bounded:
             self._teller.compare(facts)
             self._user.greeted, self._user.guarded = True, debug
 
+    @property
+    def _elsewhere(self) -> str:
+        """For the end of a message about ranks of a group that is not all of them."""
+        with suppress(ValueError, RuntimeError):  # of torch, for a group that was destroyed
+            return known_elsewhere(self._group)
+        return ""
+
     def _captures(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -140,7 +147,7 @@ class Bounded:
         except MoeDistError:
             raise
         except Exception as error:
-            raise RankFailure(self.rank, op, self.sequence, short(error)) from error
+            raise RankFailure(self.rank, op, self.sequence, short(error) + self._elsewhere) from error
         finally:
             if self.noted:
                 self.noted("", self.sequence)

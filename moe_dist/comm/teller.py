@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moe_dist.comm.others import known_elsewhere
 from moe_dist.comm.wires import gather_into
 from moe_dist.errors import ConfigError, shown
 
@@ -54,7 +55,7 @@ class Teller:
     def refuse(self, facts: Facts) -> None:
         """For ranks that know already that their facts differ."""
         told = [json.loads(text) for text in self.texts(json.dumps(dict(facts)))]
-        check_alike(told, self.rank)
+        check_alike(told, self.rank, known_elsewhere(self._group))
 
 
 def digest(facts: Facts) -> int:
@@ -65,9 +66,9 @@ def number_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % MODULUS
 
 
-def check_alike(told: Sequence[Facts], rank: int) -> None:
+def check_alike(told: Sequence[Facts], rank: int, elsewhere: str = "") -> None:
     """Raise ConfigError for the first field that ranks have with different values, which names the others too. A field
-    that a rank does not have is none of its affair."""
+    that a rank does not have is none of its affair. `elsewhere`: see known_elsewhere."""
     differing = {}
     for field in dict.fromkeys(name for facts in told for name in facts):
         groups = by_value([facts.get(field) for facts in told])
@@ -81,7 +82,7 @@ def check_alike(told: Sequence[Facts], rank: int) -> None:
         named = [f"{name} ({values})" for name, values in others[: MOST_FIELDS - 1]]
         left = len(others) - len(named)
         rule += f"; so must {', '.join(named)}" + (f" and {left} more" if left else "")
-    raise ConfigError(field, told[rank].get(field), rule)
+    raise ConfigError(field, told[rank].get(field), rule + elsewhere)
 
 
 def by_value(values: Sequence[str | None]) -> dict[str, list[int]]:
