@@ -120,7 +120,7 @@ class Bounded:
         if not self._user.greeted:
             facts, debug = facts_of_process(self.device), debug_asked_for()
             self._teller.compare(facts)
-            self._user.greeted, self._user.guarded = True, debug
+            self._user.greeted, self._user.guarded = True, self._user.guarded or debug
 
     @property
     def _elsewhere(self) -> str:

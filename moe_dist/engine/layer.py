@@ -183,7 +183,7 @@ class MoELayer(nn.Module):
         bucket = agreed if bucket is None else bucket
         path = self.path(len(x_TH) if bucket is None else bucket)
         workspace = workspace_of(self.comm.device)
-        workspace.begin()
+        workspace.begin(poisoned=self.debug)
         return Step(workspace, bucket if path.exchange.needs_bucket else None, captured, stages), path
 
     def _run(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> Tensor:
