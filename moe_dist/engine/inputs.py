@@ -17,6 +17,8 @@ from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 
+ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
+
 
 def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
     """Raise ConfigError unless `x_TH` is [T, H] in the spec's dtype, on `device`."""
@@ -122,3 +124,12 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.dev
         raise ConfigError(f"{name}.device", tensor.device, "not the device of this rank's communicator", device)
     if tensor.layout != torch.strided:
         raise ConfigError(f"{name}.layout", tensor.layout, "must be a dense tensor", torch.strided)
+
+
+def plain_rows(x_TH: Tensor) -> Tensor:
+    """`x_TH` with one row right behind the other, from a multiple of 16 bytes on. A single row that is cut out of a
+    wider tensor is contiguous, wherever it begins, and has the wider one's stride."""
+    aligned = x_TH.data_ptr() % ALIGNMENT == 0 and x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT == 0
+    if aligned and x_TH.stride() == (x_TH.shape[1], 1):
+        return x_TH
+    return torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device).copy_(x_TH)

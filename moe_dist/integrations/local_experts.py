@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.engine.inputs import check_gradient, check_routing, check_shard, check_tokens
-from moe_dist.engine.layer import plain_rows
+from moe_dist.engine.inputs import check_gradient, check_routing, check_shard, check_tokens, plain_rows
 from moe_dist.errors import UnsupportedError
 from moe_dist.kernels import slots_on
 from moe_dist.machine.machine import Machine
 from moe_dist.machine.surroundings import settled
+from moe_dist.machine.switches import debug_asked_for
 from moe_dist.model.placement import Placement, tables_on
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec
@@ -57,6 +57,7 @@ class LocalExperts:
         self._placement = _placement(spec, range(experts) if held is None else held, ids or experts)
         self._tables = tables_on(self._placement, device)  # graphs read them: they must not be dropped from the cache
         self._arenas: list[Tensor] = []
+        self._debug = debug_asked_for()
         gate_first = weights.gate_first
         backend_class.build()
         self.backend = backend_class(problem)
@@ -88,7 +89,7 @@ class LocalExperts:
             captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if captured:
                 self._keep(workspace.arena)
-            workspace.begin()
+            workspace.begin(poisoned=self._debug)
             slots_TK = slots_on(self._placement, 0, routing.ids_TK, None, workspace.take)
             rows = TokenRows(plain_rows(x_TH), slots_TK, routing.weights_TK)
             step = Step(workspace, captured=captured)
