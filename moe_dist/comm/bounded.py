@@ -117,7 +117,7 @@ class Bounded:
 
     def _greet(self) -> None:
         """Once for a process group: its processes must be alike."""
-        if not self._user.greeted:
+        if self.world > 1 and not self._user.greeted:
             facts, debug = facts_of_process(self.device), debug_asked_for()
             self._teller.compare(facts)
             self._user.greeted, self._user.guarded = True, self._user.guarded or debug
@@ -141,7 +141,7 @@ class Bounded:
         try:
             self._check_group()
             self._greet()
-            if self._user.guarded and not self._captures():
+            if self.world > 1 and self._user.guarded and not self._captures():
                 check_form(self._teller, op, self.sequence, form())
             result = call()
         except MoeDistError:

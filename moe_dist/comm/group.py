@@ -17,7 +17,7 @@ from moe_dist.comm.agreements import Agreements
 from moe_dist.comm.bounded import short
 from moe_dist.comm.collectives import Collectives
 from moe_dist.comm.meeting import check_ranks, check_timeout, go_to
-from moe_dist.comm.others import backends_of, device_of, rank_in, timeout_of, with_index
+from moe_dist.comm.others import backends_of, device_of, known_elsewhere, rank_in, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.errors import ConfigError, RankFailure
 
@@ -86,7 +86,8 @@ class Comm(Collectives, Agreements):
         `timeout_s` bounds every collective from here on (default: the group's own timeout). Collectives of gloo are
         waited for so long; a group of NCCL gets it as its own timeout, since only its own watchdog sees the device.
         Raises ConfigError without torch.distributed, for what is no process group or was destroyed, for a device that
-        the group can't serve, and for a process that is not in the group.
+        the group can't serve, and for a process that is not in the group; RankFailure where the group of gloo can't be
+        formed within the timeout.
         """
         if not dist.is_initialized():
             raise ConfigError("process group", None, "torch.distributed is not initialized in this process")
@@ -103,12 +104,7 @@ class Comm(Collectives, Agreements):
                 _set_pg_timeout(timedelta(seconds=timeout_s), group)
         cpu_group, owned = group, []
         if backends.get("cpu") != "gloo":
-            members = dist.get_process_group_ranks(group)
-            # This process is a member: since torch 2.14 the type says that it might not be.
-            made = dist.new_group(
-                members, backend="gloo", timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
-            )
-            cpu_group = cast(dist.ProcessGroup, made)
+            cpu_group = _beside(group, rank, timeout_s)
             owned = [cpu_group]
         return cls(rank, dist.get_world_size(group), device, group, cpu_group, timeout_s, owned)
 
@@ -141,7 +137,8 @@ class Comm(Collectives, Agreements):
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
             if self._given_up is None:  # one for all windows: graphs go on in those that they were captured with
                 self._given_up = torch.zeros(4, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda")
-            shared = self.shared = Symmetric(sizes, self.process_group, self.device, self._given_up)
+            given = sizes, self.process_group, self.device, self._given_up
+            shared = self.shared = self._run("rendezvous of shared memory", lambda: Symmetric(*given))
             self.barrier()  # nobody writes into memory that is still being zeroed
         return shared
 
@@ -165,3 +162,14 @@ class Comm(Collectives, Agreements):
             return found
 
         return arrived
+
+
+def _beside(group: dist.ProcessGroup | None, rank: int, timeout_s: float) -> dist.ProcessGroup:
+    """A group of gloo of the same ranks. Raises RankFailure where one of them does not come within `timeout_s`."""
+    members, timeout = dist.get_process_group_ranks(group), timedelta(seconds=timeout_s)
+    try:
+        made = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=True)
+    except Exception as error:
+        cause = f"{short(error)}; every rank of the group makes its Comm, within {timeout_s:g} s of each other"
+        raise RankFailure(rank, "forming a group for the CPU", 0, cause + known_elsewhere(group)) from error
+    return cast(dist.ProcessGroup, made)  # this process is a member: since torch 2.14 the type says that it might not be
