@@ -172,4 +172,6 @@ def _beside(group: dist.ProcessGroup | None, rank: int, timeout_s: float) -> dis
     except Exception as error:
         cause = f"{short(error)}; every rank of the group makes its Comm, within {timeout_s:g} s of each other"
         raise RankFailure(rank, "forming a group for the CPU", 0, cause + known_elsewhere(group)) from error
-    return cast(dist.ProcessGroup, made)  # this process is a member: since torch 2.14 the type says that it might not be
+    return cast(
+        dist.ProcessGroup, made
+    )  # this process is a member: since torch 2.14 the type says that it might not be

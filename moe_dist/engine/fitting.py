@@ -18,7 +18,13 @@ ROUTING_FIELDS = (
 def check_fit(
     plan: Plan, shard: ExpertWeights, shared: ExpertWeights | None, router: Router | None, comm: Comm
 ) -> None:
-    """Raise ConfigError for parts that don't belong together."""
+    """Raise ConfigError for what is no such part, and for parts that don't belong together."""
+    for field, value, kind in (("plan", plan, Plan), ("comm", comm, Comm)):
+        if not isinstance(value, kind):
+            raise ConfigError(field, type(value).__name__, f"is no {kind.__name__}", kind.__name__)
+    if not (router is None or isinstance(router, Router)):
+        rule = "is no Router, whose spec and device can be compared with the plan's"
+        raise ConfigError("router", type(router).__name__, rule, "Router, or a Routing in each call")
     spec, placement, rank, device = plan.spec, plan.placement, comm.rank, comm.device
     if comm.world != placement.world:
         raise ConfigError("parallel", plan.parallel.label, f"the process group has {comm.world} ranks", comm.world)

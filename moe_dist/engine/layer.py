@@ -73,6 +73,8 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         check_fit(plan, shard, shared, router, comm)
+        if not (debug is None or isinstance(debug, bool)):
+            raise ConfigError("debug", debug, "switches the debug mode on or off", (True, False, None))
         self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.router = plan, comm, router
         self._weights = shard, shared

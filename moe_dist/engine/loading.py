@@ -55,7 +55,11 @@ def load_layer(
     which says so; before any weights are read, unless it is found in them.
     """
     _check_types(checkpoint, layer=layer, tp=tp, **({} if ep is None else {"ep": ep}))
+    if not (progress is None or callable(progress)):
+        raise ConfigError("progress", progress, "is called after each expert", "a function without arguments, or None")
     comm = _comm() if comm is None else comm
+    if not isinstance(comm, Comm):
+        raise ConfigError("comm", comm, f"is {type(comm).__name__}", "a Comm, as of Comm.from_group, or None")
 
     def planned() -> Plan:
         spec, machine = _spec(str(checkpoint), layer, shared_experts, quant), Machine.detect(comm.device.type)
@@ -106,7 +110,8 @@ def plan_for(
 ) -> Plan:
     """With the exchange that goes with the tokens and the backend that goes with the machine where None is named: on a
     GPU that triton can't serve there is a notice why it is torch. A named one that can't serve is refused."""
-    exchange = exchange or plain_exchange(parallel.world, token_layout)
+    if exchange is None:
+        exchange = plain_exchange(parallel.world, token_layout)
     plan = partial(make_plan, spec, parallel, exchange=exchange, token_layout=token_layout, machine=machine)
     if backend is not None:
         return plan(backend=backend)
