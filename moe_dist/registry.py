@@ -54,7 +54,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> type[T]:
         """Raises ConfigError for an unknown name, and for a third party's that can't be used."""
         self._read_entry_points()
-        if name not in self._targets:
+        if not isinstance(name, str) or name not in self._targets:
             raise ConfigError(self.kind, name, f"no {self.kind} has this name", self.names())
         target = self._targets[name]
         if not isinstance(target, str):

@@ -11,8 +11,8 @@ from typing import Any
 
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
-from moe_dist.engine.inputs import debug_asked_for
 from moe_dist.engine.plan import Plan
+from moe_dist.machine.switches import debug_asked_for
 from moe_dist.messages.notices import collecting
 from moe_dist.tables import find_table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +17,26 @@ def real_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return dist.group.WORLD if group is None else group  # type: ignore[return-value]
 
 
+def known_elsewhere(group: dist.ProcessGroup | None) -> str:
+    """For the end of a message: which ranks of all those of a group are, where they have other numbers."""
+    if group is None or not dist.is_initialized():
+        return ""
+    everywhere = dist.get_process_group_ranks(group)
+    own = range(len(everywhere))
+    if everywhere == list(own):
+        return ""
+    return f"; ranks of a group: {_and(own)} are {_and(everywhere)} of all"
+
+
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
+
+
 def rank_in(group: Any) -> int:
     """Raises ConfigError where this process has none in it."""
-    legal = "a ProcessGroup that this process is in, or None for the default one"
+    legal = (
+        "a ProcessGroup that this process is in, as get_group() of a DeviceMesh gives it, or None for the default one"
+    )
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ConfigError("process group", "another's", "this process is not in it", legal)
     if not (group is None or isinstance(group, dist.ProcessGroup)):

@@ -151,6 +151,8 @@ def _met(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[T
     torch.cuda.synchronize(device)  # before a peer can write there
     try:
         return local, memory.rendezvous(local, group)
+    except dist.DistError:  # of ranks that do not answer, whatever GPUs they have
+        raise
     except RuntimeError as error:
         why = str(error).strip().splitlines()[0][:200]
         reason = f"needs GPUs of one host that reach each other: {why}"

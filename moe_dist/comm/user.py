@@ -14,10 +14,12 @@ SETTLED_AFTER_S = 5.0  # a second thread that comes later can't have been taken 
 
 class User:
     """The thread that uses a process group, since when, and whether another one came as soon; how many layers were made
-    on the group and how many steps they began, through whichever Comm."""
+    on the group and how many steps they began, through whichever Comm. `greeted`: its ranks have found that their
+    processes are alike; `guarded`: they look at each collective before it starts."""
 
     def __init__(self) -> None:
         self.steps = self.layers = 0
+        self.greeted = self.guarded = False
         self.thread: int | None = None
         self.since, self.contended = 0.0, False
 

@@ -6,9 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.model.quantization import FP8
+
+# torch 2.13 has new names for these two and warns at the old ones.
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_sum_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def wire(tensor: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ Without it an id that is no expert's counts as -1 on a GPU: no kernel reads beyo
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -16,25 +14,19 @@ from torch.autograd import forward_ad
 
 from moe_dist.errors import ConfigError
 from moe_dist.model.routing import Routing
-from moe_dist.model.spec import MoESpec
+from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.model.weights import ExpertWeights
 
-DEBUG = "MOE_DIST_DEBUG"
-ON, OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-
-
-def debug_asked_for() -> bool:
-    """Raises ConfigError for a value that says neither yes nor no."""
-    value = os.environ.get(DEBUG, "")
-    if value.lower() in ON or value.lower() in OFF:
-        return value.lower() in ON
-    raise ConfigError(DEBUG, value, "switches the debug mode on or off", (*ON, *OFF[1:]))
+FINITE = "finite values"
+NO_EXPERT, LARGEST_ID = -2, 2**31 - 1  # the first is refused where values are looked at
+ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
 
 
 def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
     """Raise ConfigError unless `x_TH` is [T, H] in the spec's dtype, on `device`."""
     if not isinstance(x_TH, Tensor):
         raise ConfigError("x", type(x_TH).__name__, "is no tensor", f"[tokens, {spec.hidden}]")
+    _check_dense("x", x_TH)
     if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden:
         raise ConfigError("x", tuple(x_TH.shape), "wrong shape", f"[tokens, {spec.hidden}]")
     _check_kind("x", x_TH, spec.torch_dtype, device)
@@ -54,14 +46,15 @@ def check_gradient(name: str, tensor: Tensor) -> None:
 
 
 def check_bucket(bucket: int | None, tokens: int) -> None:
-    """Raise ConfigError for a max_tokens_per_rank that is no integer, or less than this rank's tokens."""
+    """Raise ConfigError for a max_tokens_per_rank that is no integer, less than this rank's tokens, or more than any
+    step may have."""
     if bucket is None:
         return
     if type(bucket) is not int:
-        raise ConfigError("max_tokens_per_rank", bucket, "must be an integer", f"an integer, {tokens} or more")
-    if bucket < tokens:
+        raise ConfigError("max_tokens_per_rank", bucket, "must be an integer", f"an integer, {tokens} to {MOST_TOKENS}")
+    if not tokens <= bucket <= MOST_TOKENS:
         rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
-        raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {tokens} or more")
+        raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {tokens} to {MOST_TOKENS}")
 
 
 def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.device) -> None:
@@ -75,9 +68,29 @@ def check_routing(routing: Routing, tokens: int, spec: MoESpec, device: torch.de
     ):
         if not isinstance(tensor, Tensor):
             raise ConfigError(name, type(tensor).__name__, "is no tensor", str(expected))
+        _check_dense(name, tensor)
         if tuple(tensor.shape) != expected:
             raise ConfigError(name, tuple(tensor.shape), "wrong shape", str(expected))
         _check_kind(name, tensor, dtype, device)
+
+
+def routing_from(ids_TK: Tensor, weights_TK: Tensor, look: bool) -> Routing:
+    """Of ids [T, K] of any integer dtype and weights [T, K] of any float dtype, as other stacks have them. Raises
+    ConfigError for others. With `look`, an id that int32 does not hold stays no expert's; without, which saves a
+    launch, it counts by its lower 32 bits."""
+    for name, tensor, legal in (
+        ("routing.ids", ids_TK, "a tensor of integers"), ("routing.weights", weights_TK, "a tensor of floats"),
+    ):  # fmt: skip
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(name, type(tensor).__name__, "is no tensor", legal)
+        _check_dense(name, tensor)
+        floats = tensor.dtype.is_floating_point
+        integers = not floats and not tensor.dtype.is_complex and tensor.dtype != torch.bool
+        if not (integers if name == "routing.ids" else floats):
+            raise ConfigError(f"{name}.dtype", tensor.dtype, "wrong dtype", legal)
+    if look and ids_TK.dtype == torch.int64:
+        ids_TK = ids_TK.clamp(NO_EXPERT, LARGEST_ID)
+    return Routing(ids_TK.to(torch.int32).contiguous(), weights_TK.float().contiguous())
 
 
 def check_values(routing: Routing, spec: MoESpec, x_TH: Tensor | None = None) -> None:
@@ -85,20 +98,34 @@ def check_values(routing: Routing, spec: MoESpec, x_TH: Tensor | None = None) ->
     its id is an expert's, or for the token of `x_TH` that a router made it of. The host waits for a GPU."""
     ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
     wrong = (ids_TK < -1) | (ids_TK >= spec.num_experts)
-    bad = routing.legal(spec.num_experts) & ~weights_TK.isfinite()
-    counts = torch.stack([wrong.sum(), bad.sum()]).tolist()
+    bad = _not_finite(routing, spec.num_experts)
+    counts = torch.stack([wrong.sum(), bad.sum()]).tolist()  # one wait for both
     for name, values, places, count, legal in (
         ("routing.ids", ids_TK, wrong, counts[0], f"-1 (none), 0 to {spec.num_experts - 1}"),
-        ("routing.weights", weights_TK, bad, counts[1], "finite values"),
+        ("routing.weights", weights_TK, bad, counts[1], FINITE),
     ):
         if count:
-            token, place = places.nonzero()[0].tolist()
+            token = int(places.nonzero()[0, 0])
             if x_TH is not None and not bool(x_TH[token].isfinite().all()):
-                raise ConfigError(
-                    "x", "NaN or infinite", f"of token {token}, which no router can route", "finite values"
-                )
-            rule = f"of token {token}, place {place}, the first of {count} such"
-            raise ConfigError(name, values[token, place].item(), rule, legal)
+                raise ConfigError("x", "NaN or infinite", f"of token {token}, which no router can route", FINITE)
+            _refuse_first(name, values, places, legal)
+
+
+def check_weights(routing: Routing, experts: int) -> None:
+    """The same of the weights alone, for ids that may be of no expert."""
+    bad = _not_finite(routing, experts)
+    if bool(bad.any()):
+        _refuse_first("routing.weights", routing.weights_TK, bad, FINITE)
+
+
+def _not_finite(routing: Routing, experts: int) -> Tensor:
+    return routing.legal(experts) & ~routing.weights_TK.isfinite()
+
+
+def _refuse_first(name: str, values_TK: Tensor, places_TK: Tensor, legal: str) -> None:
+    token, place = places_TK.nonzero()[0].tolist()
+    rule = f"of token {token}, place {place}, the first of {int(places_TK.sum())} such"
+    raise ConfigError(name, values_TK[token, place].item(), rule, legal)
 
 
 def check_shard(
@@ -118,6 +145,7 @@ def check_shard(
         if field not in found:
             raise ConfigError(label, None, f"{spec.quant_label} has this tensor", shape)
         tensor = found.pop(field)
+        _check_dense(label, tensor)
         if tuple(tensor.shape) != shape:
             raise ConfigError(label, tuple(tensor.shape), f"not what {whose} holds under this plan", shape)
         _check_kind(label, tensor, dtype, device)
@@ -133,5 +161,19 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.dev
         raise ConfigError(f"{name}.dtype", tensor.dtype, "wrong dtype", dtype)
     if tensor.device != device:
         raise ConfigError(f"{name}.device", tensor.device, "not the device of this rank's communicator", device)
-    if tensor.layout != torch.strided:
-        raise ConfigError(f"{name}.layout", tensor.layout, "must be a dense tensor", torch.strided)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """Before all else: others may have no shape, or one that says nothing of what they hold."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise ConfigError(f"{name}.layout", layout, "must be a dense tensor", torch.strided)
+
+
+def plain_rows(x_TH: Tensor) -> Tensor:
+    """`x_TH` with one row right behind the other, from a multiple of 16 bytes on. A single row that is cut out of a
+    wider tensor is contiguous, wherever it begins, and has the wider one's stride."""
+    aligned = x_TH.data_ptr() % ALIGNMENT == 0 and x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT == 0
+    if aligned and x_TH.stride() == (x_TH.shape[1], 1):
+        return x_TH
+    return torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device).copy_(x_TH)

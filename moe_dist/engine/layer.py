@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.comm import Comm
 from moe_dist.engine.agreement import Agreement
+from moe_dist.engine.debugging import check_repeats, check_result
+from moe_dist.engine.fitting import check_fit
 from moe_dist.engine.inputs import (
     check_bucket,
     check_gradient,
     check_routing,
-    check_shard,
     check_tokens,
     check_values,
-    debug_asked_for,
+    plain_rows,
 )
-from moe_dist.engine.plan import Choice, Plan, shared_placement
+from moe_dist.engine.plan import Choice, Plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.exchange import Exchange
 from moe_dist.exchange.layout import with_layout
 from moe_dist.kernels import token_gate
 from moe_dist.machine.surroundings import settled
+from moe_dist.machine.switches import debug_asked_for
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MOST_TOKENS
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import NO_STAGES, Added, Stages, Step, Support, TokenRows, Whole, workspace_of
-
-ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
 
 
 class Path(NamedTuple):
@@ -53,9 +53,9 @@ class MoELayer(nn.Module):
 
     `shard` is what `plan.placement` gives this rank (weights.shard, checkpoint.load_shard). `shared` is the shared
     expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective, it is not
-    differentiated, and torch.compile leaves it as it is. With `debug` (default: whether MOE_DIST_DEBUG is set) the
-    values of the routing are checked on a GPU too, where the host waits for that. Values of the weights are the
-    caller's to check, with ExpertWeights.check_finite: that is a pass over all of them.
+    differentiated, and torch.compile leaves it as it is. `debug` (default: whether MOE_DIST_DEBUG is set) is the
+    debug mode of docs/failures.md, which all ranks have or none. Values of the weights are the caller's to check, with
+    ExpertWeights.check_finite: that is a pass over all of them.
 
     The layer stays on its communicator's device and in its plan's dtypes: `to`, `half` and the like change nothing, and
     raise ConfigError for another device.
@@ -72,11 +72,13 @@ class MoELayer(nn.Module):
         debug: bool | None = None,
     ) -> None:
         super().__init__()
-        _check_fit(plan, shard, shared, router, comm)
+        check_fit(plan, shard, shared, router, comm)
+        if not (debug is None or isinstance(debug, bool)):
+            raise ConfigError("debug", debug, "switches the debug mode on or off", (True, False, None))
         self.debug = debug_asked_for() if debug is None else debug
         self.plan, self.comm, self.router = plan, comm, router
         self._weights = shard, shared
-        self.agreement = Agreement(plan)
+        self.agreement = Agreement(plan, shard, shared, router, self.debug)
         self._uncompiled: Callable[..., Tensor] | None = None
         self._assemble()
 
@@ -89,6 +91,7 @@ class MoELayer(nn.Module):
             paths.append(made[same])
         self.paths = tuple(paths)
         self.number = self.comm.number_layer()  # on its process group
+        self.met = False  # its ranks have found in some step that they run the same
 
     def _path(self, plan: Plan) -> Path:
         """What runs by a plan of one choice."""
@@ -172,15 +175,17 @@ class MoELayer(nn.Module):
     ) -> tuple[Step, Path]:
         """What the parts are told, and which they are; the ranks agree on both where they must."""
         agreed, needed = bucket, self.needs_bucket
-        # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else only where they must.
-        if ((needed and bucket is None) or self.meets) and not self._capturing():
+        # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else in the first one, and
+        # where they must.
+        if ((needed and bucket is None) or self.meets or not self.met) and not self._capturing():
             alike = self.plan.token_layout == "replicated"
-            same = partial(self.agreement.of, self.number, x_TH, routing, self.meets)
-            agreed = self.comm.meet(routing.tokens, bucket, alike, same)
+            same = partial(self.agreement.of, self.number, x_TH, routing, self.meets, captured)
+            agreed = self.comm.meet(routing.tokens, bucket, alike, same, lambda: self.agreement.facts)
+            self._has_met()
         bucket = agreed if bucket is None else bucket
         path = self.path(len(x_TH) if bucket is None else bucket)
         workspace = workspace_of(self.comm.device)
-        workspace.begin()
+        workspace.begin(poisoned=self.debug)
         return Step(workspace, bucket if path.exchange.needs_bucket else None, captured, stages), path
 
     def _run(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> Tensor:
@@ -192,7 +197,10 @@ class MoELayer(nn.Module):
         y_TH: Tensor = path.exchange.combine(step, sink, handle)
         if shared == "replicated":
             y_TH = y_TH + self._of_shared(step, path, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
-        return y_TH.to(self.plan.spec.torch_dtype)
+        y_TH = y_TH.to(self.plan.spec.torch_dtype)
+        if self.debug and not self._capturing():
+            check_result(y_TH, x_TH)
+        return y_TH
 
     def _dispatched(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> tuple[TokenRows, Any]:
         exchange = path.exchange
@@ -239,7 +247,14 @@ class MoELayer(nn.Module):
         check_bucket(bucket, len(x_TH))
         if device.type == "cpu" or (self.debug and not self._capturing()):
             check_values(routing, spec, x_TH if own else None)
+        if self.debug and not self._capturing():
+            check_repeats(routing)
         return plain_rows(x_TH.detach()), routing
+
+    def _has_met(self) -> None:
+        self.met = True
+        if self.debug:  # as on all ranks, which is known now
+            self.comm.guard()
 
     @property
     def meets(self) -> bool:
@@ -301,53 +316,6 @@ def _as_json(state: Any) -> str | None:
         return json.dumps(state, sort_keys=True)
     except (TypeError, ValueError):
         return None
-
-
-def plain_rows(x_TH: Tensor) -> Tensor:
-    """`x_TH` with one row right behind the other, from a multiple of 16 bytes on. A single row that is cut out of a
-    wider tensor is contiguous, wherever it begins, and has the wider one's stride."""
-    aligned = x_TH.data_ptr() % ALIGNMENT == 0 and x_TH.storage_offset() * x_TH.itemsize % ALIGNMENT == 0
-    if aligned and x_TH.stride() == (x_TH.shape[1], 1):
-        return x_TH
-    return torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device).copy_(x_TH)
-
-
-ROUTING_FIELDS = (
-    "hidden", "num_experts", "top_k", "scoring", "renormalize", "correction_bias", "num_groups", "top_groups",
-    "routed_scaling",
-)  # fmt: skip
-
-
-def _check_fit(
-    plan: Plan, shard: ExpertWeights, shared: ExpertWeights | None, router: Router | None, comm: Comm
-) -> None:
-    """Raise ConfigError for parts that don't belong together."""
-    spec, placement, rank, device = plan.spec, plan.placement, comm.rank, comm.device
-    if comm.world != placement.world:
-        raise ConfigError("parallel", plan.parallel.label, f"the process group has {comm.world} ranks", comm.world)
-    if plan.machine.device != device.type:
-        raise ConfigError(
-            "comm.device", str(device), "the plan was made for ranks on another kind", plan.machine.device
-        )
-    if (spec.shared_experts != "none") != (shared is not None):
-        rule = "the shared expert's weights must be given exactly if the spec has one"
-        raise ConfigError("model.shared_experts", spec.shared_experts, rule)
-    experts, width = len(placement.experts_of(rank)), placement.width_of(rank)
-    check_shard("shard", shard, spec, experts, width, device, f"rank {rank}")
-    if shared is not None:
-        width = shared_placement(spec, plan.parallel).width_of(rank)
-        check_shard("shared", shared, spec.shared_spec(), 1, width, device, f"rank {rank}")
-        if shared.a13 is not None and shard.a13 is not None and shared.a13 != shard.a13:
-            rule = "the shared expert takes the same quantized rows, so it needs the experts' static input scale"
-            raise ConfigError("shared.a13", float(shared.a13), rule, float(shard.a13))
-    if router is None:
-        return
-    if router.gate_EH.device != device:
-        raise ConfigError("router.device", str(router.gate_EH.device), "not the communicator's", str(device))
-    for field in ROUTING_FIELDS:
-        own, wanted = getattr(router.spec, field), getattr(spec, field)
-        if own != wanted:
-            raise ConfigError(f"router.{field}", own, "the router was made for another model", wanted)
 
 
 def _prepared(name: str, problem: Problem, weights: ExpertWeights) -> Backend:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch.distributed as dist
 
 from moe_dist.checkpoint import check_layer, layer_spec, load_router, load_shard, load_shared_shard
 from moe_dist.comm import Comm
+from moe_dist.engine.agreement import plan_facts
 from moe_dist.engine.backend_rule import default_backend, refusal_of
 from moe_dist.engine.choosing import plain_exchange
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.plan import Plan, shared_placement
-from moe_dist.engine.planning import AUTO, make_plan
+from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
@@ -49,23 +49,34 @@ def load_layer(
     FP8 format that a layer stored as bf16 is quantized to as it is read; nothing is unless it is named. `progress` is
     called after each expert.
 
-    Raises ConfigError where tp · ep is not the number of ranks, or for what the checkpoint doesn't have;
-    CheckpointError for files that are missing, damaged or contradictory; UnsupportedError for what can't run here.
+    Raises ConfigError where tp · ep is not the number of ranks, for what the checkpoint doesn't have, and where ranks
+    ask for different layers or plans; CheckpointError for files that are missing, damaged or contradictory;
+    UnsupportedError for what can't run here. Where that is raised on some ranks only, the others raise a RankFailure
+    which says so; before any weights are read, unless it is found in them.
     """
     _check_types(checkpoint, layer=layer, tp=tp, **({} if ep is None else {"ep": ep}))
+    if not (progress is None or callable(progress)):
+        raise ConfigError("progress", progress, "is called after each expert", "a function without arguments, or None")
     comm = _comm() if comm is None else comm
-    parallel = _parallel(tp, ep, comm.world)
-    spec = _spec(str(checkpoint), layer, shared_experts, quant)
-    machine = Machine.detect(comm.device.type)
-    plan = plan_for(spec, parallel, exchange, backend, token_layout, machine)
-    check_alike(plan, comm)
-    shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress, quant)
-    shared = None
-    if spec.shared_experts != "none":
-        columns = shared_placement(spec, parallel).slice_of(comm.rank)
-        shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device, quant)
-    stored = load_router(str(checkpoint), layer, comm.device)
-    return MoELayer(plan, shard, comm, router=Router(plan, stored.gate_EH, stored.bias_E), shared=shared)
+    if not isinstance(comm, Comm):
+        raise ConfigError("comm", comm, f"is {type(comm).__name__}", "a Comm, as of Comm.from_group, or None")
+
+    def planned() -> Plan:
+        spec, machine = _spec(str(checkpoint), layer, shared_experts, quant), Machine.detect(comm.device.type)
+        return plan_for(spec, _parallel(tp, ep, comm.world), exchange, backend, token_layout, machine)
+
+    def loaded() -> MoELayer:
+        shard = load_shard(str(checkpoint), layer, plan.placement, comm.rank, comm.device, progress, quant)
+        shared = None
+        if plan.spec.shared_experts != "none":
+            columns = shared_placement(plan.spec, plan.parallel).slice_of(comm.rank)
+            shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device, quant)
+        stored = load_router(str(checkpoint), layer, comm.device)
+        return MoELayer(plan, shard, comm, router=Router(plan, stored.gate_EH, stored.bias_E), shared=shared)
+
+    plan = comm.together("planning a layer", planned)
+    check_alike(plan, comm, layer=layer)
+    return comm.together("loading a layer", loaded)
 
 
 def _check_types(checkpoint: object, **numbers: object) -> None:
@@ -99,7 +110,8 @@ def plan_for(
 ) -> Plan:
     """With the exchange that goes with the tokens and the backend that goes with the machine where None is named: on a
     GPU that triton can't serve there is a notice why it is torch. A named one that can't serve is refused."""
-    exchange = exchange or plain_exchange(parallel.world, token_layout)
+    if exchange is None:
+        exchange = plain_exchange(parallel.world, token_layout)
     plan = partial(make_plan, spec, parallel, exchange=exchange, token_layout=token_layout, machine=machine)
     if backend is not None:
         return plan(backend=backend)
@@ -110,13 +122,12 @@ def plan_for(
     return made
 
 
-def check_alike(plan: Plan, comm: Comm) -> None:
-    """Collective. Raises ConfigError where ranks have chosen differently, as from different records."""
-    chosen = repr([(each.exchange, each.backend, each.up_to) for each in plan.choices])
-    digest = int.from_bytes(hashlib.sha256(chosen.encode()).digest()[:7])
-    if comm.agree_max(digest) != -comm.agree_max(-digest):
-        rule = f"this rank's records choose {chosen}, and another rank's something else"
-        raise ConfigError("exchange, backend", AUTO, rule, "the same records on all ranks, or names")
+def check_alike(plan: Plan, comm: Comm, **others: object) -> None:
+    """Collective. Raises ConfigError where ranks would run different plans, as where `auto` chose from different
+    records or they were given different arguments, with the values and whose they are. `others`: what must be the same
+    beside it, by name."""
+    facts = {name: str(value) for name, value in others.items()}
+    comm.compare(facts | {"plan.backend": ", ".join(each.backend for each in plan.choices)} | plan_facts(plan))
 
 
 def _comm() -> Comm:

@@ -231,12 +231,14 @@ class Plan:
     def tables(self) -> dict[str, str | None]:
         """The tuning tables that its ranks look for, and whose is found: user, shipped or None. Empty for a backend
         that has nothing to tune."""
-        found = {}
+        return {part.shape.file_name: table_source(part.shape, revision) for part, revision in self.tuned_parts()}
+
+    def tuned_parts(self) -> list[tuple[Part, int]]:
+        """Those that tuning tables are looked up for, each with the revision of its backend's configs."""
+        found = []
         for plan, _ in self.parted(MOST_TOKENS):
             backend = BACKENDS.get(plan.backend)
-            for part in plan.parts():
-                if backend.candidates(part.problem, 1):
-                    found[part.shape.file_name] = table_source(part.shape, backend.table_revision)
+            found += [(part, backend.table_revision) for part in plan.parts() if backend.candidates(part.problem, 1)]
         return found
 
     def as_dict(self) -> dict[str, Any]:

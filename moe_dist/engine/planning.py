@@ -15,7 +15,7 @@ from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
-from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
+from moe_dist.model.spec import TOKEN_LAYOUTS, MoESpec, ParallelSpec, TokenLayout
 from moe_dist.step import Support
 
 __all__ = ["AUTO", "COMBINE_DTYPES", "PAYLOADS", "make_plan"]
@@ -48,6 +48,11 @@ def make_plan(
     With `graph`, what can't be captured in a CUDA graph is refused here.
     """
     machine = machine or Machine.detect()
+    for field, value, kind in (("spec", spec, MoESpec), ("parallel", parallel, ParallelSpec)):
+        if not isinstance(value, kind):
+            raise ConfigError(field, value, f"is {type(value).__name__}", kind.__name__)
+    if token_layout not in TOKEN_LAYOUTS:
+        raise ConfigError("token_layout", token_layout, "unknown", TOKEN_LAYOUTS)
     if spec.token_gate:
         raise ConfigError("model.token_gate", True, "is of a shared expert by itself, not of routed ones", (False,))
     if payload not in PAYLOADS:

@@ -22,6 +22,8 @@ class Router(nn.Module):
         shapes, and for a weight or bias that is NaN or infinite in float32: every token or none would go to such an
         expert."""
         super().__init__()
+        if not isinstance(plan, Plan):
+            raise ConfigError("plan", type(plan).__name__, "is no Plan", "what make_plan gives")
         spec = plan.spec
         if spec.correction_bias != (bias_E is not None):
             given = None if bias_E is None else "given"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.comm import Comm
-from moe_dist.engine.agreement import of_stack
+from moe_dist.engine.agreement import of_stack, stack_facts
 from moe_dist.engine.inputs import check_bucket, check_gradient, check_routing, check_tokens
 from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import ConfigError
@@ -35,6 +35,8 @@ class MoEStack(nn.Module):
         super().__init__()
         if isinstance(layers, MoELayer):
             raise ConfigError("layers", "one layer", "a stack is made of several or of a list with one", "[layer]")
+        if not isinstance(layers, Iterable):
+            raise ConfigError("layers", type(layers).__name__, "is no list of them", "a list of MoELayer")
         given = list(layers)
         _check_alike(given)
         self.layers: Sequence[MoELayer] = nn.ModuleList(given)  # type: ignore[assignment]
@@ -85,7 +87,12 @@ class MoEStack(nn.Module):
             return bucket
         alike = self.layers[0].plan.token_layout == "replicated"
         agreements, numbers = [layer.agreement for layer in self.layers], [layer.number for layer in self.layers]
-        return self.comm.meet(tokens, None, alike, lambda: of_stack(agreements, numbers))
+        agreed = self.comm.meet(
+            tokens, None, alike, lambda: of_stack(agreements, numbers), lambda: stack_facts(agreements)
+        )
+        for layer in self.layers:
+            layer.met = True
+        return agreed
 
     def _chained(self, x_TH: Tensor, routings: Sequence[Routing] | None, captured: bool, run: Runs) -> Tensor:
         # A row of zeros stays one in every layer, so it is enough to look once.
@@ -95,7 +102,12 @@ class MoEStack(nn.Module):
             if padding_T1 is not None and layer.router is not None:
                 own: Routing = layer.router(x_TH)
                 routing = Routing(own.ids_TK.masked_fill(padding_T1, -1), own.weights_TK)
-            x_TH = x_TH + run(layer, x_TH, routing)
+            try:
+                x_TH = x_TH + run(layer, x_TH, routing)
+            except ConfigError as error:
+                if routings is None or not error.field.startswith("routing."):
+                    raise
+                raise error.of(error.field.replace("routing", f"routings[{number}]", 1)) from None
         return x_TH
 
     def warm_up(
@@ -137,8 +149,7 @@ class MoEStack(nn.Module):
             try:
                 check_routing(routing, len(x_TH), self.layers[number].plan.spec, self.comm.device)
             except ConfigError as error:
-                field = error.field.replace("routing", f"routings[{number}]", 1)
-                raise ConfigError(field, error.value, error.rule, error.legal) from None
+                raise error.of(error.field.replace("routing", f"routings[{number}]", 1)) from None
 
     def _one_each(self, routings: Sequence[Routing] | None) -> Sequence[Routing] | None:
         if routings is None:

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from moe_dist.backends import BACKENDS, Backend, Problem
-from moe_dist.engine.inputs import check_gradient, check_routing, check_shard, check_tokens
-from moe_dist.engine.layer import plain_rows
-from moe_dist.errors import UnsupportedError
+from moe_dist.engine.inputs import (
+    check_gradient,
+    check_routing,
+    check_shard,
+    check_tokens,
+    check_weights,
+    plain_rows,
+    routing_from,
+)
+from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.kernels import slots_on
 from moe_dist.machine.machine import Machine
 from moe_dist.machine.surroundings import settled
+from moe_dist.machine.switches import debug_asked_for
 from moe_dist.model.placement import Placement, tables_on
-from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, TokenRows, Whole, workspace_of
@@ -49,7 +56,11 @@ class LocalExperts:
     def __init__(
         self, backend: str, spec: MoESpec, weights: ExpertWeights, held: Sequence[int] | None = None, ids: int = 0
     ) -> None:
+        for field, value, kind in (("spec", spec, MoESpec), ("weights", weights, ExpertWeights)):
+            if not isinstance(value, kind):
+                raise ConfigError(field, type(value).__name__, f"is no {kind.__name__}", kind.__name__)
         device, experts = weights.device, weights.num_experts
+        _check_held(held, ids, experts)
         problem = problem_of(spec, experts, device)
         backend_class = backend_for(backend, problem)
         check_shard("weights", weights, spec, experts, spec.intermediate, device, "this rank")
@@ -57,6 +68,7 @@ class LocalExperts:
         self._placement = _placement(spec, range(experts) if held is None else held, ids or experts)
         self._tables = tables_on(self._placement, device)  # graphs read them: they must not be dropped from the cache
         self._arenas: list[Tensor] = []
+        self._debug = debug_asked_for()
         gate_first = weights.gate_first
         backend_class.build()
         self.backend = backend_class(problem)
@@ -71,7 +83,8 @@ class LocalExperts:
         partial sums [T, H] in bf16, in memory that no later step writes to. An id that no slot has adds nothing. T may
         be zero. Neither waits for the device nor lets the host wait, if the backend is capturable.
 
-        Raises ConfigError for other shapes, dtypes and devices, UnsupportedError in a CUDA graph for a backend that
+        Raises ConfigError for other shapes, dtypes and devices, and on a CPU or in the debug mode for a weight that is
+        NaN or infinite beside an expert's id; UnsupportedError in a CUDA graph for a backend that
         can't be captured.
         """
         y_TH: Tensor = self._run(x_TH, ids_TK, weights_TK)
@@ -82,13 +95,16 @@ class LocalExperts:
         check_gradient("x", x_TH)
         with torch.no_grad(), settled(self.device):
             check_tokens(x_TH, self.spec, self.device)
-            routing = Routing(ids_TK.to(torch.int32).contiguous(), weights_TK.float().contiguous())
-            check_routing(routing, len(x_TH), self.spec, self.device)
-            workspace = workspace_of(self.device)
             captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            look = self.device.type == "cpu" or (self._debug and not captured)
+            routing = routing_from(ids_TK, weights_TK, look)
+            check_routing(routing, len(x_TH), self.spec, self.device)
+            if look:
+                check_weights(routing, self._placement.num_experts)
+            workspace = workspace_of(self.device)
             if captured:
                 self._keep(workspace.arena)
-            workspace.begin()
+            workspace.begin(poisoned=self._debug)
             slots_TK = slots_on(self._placement, 0, routing.ids_TK, None, workspace.take)
             rows = TokenRows(plain_rows(x_TH), slots_TK, routing.weights_TK)
             step = Step(workspace, captured=captured)
@@ -108,6 +124,19 @@ class LocalExperts:
             raise UnsupportedError("a CUDA graph", [f"backend {self.name} can't be captured"])
         if not any(each is arena for each in self._arenas):
             self._arenas.append(arena)
+
+
+def _check_held(held: Sequence[int] | None, ids: int, experts: int) -> None:
+    """Raise ConfigError unless each of so many slots has an id of its own."""
+    if type(ids) is not int or not (ids >= experts or ids == 0):
+        raise ConfigError("ids", ids, f"is the number of ids, of which {experts} are held here", f"{experts} and more")
+    if held is None:
+        return
+    legal = f"{experts} different ids, 0 to {(ids or experts) - 1}"
+    if not isinstance(held, (list, tuple)) or any(type(each) is not int for each in held):
+        raise ConfigError("held", held, "is no list of integers", legal)
+    if len(held) != experts or len(set(held)) != experts or not all(0 <= each < (ids or experts) for each in held):
+        raise ConfigError("held", held, "must give each slot an id of its own", legal)
 
 
 def _placement(spec: MoESpec, held: Sequence[int], ids: int) -> Placement:

@@ -70,11 +70,11 @@ class TorchrunGroup:
         self._store.set(f"host{self.rank}", socket.gethostname())
         before = open_sockets()
         self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
-        # Of all ranks. Since torch 2.14 the type says that this one might not be in it.
-        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._results: dist.ProcessGroup | None = cast(dist.ProcessGroup, made)
-        self._watcher = _Watcher(self.context, self._store, silence_timeout_s, open_sockets() - before)
         try:  # the end of a rank that nobody sees yet could not be told from anything else
+            # Of all ranks. Since torch 2.14 the type says that this one might not be in it.
+            made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self._results: dist.ProcessGroup | None = cast(dist.ProcessGroup, made)
+            self._watcher = _Watcher(self.context, self._store, silence_timeout_s, open_sockets() - before)
             dist.barrier(group=self._results)
         except Exception as error:
             raise (voice.death() or RankFailure(self.rank, "starting", 0, said_by(error))) from error

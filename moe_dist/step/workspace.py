@@ -17,6 +17,7 @@ Take = Callable[[tuple[int, ...], torch.dtype], Tensor]  # a new tensor of this 
 
 ALIGNMENT = 256  # bytes: what kernels load at once, and the allocator's own
 GRAIN = 1 << 20  # bytes: the arena grows by whole ones, so that steps of slightly more tokens don't move it each time
+POISON = 0xFF  # of each byte: NaN in every float format, -1 in signed integers
 MOST_VIEWS = 4096  # of a workspace that are kept: steps of ever new sizes would otherwise collect them
 
 
@@ -37,7 +38,7 @@ class Workspace:
         self.high_water = 0
         self._views: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
         self._flat: dict[torch.dtype, Tensor] = {}  # the arena as each dtype
-        self._next = 0
+        self._next, self._poisoned = 0, False
         self._stream: torch.cuda.Stream | None = None
         self.arena = self._allocated(0)
 
@@ -46,14 +47,19 @@ class Workspace:
         """Of the arena."""
         return self.arena.numel()
 
-    def begin(self) -> None:
-        """A step begins: what earlier ones took may be overwritten. Not while another step of this thread runs."""
-        self._next = 0
+    def begin(self, poisoned: bool = False) -> None:
+        """A step begins: what earlier ones took may be overwritten. Not while another step of this thread runs. With
+        `poisoned` all scratch of this step begins as POISON, except in a capture: what reads scratch that this step did
+        not write to then shows, where it might have found what an earlier step left there."""
+        self._next, self._poisoned = 0, False
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return  # a replay may come anywhere among other steps: `enter` orders it
         self.enter()
         if self.high_water > self.nbytes:
             self.reserve(self.high_water)
+        self._poisoned = poisoned
+        if poisoned:
+            self.arena.fill_(POISON)
 
     def enter(self) -> None:
         """A step or the replay of a graph is about to be launched, by this thread on its current stream: wait for what
@@ -98,7 +104,10 @@ class Workspace:
         self._next = start + cdiv(nbytes, ALIGNMENT) * ALIGNMENT
         self.high_water = max(self.high_water, self._next)
         if self._next > self.nbytes:
-            return torch.empty(shape, dtype=dtype, device=self.device)
+            beside = torch.empty(shape, dtype=dtype, device=self.device)
+            if self._poisoned:
+                beside.view(torch.uint8).fill_(POISON)
+            return beside
         if len(self._views) >= MOST_VIEWS:
             self._views.clear()
         if torch.is_inference_mode_enabled():  # a view made in it could be filled in it only

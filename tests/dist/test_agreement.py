@@ -22,6 +22,7 @@ from moe_dist.model.weights import shard
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 EP = {"grid": {"ep": 2}, "exchange": "ag_rs"}
+MOVED = [0, 0, 0, 1, 1, 1, 1, 0]
 ALIKE = EP | {"token_layout": "replicated"}
 
 
@@ -47,32 +48,46 @@ def refused(comm: Comm, options: list[dict[str, Any]]) -> tuple[str, str] | None
 
 
 @pytest.mark.parametrize(
-    ("change", "field"),
+    ("change", "field", "values"),
     [
-        ({}, None),
-        ({"spec": SPEC.with_changes(name="another name")}, None),
-        ({"grid": {"tp": 2}}, "plan.placement"),
-        ({"grid": {"ep": 2, "replicas": {0: [1]}}}, "plan.placement"),
-        ({"exchange": "all_to_all"}, "plan.exchange"),
-        ({"payload": "unquantized"}, "plan.payload"),
-        ({"combine_dtype": "fp32"}, "plan.combine_dtype"),
-        ({"token_layout": "replicated"}, "plan.token_layout"),
-        ({"spec": SPEC.with_changes(activation="geglu")}, "plan.spec"),
+        ({}, None, ()),
+        ({"spec": SPEC.with_changes(name="another name")}, None, ()),
+        ({"grid": {"tp": 2}}, "plan.placement", ("EP2", "TP2")),
+        ({"grid": {"ep": 2, "replicas": {0: [1]}}}, "plan.placement", ("EP2", "EP2+1")),
+        ({"grid": {"ep": 2, "expert_map": MOVED}}, "plan.placement", ("EP2", "EP2@0d5773")),
+        ({"exchange": "all_to_all"}, "plan.exchange", ("ag_rs", "all_to_all")),
+        ({"payload": "unquantized"}, "plan.payload", ("fp8", "bf16")),
+        ({"combine_dtype": "fp32"}, "plan.combine_dtype", ("bf16", "fp32")),
+        ({"token_layout": "replicated"}, "plan.token_layout", ("sharded", "replicated")),
+        ({"spec": SPEC.with_changes(activation="geglu")}, "plan.spec.activation", ("swiglu", "geglu")),
+        ({"spec": SPEC.with_changes(quant="fp8_channel")}, "plan.spec.quant", ("fp8_block", "fp8_channel")),
+        ({"spec": SPEC.with_changes(routed_scaling=2.5)}, "plan.spec.routed_scaling", ("1.0", "2.5")),
     ],
 )
-def test_plans_that_differ(pool: Pool, change: dict[str, Any], field: str | None) -> None:
+def test_plans_that_differ(pool: Pool, change: dict[str, Any], field: str | None, values: tuple[str, ...]) -> None:
     for said in pool.run(2, refused, [EP, EP | change]):
         if field is None:
             assert said is None
         else:
-            assert said == (field, "must be the same on all ranks, alike are: rank 0; rank 1")
+            found, rule = said
+            assert found == field
+            assert rule.startswith(f"must be the same on all ranks (rank 0: {values[0]}; rank 1: {values[1]})")
+
+
+def test_maps_of_experts_that_differ_are_told_by_their_groups(pool: Pool) -> None:
+    other = [0, 0, 0, 1, 0, 1, 1, 1]
+    options = [EP | {"grid": {"ep": 2, "expert_map": experts}} for experts in (MOVED, other)]
+    for field, rule in pool.run(2, refused, options):
+        assert field == "plan.placement"
+        assert "plan.placement.experts[0] (rank 0: 0-2, 7; rank 1: 0-2, 4)" in rule
+        assert "plan.placement.experts[1] (rank 0: 3-6; rank 1: 3, 5-7)" in rule
 
 
 def test_who_is_alike_is_told(pool: Pool) -> None:
     three = [{"grid": {"ep": 3}, "exchange": "ag_rs"}] * 3
     three[1] = three[1] | {"combine_dtype": "fp32"}
     assert {rule for _, rule in pool.run(3, refused, three)} == {
-        "must be the same on all ranks, alike are: ranks 0, 2; rank 1"
+        "must be the same on all ranks (ranks 0, 2: bf16; rank 1: fp32)"
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_dist.checkpoint import make_checkpoint
 from moe_dist.engine import planning
 from moe_dist.engine.choosing import choose
 from moe_dist.engine.records import Pick
-from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
+from moe_dist.errors import CheckpointError, ConfigError, RankFailure, UnsupportedError
 from moe_dist.oracle.reference import relative_error
 
 CLOSE = 1e-2  # partial sums cross in bf16
@@ -69,6 +70,7 @@ def test_every_grid_gives_what_one_rank_gives(
 
 def chosen_apart(comm: Comm, checkpoint: Path) -> str:
     """Each rank has records of its own."""
+
     def choose_own(*given: Any) -> list[Pick]:
         exchange = ("ag_rs", "all_to_all")[comm.rank]
         assert given[-1](exchange, "torch")  # its plan is made
@@ -86,7 +88,52 @@ def chosen_apart(comm: Comm, checkpoint: Path) -> str:
 
 def test_ranks_that_choose_differently_are_refused(pool: Pool, checkpoints: dict[str, Path]) -> None:
     for said in pool.run(2, chosen_apart, checkpoints["qwen3_moe"]):
-        assert "another rank's something else (legal: the same records on all ranks, or names)" in said
+        assert "plan.exchange = " in said
+        assert "must be the same on all ranks (rank 0: ag_rs; rank 1: all_to_all)" in said
+
+
+def another_layer(comm: Comm, checkpoint: Path) -> tuple[str, bool]:
+    """Rank 1 asks for the other layer; whether its weights were read."""
+    read: list[int] = []
+    try:
+        load_layer(checkpoint, comm.rank, comm=comm, progress=lambda: read.append(1))
+    except ConfigError as error:
+        return str(error), bool(read)
+    return "", bool(read)
+
+
+def alone_in_trouble(comm: Comm, checkpoint: Path, when: str) -> tuple[str, str, float]:
+    """Rank 1 has another folder, or fails as it reads; what each rank raises, and how long that took."""
+    began = time.monotonic()
+
+    def progress() -> None:
+        if when == "loading" and comm.rank == 1:
+            raise CheckpointError("a file", "is cut short")
+
+    try:
+        place = checkpoint / "nowhere" if when == "planning" and comm.rank == 1 else checkpoint
+        load_layer(place, LAYER, comm=comm, progress=progress)
+    except (CheckpointError, RankFailure) as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "", "", 0.0
+
+
+@pytest.mark.parametrize("when", ["planning", "loading"])
+def test_what_one_rank_can_not_load_the_others_hear_of(pool: Pool, checkpoints: dict[str, Path], when: str) -> None:
+    answers = pool.run(3, alone_in_trouble, checkpoints["qwen3_moe"], when)
+    assert [name for name, _, _ in answers] == ["RankFailure", "CheckpointError", "RankFailure"]
+    for _, said, seconds in (answers[0], answers[2]):
+        assert said.startswith(f"rank 1 failed in {when} a layer (sequence number ")
+        assert "CheckpointError: checkpoint " in said
+        assert seconds < 10
+
+
+def test_ranks_that_load_different_layers_are_refused_before_weights_are_read(
+    pool: Pool, checkpoints: dict[str, Path]
+) -> None:
+    for rank, (said, read) in enumerate(pool.run(2, another_layer, checkpoints["qwen3_moe"])):
+        assert said.startswith(f"layer = '{rank}': must be the same on all ranks (rank 0: 0; rank 1: 1)")
+        assert not read
 
 
 def test_the_shared_expert_comes_with_the_model(checkpoints: dict[str, Path]) -> None:

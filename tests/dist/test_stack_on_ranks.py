@@ -32,7 +32,13 @@ FORMS = (  # of the layers of one stack: placement and exchange
 def layer_of(comm: Comm, seed: int, kind: str, exchange: str, layout: str, router: bool, **options: Any) -> MoELayer:
     parallel = ParallelSpec(**{kind: comm.world})
     plan = make_plan(
-        SPEC, parallel, exchange=exchange, backend="torch", token_layout=layout, machine=Machine.detect("cpu"), **options
+        SPEC,
+        parallel,
+        exchange=exchange,
+        backend="torch",
+        token_layout=layout,
+        machine=Machine.detect("cpu"),
+        **options,
     )
     gate = Stream("a test's router", seed).normal(SPEC.num_experts, SPEC.hidden)
     weights = shard(random_weights(SPEC, seed), plan.placement, comm.rank)
@@ -152,8 +158,8 @@ def differing(comm: Comm, what: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     ("what", "field", "rule"),
-    [("", "", ""), ("exchange", "plan.exchange", "must be the same on all ranks"),
-     ("number", "plan.token_layout", "must be the same on all ranks"),
+    [("", "", ""), ("exchange", "layers[2].plan.exchange", "must be the same on all ranks"),
+     ("number", "layers", "must be the same on all ranks"),
      ("step left out", "meet", "left a step out")],
 )  # fmt: skip
 def test_ranks_whose_stacks_differ_hear_of_it_where_they_meet(pool: Pool, what: str, field: str, rule: str) -> None:

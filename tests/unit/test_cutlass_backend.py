@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import re
 import stat
 import subprocess
@@ -242,6 +243,18 @@ class TestBuild:
         said = capsys.readouterr().err
         assert said.index("waiting for another process") < said.index("compiling 16 sources")
         assert holder.wait(10) == 0
+
+    def test_a_process_that_holds_the_lock_for_too_long_is_not_waited_for(self, toolkit, monkeypatch):
+        monkeypatch.setattr(library, "SAY_EVERY_S", 0.1)
+        monkeypatch.setattr(library, "LOCK_TIMEOUT_S", 0.3)
+        script(toolkit, SAYS + WRITES)
+        lock = library.library_path().parent / "lock"
+        lock.parent.mkdir(parents=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(library.BuildError, match=rf"holds {lock} since 0 s: it compiles, is stopped or hangs"):
+                library.ensure_built()
+        library.ensure_built()
 
     def test_threads_of_one_process_build_once(self, toolkit, tmp_path):
         count = tmp_path / "count"

@@ -39,6 +39,7 @@ def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
     comm = Comm.single()
     comm.shared = SimpleNamespace(problem=lambda: None, sizes=(1 << 20, 1 << 21))
     assert comm.window(1 << 20, 1 << 21) is comm.shared
+    comm.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ConfigError, match="can't grow while a CUDA graph is captured"):
         comm.window((1 << 20) + 1, 1)

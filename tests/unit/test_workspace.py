@@ -148,3 +148,19 @@ def test_a_hundred_layers_need_the_scratch_of_one(layout, monkeypatch):
         assert torch.equal(layer(x, routing), first)
     assert workspace_of(CPU).high_water == alone
     assert first is not layers[0](x, routing)  # what a layer gave stays: it is no scratch
+
+
+def test_poisoned_scratch_is_nan_and_no_expert_in_the_arena_and_beside_it():
+    made = Workspace(CPU)
+    for _ in range(2):  # beside the arena, then in it
+        made.begin(poisoned=True)
+        floats = [made.take((5, 3), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        assert all(tensor.isnan().all() for tensor in floats)
+        assert made.take((4, 128), torch.float8_e4m3fn).float().isnan().all()
+        assert (made.take((7,), torch.int32) == -1).all()
+        made.take((100, 128), torch.float32).zero_()
+    made.begin()
+    assert (made.arena[-1] == 0xFF).all()
+    made.arena.zero_()
+    made.begin()
+    assert not made.take((5, 3), torch.float32).any(), "without the switch nothing is written"

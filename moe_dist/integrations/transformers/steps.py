@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.engine.graph import StepGraph
+from moe_dist.engine.inputs import routing_from
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.loading import check_alike, plan_for
 from moe_dist.engine.plan import Plan
@@ -42,8 +43,8 @@ def check_inference(x: Tensor, weights: Tensor, parameters: Iterable[Tensor] = (
 
 
 def routing_of(ids: Tensor, weights: Tensor) -> Routing:
-    """ids [T, K] of any integer dtype, weights [T, K] of any float dtype."""
-    return Routing(ids.to(torch.int32).contiguous(), weights.float().contiguous())
+    """ids [T, K] of any integer dtype, weights [T, K] of any float dtype. Raises ConfigError for others."""
+    return routing_from(ids, weights, look=isinstance(ids, Tensor) and not ids.is_cuda)
 
 
 class Steps:

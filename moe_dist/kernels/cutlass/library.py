@@ -49,6 +49,7 @@ INSTANCES = tuple(
     if gemm != DOWN or not arriving
 )
 COMPILE_TIMEOUT_S = 900.0
+LOCK_TIMEOUT_S = 4 * COMPILE_TIMEOUT_S  # a process that compiles and lives is done by then, on few cores too
 
 
 class BuildError(MoeDistError):
@@ -257,6 +258,9 @@ def _alone(lock: Path) -> Iterator[None]:
             held.acquire(timeout=SAY_EVERY_S)
         except Timeout:
             waited = f"{time.monotonic() - began:.0f} s"
+            if time.monotonic() - began > LOCK_TIMEOUT_S:
+                why = f"another process holds {lock} since {waited}: it compiles, is stopped or hangs"
+                raise BuildError(f"{why}. End it, or wait longer") from None
             say(f"waiting for another process that compiles the cutlass backend, {waited}", progress=True)
     try:
         yield
