@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from moe_dist.comm.meeting import check_ranks, check_timeout, go_to
+from moe_dist.comm.network import network_said
 from moe_dist.comm.others import backends_of, device_of, rank_in, real_group, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.comm.user import user_of
@@ -89,7 +90,7 @@ class Comm:
                 device_id=device if device.type == "cuda" else None,
             )
         except Exception as error:
-            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, _short(error)) from error
+            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, _short(error) + network_said()) from error
         comm = cls.from_group(device, timeout_s=timeout_s)
         comm._owned = [None]  # whose end is that of all others too
         return comm
