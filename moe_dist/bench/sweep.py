@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ class _Sweep:
 
     def _fitting(self, group: Group, items: list[Item]) -> list[Item]:
         """Those that can run where the ranks are, before anything of them is made. The others are refused."""
-        found = []
+        found, reasons = [], Counter[str]()
         for item in items:
             try:
                 check_placed(item.plan, group.nodes)
@@ -164,7 +165,9 @@ class _Sweep:
                     raise
                 self.left.turns[item.key] = 0
                 self.outcome.refused.append(Refused(case=item.case.label, reason=str(error)))
-                self.said(f"{item.case.label}: {error}; going on without it")
+                reasons[str(error)] += 1
+        for reason, count in reasons.items():
+            self.said(f"{count} {'case' if count == 1 else 'cases'} left out: {reason}")
         return found
 
     def _measured(self, group: Group, items: list[Item]) -> None:
