@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from dist.two_nodes import HEAD, WORKER, Cluster, finish, unavailable
+from dist.two_nodes import GPUS, HEAD, WORKER, Cluster, finish, unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -94,6 +94,30 @@ def test_an_interface_that_a_node_lacks_is_named_with_the_node(cluster: Cluster)
     last = err.strip().splitlines()[-1]
     assert f"ray.interface = '{cluster.head.cable}': {cluster.worker.name} has no such interface" in last
     assert f"(legal: lo, {cluster.worker.cable})" in last
+
+
+ASK_MACHINE = """
+import json, socket
+from dataclasses import asdict, replace
+from moe_dist.machine.machine import Machine
+from moe_dist.runtime.cluster_machine import cluster_machine
+from moe_dist.runtime.context import RaySpec
+
+def detect():
+    return replace(Machine.named("h200x4"), name=f"GPU of {socket.gethostname()}")
+
+print(json.dumps([asdict(cluster_machine(RaySpec(strategy=name), "auto", detect)) for name in ("STRICT_PACK", "PACK")]))
+"""
+
+
+def test_a_head_without_gpus_plans_by_the_workers(cluster: Cluster) -> None:
+    """There are no GPUs here: the worker's node says that it has some, and is really asked what they are."""
+    code, out, err = finish(cluster.head.popen(sys.executable, "-c", ASK_MACHINE), 90)
+    assert code == 0, out + err
+    for machine, strategy in zip(json.loads(out.splitlines()[-1]), ("STRICT_PACK", "PACK"), strict=True):
+        assert machine["name"] == f"GPU of {cluster.worker.name}"
+        assert (machine["device"], machine["devices"], machine["elsewhere"]) == ("cuda", GPUS, True)
+        assert machine["nodes"] == {"room": [GPUS], "strategy": strategy}
 
 
 @pytest.mark.parametrize("how", ["kill", "cut"])

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 HEAD, WORKER = "10.89.7.1", "10.89.7.2"  # inside of the namespaces only, so that nothing outside can have them
 GCS = f"{HEAD}:6379"
+GPUS = 4  # that the worker says it has, and the head none
 START_S = 60.0
 
 
@@ -130,7 +131,7 @@ class Cluster:
         """Again, where it was killed or cut off."""
         self.worker.kill()
         run("ip", "-n", self.worker.name, "link", "set", self.worker.cable, "up")
-        self.worker.start(f"--address={GCS}")
+        self.worker.start(f"--address={GCS}", f"--num-gpus={GPUS}")
 
     def __exit__(self, *_: object) -> None:
         for node in (self.worker, self.head):
