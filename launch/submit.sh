@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Run `moe-dist ARGS...` as a Ray job on a running cluster, show its log and end with its exit code.
 #
-#   launch/submit.sh compare --model Qwen3-30B-A3B worlds=[4] --json
+#   launch/submit.sh compare --model Qwen3-30B-A3B worlds=[4] --out results/qwen3.json
+#   launch/submit.sh --fetch JOB --out FILE    the results of a job that went on when this was interrupted
+#
+# The file of --out is written here: the job's log carries it home (launch/carry.py).
 #
 # RAY_ADDRESS          the dashboard's URL (default http://127.0.0.1:8265)
 # RAY_AUTH_TOKEN_PATH  the file with the cluster's token (default ~/.ray/auth_token); or RAY_AUTH_TOKEN, the token itself
 # RAY                  the `ray` command (default .venv/bin/ray, else the one on PATH)
 # JOB_PYTHON           Python as the cluster's nodes call it (default python)
 set -euo pipefail
+started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 BAD_INPUT=2
@@ -18,6 +22,31 @@ fail() {
 }
 
 [ $# -gt 0 ] || fail "give a moe-dist command, such as: launch/submit.sh run --ep 2"
+
+# --out names a file here, from where this was started; everything else is the job's.
+arguments=() out='' fetch='' resume=''
+value() { # of the flag $1, which follows it
+    [ -n "${2:-}" ] || fail "$1: give $3"
+    echo "$2"
+}
+while [ $# -gt 0 ]; do
+    case $1 in
+        --out | --out=*)
+            [ -z "$out" ] || fail "--out is given twice"
+            [ "$1" != --out ] || { set -- "--out=${2:-}" "${@:3}"; }
+            out=$(value --out "${1#--out=}" "a file here")
+            ;;
+        --fetch) fetch=$(value --fetch "${2:-}" "a job's id") && shift ;;
+        --resume) resume=1 ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+case $out in '' | /*) ;; *) out=$started_in/$out ;; esac
+[ -z "$resume" ] || fail "--resume: the job can't read a results file of this machine; submit what is missing anew"
+case ${arguments[0]:-} in tune) [ -z "$out" ] || fail "--out: of tune it is a folder, and one file comes home" ;; esac
+[ -z "$fetch" ] || [ -n "$out" ] || fail "--fetch $fetch: give --out FILE too"
+[ -z "$fetch" ] || [ ${#arguments[@]} -eq 0 ] || fail "--fetch $fetch: takes no command (${arguments[*]})"
 
 RAY=${RAY:-$([ -x .venv/bin/ray ] && echo .venv/bin/ray || command -v ray || true)}
 [ -n "$RAY" ] && command -v "$RAY" >/dev/null || fail "no \`ray\` command: run \`make compare\` once, or set RAY"
@@ -35,9 +64,13 @@ token_file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -s "$token_file" ] ||
     fail "no token: copy the cluster's into $token_file, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
 
+[ -z "$out" ] || "$python" launch/carry.py check "$out" || exit "$BAD_INPUT"
+
 # The token goes with every request: first ask without it. What can be proven of a service on this machine is whose it
 # is; of any other, that it is a Ray dashboard which wants a token (README.md, "Security").
 problem=$("$python" launch/service.py dashboard "$address") || fail "no token was sent: $problem"
+
+[ -z "$fetch" ] || exec "$python" launch/carry.py fetch "$out" "$address" "$fetch"
 
 # The copy on the cluster has no history, so the commit travels with the job: as moe_dist.bench.results.commit() words it.
 commit=${MOE_DIST_COMMIT:-}
@@ -56,10 +89,19 @@ PYTHON
 )
 
 job=moe-dist-$(date -u +%Y%m%d-%H%M%S)-$$
-code=0
-"$RAY" job submit --address "$address" --submission-id "$job" --working-dir . --runtime-env-json "$environment" \
-    -- "${JOB_PYTHON:-python}" -m moe_dist "$@" || code=$?
-[ "$code" -ne 0 ] || exit 0
+code=0 brought=0
+submit() {
+    "$RAY" job submit --address "$address" --submission-id "$job" --working-dir . --runtime-env-json "$environment" -- "$@"
+}
+if [ -z "$out" ]; then
+    submit "${JOB_PYTHON:-python}" -m moe_dist "${arguments[@]}" || code=$?
+else
+    codes=(0 0)
+    submit "${JOB_PYTHON:-python}" launch/carry.py run "$(basename "$out")" "${arguments[@]}" |
+        "$python" launch/carry.py home "$out" "$address" "$job" || codes=("${PIPESTATUS[@]}")
+    code=${codes[0]} brought=${codes[1]}
+fi
+[ "$code" -ne 0 ] || exit "$brought" # 0, or 6: the job ended well, and its results are not here
 
 # Ray says 1 for every failure; moe-dist's codes say more (2 bad input, 3 too little machine, 4 a rank failed, 5 cluster
 # lost), and 1 is a number out of tolerance. So what has no code of moe-dist's gets one here.

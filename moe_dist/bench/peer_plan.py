@@ -39,6 +39,8 @@ def peer_plan(case: Case, machine: Machine) -> Plan:
         raise UnsupportedError(what, ["is not capturable in a CUDA graph"])
     if case.graph and machine.device != "cuda":
         raise UnsupportedError(what, ["CUDA graphs need CUDA"])
+    if len(nodes := machine.nodes_of(case.parallel.world)) > 1:
+        raise UnsupportedError(what, [f"is measured on one node, and these ranks are on {len(nodes)}"])
     shares = [work.tokens] * case.parallel.world
     if work.token_layout == "sharded":
         bounds = token_bounds(work.tokens, case.parallel.world, work.token_split, work.seed)

@@ -231,7 +231,7 @@ def provenance(machine: Machine) -> Provenance:
             python=platform.python_version(),
             torch=str(torch.__version__),
             triton=_version("triton"),
-            nccl=".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
+            nccl=".".join(map(str, torch.cuda.nccl.version())) if gpu and torch.cuda.is_available() else None,
             flashinfer=_version("flashinfer-python"),
             deep_gemm=_version("sgl-deep-gemm"),
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 from moe_dist.bench.case import Case, Experiment
@@ -58,6 +59,16 @@ def check_fits(size: int, machine: Machine, of: str = "weights") -> None:
         what = "GPU memory" if machine.device == "cuda" else "memory"
         gib = f"{size / 2**30:.1f} GiB of {of}", f"{available / 2**30:.1f} GiB"
         raise ResourceError(what, *gib, "Choose a smaller model, fewer layers or tokens, or more ranks.")
+
+
+def machine_of_ranks(runtime: str, ray: RaySpec, device: str) -> Machine:
+    """That ranks will be on: of the Ray cluster that is named, by `ray` or by RAY_ADDRESS, else this one."""
+    if runtime == "ray" and (ray.address or os.environ.get("RAY_ADDRESS")):
+        from moe_dist.runtime.cluster_machine import cluster_machine
+
+        if (found := cluster_machine(ray, device)) is not None:
+            return found
+    return Machine.detect(device)
 
 
 def group_starter(

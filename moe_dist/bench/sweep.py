@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from moe_dist.bench.identity import case_key
 from moe_dist.bench.measure import measure, ready
 from moe_dist.bench.results import Outcome, make_row
 from moe_dist.bench.rounds import Turn, schedule, turns
-from moe_dist.bench.row import Failed, Row
+from moe_dist.bench.row import Failed, Refused, Row
+from moe_dist.engine.on_nodes import check_placed
 from moe_dist.engine.plan import Plan
-from moe_dist.errors import ClusterLost, MoeDistError, RankFailure
+from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, UnsupportedError
 from moe_dist.exits.exit_codes import code_of
 from moe_dist.runtime.context import Group
 
@@ -126,7 +128,7 @@ class _Sweep:
             while items:
                 with closing(self._started(world, attempts)) as group:
                     self.outcome.places[world] = list(group.describe())
-                    self._measured(group, items)
+                    self._measured(group, self._fitting(group, items))
                 self.starts += 1
                 items = [item for item in items if self.left.turns[item.key]]
                 attempts = MOST_STARTS
@@ -151,8 +153,27 @@ class _Sweep:
             raise
         return group
 
+    def _fitting(self, group: Group, items: list[Item]) -> list[Item]:
+        """Those that can run where the ranks are, before anything of them is made. The others are refused."""
+        found, reasons = [], Counter[str]()
+        for item in items:
+            try:
+                check_placed(item.plan, group.nodes)
+                found.append(item)
+            except UnsupportedError as error:
+                if not self.go_on:
+                    raise
+                self.left.turns[item.key] = 0
+                self.outcome.refused.append(Refused(case=item.case.label, reason=str(error)))
+                reasons[str(error)] += 1
+        for reason, count in reasons.items():
+            self.said(f"{count} {'case' if count == 1 else 'cases'} left out: {reason}")
+        return found
+
     def _measured(self, group: Group, items: list[Item]) -> None:
         """Until all is done, or one case has failed."""
+        if not items:
+            return
         for index, turn in schedule([(item.case, item.plan) for item in items], items[0].plan.machine.room):
             item, begin = items[index], time.monotonic()
             try:

@@ -17,6 +17,7 @@ from moe_dist.comm.agreements import Agreements
 from moe_dist.comm.bounded import short
 from moe_dist.comm.collectives import Collectives
 from moe_dist.comm.meeting import check_ranks, check_timeout, go_to
+from moe_dist.comm.network import network_said
 from moe_dist.comm.others import backends_of, device_of, known_elsewhere, rank_in, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.errors import ConfigError, RankFailure
@@ -69,7 +70,7 @@ class Comm(Collectives, Agreements):
                 device_id=device if device.type == "cuda" else None,
             )
         except Exception as error:
-            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, short(error)) from error
+            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, short(error) + network_said()) from error
         comm = cls.from_group(device, timeout_s=timeout_s)
         comm._owned = [None]  # whose end is that of all others too
         return comm

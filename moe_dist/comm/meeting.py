@@ -3,15 +3,15 @@ no other process can take it in between."""
 
 from __future__ import annotations
 
-import os
 import socket
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from moe_dist.comm.network import LOOPBACK, use_network_of
 from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.machine.interfaces import address_towards
 
-LOOPBACK = "127.0.0.1"
 MOST_PORT = 65535
 LEAST_TIMEOUT_S = 0.001  # process groups count whole milliseconds, and take none as no limit
 LONGEST_TIMEOUT_S = 1e9  # thirty years: a deadline in nanoseconds still fits into 64 bits
@@ -56,7 +56,7 @@ def go_to(address: str, rank: int, world: int, timeout_s: float) -> TCPStore:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= MOST_PORT:
         raise ConfigError("address", address, "is not that of a Meeting", f"host:port, the port 1 to {MOST_PORT}")
-    bind_gloo(host)
+    use_network_of(address_towards(host))
     try:
         return reach_store(host, int(port), world, timeout_s)
     except Exception as error:
@@ -83,9 +83,3 @@ def serve_store(host: str, world: int, timeout_s: float) -> tuple[TCPStore, int]
 
 def reach_store(host: str, port: int, world: int, timeout_s: float) -> TCPStore:
     return TCPStore(host, port, world, False, timedelta(seconds=timeout_s), wait_for_workers=False)
-
-
-def bind_gloo(host: str) -> None:
-    """Make gloo use the interface of `host`. It would look the host's name up, which fails on many machines."""
-    if host == LOOPBACK:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"

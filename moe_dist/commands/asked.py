@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from moe_dist import checkpoint
 from moe_dist.balance.placement_file import KIND
 from moe_dist.bench.case import LISTS, ChosenBy, Experiment
 from moe_dist.bench.defaults import default_backend, default_model, default_modes, settle_placements
+from moe_dist.bench.runner import machine_of_ranks
 from moe_dist.bench.source import check_models, with_source
 from moe_dist.commands.config import check_keys, find_model, override, resolve_models
 from moe_dist.commands.flags import Configuration, Grid, Source
@@ -16,6 +18,7 @@ from moe_dist.commands.terminal import say
 from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
+from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.voice import speaks, together
 
 
@@ -85,9 +88,11 @@ def asked_for(
     layers: int | None = None,
     machine: Machine | None = None,
 ) -> Asked:
-    """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared."""
+    """`config` is a file's keys with overrides; flags go over them. `sweep`: several configurations are compared.
+    `machine`: None is that of the ranks."""
     check_keys(config)
     flags = {"runtime": runtime, "device": source.device, "layers": layers}
+    machine = machine or machine_for(config, source, runtime)
     config, model_why = _with_flags(config, source, flags, machine)
     if not sweep:  # by the ranks that flags and keys have come to
         config.setdefault("exchanges", ["local" if config.get("worlds") == [1] else "ag_rs"])
@@ -103,7 +108,6 @@ def asked_for(
         given, taken = config.get(key), getattr(experiment, key)
         if isinstance(given, (list, tuple)) and len(taken) < len(given) and speaks():
             say(f"{key}: {len(given) - len(taken)} of {len(given)} values stand there already; each is measured once")
-    machine = machine or Machine.detect(experiment.device)
     chosen_by: ChosenBy = "name"
     why = mode_why = ""
     lines: list[str] = []
@@ -121,7 +125,7 @@ def asked_for(
 
 
 def _with_flags(
-    config: dict[str, Any], source: Source, flags: dict[str, Any], machine: Machine | None
+    config: dict[str, Any], source: Source, flags: dict[str, Any], machine: Machine
 ) -> tuple[dict[str, Any], str]:
     """Flags that are given, over the file's keys, and who chose the model if nobody named it."""
     config = with_source(config, source.checkpoint, source.layer)
@@ -131,14 +135,24 @@ def _with_flags(
         config["models"] = [source.model]
     elif "models" not in config:
         config["models"] = [_unnamed(config, machine)]
-        why = "default on such a machine" if machine else "default on this machine"
+        why = "default on such a machine" if machine.elsewhere else "default on this machine"
     return resolve_models(config), why
 
 
-def _unnamed(config: dict[str, Any], machine: Machine | None) -> str:
-    """The model that nobody named. Keys have not been checked yet: what a wrong one would say is said later."""
-    device = config.get("device", "auto")
-    machine = machine or Machine.detect(device if device in ("cpu", "cuda") else "auto")
+def machine_for(config: dict[str, Any], source: Source, runtime: str | None) -> Machine:
+    """That the ranks of such a configuration will be on. Keys have not been checked yet: what a wrong one would say is
+    said later."""
+    device = source.device or config.get("device", "auto")
+    section = config.get("ray", {})
+    ray = RaySpec()
+    with suppress(ConfigError):
+        ray = RaySpec(**section) if isinstance(section, dict) else ray
+    named = runtime or config.get("runtime", "ray")
+    return machine_of_ranks(named, ray, device if device in ("cpu", "cuda") else "auto")
+
+
+def _unnamed(config: dict[str, Any], machine: Machine) -> str:
+    """The model that nobody named. Keys have not been checked yet either."""
     worlds, layers = config.get("worlds", list(Experiment.model_fields["worlds"].default)), config.get("layers", 1)
     sizes = [world for world in worlds if type(world) is int] if isinstance(worlds, (list, tuple)) else []
     return default_model(machine, find_model, min(sizes, default=1), layers if type(layers) is int else 1)

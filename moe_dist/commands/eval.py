@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import parse_grid
 from moe_dist.bench.results import provenance
-from moe_dist.bench.runner import check_fits, starter
+from moe_dist.bench.runner import check_fits, machine_of_ranks, starter
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.eval_table import document, print_rows
 from moe_dist.commands.flags import BACKEND_HELP, NAMES, NUMBER, Ep, Json, Runtime, Tp
@@ -110,12 +110,12 @@ def eval(
     if asked is None and logits is None and measured is None:
         rule = "there is nothing to ask and no logits to compare"
         raise ConfigError("task", None, rule, "--task FILE, --harness TASK or --logits N")
-    machine, ray = Machine.detect(device), RaySpec()
-    runtime = runtime or "ray"
+    runtime, ray = runtime or "ray", RaySpec()
     check_launcher(runtime)
     installed()
     if measured:
         require()
+    machine = machine_of_ranks(runtime, ray, device)
     names: Sequence[str | None] = backends or (None,)
     found = [planned(checkpoint, grid, exchange, name, kind, machine)[0] for grid in grids for name in names]
     variants = list(dict.fromkeys(found))

@@ -59,7 +59,8 @@ def measure(
     if measuring.verbose:
         experiment = experiment.with_changes(ray=experiment.ray.with_changes(verbose=True))
     _check_names_and_launcher(asked)
-    if measuring.build:  # here, before any rank is there: one process compiles, and the user sees how far it is
+    if measuring.build and not machine.elsewhere:
+        # Here, before any rank is there: one process compiles, and the user sees how far it is.
         for backend in (BACKENDS.get(name) for name in experiment.backends if name != AUTO):
             if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
                 backend.build()

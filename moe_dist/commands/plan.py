@@ -8,7 +8,8 @@ from cyclopts import Parameter
 
 from moe_dist import checkpoint
 from moe_dist.bench.table import plain_table, size
-from moe_dist.commands.asked import single
+from moe_dist.commands.asked import machine_for, single
+from moe_dist.commands.config import override
 from moe_dist.commands.flags import NO_SOURCE, NUMBER, ONE, Grid, Json, Overrides, Runtime, Source
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import Terminal, say, to_standard_output
@@ -41,8 +42,8 @@ def plan(
     elsewhere = Machine.named(machine) if machine else None
     if elsewhere and source.device not in (None, "cuda"):
         raise ConfigError("--device", source.device, f"contradicts --machine {machine}", "one of the two")
-    ranks = _ranks(placement, world, grid, elsewhere, source)
-    asked = single(overrides, source, grid, runtime, machine=elsewhere, world=ranks)
+    there = elsewhere or machine_for(override({}, overrides), source, runtime)
+    asked = single(overrides, source, grid, runtime, machine=there, world=_ranks(placement, world, grid, there))
     cases = list(asked.experiment.cases("cpu" if asked.experiment.modes is None else asked.machine.device))
     if len(cases) != 1:
         rule = "plan is for one configuration; compare takes lists"
@@ -67,9 +68,7 @@ def plan(
     return OK
 
 
-def _ranks(
-    placement: str | None, world: int | None, grid: Grid, elsewhere: Machine | None, source: Source
-) -> int | None:
+def _ranks(placement: str | None, world: int | None, grid: Grid, machine: Machine) -> int | None:
     """That `--placement auto` is for; None without it."""
     if placement is None:
         if world is not None:
@@ -79,7 +78,7 @@ def _ranks(
         raise ConfigError("--placement", placement, f"contradicts --tp {grid.tp} --ep {grid.ep}", "one of the two")
     if world is not None and not 1 <= world <= MOST_RANKS:
         raise ConfigError("--world", world, "is a number of ranks", f"1 to {MOST_RANKS:,}")
-    return world or (elsewhere or Machine.detect(source.device or "auto")).devices
+    return world or machine.devices
 
 
 def _share(made: Plan, work: WorkloadSpec) -> int:

@@ -54,8 +54,9 @@ def tune(
         if not assignment.startswith("model."):
             legal = f"model.KEY=value with a KEY of {listed(list(MoESpec.model_fields))}"
             raise ConfigError("override", assignment, "only the model can be changed here", legal)
-    experiment = asked_for(override(one_placement(tp, ep, backend), overrides), source, sweep=False).experiment
-    machine = Machine.detect(experiment.device)
+    machine = Machine.detect(source.device or "auto")  # this one, whatever cluster is named: no ranks are started
+    config = override(one_placement(tp, ep, backend), overrides)
+    experiment = asked_for(config, source, sweep=False, machine=machine).experiment
     case = next(experiment.cases("cpu"))
     check_tunable(case, machine, buckets)
     made = case.plan(machine)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from moe_dist.backends import BACKENDS, Backend, Problem
 from moe_dist.engine.backend_rule import available_on
 from moe_dist.engine.choosing import AUTO, choose
+from moe_dist.engine.on_nodes import check_nodes
 from moe_dist.engine.plan import Choice, Option, Plan, shared_placement
 from moe_dist.engine.records import merged
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
@@ -132,6 +133,7 @@ def _named(given: _Given, exchange: str, backend: str) -> Plan:
     spec, parallel, token_layout, payload, form, combine, graph, machine = given
     exchange_class, backend_class = EXCHANGES.get(exchange).for_layout(token_layout), BACKENDS.get(backend)
     placement = Placement.build(spec, parallel)
+    check_nodes(parallel, machine)
 
     travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
     options = _options(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)

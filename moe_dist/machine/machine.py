@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.machine.nodes import Nodes
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
@@ -27,7 +28,8 @@ CGROUP_FILES = (
 @dataclass(frozen=True)
 class Machine:
     """What the ranks run on: `device` cpu or cuda, the GPUs' compute capability and memory in bytes each. `elsewhere`:
-    one that is only planned for, of which nobody can ask what is installed there."""
+    one that is only planned for, of which nobody can ask what is installed there. `nodes`: of a cluster; None: all
+    ranks are on one node."""
 
     device: str
     devices: int
@@ -35,6 +37,11 @@ class Machine:
     capability: tuple[int, int] | None = None
     memory: int | None = None
     elsewhere: bool = False
+    nodes: Nodes | None = None
+
+    def nodes_of(self, world: int) -> tuple[int, ...]:
+        """How many of `world` ranks are on each node; ranks are numbered node by node."""
+        return (world,) if self.nodes is None else self.nodes.of(world)
 
     @property
     def device_name(self) -> str:

@@ -15,8 +15,10 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moe_dist.comm import Comm
-from moe_dist.comm.meeting import bind_gloo, reach_store, serve_store
+from moe_dist.comm.meeting import reach_store, serve_store
+from moe_dist.comm.network import use_network_of
 from moe_dist.errors import RankFailure
+from moe_dist.machine.interfaces import address_of
 from moe_dist.runtime.blame import as_failure, packed
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Pulse
@@ -26,6 +28,7 @@ class RankActor:
     """Decorated with ray.remote where it is used, so that importing this module starts nothing."""
 
     def __init__(self, rank: int, world: int, device: str) -> None:
+        """`rank`: until `join`, by which it is known where the others are."""
         self.rank, self.world = rank, world
         self.device = torch.device("cpu")
         if device == "cuda":
@@ -35,14 +38,16 @@ class RankActor:
         self._pulse = Pulse()
         self._store: TCPStore | None = None
 
-    def where(self) -> dict[str, Any]:
-        """Identity of this rank's place: node, address, process, GPU, and where it can be watched from outside."""
+    def where(self, interface: str | None = None) -> dict[str, Any]:
+        """Identity of this rank's place: node, address, process, GPU, and where it can be watched from outside.
+        `interface`: the network interface whose address it is; None: that of the node's address in Ray. Raises
+        ConfigError for one that this node does not have."""
         gpu = None
         if self.device.type == "cuda":
             gpu = str(torch.cuda.get_device_properties(self.device).uuid)
         return {
             "node": ray.get_runtime_context().get_node_id(),
-            "address": ray.util.get_node_ip_address(),
+            "address": ray.util.get_node_ip_address() if interface is None else address_of(interface),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "pulse": self._pulse.fd,
@@ -56,11 +61,13 @@ class RankActor:
         self._store, port = serve_store(host, self.world, timeout_s)
         return port
 
-    def join(self, host: str, port: int, ranks_here: int, timeout_s: float) -> None:
-        """Form the process group."""
+    def join(self, rank: int, own: str, named: bool, host: str, port: int, ranks_here: int, timeout_s: float) -> None:
+        """Form the process group, as `rank`. `own`: the address of this node whose interface gloo and NCCL use, `named`
+        by the user or not."""
+        self.rank = rank
         self._enter_thread()
         limit_threads(ranks_here)
-        bind_gloo(host)
+        use_network_of(own, named)
         store = self._store or reach_store(host, port, self.world, timeout_s)
         comm = Comm.join(self.rank, self.world, store, self.device, timeout_s)
         self.context = RankContext(comm, "ray", pulse=self._pulse)

@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import stat
 import sys
 import tempfile
@@ -27,11 +26,12 @@ import psutil
 import ray
 from ray._private import ray_constants
 
-from moe_dist.comm.meeting import LOOPBACK
+from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
 from moe_dist.files import require_text
 from moe_dist.runtime.context import RaySpec
+from moe_dist.runtime.greeting import Greeter
 from moe_dist.runtime.probe import probe
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
@@ -40,7 +40,6 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the
 OLDEST_RAY = (2, 52)  # the first with token authentication
 LONGEST_FOLDER = 40  # bytes: what Ray appends for its sockets is up to 65, and a Unix socket's path holds 107
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
-PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 2.0, 2
 AGAIN_S = 2.0
 
 _users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
@@ -267,16 +266,9 @@ class Watch:
         node: Any = ray._private.worker._global_node
         self.address = node.gcs_address
         places = {"head (GCS)": self.address, "node (raylet)": _raylet_address(node)}
-        self._places = {name: _endpoint(place) for name, place in places.items() if place}
         self._own = [process for kind in node.all_processes.values() for process in kind]  # empty if we joined
         self._all = psutil.Process().children(recursive=True) if self._own else []
-        self._misses = dict.fromkeys(self._places, 0)
-        self._answered = dict.fromkeys(self._places, time.monotonic())
-        self._silence_s = silence_timeout_s
-        self._cause: str | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="moe-dist-cluster-watch", daemon=True)
-        self._thread.start()
+        self._greeter = Greeter({name: place for name, place in places.items() if place}, silence_timeout_s)
 
     def seen_all(self) -> None:
         """Remember the processes that are there now: they end with a private cluster that breaks."""
@@ -285,32 +277,16 @@ class Watch:
 
     def check(self, doing: str, suspicious: bool = False) -> None:
         """Raise ClusterLost if the cluster is gone. `suspicious`: a rank died, so ask at once, and once is enough."""
-        if suspicious and self._cause is None:
-            self._ask(1)
-        if self._cause is None:
+        if suspicious and not self._greeter.causes:
+            self._greeter.ask()
+        if not self._greeter.causes:
             return
         self._abandon()
-        raise ClusterLost(self.address, doing, self._cause)
+        name, cause = next(iter(self._greeter.causes.items()))
+        raise ClusterLost(self.address, doing, f"its {name} {cause}")
 
     def close(self) -> None:
-        self._stop.set()
-
-    def _look(self) -> None:
-        while self._cause is None and not self._stop.wait(PROBE_EVERY_S):
-            self._ask(PROBES)
-
-    def _ask(self, misses: int) -> None:
-        for name, place in self._places.items():
-            try:
-                _greet(place)
-                self._misses[name], self._answered[name] = 0, time.monotonic()
-            except TimeoutError:  # busy, or stopped
-                if (silent := time.monotonic() - self._answered[name]) > self._silence_s:
-                    self._cause = f"its {name} was silent for {silent:.0f} s"
-            except OSError as error:
-                self._misses[name] += 1
-                if self._misses[name] >= misses:
-                    self._cause = f"its {name} does not answer: {error.strerror or error}"
+        self._greeter.close()
 
     def _abandon(self) -> None:
         """Without its cluster, Ray's shutdown takes ten seconds and may crash this process: it ends without Ray's
@@ -334,22 +310,6 @@ def _raylet_address(node: object) -> str | None:
         if found["NodeID"] == own:
             return f"{found['NodeManagerAddress']}:{found['NodeManagerPort']}"
     return None
-
-
-def _endpoint(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _greet(place: tuple[str, int]) -> None:
-    """Open HTTP/2, which gRPC is spoken over: a living server answers with its settings, a stopped one does not.
-
-    Raises OSError where nobody listens, TimeoutError where nobody answers.
-    """
-    with socket.create_connection(place, timeout=PROBE_TIMEOUT_S) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5))  # preface, empty settings
-        if not connection.recv(9):
-            raise ConnectionResetError("the connection was closed")
 
 
 def first_line(error: BaseException) -> str:

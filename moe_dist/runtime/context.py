@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field, field_validator
@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import cores
+from moe_dist.machine.nodes import Strategy
 from moe_dist.messages.printable import encodable
 from moe_dist.model.spec import Flag, Name, Seconds, Section
 from moe_dist.runtime.pulse import Pulse
@@ -58,7 +59,10 @@ class RaySpec(Section):
     section = "ray"
 
     address: Name | None = None  # a running cluster; None: RAY_ADDRESS if set, else a private one on this machine
-    strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
+    # All ranks on one node, on as few as can be, or spread over all: Ray's placement groups.
+    strategy: Strategy = "STRICT_PACK"
+    # Of gloo and NCCL, on every node; None: that of the node's address in Ray, and between ranks of one node none.
+    interface: Annotated[str, Field(pattern=r"^[^\s/=,:]{1,15}$")] | None = None
     cpus_per_rank: float = Field(default=0.25, strict=True, ge=1e-4, le=1024, allow_inf_nan=False)
     start_timeout_s: Seconds = 60.0
     collective_timeout_s: Annotated[Seconds, Field(ge=0.1)] = 60.0  # process groups count whole milliseconds
@@ -74,10 +78,12 @@ class RaySpec(Section):
 
 
 class Group(Protocol):
-    """A set of ranks that runs a function on each and returns the results in rank order."""
+    """A set of ranks that runs a function on each and returns the results in rank order. `nodes`: how many ranks are on
+    each node; ranks are numbered node by node."""
 
     world: int
     runtime: str
+    nodes: tuple[int, ...]
 
     def run(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> list[Any]:
         """Raises RankFailure, or what the function itself raised. `shown` gets progress texts while it runs."""

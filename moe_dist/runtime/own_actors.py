@@ -12,7 +12,8 @@ import torch
 from ray.exceptions import GetTimeoutError
 
 from moe_dist.comm import Comm, Meeting
-from moe_dist.comm.meeting import LOOPBACK, check_timeout
+from moe_dist.comm.meeting import check_timeout
+from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ConfigError, RankFailure
 
 NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"

@@ -13,39 +13,20 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskE
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from moe_dist.comm.meeting import LOOPBACK
+from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
 from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.logs import said_last
+from moe_dist.runtime.other_nodes import OtherNodes
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.pulse import Peer, Sight
+from moe_dist.runtime.ray_places import bundle_of, check_resources, in_order, ranks_of_nodes
 
 BEAT_EVERY_S = 1.0
 GRACE_S = 2.0  # after a first failure: time for the others to show theirs, so that the cause is named, not an echo
-
-
-def check_resources(world: int, device: str, spec: RaySpec) -> None:
-    """Raise ResourceError at once if the cluster can never hold the group: a placement group would stay pending."""
-    wanted = {"CPU": spec.cpus_per_rank * world}
-    if device == "cuda":
-        wanted["GPU"] = float(world)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    where = "on one node (strategy STRICT_PACK)"
-    if spec.strategy != "STRICT_PACK":
-        where = "in the cluster"
-        nodes = [{name: sum(node.get(name, 0.0) for node in nodes) for name in wanted}]
-    short = [[name for name, needed in wanted.items() if node.get(name, 0.0) < needed] for node in nodes]
-    if any(not names for names in short):
-        return
-    best = min(range(len(nodes)), key=lambda node: len(short[node]))
-    needed = ", ".join(f"{wanted[name]:g} {name}" for name in short[best])
-    available = ", ".join(f"{nodes[best].get(name, 0.0):g} {name}" for name in short[best])
-    names = " and ".join(f"{name}s" for name in short[best])
-    hint = f"{world} ranks ask for {needed} {where}; use fewer ranks or a larger cluster."
-    raise ResourceError(f"{names} in the Ray cluster", needed, available, hint)
 
 
 class RayGroup:
@@ -70,6 +51,7 @@ class RayGroup:
         self._beats: list[tuple[str, float, int]] = [("starting", 0.0, 0)] * world
         self._peers: list[Peer | None] = [None] * world
         self._heard = [time.monotonic()] * world
+        self._other_nodes: OtherNodes | None = None
         connect(self.spec)
         check_resources(max(world, largest), device, self.spec)
         self._watch_cluster = Watch(self.spec.silence_timeout_s)
@@ -88,7 +70,7 @@ class RayGroup:
         self.close()
 
     def _place(self) -> None:
-        bundle = {"CPU": self.spec.cpus_per_rank} | ({"GPU": 1} if self.device == "cuda" else {})
+        bundle = bundle_of(self.device, self.spec)
         self._bundles = placement_group([bundle] * self.world, strategy=self.spec.strategy)
         wanted = " and ".join(f"{self.world * count:g} {name}s" for name, count in bundle.items())
         if not self._patiently(self._bundles.wait, self.spec.start_timeout_s, f"{wanted} of the Ray cluster"):
@@ -96,27 +78,49 @@ class RayGroup:
             hint = f"{self.world} bundles of {bundle} were not free within {self.spec.start_timeout_s:g} s."
             raise ResourceError("free resources in the Ray cluster", bundle, free, hint)
         remote = ray.remote(RankActor)
-        for rank in range(self.world):
+        for number in range(self.world):
             options = remote.options(
                 num_cpus=self.spec.cpus_per_rank,
                 num_gpus=1 if self.device == "cuda" else 0,
                 max_concurrency=2,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._bundles, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._bundles, number),
                 runtime_env=ALL_GPUS_VISIBLE if self.device == "cuda" else None,
             )
-            self._actors.append(options.remote(rank, self.world, self.device))
+            self._actors.append(options.remote(number, self.world, self.device))
 
     def _rendezvous(self) -> None:
-        self.places = self._ask("where", timeout_s=self.spec.start_timeout_s)
-        for rank, place in enumerate(self.places):
-            with suppress(OSError):  # on another machine: its heartbeats have to do
-                self._peers[rank] = Peer(rank, place["pid"], place["pulse"])
-        one_node = len({place["node"] for place in self.places}) == 1
-        host = LOOPBACK if one_node else self.places[0]["address"]
+        found = self._ask("where", self.spec.interface, timeout_s=self.spec.start_timeout_s)
+        order = in_order(found)
+        self._actors, self.places = [self._actors[n] for n in order], [found[n] for n in order]
+        on_nodes = ranks_of_nodes(self.places)
+        self.nodes = tuple(map(len, on_nodes))
+        self._look_after()
+        named = self.spec.interface is not None
+        addresses = [LOOPBACK if len(on_nodes) == 1 and not named else place["address"] for place in self.places]
         timeout_s = self.spec.collective_timeout_s
-        port = self._get([self._actors[0].serve.remote(host, timeout_s)], "serve", timeout_s)[0]
-        here = max(sum(place["node"] == own["node"] for place in self.places) for own in self.places)
-        self._ask("join", host, port, here, timeout_s, timeout_s=self.spec.start_timeout_s + timeout_s)
+        port = self._get([self._actors[0].serve.remote(addresses[0], timeout_s)], "serve", timeout_s)[0]
+        given = addresses[0], port, max(self.nodes), timeout_s
+        joining = [
+            actor.join.remote(rank, own, named, *given)
+            for rank, (actor, own) in enumerate(zip(self._actors, addresses, strict=True))
+        ]
+        self._get(joining, "join", self.spec.start_timeout_s + timeout_s)
+
+    def _look_after(self) -> None:
+        """The records of ranks on this node can be read. Those of others have heartbeats and their node, and a process
+        here may have the same number as one of theirs."""
+        own = ray.get_runtime_context().get_node_id()
+        for rank, place in enumerate(self.places):
+            if place["node"] == own:
+                with suppress(OSError):
+                    self._peers[rank] = Peer(rank, place["pid"], place["pulse"])
+        self._other_nodes = OtherNodes(self.places, self.spec.silence_timeout_s)
+
+    def _check_cluster(self, suspicious: bool = False) -> None:
+        """Raise ClusterLost where the cluster is gone, RankFailure where a node with ranks is."""
+        self._watch_cluster.check(self._beats[0][0], suspicious)
+        if self._other_nodes is not None:
+            self._other_nodes.check(self._beats, suspicious)
 
     def _patiently(self, wait: Callable[[float], Any], timeout_s: float, what: str) -> Any:
         """`wait(seconds)` again and again until it finds something or time is up; raises ClusterLost in between."""
@@ -127,6 +131,8 @@ class RayGroup:
             if (found := wait(max(0.0, min(1.0, remaining)))) or remaining <= 0:
                 return found
             self._watch_cluster.check("starting ranks")
+            if self._other_nodes is not None:
+                self._other_nodes.check(self._beats)
             self._shown(f"waiting for {what}, {time.monotonic() - begin:.0f} of {timeout_s:.0f} s")
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
@@ -150,8 +156,10 @@ class RayGroup:
         return results
 
     def describe(self) -> Sequence[str]:
+        several = len(self.nodes) > 1
         return [
             f"rank {rank}: {place['device']} {place['gpu'] or ''} pid {place['pid']}".replace("  ", " ")
+            + (f" on {place['address']}" if several else "")
             for rank, place in enumerate(self.places)
         ]
 
@@ -175,7 +183,7 @@ class RayGroup:
         pending, suspected = list(futures), False
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=BEAT_EVERY_S)
-            self._watch_cluster.check(self._beats[0][0])
+            self._check_cluster()
             self._raise_first_failure(done, futures)
             self._listen(beats, patient=bool(pending))
             shown(self._beats[0][0])
@@ -222,6 +230,8 @@ class RayGroup:
         for error in raised.values():
             if not is_echo(error):
                 raise error
+        if self._other_nodes is not None:
+            self._other_nodes.check(self._beats, suspicious=True)
         if died:
             self._watch_cluster.check(self._beats[0][0], suspicious=True)
             raise self._death(*min(died.items()))
@@ -270,6 +280,8 @@ class RayGroup:
     def close(self) -> None:
         """End the actors and give their place back. May be called twice."""
         self._watch_cluster.close()
+        if self._other_nodes is not None:
+            self._other_nodes.close()
         for actor in self._actors:
             ray.kill(actor)
         for peer in filter(None, self._peers):

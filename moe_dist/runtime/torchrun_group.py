@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import groupby
 from types import FrameType
 from typing import Any, cast
 
@@ -29,9 +30,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.comm import Comm
-from moe_dist.comm.meeting import LOOPBACK, bind_gloo
+from moe_dist.comm.network import LOOPBACK, use_network_of
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
+from moe_dist.machine.interfaces import address_towards
 from moe_dist.runtime import voice
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
@@ -63,13 +65,15 @@ class TorchrunGroup:
             place = torch.device("cuda", local_rank)
             torch.cuda.set_device(place)
         limit_threads(local_world)
-        if local_world == world:
-            bind_gloo(LOOPBACK)
+        master = os.environ["MASTER_ADDR"]
+        use_network_of(LOOPBACK if local_world == world else address_towards(master))
         shared = self._reach_store(timeout_s)
         self._store = PrefixStore("moe_dist", shared)
         self._store.set(f"host{self.rank}", socket.gethostname())
         before = open_sockets()
         self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
+        hosts = [self._store.get(f"host{rank}") for rank in range(world)]
+        self.nodes = tuple(len(list(ranks)) for _, ranks in groupby(hosts))
         try:  # the end of a rank that nobody sees yet could not be told from anything else
             # Of all ranks. Since torch 2.14 the type says that this one might not be in it.
             made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))

@@ -127,7 +127,8 @@ def test_a_job_brings_rows_home(head: Head) -> None:
     arguments = ["worlds=[2]", "exchanges=[ag_rs]", "tokens=[8]", "skews=[uniform]", "iters=2", "warmup=0"]
     token = str(head.directory / "token")
     before = commit_of_checkout()
-    done = head.submit("compare", "--device", "cpu", *arguments, "--json", RAY_AUTH_TOKEN_PATH=token)
+    given = ("compare", "--device", "cpu", "--out", "rows.json", *arguments, "--json")
+    done = head.submit(*given, RAY_AUTH_TOKEN_PATH=token)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
     document = json.loads(line)
@@ -135,13 +136,24 @@ def test_a_job_brings_rows_home(head: Head) -> None:
     assert sorted(row["placement"] for row in rows) == ["EP2", "TP2"]
     assert all(row["runtime"] == "ray" and row["ok"] and row["p50_us"] > 0 for row in rows)
     assert document["commit"].removesuffix("+changes") in (before, commit_of_checkout())
-    assert document["command"] == "moe-dist compare --device cpu " + " ".join(arguments) + " --json"
+    assert document["command"] == "moe-dist compare --device cpu " + " ".join(arguments) + " --json --out rows.json"
+    home = head.directory / "rows.json"  # where the command was typed; no disk is shared
+    assert json.loads(home.read_text()) == document
+    (job,) = set(re.findall(r"moe-dist-\d{8}-\d{6}-\d+", done.stdout))
+    assert f"results of job {job} are in {home}" in done.stderr
+    assert "moe-dist-results:" not in done.stdout  # the lines that carry it are not shown
+    fetched = head.submit("--fetch", job, "--out", "again.json", RAY_AUTH_TOKEN_PATH=token)
+    assert fetched.returncode == 0, fetched.stderr
+    assert (head.directory / "again.json").read_bytes() == home.read_bytes()
 
 
 def test_a_failing_job_fails_here_too(head: Head) -> None:
-    done = head.submit("run", "--backend", "nosuch", RAY_AUTH_TOKEN_PATH=str(head.directory / "token"))
+    token = str(head.directory / "token")
+    done = head.submit("run", "--backend", "nosuch", "--out=none.json", RAY_AUTH_TOKEN_PATH=token)
     assert done.returncode == 2, done.stdout + done.stderr  # moe-dist's own code, not Ray's 1 for every failure
     assert "no backend has this name" in done.stdout
+    assert "none.json is as it was; the job has written none" in done.stderr
+    assert not (head.directory / "none.json").exists()
 
 
 def test_strangers_are_refused(head: Head) -> None:
@@ -228,6 +240,29 @@ def test_whose_a_port_is() -> None:
             assert "the port is taken" in belongs(port, other.pid).stdout
             other.kill()
         assert "nothing listens" in belongs(str(free_port()), os.getpid()).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--out"], "--out: give a file here"),
+        (["run", "--out="], "--out: give a file here"),
+        (["run", "--out", "a", "--out=b"], "--out is given twice"),
+        (["compare", "--resume", "--out", "a.json"], "--resume: the job can't read a results file of this machine"),
+        (["tune", "--out", "tables"], "--out: of tune it is a folder"),
+        (["--fetch", "job-1"], "--fetch job-1: give --out FILE too"),
+        (["--fetch"], "--fetch: give a job's id"),
+        (["--fetch", "job-1", "--out", "a", "run"], "--fetch job-1: takes no command (run)"),
+        (["run", "--out", "nosuch/a.json"], "/nosuch/a.json: its folder "),
+    ],
+)
+def test_submit_says_what_is_wrong_with_its_flags(arguments: list[str], said: str, tmp_path: Path) -> None:
+    """Before anything is asked of a cluster."""
+    command = [ROOT / "launch" / "submit.sh", *arguments]
+    known = clean(RAY_AUTH_TOKEN="unused")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=known, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize(

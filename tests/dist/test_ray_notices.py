@@ -41,7 +41,7 @@ class SpeakingGroup:
 
     def __init__(self, world: int, shown: object) -> None:
         self._ranks = RayGroup(world, "cpu", RaySpec())
-        self.world, self.runtime = world, "ray"
+        self.world, self.runtime, self.nodes = world, "ray", self._ranks.nodes
 
     def describe(self):
         return self._ranks.describe()

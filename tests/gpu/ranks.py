@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moe_dist.backends import BACKENDS
 from moe_dist.comm import Comm, copied
-from moe_dist.comm.meeting import bind_gloo, reach_store, serve_store
+from moe_dist.comm.meeting import reach_store, serve_store
+from moe_dist.comm.network import use_network_of
 from moe_dist.runtime.context import RankContext
 
 HOST = "127.0.0.1"
@@ -101,7 +102,7 @@ def _collect(ends: dict[Any, int], deadline: float) -> list[Any]:
 def _serve(rank: int, world: int, port: int, end: Any, function: Callable[..., Any], arguments: Any) -> None:
     try:
         os.environ.setdefault("OMP_NUM_THREADS", "4")
-        bind_gloo(HOST)
+        use_network_of(HOST)
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         store = reach_store(HOST, port, world, 60.0)

@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 class Alone:
     """A group of one rank in this process."""
 
-    world, runtime = 1, "ray"
+    world, runtime, nodes = 1, "ray", (1,)
 
     def __init__(self) -> None:
         self.context = RankContext(Comm.single(), "ray")

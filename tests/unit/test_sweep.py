@@ -42,7 +42,8 @@ class Ranks:
 
     runtime = "fake"
 
-    def __init__(self, raises=(), starts=(), said=None):
+    def __init__(self, raises=(), starts=(), said=None, nodes=None):
+        self.given_nodes = nodes
         self.raises, self.starts, self.said = dict(raises), list(starts), said or {}
         self.calls = []
 
@@ -52,6 +53,7 @@ class Ranks:
         if error:
             raise error
         self.world, self.rounds = world, {}
+        self.nodes = self.given_nodes or (world,)
         return self
 
     def describe(self):

@@ -12,6 +12,7 @@ from moe_dist.comm.symmetric import Aside, Symmetric
 from moe_dist.errors import RankFailure
 from moe_dist.exchange.rows import pair_specs, row_specs
 from moe_dist.machine.machine import Machine
+from moe_dist.machine.nodes import told
 from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
@@ -30,6 +31,10 @@ def served_here(spec: MoESpec, placement: Placement, machine: Machine) -> Suppor
     """Whether there are such windows."""
     if machine.device != "cuda":
         return Support(False, "needs GPUs that reach each other through NVLink")
+    if len(nodes := machine.nodes_of(placement.world)) > 1:
+        return Support(
+            False, f"reaches GPUs of one node, and these ranks are on {len(nodes)} nodes ({told(nodes)} ranks)"
+        )
     if placement.world > MOST_RANKS:
         return Support(False, f"serves {MOST_RANKS} ranks of one host, not {placement.world}")
     if spec.hidden % 16:
