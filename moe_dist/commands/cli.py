@@ -18,9 +18,10 @@ from moe_dist.bench.devices import open_descriptors
 from moe_dist.commands.call import Call
 from moe_dist.commands.ending import Ending
 from moe_dist.commands.misused import in_our_words
-from moe_dist.commands.terminal import Terminal, to_standard_output
+from moe_dist.commands.terminal import Terminal, say, to_standard_output
 from moe_dist.errors import ConfigError, InstallationError
 from moe_dist.exits.exit_codes import MEANINGS, OK
+from moe_dist.messages.notices import telling
 from moe_dist.runtime.voice import death, leave_code, speaks, together, torchrun_is_meant
 
 COMMANDS = {
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise named(error) from error.__cause__
         return code
 
-    return ending.code_of(command, last=arguments is None)
+    with telling(lambda text: say(text) if speaks() else None):
+        return ending.code_of(command, last=arguments is None)
 
 
 def application(check: Callable[..., None] | None = None) -> App:

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from moe_dist.comm import Comm
 from moe_dist.comm.meeting import bind_gloo, reach_store, serve_store
 from moe_dist.errors import RankFailure
+from moe_dist.messages.notices import collecting
 from moe_dist.runtime.blame import as_failure, packed
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Pulse
@@ -66,19 +67,20 @@ class RankActor:
         self.context = RankContext(comm, "ray", pulse=self._pulse)
 
     def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> bytes:
-        """`function(context, *arguments)`, packed here: where Ray can't, it does not know what the rank was doing.
-        Whatever the function raises leaves here as a MoeDistError that knows this rank."""
+        """`function(context, *arguments)` and its notices, packed here: where Ray can't, it does not know what the rank
+        was doing. Whatever the function raises leaves here as a MoeDistError that knows this rank."""
         if self.context is None:
             raise RankFailure(self.rank, "run", -1, "this rank has not joined a group")
         self._enter_thread()
         self.context.comm.take_over()  # Ray runs methods on either of the two threads; only one works at a time
         self.context.progress(getattr(function, "__name__", "run"))
+        said: list[str] = []
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), collecting(self.context.watched_by, warned=True) as said:
                 outcome = function(self.context, *arguments)
-            return packed(outcome, self.context, ray.cloudpickle.dumps)
+            return packed(outcome, self.context, ray.cloudpickle.dumps, said)
         except BaseException as error:  # Ray has meanings of its own for KeyboardInterrupt and the like
-            failure = as_failure(error, self.context, ray.cloudpickle.dumps)
+            failure = as_failure(error, self.context, ray.cloudpickle.dumps, said)
         with suppress(OSError, ValueError):
             print(failure.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]  # into this rank's log
         raise failure  # not from the error, which would travel too

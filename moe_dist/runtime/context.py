@@ -47,6 +47,11 @@ class RankContext:
     def device(self) -> torch.device:
         return self.comm.device
 
+    @property
+    def watched_by(self) -> Callable[[str], None] | None:
+        """What shows how far something long is; None for torchrun's ranks, whose standard error is the user's."""
+        return self.progress if self.runtime == "ray" else None
+
     def progress(self, status: str) -> None:
         self.status, self.status_since = encodable(status), time.monotonic()
         self.pulse.status(self.status)

@@ -19,6 +19,7 @@ from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
 from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
+from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.pulse import Peer, Sight
@@ -156,8 +157,9 @@ class RayGroup:
         try:
             futures = [actor.run.remote(function, arguments) for actor in self._actors]
             self._watch(futures, timeout_s, shown)
-            return unpacked(self._get(futures, "run", timeout_s), self._beats[0][0])
+            return heard(unpacked(self._get(futures, "run", timeout_s), self._beats[0][0]))
         except BaseException as error:
+            said_before(error)
             self._settle(error)
             raise
 
