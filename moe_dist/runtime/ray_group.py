@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
+from moe_dist.runtime import failed_groups
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
 from moe_dist.runtime.cluster import Watch, connect
@@ -72,6 +73,7 @@ class RayGroup:
             self._place()
             self._rendezvous()
             self._watch_cluster.seen_all()
+            failed_groups.started()
         except BaseException as error:
             self._settle(error)
             raise
@@ -161,6 +163,7 @@ class RayGroup:
         except BaseException as error:
             said_before(error)
             self._settle(error)
+            failed_groups.failed(error)
             raise
 
     def _watch(self, futures: list[Any], timeout_s: float, shown: Callable[[str], None]) -> None:

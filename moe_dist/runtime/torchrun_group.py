@@ -33,7 +33,7 @@ from moe_dist.comm.meeting import LOOPBACK, bind_gloo
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
 from moe_dist.messages.notices import collecting
-from moe_dist.runtime import voice
+from moe_dist.runtime import failed_groups, voice
 from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.heard import heard, said_before
@@ -117,6 +117,7 @@ class TorchrunGroup:
                     raise
                 settled = self._watcher.settled(as_failure(error, self.context, said=said))
                 said_before(settled)
+                failed_groups.failed(settled)
                 raise settled from error
 
     def _gather(self, outcome: Any, said: Sequence[str]) -> list[tuple[Any, tuple[str, ...]]]:
