@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from moe_dist.messages import logs
 from moe_dist.messages.printable import one_line
 
 
@@ -31,9 +32,12 @@ def notice(text: str) -> None:
         if _kept is not None:
             if text not in _kept:
                 _kept.append(text)
+                logs.write_if_json(text, "warning")
             return
     if told is not None:
         told(text)
+    elif logs.as_json():
+        logs.write(_whose() + text, "warning")
     else:
         warnings.warn(_whose() + text, MoeDistWarning, stacklevel=2)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from moe_dist.comm import Comm
 from moe_dist.comm.meeting import bind_gloo, reach_store, serve_store
 from moe_dist.errors import RankFailure
+from moe_dist.messages import logs
 from moe_dist.messages.notices import collecting
-from moe_dist.runtime.blame import as_failure, packed
+from moe_dist.runtime.blame import as_failure, log_failure, packed
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Pulse
 
@@ -26,7 +25,9 @@ from moe_dist.runtime.pulse import Pulse
 class RankActor:
     """Decorated with ray.remote where it is used, so that importing this module starts nothing."""
 
-    def __init__(self, rank: int, world: int, device: str) -> None:
+    def __init__(self, rank: int, world: int, device: str, log_format: str | None = None) -> None:
+        if log_format is not None:  # a cluster that was joined has an environment of its own
+            os.environ[logs.VARIABLE] = log_format
         self.rank, self.world = rank, world
         self.device = torch.device("cpu")
         if device == "cuda":
@@ -81,8 +82,7 @@ class RankActor:
             return packed(outcome, self.context, ray.cloudpickle.dumps, said)
         except BaseException as error:  # Ray has meanings of its own for KeyboardInterrupt and the like
             failure = as_failure(error, self.context, ray.cloudpickle.dumps, said)
-        with suppress(OSError, ValueError):
-            print(failure.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]  # into this rank's log
+        log_failure(failure)  # into this rank's log
         raise failure  # not from the error, which would travel too
 
     def beat(self) -> tuple[str, float, int]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_dist.errors import MoeDistError, RankFailure
+from moe_dist.messages import logs
 from moe_dist.messages.printable import encodable
 from moe_dist.runtime.context import RankContext
 from moe_dist.runtime.pulse import Sight
@@ -35,6 +36,16 @@ def as_failure(
     failure.trace = _trace(error)  # type: ignore[attr-defined]
     failure.notices = {encodable(text): [context.rank] for text in said}  # type: ignore[attr-defined]
     return failure
+
+
+def log_failure(failure: MoeDistError) -> None:
+    """Write what a rank's function raised to this process's standard error: its traceback, or with JSON its message
+    with the traceback under `trace`."""
+    trace = getattr(failure, "trace", "")
+    if logs.as_json():
+        logs.write(str(failure), "error", trace=trace)
+    else:
+        logs.write(trace, before="")
 
 
 def own_failure(context: RankContext, cause: str) -> RankFailure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
+from moe_dist.messages import logs
 from moe_dist.runtime import failed_groups
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
@@ -101,7 +103,7 @@ class RayGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._bundles, rank),
                 runtime_env=ALL_GPUS_VISIBLE if self.device == "cuda" else None,
             )
-            self._actors.append(options.remote(rank, self.world, self.device))
+            self._actors.append(options.remote(rank, self.world, self.device, os.environ.get(logs.VARIABLE)))
 
     def _rendezvous(self) -> None:
         self.places = self._ask("where", timeout_s=self.spec.start_timeout_s)

@@ -13,7 +13,6 @@ import os
 import pickle
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,18 @@ from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
 from moe_dist.messages.notices import collecting
 from moe_dist.runtime import failed_groups, voice
-from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
+from moe_dist.runtime.blame import (
+    as_failure,
+    blamed,
+    is_echo,
+    left_early,
+    log_failure,
+    overdue,
+    packed,
+    said_by,
+    silence,
+    unpacked,
+)
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.pulse import Peer, Sight, ranks_here, stopped
@@ -178,7 +188,7 @@ class _Watcher:
             self._store.set(f"echo{self._context.rank}", pickle.dumps(own).hex())
             failure = self._learned() or blamed(self._echoes(), self._sights())
         else:
-            print(own.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+            log_failure(own)
         with suppress(Exception):
             self._store.set(f"failure{self._context.rank}", pickle.dumps(failure).hex())
         self._context.pulse.note(FAILED, self._context.comm.sequence)

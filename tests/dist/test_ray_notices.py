@@ -107,3 +107,13 @@ def test_of_any_function_that_a_group_runs():
         with collecting() as said, pytest.raises(ConfigError, match="on purpose"):
             group.run(speak, True, timeout_s=60.0, shown=lambda _: None)
         assert said == ["rank 1: said by all", SAID[1]]
+
+
+def test_log_lines_of_a_rank_as_json(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MOE_DIST_LOG_FORMAT", "json")
+    with RayGroup(2, "cpu", RaySpec()) as group:
+        group.run(speak, False, timeout_s=60.0, shown=lambda _: None)
+        log = Path(group.places[1]["log"])
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    said = {(line["rank"], line["level"], line["message"]) for line in lines}
+    assert {(1, "info", "speak"), (1, "warning", "said by all")} <= said

@@ -90,6 +90,19 @@ def test_what_ranks_have_to_say_is_told_once_with_its_ranks() -> None:
 
 
 @pytest.mark.slow
+def test_log_lines_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DIST_LOG_FORMAT", "json")
+    done = torchrun(str(HERE / "speaking_ranks.py"), "fails")
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert {line["rank"] for line in lines} == {0, 1}
+    said = {(line["rank"], line["level"], line["message"]) for line in lines}
+    assert {(0, "info", "speak"), (1, "info", "speak"), (1, "warning", "said by all")} <= said
+    (failure,) = (line for line in lines if line["level"] == "error")
+    assert (failure["rank"], failure["operation"]) == (1, "speak")
+    assert "ValueError: on purpose" in failure["trace"]
+
+
+@pytest.mark.slow
 def test_what_a_rank_had_to_say_before_it_failed() -> None:
     done = torchrun(str(HERE / "speaking_ranks.py"), "fails")
     assert {"told: rank 1: said by all", "told: rank 1: UserWarning: of another library"} <= set(told(done)), done
