@@ -89,11 +89,11 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
             key = draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
         how = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
         if how == "add" and isinstance(place[key], dict):
-            place[key][draw(st.text(max_size=6))] = draw(JUNK)
+            place[key][draw(st.text(max_size=6))] = copy.deepcopy(draw(JUNK))  # what is drawn is shared
         elif how == "remove" and place is not document:
             del place[key]
         else:
-            place[key] = draw(JUNK)
+            place[key] = copy.deepcopy(draw(JUNK))  # what is drawn is shared
     return document[""]
 
 

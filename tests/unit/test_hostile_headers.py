@@ -142,13 +142,13 @@ def test_changed_headers_raise_nothing_else(changes: list[tuple[float, str, Any]
         names = sorted(header)
         name = names[int(place * len(names))]
         if what == "whole":
-            header[name] = value
+            header[name] = copy.deepcopy(value)  # what is drawn is shared
         elif what == "gone":
             del header[name]
         elif what == "swap":
             header[name], header[names[0]] = header[names[0]], header[name]
         elif isinstance(header[name], dict):
-            header[name][what] = value
+            header[name][what] = copy.deepcopy(value)
     with tempfile.TemporaryDirectory(prefix="moe-dist-") as folder:
         directory = write(Path(folder) / "model", json.dumps(header).encode(), length)
         try:

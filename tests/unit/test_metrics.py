@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,3 +241,14 @@ def test_under_ray_it_takes_rays_metrics(monkeypatch):
     assert seen["moe_dist_stage_seconds"]
     with pytest.raises(ConfigError, match="port = 9400: Ray exports"):
         Metrics(layer, port=9400)
+
+
+def test_the_page_has_each_metric_with_its_kind_and_labels():
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "`moe_dist_" in line]
+    described = {row[0].strip("`"): row for row in rows if len(row) == 5}
+    assert set(described) == {metric.name for metric in metric_sinks.METRICS.values()}
+    for metric in metric_sinks.METRICS.values():
+        _, kind, _, labels, _ = described[metric.name]
+        told = labels.replace("the same and stage", "rank, layer, exchange, backend, stage")
+        assert (kind, told) == (metric.kind, ", ".join(metric.labels))
