@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from moe_dist.model.routing import Routing
     from moe_dist.model.spec import MoESpec, ParallelSpec
     from moe_dist.model.weights import ExpertWeights
+    from moe_dist.runtime.metrics import Metrics
     from moe_dist.runtime.own_actors import join_actors
 
 _HOMES = {
     "Comm": "moe_dist.comm",
     "ExpertWeights": "moe_dist.model.weights",
     "Meeting": "moe_dist.comm",
+    "Metrics": "moe_dist.runtime.metrics",
     "MoELayer": "moe_dist.engine.layer",
     "MoESpec": "moe_dist.model.spec",
     "MoEStack": "moe_dist.engine.stack",
@@ -39,6 +41,7 @@ __all__ = [
     "Comm",
     "ExpertWeights",
     "Meeting",
+    "Metrics",
     "MoELayer",
     "MoESpec",
     "MoEStack",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages import logs
 from moe_dist.messages.printable import one_line
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class Registry(Generic[T]):
     def _say_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            print(f"moe-dist: {one_line(text)}", file=sys.stderr)
+            logs.write(one_line(text), "warning")
 
 
 def unknown(name: str, declared: Iterable[str], legal: Iterable[str]) -> str | None:

@@ -8,6 +8,7 @@ from statistics import median
 from moe_dist.bench.peer_plan import PEER
 from moe_dist.bench.prepared import Prepared
 from moe_dist.errors import MoeDistError
+from moe_dist.messages.notices import by_text
 from moe_dist.peers.module import PeerModule
 
 ERRORS = ("err_oracle", "err_exact", "err_whole", "err_token", "err_repeat", "err_again")
@@ -124,7 +125,7 @@ def merge(results: list[RankResult]) -> GroupResult:
         max_memory=max((result.max_memory or 0) for result in results) or None,
         ran=first.ran,
         config=", ".join(dict.fromkeys(source for result in results for source in result.config)) or None,
-        notices=said_by(results),
+        notices=by_text([result.notices for result in results]),
         chained_us=median(chains) if chains else None,
         chained_steps=first.chained_steps,
         clock_us=max((result.clock_us for result in results if result.clock_us is not None), default=None),
@@ -135,12 +136,3 @@ def merge(results: list[RankResult]) -> GroupResult:
 def _by_rank(found: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int]]:
     """Of one layer, rows and active experts apart."""
     return [rows for rows, _ in found], [active for _, active in found]
-
-
-def said_by(results: list[RankResult]) -> dict[str, list[int]]:
-    """Each notice once, with the ranks that gave it."""
-    found: dict[str, list[int]] = {}
-    for rank, result in enumerate(results):
-        for text in result.notices:
-            found.setdefault(text, []).append(rank)
-    return found

@@ -44,7 +44,7 @@ def ready(context: RankContext, machine: Machine) -> None:
 def measure(context: RankContext, case: Case, plan: Plan, turn: Turn = ALONE) -> RankResult:
     """Runs on every rank of the group, by the one plan that was made for all; collective. What comes back holds this
     turn of the case and those before it. Raises what `ready` raises, where that has not run."""
-    with collecting(context.progress if context.runtime == "ray" else None) as said:  # torchrun's ranks are seen
+    with collecting(context.watched_by, warned=True) as said:
         ready(context, plan.machine)
         kept, key = Kept.of(context, turn.batch), repr(case)
         if turn.number == 0:

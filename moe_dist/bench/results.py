@@ -26,6 +26,7 @@ from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, R
 from moe_dist.bench.tolerance import within_tolerance
 from moe_dist.engine.plan import Plan
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
+from moe_dist.messages.notices import with_ranks
 from moe_dist.model.placement import imbalance
 from moe_dist.peers import PEERS
 from moe_dist.workloads.skew_names import skew_label
@@ -67,7 +68,7 @@ class Outcome:
 
     def add_notices(self, said: dict[str, list[int]]) -> list[str]:
         """Take in what ranks said; a line for each text that is new."""
-        new = [f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in said.items() if text not in self.notices]
+        new = with_ranks({text: ranks for text, ranks in said.items() if text not in self.notices})
         for text, ranks in said.items():
             self.notices[text] = sorted({*self.notices.get(text, []), *ranks})
         return new

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.config import ModelConfig, read_config
 from moe_dist.checkpoint.folder import INDEX_LIMIT, exists, folder, inside, plain, read_json
+from moe_dist.checkpoint.header import check_header
 from moe_dist.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -136,11 +137,15 @@ class Checkpoint:
         if file not in self._opened:
             path = self.directory / file
             try:
-                self._opened[file] = safe_open(inside(self.directory, file, INDEX_FILE), framework="pt", device="cpu")
+                place = inside(self.directory, file, INDEX_FILE)
+                check_header(place)
+                self._opened[file] = safe_open(place, framework="pt", device="cpu")
             except FileNotFoundError:
                 link = "is a link to a file that isn't there"
                 problem = link if path.is_symlink() else f"no such file, though {INDEX_FILE} names it"
                 raise CheckpointError(path, problem) from None
+            except MemoryError as error:  # the whole file is mapped, however little of it is read
+                raise CheckpointError(path, f"can't be mapped into memory: {_line(error)}") from None
             except DAMAGED as error:
                 raise CheckpointError(path, f"is truncated or no safetensors file: {_line(error)}") from None
         return self._opened[file]

@@ -18,10 +18,11 @@ from moe_dist.bench.devices import open_descriptors
 from moe_dist.commands.call import Call
 from moe_dist.commands.ending import Ending
 from moe_dist.commands.misused import in_our_words
-from moe_dist.commands.terminal import Terminal, to_standard_output
+from moe_dist.commands.terminal import Terminal, say, to_standard_output
 from moe_dist.errors import ConfigError, InstallationError
 from moe_dist.exits.exit_codes import MEANINGS, OK
-from moe_dist.runtime.voice import death, leave_code, speaks, together, torchrun_is_meant
+from moe_dist.messages.notices import telling
+from moe_dist.runtime.voice import check_log_format, death, leave_code, speaks, together, torchrun_is_meant
 
 COMMANDS = {
     "doctor": "What this machine has, and what can run on it.",
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     together(torchrun_is_meant(words))
 
     def command() -> int:
+        check_log_format()
         function, bound, left, named = parse(words)
         if isinstance(getattr(function, "__self__", None), App):  # the library's own: --help
             with to_standard_output():
@@ -69,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise named(error) from error.__cause__
         return code
 
-    return ending.code_of(command, last=arguments is None)
+    with telling(lambda text: say(text) if speaks() else None):
+        return ending.code_of(command, last=arguments is None)
 
 
 def application(check: Callable[..., None] | None = None) -> App:

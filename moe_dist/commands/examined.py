@@ -12,10 +12,14 @@ import torch.distributed as dist
 
 from moe_dist.backends import BACKENDS, Backend
 from moe_dist.bench.peaks import PEAKS, Peaks, measured
+from moe_dist.commands.checks import as_documents, checks
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
+from moe_dist.machine.gpus import Topology, topology
+from moe_dist.machine.loaded import loaded_nccl
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
+from moe_dist.machine.network import interfaces
 from moe_dist.messages.printable import one_line
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout
@@ -28,6 +32,8 @@ PACKAGES = ("torch", "numpy", "ray", "safetensors", "pydantic", "triton", "flash
 def examine() -> dict[str, Any]:
     """Looks, starts nothing: no Ray, no process group, no compilation."""
     machine, driver = Machine.detect(), nvidia_driver()
+    gpus, nccl, here = topology(), loaded_nccl(), interfaces()
+    judged = checks(driver, gpus, nccl, here)
     return {
         "python": platform.python_version(),
         "machine": {
@@ -46,6 +52,10 @@ def examine() -> dict[str, Any]:
         "peaks": {"recorded": _peaks(PEAKS, machine.name), "measured": _peaks(measured(), machine.name)},
         "nvcc": _nvcc(),
         "collectives": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
+        "nccl": asdict(nccl),
+        "gpus": _gpus(gpus),
+        "interfaces": [asdict(each) for each in here],
+        "checks": as_documents(judged),
         "backends": {name: _asked(BACKENDS, name, _backend, machine.device) for name in BACKENDS.names()},
         "exchanges": {name: _asked(EXCHANGES, name, _exchange, machine.device) for name in EXCHANGES.names()},
         "peers": {name: _asked(PEERS, name, _peer, machine.device) for name in PEERS.names()},
@@ -54,6 +64,24 @@ def examine() -> dict[str, Any]:
 
 def _peaks(known: dict[str, Peaks], device: str) -> dict[str, float] | None:
     return asdict(known[device]) if device in known else None
+
+
+def _gpus(found: Topology | None) -> dict[str, Any]:
+    """As NVML has them: all of the machine, whatever CUDA_VISIBLE_DEVICES shows of them."""
+    if found is None:
+        return {"each": [], "pairs": []}
+    each = [
+        {
+            "index": gpu.index,
+            "name": gpu.name,
+            "free_gib": _gib(gpu.free),
+            "nvlinks": gpu.links,
+            "processes": gpu.processes,
+        }
+        for gpu in found.gpus
+    ]
+    pairs = [{"gpus": pair, "path": path, "peers": found.peers[pair]} for pair, path in found.paths.items()]
+    return {"each": each, "pairs": pairs}
 
 
 def _gib(size: int | None) -> float | None:

@@ -7,7 +7,8 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moe_dist.commands.terminal import Terminal
+from moe_dist.commands.terminal import LEVEL_OF, Terminal
+from moe_dist.messages import logs
 from moe_dist.messages.printable import one_line
 
 EVERY_S = 5.0
@@ -20,7 +21,7 @@ class Reporter:
     def __init__(self, total: int, quiet: bool = False, remaining: bool = False) -> None:
         self._console = Terminal(stderr=True, quiet=quiet)
         self._live: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not logs.as_json():
             times = (TimeElapsedColumn(), *[TimeRemainingColumn()] * remaining)
             columns = (BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=self._console, transient=True)
@@ -47,9 +48,13 @@ class Reporter:
 
     def said(self, text: str) -> None:
         """A line that stays."""
-        self._print(f"moe-dist: {one_line(text)}", "yellow")
+        self._print(one_line(text) if logs.as_json() else f"moe-dist: {one_line(text)}", "yellow")
 
     def _print(self, line: str, style: str | None = None) -> None:
+        if logs.as_json():
+            if not self._console.quiet:
+                logs.write(line, LEVEL_OF.get(style or "", "info"))
+            return
         try:
             self._console.print(line, style=style, soft_wrap=True)
         except BrokenPipeError:

@@ -14,9 +14,11 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from moe_dist.errors import OutputError
+from moe_dist.messages import logs
 from moe_dist.messages.printable import one_line, printable
 
 WIDTH = 80  # of tables where neither a terminal nor COLUMNS says how wide they may be
+LEVEL_OF = {"red": "error", "yellow": "warning"}  # of a line, by its colour
 NARROWEST, WIDEST = 20, 1000  # beyond, COLUMNS is a slip: with 0 rich prints nothing, with 1 it takes minutes
 
 
@@ -57,6 +59,9 @@ def show(console: Terminal, table: RenderableType) -> None:
 
 def say(text: object, style: str | None = None) -> None:
     """One line on standard error. Never fails: there is nobody left to tell."""
+    if logs.as_json():
+        logs.write(one_line(text), LEVEL_OF.get(style or "", "info"))
+        return
     with contextlib.suppress(OSError, ValueError):
         Terminal(stderr=True).print(f"moe-dist: {one_line(text)}", style=style, soft_wrap=True)
 

@@ -191,6 +191,8 @@ class MoELayer(nn.Module):
     def _run(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> Tensor:
         out_dtype, shared = self.plan.out_dtype, self.plan.spec.shared_experts
         rows, handle = self._dispatched(step, path, x_TH, routing)
+        if step.stages.on:
+            step.stages.saw(path, rows)
         sink = path.exchange.sink(step, rows, handle, out_dtype)
         sums = sink if shared != "tp" else Added(sink, self._of_shared(step, path, rows))
         path.backend.forward(step, rows, sums)

@@ -125,6 +125,8 @@ def read_record(path: Path, source: str) -> Record:
         raise ConfigError("record", str(path), f"is no JSON: {error}", legal) from None
     except (TypeError, KeyError):
         raise ConfigError("record", str(path), "holds no date, machine and rows of results", legal) from None
+    if not isinstance(rows, list):
+        raise ConfigError("record", str(path), f"holds {type(rows).__name__} where rows belong", legal)
     found: dict[Setting, list[Timed]] = {}
     for number, given in enumerate(rows):
         try:

@@ -13,6 +13,7 @@ import torch
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.machine.nodes import Nodes
 
+SHARED_MEMORY = "/dev/shm"
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
 HOPPER = (9, 0)  # compute capability
@@ -97,6 +98,15 @@ def available_memory() -> int:
     import psutil  # here: who only runs a layer needs no memory counted
 
     return min([psutil.virtual_memory().available, *container_memory()])
+
+
+def shared_memory() -> int | None:
+    """Bytes of the file system through which processes of a machine share memory; None where there is none."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_blocks * found.f_frsize
 
 
 def container_memory(root: Path = CGROUPS, membership: Path = OWN_CGROUP) -> list[int]:

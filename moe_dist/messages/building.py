@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 
+from moe_dist.messages import logs
 from moe_dist.messages.notices import live, notice
 
 SAY_EVERY_S = 15.0
@@ -13,6 +13,6 @@ SAY_EVERY_S = 15.0
 def say(text: str, *, progress: bool = False) -> None:
     """`progress`: only how far it is, which nobody wants to read afterwards."""
     if not live(text):
-        print(f"moe-dist (pid {os.getpid()}): {text}", file=sys.stderr, flush=True)
+        logs.write(text, before=f"moe-dist (pid {os.getpid()}): ")
     elif not progress:
         notice(text)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,9 @@ from moe_dist.comm.meeting import reach_store, serve_store
 from moe_dist.comm.network import use_network_of
 from moe_dist.errors import RankFailure
 from moe_dist.machine.interfaces import address_of
-from moe_dist.runtime.blame import as_failure, packed
+from moe_dist.messages import logs
+from moe_dist.messages.notices import collecting
+from moe_dist.runtime.blame import as_failure, log_failure, packed
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
 from moe_dist.runtime.pulse import Pulse
 
@@ -27,8 +27,10 @@ from moe_dist.runtime.pulse import Pulse
 class RankActor:
     """Decorated with ray.remote where it is used, so that importing this module starts nothing."""
 
-    def __init__(self, rank: int, world: int, device: str) -> None:
+    def __init__(self, rank: int, world: int, device: str, log_format: str | None = None) -> None:
         """`rank`: until `join`, by which it is known where the others are."""
+        if log_format is not None:  # a cluster that was joined has an environment of its own
+            os.environ[logs.VARIABLE] = log_format
         self.rank, self.world = rank, world
         self.device = torch.device("cpu")
         if device == "cuda":
@@ -73,21 +75,21 @@ class RankActor:
         self.context = RankContext(comm, "ray", pulse=self._pulse)
 
     def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> bytes:
-        """`function(context, *arguments)`, packed here: where Ray can't, it does not know what the rank was doing.
-        Whatever the function raises leaves here as a MoeDistError that knows this rank."""
+        """`function(context, *arguments)` and its notices, packed here: where Ray can't, it does not know what the rank
+        was doing. Whatever the function raises leaves here as a MoeDistError that knows this rank."""
         if self.context is None:
             raise RankFailure(self.rank, "run", -1, "this rank has not joined a group")
         self._enter_thread()
         self.context.comm.take_over()  # Ray runs methods on either of the two threads; only one works at a time
         self.context.progress(getattr(function, "__name__", "run"))
+        said: list[str] = []
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), collecting(self.context.watched_by, warned=True) as said:
                 outcome = function(self.context, *arguments)
-            return packed(outcome, self.context, ray.cloudpickle.dumps)
+            return packed(outcome, self.context, ray.cloudpickle.dumps, said)
         except BaseException as error:  # Ray has meanings of its own for KeyboardInterrupt and the like
-            failure = as_failure(error, self.context, ray.cloudpickle.dumps)
-        with suppress(OSError, ValueError):
-            print(failure.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]  # into this rank's log
+            failure = as_failure(error, self.context, ray.cloudpickle.dumps, said)
+        log_failure(failure)  # into this rank's log
         raise failure  # not from the error, which would travel too
 
     def beat(self) -> tuple[str, float, int]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_dist.errors import MoeDistError, RankFailure
+from moe_dist.messages import logs
 from moe_dist.messages.printable import encodable
 from moe_dist.runtime.context import RankContext
 from moe_dist.runtime.pulse import Sight
@@ -20,17 +21,31 @@ STOPPED_S = 3.5  # what stopped it could not wake it in less, and nobody is told
 SILENT_S = 5.0  # a rank that gave no sign of life for so long is suspected before one that is merely behind
 
 
-def as_failure(error: BaseException, context: RankContext, dumps: Dumps = pickle.dumps) -> MoeDistError:
+def as_failure(
+    error: BaseException, context: RankContext, dumps: Dumps = pickle.dumps, said: Sequence[str] = ()
+) -> MoeDistError:
     """What a rank's function raised, as it travels: with the rank, what it was doing and its number at that moment.
 
     Errors of moe_dist keep their type, where `dumps` can carry them. `trace` keeps the rank's own traceback, which
-    exceptions lose on their way. Every text in it can be encoded: a lone surrogate would break what carries it.
+    exceptions lose on their way, and `notices` what the rank had `said` before. Every text in it can be encoded: a lone
+    surrogate would break what carries it.
     """
     failure = _own(error) if isinstance(error, MoeDistError) else None
     if failure is None or not _travels(failure, dumps):
         failure = own_failure(context, said_by(error))
     failure.trace = _trace(error)  # type: ignore[attr-defined]
+    failure.notices = {encodable(text): [context.rank] for text in said}  # type: ignore[attr-defined]
     return failure
+
+
+def log_failure(failure: MoeDistError) -> None:
+    """Write what a rank's function raised to this process's standard error: its traceback, or with JSON its message
+    with the traceback under `trace`."""
+    trace = getattr(failure, "trace", "")
+    if logs.as_json():
+        logs.write(str(failure), "error", trace=trace)
+    else:
+        logs.write(trace, before="")
 
 
 def own_failure(context: RankContext, cause: str) -> RankFailure:
@@ -40,17 +55,18 @@ def own_failure(context: RankContext, cause: str) -> RankFailure:
     return failure
 
 
-def packed(outcome: object, context: RankContext, dumps: Dumps = pickle.dumps) -> bytes:
-    """A rank's result as it travels. Raises RankFailure where it can't."""
+def packed(outcome: object, context: RankContext, dumps: Dumps = pickle.dumps, said: Sequence[str] = ()) -> bytes:
+    """A rank's result and what it had to say, as they travel. Raises RankFailure where the result can't."""
     try:
-        return dumps(outcome)
+        return dumps((outcome, tuple(said)))
     except BaseException as error:
         cause = f"its result, of type {type(outcome).__name__}, can't be pickled: {said_by(error)}"
         raise own_failure(context, cause) from error
 
 
-def unpacked(results: Sequence[bytes], doing: str) -> list[Any]:
-    """What `packed` made, in rank order. Raises RankFailure for the rank whose result can't be read."""
+def unpacked(results: Sequence[bytes], doing: str) -> list[tuple[Any, tuple[str, ...]]]:
+    """(result, what the rank had to say) as `packed` made them, in rank order. Raises RankFailure for the rank whose
+    result can't be read."""
     outcomes = []
     for rank, result in enumerate(results):
         try:

@@ -30,6 +30,7 @@ from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
 from moe_dist.files import require_text
+from moe_dist.messages import logs
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.greeting import Greeter
 from moe_dist.runtime.probe import probe
@@ -318,4 +319,4 @@ def first_line(error: BaseException) -> str:
 
 
 def say(text: str) -> None:
-    print(f"moe-dist: {text}", file=sys.stderr, flush=True)
+    logs.write(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
@@ -14,9 +15,11 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import cores
 from moe_dist.machine.nodes import Strategy
+from moe_dist.messages import logs
 from moe_dist.messages.printable import encodable
 from moe_dist.model.spec import Flag, Name, Seconds, Section
 from moe_dist.runtime.pulse import Pulse
+from moe_dist.runtime.voice import check_log_format
 
 RankFunction = Callable[..., Any]
 
@@ -35,6 +38,16 @@ class RankContext:
 
     def __post_init__(self) -> None:
         self.comm.noted = self.pulse.note
+        check_log_format()
+        own = weakref.ref(self)  # what holds a process group until the process exits can abort gloo
+
+        def place() -> logs.Place:
+            here = own()
+            if here is None:
+                return logs.Place()
+            return logs.Place(here.rank, here.comm.sequence, here.pulse.op or here.status)
+
+        logs.of_rank(place)
 
     @property
     def rank(self) -> int:
@@ -48,9 +61,15 @@ class RankContext:
     def device(self) -> torch.device:
         return self.comm.device
 
+    @property
+    def watched_by(self) -> Callable[[str], None] | None:
+        """What shows how far something long is; None for torchrun's ranks, whose standard error is the user's."""
+        return self.progress if self.runtime == "ray" else None
+
     def progress(self, status: str) -> None:
         self.status, self.status_since = encodable(status), time.monotonic()
         self.pulse.status(self.status)
+        logs.write_if_json(self.status)
 
 
 class RaySpec(Section):

@@ -59,6 +59,11 @@ class Pulse:
         self._sequence[0] = sequence
         self._op[:] = _padded(op, 32)
 
+    @property
+    def op(self) -> str:
+        """The collective that this rank is in, or ""."""
+        return bytes(self._op).rstrip(b"\0").decode(errors="replace")
+
     def status(self, text: str) -> None:
         self._times[1] = time.monotonic()
         self._status[:] = _padded(text, 160)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,10 +16,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
+from moe_dist.messages import logs
+from moe_dist.runtime import failed_groups
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
 from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
+from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.other_nodes import OtherNodes
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
@@ -59,6 +63,7 @@ class RayGroup:
             self._place()
             self._rendezvous()
             self._watch_cluster.seen_all()
+            failed_groups.started()
         except BaseException as error:
             self._settle(error)
             raise
@@ -86,7 +91,7 @@ class RayGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._bundles, number),
                 runtime_env=ALL_GPUS_VISIBLE if self.device == "cuda" else None,
             )
-            self._actors.append(options.remote(number, self.world, self.device))
+            self._actors.append(options.remote(number, self.world, self.device, os.environ.get(logs.VARIABLE)))
 
     def _rendezvous(self) -> None:
         found = self._ask("where", self.spec.interface, timeout_s=self.spec.start_timeout_s)
@@ -170,9 +175,11 @@ class RayGroup:
         try:
             futures = [actor.run.remote(function, arguments) for actor in self._actors]
             self._watch(futures, timeout_s, shown)
-            return unpacked(self._get(futures, "run", timeout_s), self._beats[0][0])
+            return heard(unpacked(self._get(futures, "run", timeout_s), self._beats[0][0]))
         except BaseException as error:
+            said_before(error)
             self._settle(error)
+            failed_groups.failed(error)
             raise
 
     def _watch(self, futures: list[Any], timeout_s: float, shown: Callable[[str], None]) -> None:

@@ -13,7 +13,6 @@ import os
 import pickle
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,9 +33,22 @@ from moe_dist.comm.network import LOOPBACK, use_network_of
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
 from moe_dist.machine.interfaces import address_towards
-from moe_dist.runtime import voice
-from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, said_by, silence, unpacked
+from moe_dist.messages.notices import collecting
+from moe_dist.runtime import failed_groups, voice
+from moe_dist.runtime.blame import (
+    as_failure,
+    blamed,
+    is_echo,
+    left_early,
+    log_failure,
+    overdue,
+    packed,
+    said_by,
+    silence,
+    unpacked,
+)
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
+from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.pulse import Peer, Sight, ranks_here, stopped
 from moe_dist.runtime.sockets import break_sockets, open_sockets
 
@@ -109,17 +121,21 @@ class TorchrunGroup:
         """See Group.run. A rank's exception is raised on every rank."""
         self.context.progress(getattr(function, "__name__", "run"))
         with self._watcher.watching(timeout_s):
+            said: list[str] = []
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), collecting(self.context.watched_by, warned=True) as said:
                     outcome = function(self.context, *arguments)
-                return self._gather(outcome)
+                return heard(self._gather(outcome, said))
             except BaseException as error:
                 if is_signal(error):
                     raise
-                raise self._watcher.settled(as_failure(error, self.context)) from error
+                settled = self._watcher.settled(as_failure(error, self.context, said=said))
+                said_before(settled)
+                failed_groups.failed(settled)
+                raise settled from error
 
-    def _gather(self, outcome: Any) -> list[Any]:
-        sequence, result = self.context.comm.sequence, packed(outcome, self.context)
+    def _gather(self, outcome: Any, said: Sequence[str]) -> list[tuple[Any, tuple[str, ...]]]:
+        sequence, result = self.context.comm.sequence, packed(outcome, self.context, said=said)
         self.context.pulse.note(RETURNED, sequence)
         results: list[Any] = [None] * self.world
         try:
@@ -176,7 +192,7 @@ class _Watcher:
             self._store.set(f"echo{self._context.rank}", pickle.dumps(own).hex())
             failure = self._learned() or blamed(self._echoes(), self._sights())
         else:
-            print(own.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+            log_failure(own)
         with suppress(Exception):
             self._store.set(f"failure{self._context.rank}", pickle.dumps(failure).hex())
         self._context.pulse.note(FAILED, self._context.comm.sequence)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.exits.signals import ENDING
+from moe_dist.messages import logs
 from moe_dist.runtime.pulse import ranks_here, siblings_ended_by
 
 CODE_FILE = (
@@ -46,6 +47,13 @@ def launched() -> Launched:
         raise ConfigError("MASTER_ADDR", "", "is where the ranks' store is", "a host's name or address")
     _number("MASTER_PORT", 0, LAST_PORT)
     return Launched(rank, world, local_rank, local_world)
+
+
+def check_log_format() -> None:
+    """Raise ConfigError where the environment asks for log lines of no known form."""
+    given = os.environ.get(logs.VARIABLE) or "text"
+    if given not in logs.FORMATS:
+        raise ConfigError(logs.VARIABLE, given, "is no form of log lines", logs.FORMATS)
 
 
 def _number(name: str, least: int, most: int) -> int:

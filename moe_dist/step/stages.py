@@ -56,6 +56,9 @@ class Stages:
             now.record()
         self._marks.append((self._stack[-1] if self._stack else None, now))
 
+    def saw(self, path: Any, rows: Any) -> None:
+        """Told what runs and the rows that dispatch gave this rank, where it is switched on; for whoever counts."""
+
     def take(self) -> Marks:
         """The boundaries since the last call."""
         marks, self._marks = self._marks, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def read_trace(spec: MoESpec, skew: str, trace: str | None = None) -> Trace:
 def _loaded(content: bytes, skew: str) -> dict[str, Tensor]:
     """Its tensors are checked before anything is made of them, because a few bytes of a file can claim any shape. The
     bytes that were hashed are those that are used."""
+    _check_size(content, skew)
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles of other programs, which are refused anyway
             recorded: Any = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
@@ -101,6 +103,19 @@ def _loaded(content: bytes, skew: str) -> dict[str, Tensor]:
         legal = "a dict of dense tensors ids, weights and perhaps steps, and nothing else"
         raise ConfigError("workload.skew", skew, f"holds {shown(keys)}", legal)
     return {name: tensor.detach() for name, tensor in recorded.items()}
+
+
+def _check_size(content: bytes, skew: str) -> None:
+    """Raise ConfigError for an archive that unfolds to more than it is: torch compresses nothing, and a compressed
+    megabyte of zeros is a kilobyte."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            unfolded = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # no archive that Python reads; torch says what is wrong with it
+        return
+    if unfolded > len(content):
+        rule = f"unfolds from {len(content):,} to {unfolded:,} bytes"
+        raise ConfigError("workload.skew", skew, rule, "a torch file, which is not compressed")
 
 
 def _plain(value: object) -> bool:

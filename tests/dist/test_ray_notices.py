@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.measure import measure, ready
 from moe_dist.messages.building import say
-from moe_dist.messages.notices import notice
+from moe_dist.errors import ConfigError
+from moe_dist.messages.notices import collecting, notice
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.ray_group import RayGroup
 
@@ -83,3 +85,35 @@ def test_through_the_command(speaking, capsys, tmp_path: Path):
     assert lines == ["moe-dist: rank 0, 1: building something", "moe-dist: rank 1: no table for 3 experts"]
     assert document["rows"][0]["config"] == "default"
     assert document["rows"][0]["ok"] is True
+
+
+def speak(context, fails: bool) -> int:
+    notice("said by all")
+    if context.rank == 1:
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+        if fails:
+            raise ConfigError("x", 1, "on purpose")
+    return context.rank
+
+
+SAID = ["rank 0, 1: said by all", "rank 1: UserWarning: of another library"]
+
+
+def test_of_any_function_that_a_group_runs():
+    with RayGroup(2, "cpu", RaySpec()) as group:
+        with collecting() as said:
+            assert group.run(speak, False, timeout_s=60.0, shown=lambda _: None) == [0, 1]
+        assert said == SAID
+        with collecting() as said, pytest.raises(ConfigError, match="on purpose"):
+            group.run(speak, True, timeout_s=60.0, shown=lambda _: None)
+        assert said == ["rank 1: said by all", SAID[1]]
+
+
+def test_log_lines_of_a_rank_as_json(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MOE_DIST_LOG_FORMAT", "json")
+    with RayGroup(2, "cpu", RaySpec()) as group:
+        group.run(speak, False, timeout_s=60.0, shown=lambda _: None)
+        log = Path(group.places[1]["log"])
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    said = {(line["rank"], line["level"], line["message"]) for line in lines}
+    assert {(1, "info", "speak"), (1, "warning", "said by all")} <= said

@@ -79,6 +79,42 @@ def test_the_rank_that_fails_is_named_by_one_that_lives(how: str, doomed: int, c
     assert float(seconds) < 15.0  # the collective itself would have waited for 60
 
 
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stdout.splitlines() if line.startswith("told: ")]
+
+
+def test_what_ranks_have_to_say_is_told_once_with_its_ranks() -> None:
+    done = torchrun(str(HERE / "speaking_ranks.py"), "group")
+    assert done.returncode == 0, done.stderr
+    assert told(done) == ["told: rank 0, 1: said by all", "told: rank 1: UserWarning: of another library"]
+
+
+@pytest.mark.slow
+def test_log_lines_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DIST_LOG_FORMAT", "json")
+    done = torchrun(str(HERE / "speaking_ranks.py"), "fails")
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert {line["rank"] for line in lines} == {0, 1}
+    said = {(line["rank"], line["level"], line["message"]) for line in lines}
+    assert {(0, "info", "speak"), (1, "info", "speak"), (1, "warning", "said by all")} <= said
+    (failure,) = (line for line in lines if line["level"] == "error")
+    assert (failure["rank"], failure["operation"]) == (1, "speak")
+    assert "ValueError: on purpose" in failure["trace"]
+
+
+@pytest.mark.slow
+def test_what_a_rank_had_to_say_before_it_failed() -> None:
+    done = torchrun(str(HERE / "speaking_ranks.py"), "fails")
+    assert {"told: rank 1: said by all", "told: rank 1: UserWarning: of another library"} <= set(told(done)), done
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_programs_own_group_says_which_it_is() -> None:
+    done = torchrun(str(HERE / "speaking_ranks.py"), "layer")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("MoeDistWarning: rank 1: no table") == 1
+
+
 @pytest.mark.parametrize("doomed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_death_before_there_is_a_group_is_told(doomed: int) -> None:
     """Not as SIGTERM, which torchrun sends to the other rank then."""

@@ -44,6 +44,8 @@ HOMES = {
     "safetensors": ("checkpoint/",),
     "psutil": ("machine", "runtime/"),
     "pynvml": ("machine",),
+    "elftools": ("machine/",),
+    "prometheus_client": ("runtime/",),
     "rich": ("bench/answer", "bench/diff", "bench/table", "commands/"),
     "cyclopts": ("commands/",),
     "jinja2": ("report/",),

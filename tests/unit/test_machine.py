@@ -75,7 +75,7 @@ class Nvml:
             "nvmlDeviceGetCount": lambda: 3,
             "nvmlDeviceGetHandleByIndex": self.handle,
             "nvmlDeviceGetName": lambda _: "NVIDIA H200",
-            "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=141 << 30),
+            "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=141 << 30, free=140 << 30),
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, answer)

@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from moe_dist.messages import building
-from moe_dist.messages.notices import MoeDistWarning, collecting, live, notice
+from moe_dist.messages.notices import MoeDistWarning, by_text, collecting, live, notice, telling, with_ranks
 
 
 def test_a_process_of_its_own_warns_in_a_category_of_ours():
@@ -81,3 +81,58 @@ class TestBuilding:
 
     def test_nobody_watches(self):
         assert not live("text")
+
+
+class TestPythonsWarnings:
+    def test_other_libraries_warnings_are_notices(self):
+        with collecting(warned=True) as said:
+            warnings.warn("of another\nlibrary", UserWarning, stacklevel=1)
+            notice("ours")
+        assert said == ["UserWarning: of another library", "ours"]
+
+    def test_only_where_they_are_asked_for(self):
+        with pytest.warns(UserWarning, match="seen"), collecting() as said:
+            warnings.warn("seen", UserWarning, stacklevel=1)
+        assert said == []
+
+    def test_afterwards_they_go_where_they_went(self):
+        before = warnings.showwarning
+        with pytest.raises(ZeroDivisionError), collecting(warned=True):
+            raise ZeroDivisionError
+        assert warnings.showwarning is before
+
+
+def test_what_was_said_before_an_error_is_not_lost():
+    def fails() -> None:
+        with collecting():
+            notice("before the error")
+            raise ZeroDivisionError
+
+    with collecting() as outer, pytest.raises(ZeroDivisionError):
+        fails()
+    assert outer == ["before the error"]
+
+
+def test_a_command_says_each_once_in_its_own_words():
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with telling(said.append):
+            for text in ("a", "b", "a"):
+                notice(text)
+            with collecting() as kept:
+                notice("c")
+    assert (said, kept) == (["a", "b"], ["c"])
+
+
+def test_a_rank_of_a_group_says_which_it_is(monkeypatch):
+    import torch.distributed as dist
+
+    for name, answer in (("is_initialized", True), ("get_world_size", 4), ("get_rank", 3)):
+        monkeypatch.setattr(dist, name, lambda *_, answer=answer: answer)
+    with pytest.warns(MoeDistWarning, match=r"^rank 3: no table$"):
+        notice("no table")
+
+
+def test_each_text_once_with_its_ranks():
+    assert with_ranks(by_text([("a", "b"), (), ("b",)])) == ["rank 0: a", "rank 0, 2: b"]
