@@ -79,6 +79,8 @@ class RankActor:
             return packed(outcome, self.context, ray.cloudpickle.dumps)
         except BaseException as error:  # Ray has meanings of its own for KeyboardInterrupt and the like
             failure = as_failure(error, self.context, ray.cloudpickle.dumps)
+        finally:
+            self.context.lift_limit()
         with suppress(OSError, ValueError):
             print(failure.trace, file=sys.stderr, flush=True)  # type: ignore[attr-defined]  # into this rank's log
         raise failure  # not from the error, which would travel too
