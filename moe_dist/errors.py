@@ -15,7 +15,11 @@ ALIKE = 0.7  # the two, by difflib's ratio
 
 
 class MoeDistError(Exception):
-    """Base class. Not a ValueError, so that pydantic passes it on untouched instead of wrapping it."""
+    """Base class. Not a ValueError, so that pydantic passes it on untouched instead of wrapping it.
+
+    `raised_on`: the rank whose function raised it, of a group of ranks; None for any other."""
+
+    raised_on: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.args, self.__dict__))

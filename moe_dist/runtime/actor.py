@@ -89,6 +89,8 @@ class RankActor:
             return packed(outcome, self.context, ray.cloudpickle.dumps, said)
         except BaseException as error:  # Ray has meanings of its own for KeyboardInterrupt and the like
             failure = as_failure(error, self.context, ray.cloudpickle.dumps, said)
+        finally:
+            self.context.lift_limit()
         log_failure(failure)  # into this rank's log
         raise failure  # not from the error, which would travel too
 

@@ -18,6 +18,7 @@ Dumps = Callable[[object], bytes]
 
 STOPPED = "its process is stopped (SIGSTOP, or a debugger)"
 STOPPED_S = 3.5  # what stopped it could not wake it in less, and nobody is told later than 5 s after that
+UNHEARD_S = 3.0  # of a rank that gives a sign of life once a second
 SILENT_S = 5.0  # a rank that gave no sign of life for so long is suspected before one that is merely behind
 
 
@@ -35,6 +36,7 @@ def as_failure(
         failure = own_failure(context, said_by(error))
     failure.trace = _trace(error)  # type: ignore[attr-defined]
     failure.notices = {encodable(text): [context.rank] for text in said}  # type: ignore[attr-defined]
+    failure.raised_on = context.rank
     return failure
 
 
@@ -154,11 +156,43 @@ def silence(sights: Sequence[Sight], timeout_s: float) -> RankFailure | None:
     return RankFailure(sight.rank, sight.doing, sight.sequence, why + _waits(sights, sight))
 
 
+def stalled(sights: Sequence[Sight]) -> RankFailure | None:
+    """The failure of a rank that takes longer than its own status allows (RankContext.progress): between collectives,
+    or in one that others don't come to. Ranks that compute are looked at first: who waits, waits for them."""
+    over = [sight for sight in sights if not sight.finished and 0 < sight.limit_s < sight.noted_s]
+    busy, waiting = [s for s in over if not s.op], [s for s in over if s.op]
+    if busy:
+        late = max(busy, key=lambda sight: (-sight.sequence, sight.noted_s - sight.limit_s))
+        why = f"in no collective for {_over(late)}" + _at(late)
+        return RankFailure(late.rank, late.doing, late.sequence, why + _waits(sights, late))
+    if not waiting:
+        return None
+    first = min(waiting, key=lambda sight: (sight.sequence, sight.rank))
+    rest = [sight for sight in sights if sight.rank != first.rank]
+    failure = RankFailure(first.rank, first.op, first.sequence, f"not over after {_over(first)}")
+    if _suspect(failure, rest) is not None:
+        return blamed([failure], sights)
+    for sight in waiting:
+        if sight.where or (not sight.fresh and sight.noted_s > UNHEARD_S):
+            doing = _at(sight) if sight.where else " and not heard of since"
+            why = f"in {sight.op} for {_over(sight)}{doing}"
+            return RankFailure(sight.rank, sight.doing, sight.sequence, why + _waits(sights, sight))
+    return failure if all(sight.fresh for sight in waiting) else None  # who is really there shows soon
+
+
+def _over(sight: Sight) -> str:
+    return f"{sight.noted_s:.1f} s, where its limit is {sight.limit_s:g} s"
+
+
+def _at(sight: Sight) -> str:
+    return f", at {sight.where}" if sight.where else ""
+
+
 def overdue(sights: Sequence[Sight], timeout_s: float) -> RankFailure:
     """The failure of a call that took too long: of the rank that is furthest behind, which the others wait for."""
     unfinished = [sight for sight in sights if not sight.finished]
     behind = min(unfinished, key=lambda sight: (not sight.stopped, sight.sequence, bool(sight.op), sight.rank))
-    why = f"not done within {timeout_s:g} s, here for {behind.doing_s:.0f} s" + (
+    why = f"not done within {timeout_s:g} s, here for {behind.doing_s:.0f} s{_at(behind)}" + (
         f"; {STOPPED}" if behind.stopped else ""
     )
     waits = f", in {behind.op}" if behind.op else _waits(sights, behind)
@@ -178,7 +212,8 @@ def _suspect(failure: RankFailure, rest: Sequence[Sight]) -> tuple[Sight, str] |
     behind = [sight for sight in rest if sight.sequence < failure.seq]
     if behind:
         last = min(behind, key=lambda sight: sight.sequence)
-        return last, _returned(last) if last.finished else f"did not come to sequence number {last.sequence + 1}"
+        missed = f"did not come to sequence number {last.sequence + 1}{_at(last)}"
+        return last, _returned(last) if last.finished else missed
     for sight in rest:
         if sight.sequence == failure.seq and sight.op not in ("", failure.op):
             return sight, f"was in {sight.op} where rank {failure.rank} was in {failure.op}"

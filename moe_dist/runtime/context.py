@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, field_validator
 
 from moe_dist.comm import Comm
+from moe_dist.comm.meeting import LONGEST_TIMEOUT_S
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import cores
 from moe_dist.machine.nodes import Strategy
@@ -66,10 +67,21 @@ class RankContext:
         """What shows how far something long is; None for torchrun's ranks, whose standard error is the user's."""
         return self.progress if self.runtime == "ray" else None
 
-    def progress(self, status: str) -> None:
+    def progress(self, status: str, limit_s: float | None = None) -> None:
+        """What this rank does from now on. `limit_s`: the most seconds that it then takes from one collective to the
+        next, and in one; a rank of the watcher's machine that takes longer fails its group. None: `timeout_s` of the
+        call and the collectives' own timeout are the only limits, as loading and compiling need it. Raises ConfigError
+        for a limit that can't be."""
+        if limit_s is not None and not (type(limit_s) in (int, float) and 0 < limit_s <= LONGEST_TIMEOUT_S):
+            legal = f"seconds, more than 0, up to {LONGEST_TIMEOUT_S:.0f}, or None"
+            raise ConfigError("limit_s", limit_s, "bounds the time between two collectives", legal)
         self.status, self.status_since = encodable(status), time.monotonic()
-        self.pulse.status(self.status)
+        self.pulse.status(self.status, limit_s or 0.0)
         logs.write_if_json(self.status)
+
+    def lift_limit(self) -> None:
+        """Between two calls nobody expects this rank in a collective."""
+        self.pulse.status(self.status)
 
 
 class RaySpec(Section):

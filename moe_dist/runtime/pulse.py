@@ -6,17 +6,25 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import select
 import signal
 import struct
+import sys
+import threading
 import time
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
-_LAYOUT = struct.Struct("=qdd32s160s")  # sequence, time of the last sign of life, time of the status, op, status
-_TIMES, _OP, _STATUS = slice(8, 24), slice(24, 56), slice(56, 216)
+# sequence; times of the last sign of life, of the status, of the last note; the status's limit in seconds; op, status,
+# where the working thread was at the last sign of life
+_LAYOUT = struct.Struct("=qdddd32s160s96s")
+_TIMES, _OP, _STATUS, _WHERE = slice(8, 40), slice(40, 72), slice(72, 232), slice(232, 328)
+# Code that waits for others: a rank that is there is in a collective indeed.
+_COLLECTIVES = (str(Path(__file__).parent.parent / "comm"), os.path.join("torch", "distributed"))
 
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 RUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")  # one run of torchrun
@@ -26,7 +34,9 @@ RUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")  # one run of torchr
 class Sight:
     """One rank as others see it. `op`: the collective it is in, or "". `finished`: its function has returned.
     `stopped`: its process is; `traced`: by a debugger. `ended`: how its process ended. `silent_s`: seconds since it
-    gave a sign of life."""
+    gave a sign of life. `noted_s`: seconds since a collective of its began or ended, or since its status, whichever
+    came last; `limit_s`: how many its status allows, 0 where it sets no limit. `fresh`: it gave a sign of life since
+    then, and `where` is the line of Python that it was at, "" inside of a collective."""
 
     rank: int
     doing: str
@@ -38,6 +48,10 @@ class Sight:
     stopped: bool = False
     traced: bool = False
     ended: str | None = None
+    noted_s: float = 0.0
+    limit_s: float = 0.0
+    fresh: bool = False
+    where: str = ""
 
 
 class Pulse:
@@ -50,13 +64,15 @@ class Pulse:
         memory = memoryview(mmap.mmap(self.fd, _LAYOUT.size))  # -1: memory of this process alone
         # Words and texts are stored whole: struct.pack_into would write zeros first, which others may read.
         self._sequence, self._times = memory[: _TIMES.start].cast("q"), memory[_TIMES].cast("d")
-        self._op, self._status = memory[_OP], memory[_STATUS]
+        self._op, self._status, self._where = memory[_OP], memory[_STATUS], memory[_WHERE]
+        self._thread = threading.get_ident()
         self.beat()
         self.status("starting")
 
     def note(self, op: str, sequence: int) -> None:
         """As Comm.noted: called at both ends of each collective, so it takes no more than a microsecond or two."""
         self._sequence[0] = sequence
+        self._times[2] = time.monotonic()
         self._op[:] = _padded(op, 32)
 
     @property
@@ -64,11 +80,17 @@ class Pulse:
         """The collective that this rank is in, or ""."""
         return bytes(self._op).rstrip(b"\0").decode(errors="replace")
 
-    def status(self, text: str) -> None:
-        self._times[1] = time.monotonic()
+    def status(self, text: str, limit_s: float = 0.0) -> None:
+        """`limit_s`: the most seconds from one collective to the next, and in one, while this status lasts; 0: none."""
+        self._thread = threading.get_ident()  # the one that works: whoever says what it does
+        self._times[3] = 0.0  # the old limit must not meet the new status, nor the new limit the old time
+        self._times[1] = self._times[2] = time.monotonic()
+        self._times[3] = limit_s
         self._status[:] = _padded(text, 160)
 
     def beat(self) -> None:
+        """A sign of life, by another thread than the one that works."""
+        self._where[:] = _padded(_where(self._thread), 96)
         self._times[0] = time.monotonic()
 
 
@@ -82,14 +104,15 @@ class Peer:
         self._pidfd = os.pidfd_open(pid)
 
     def sight(self, finished: bool = False) -> Sight:
-        sequence, beat, since, op, status = _LAYOUT.unpack(self._memory[:])
+        sequence, beat, since, noted, limit_s, op, status, where = _LAYOUT.unpack(self._memory[:])
         now = time.monotonic()  # one clock for all processes of a machine
-        doing, running = (text.rstrip(b"\0").decode(errors="replace") for text in (status, op))
+        doing, running, place = (text.rstrip(b"\0").decode(errors="replace") for text in (status, op, where))
         ended = self.ended()
         state = _state(self.pid) if ended is None else ""
         return Sight(
             self.rank, doing, running, sequence, max(0.0, now - beat), max(0.0, now - since), finished,
             stopped=state in STOPPED, traced=state == psutil.STATUS_TRACING_STOP, ended=ended,
+            noted_s=max(0.0, now - noted), limit_s=limit_s, fresh=beat > noted, where=place if beat > noted else "",
         )  # fmt: skip
 
     def ended(self) -> str | None:
@@ -104,6 +127,17 @@ class Peer:
         """Of a process that has ended, as far as the kernel still knows it."""
         code = _exit_code(self._pidfd)
         return _zombie_code(self.pid) if code is None else code
+
+    def gone(self, within_s: float) -> bool:
+        """Whether its process ends within so long."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(max(0.0, within_s) * 1e3))
+
+    def kill(self) -> None:
+        """End its process at once, also a stopped one. The descriptor can't mean another that has its number now."""
+        with suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         self._memory.close()
@@ -143,6 +177,14 @@ def siblings_ended_by(signals: Container[int]) -> bool:
         if fields and fields[0] == "Z" and int(fields[1]) == os.getppid() and int(fields[-1]) & 0x7F in signals:
             return True
     return False
+
+
+def _where(thread: int) -> str:
+    """File, line and function that this thread is at; "" where it is in a collective, or has ended."""
+    frame = sys._current_frames().get(thread)
+    if frame is None or any(part in frame.f_code.co_filename for part in _COLLECTIVES):
+        return ""
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def _padded(text: str, size: int) -> bytes:

@@ -19,7 +19,18 @@ from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceErro
 from moe_dist.messages import logs
 from moe_dist.runtime import failed_groups
 from moe_dist.runtime.actor import RankActor
-from moe_dist.runtime.blame import blamed, is_echo, left_early, overdue, said_by, silence, unpacked
+from moe_dist.runtime.blame import (
+    STOPPED,
+    STOPPED_S,
+    blamed,
+    is_echo,
+    left_early,
+    overdue,
+    said_by,
+    silence,
+    stalled,
+    unpacked,
+)
 from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.heard import heard, said_before
@@ -28,9 +39,14 @@ from moe_dist.runtime.other_nodes import OtherNodes
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.pulse import Peer, Sight
 from moe_dist.runtime.ray_places import bundle_of, check_resources, in_order, ranks_of_nodes
+from moe_dist.runtime.resources import ended
 
-BEAT_EVERY_S = 1.0
+BEAT_EVERY_S = 1.0  # a rank that computes answers each of them
+LOOK_EVERY_S = 0.25  # at the records, which takes nothing from a rank
 GRACE_S = 2.0  # after a first failure: time for the others to show theirs, so that the cause is named, not an echo
+FREE_S = 0.5  # for the ranks that live to leave their collective; they are ended anyway
+
+Prepared = tuple[RankFunction, tuple[Any, ...], float]
 
 
 class RayGroup:
@@ -48,16 +64,23 @@ class RayGroup:
     ) -> None:
         """`shown` is told what is waited for. `largest`: of the groups that will follow this one; without room for it
         not even this one is started."""
-        self.world, self.device, self.spec = world, device, spec or RaySpec()
+        self.world, self.device, self.spec, self._largest = world, device, spec or RaySpec(), largest
         self._shown = shown or (lambda _: None)
+        self._prepared: list[Prepared] = []
+        self._lost: ClusterLost | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """New ranks in a new placement group, and a process group of them."""
         self._actors: list[Any] = []
         self._bundles: Any = None
-        self._beats: list[tuple[str, float, int]] = [("starting", 0.0, 0)] * world
-        self._peers: list[Peer | None] = [None] * world
-        self._heard = [time.monotonic()] * world
+        self._beats: list[tuple[str, float, int]] = [("starting", 0.0, 0)] * self.world
+        self._peers: list[Peer | None] = [None] * self.world
+        self._heard = [time.monotonic()] * self.world
         self._other_nodes: OtherNodes | None = None
+        self._asked_at = 0.0
         connect(self.spec)
-        check_resources(max(world, largest), device, self.spec)
+        check_resources(max(self.world, self._largest), self.device, self.spec)
         self._watch_cluster = Watch(self.spec.silence_timeout_s)
         try:
             self._place()
@@ -148,10 +171,13 @@ class RayGroup:
     def _get(self, futures: Sequence[Any], op: str, timeout_s: float) -> list[Any]:
         pending = list(futures)
 
+        stopped_at: dict[int, float] = {}
+
         def one(seconds: float) -> bool:
             nonlocal pending
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=seconds)
             self._raise_first_failure(done, futures)
+            self._raise_stopped(op, stopped_at)
             return not pending
 
         if not self._patiently(one, timeout_s, f"{self.world} ranks ({op})"):
@@ -159,6 +185,15 @@ class RayGroup:
             raise RankFailure(rank, f"starting ({op})", -1, f"no answer within {timeout_s:g} s")
         results: list[Any] = ray.get(list(futures))
         return results
+
+    def _raise_stopped(self, op: str, stopped_at: dict[int, float]) -> None:
+        """Where no heartbeats are asked for. `stopped_at`: when a rank was first seen so."""
+        now = time.monotonic()
+        for peer in filter(None, self._peers):
+            if not (sight := peer.sight()).stopped or sight.traced:
+                stopped_at.pop(peer.rank, None)
+            elif now - stopped_at.setdefault(peer.rank, now) > STOPPED_S:
+                raise RankFailure(peer.rank, f"starting ({op})", sight.sequence, STOPPED)
 
     def describe(self) -> Sequence[str]:
         several = len(self.nodes) > 1
@@ -182,14 +217,35 @@ class RayGroup:
             failed_groups.failed(error)
             raise
 
+    def prepare(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> None:
+        """As `run`, and again on the new ranks after each `recover`, in the order of these calls: what makes the state
+        that later calls need, such as weights, layers and CUDA graphs in `context.memo`."""
+        self.run(function, *arguments, timeout_s=timeout_s, shown=shown)
+        self._prepared.append((function, arguments, timeout_s))
+
+    def recover(self, shown: Callable[[str], None] | None = None) -> None:
+        """Replace all ranks by new processes, in a new placement group and a new process group, and prepare them as the
+        ones before were. What `run` gave before it gives again, bit by bit where the backend is deterministic; what a
+        rank has kept since it was prepared is gone. Nothing of the old ranks is left when the new ones start.
+
+        Takes `ray.start_timeout_s`, `ray.collective_timeout_s` and the time of each `prepare` at most. Raises
+        ClusterLost where that is how the group ended, RankFailure where an old rank does not end, or a new one fails,
+        ResourceError where the cluster has no place for the group any more. It may be called again after each."""
+        if self._lost is not None:
+            raise self._lost
+        self.close()
+        self._start()
+        for function, arguments, timeout_s in self._prepared:
+            self.run(function, *arguments, timeout_s=timeout_s, shown=shown or self._shown)
+
     def _watch(self, futures: list[Any], timeout_s: float, shown: Callable[[str], None]) -> None:
         """Return when all are done; raise when one fails, falls silent or time is up, or the cluster goes."""
         deadline = time.monotonic() + timeout_s
         self._heard = [time.monotonic()] * self.world
         beats: dict[Any, int] = {}
-        pending, suspected = list(futures), False
+        pending, suspected = list(futures), None
         while pending:
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=BEAT_EVERY_S)
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=LOOK_EVERY_S)
             self._check_cluster()
             self._raise_first_failure(done, futures)
             self._listen(beats, patient=bool(pending))
@@ -199,15 +255,23 @@ class RayGroup:
                 raise silent
             if pending and time.monotonic() > deadline:
                 raise overdue(sights, timeout_s)
+            if (late := stalled(sights)) is not None:
+                raise late
             left = left_early(sights)
-            if left and suspected:  # seen twice, a beat apart: nobody is still on the way
+            if left is None:
+                suspected = None
+            elif suspected is None:
+                suspected = time.monotonic()
+            elif time.monotonic() - suspected > BEAT_EVERY_S:  # nobody is still on the way
                 raise left
-            suspected = left is not None
 
     def _listen(self, beats: dict[Any, int], patient: bool) -> None:
-        """Ask each rank that has no question open for its heartbeat, and take the answers."""
-        asked = set(beats.values())
-        beats |= {self._actors[r].beat.remote(): r for r in range(self.world) if r not in asked}
+        """Ask each rank that has no question open for its heartbeat, once a second, and take the answers."""
+        if time.monotonic() - self._asked_at > BEAT_EVERY_S:
+            asked, self._asked_at = set(beats.values()), time.monotonic()
+            beats |= {self._actors[r].beat.remote(): r for r in range(self.world) if r not in asked}
+        if not beats:
+            return
         answered, _ = ray.wait(list(beats), num_returns=len(beats), timeout=0.2 if patient else 0)
         for beat in answered:
             rank = beats.pop(beat)
@@ -228,8 +292,12 @@ class RayGroup:
 
     def _raise_first_failure(self, done: Sequence[Any], futures: Sequence[Any]) -> None:
         """Wait briefly after a failure: a dead rank makes others fail too, and the first cause is what counts."""
-        if not any(_failure(future) for future in done):
+        if not (found := [future for future in done if _failure(future)]):
             return
+        for future in found:  # what is no echo needs no comparison
+            error = _failure(future)
+            if isinstance(error, RayTaskError) and not is_echo(own := self._raised(futures.index(future), error)):
+                raise own
         settled, pending = ray.wait(list(futures), num_returns=len(futures), timeout=GRACE_S)
         failures = {futures.index(future): error for future in settled if (error := _failure(future))}
         died = {rank: error for rank, error in failures.items() if not isinstance(error, RayTaskError)}
@@ -277,26 +345,45 @@ class RayGroup:
 
     def _settle(self, error: BaseException) -> None:
         """After a failure: free the ranks that still wait, and give the group up."""
-        if not isinstance(error, ClusterLost):
-            futures = [actor.abort.remote() for actor in self._actors]
+        if isinstance(error, ClusterLost):
+            self._lost = error
+            self._watch_cluster.close()
+        else:
+            futures = [
+                actor.abort.remote() for actor, peer in zip(self._actors, self._peers, strict=False) if _answers(peer)
+            ]
             if futures:
-                ray.wait(futures, num_returns=len(futures), timeout=GRACE_S)
-            self.close()
+                ray.wait(futures, num_returns=len(futures), timeout=FREE_S)
+            with suppress(RankFailure):  # what it says is no cause of `error`; `recover` finds it again
+                self.close()
         self._actors, self._bundles = [], None  # of a lost cluster nothing can be given back
 
     def close(self) -> None:
-        """End the actors and give their place back. May be called twice."""
+        """End the actors and give their place back. May be called twice. Raises RankFailure where the process of a rank
+        of this machine does not end."""
         self._watch_cluster.close()
         if self._other_nodes is not None:
             self._other_nodes.close()
         for actor in self._actors:
             ray.kill(actor)
-        for peer in filter(None, self._peers):
-            peer.close()
-        self._actors, self._peers = [], [None] * self.world
         if self._bundles is not None:
             remove_placement_group(self._bundles)
-            self._bundles = None
+        self._actors, self._bundles = [], None
+        left = ended(peer for peer in self._peers if peer is not None)
+        for rank, peer in enumerate(self._peers):
+            if peer is not None and rank not in left:  # those that are left are ended at the next call
+                peer.close()
+                self._peers[rank] = None
+        if left:
+            raise RankFailure(left[0], "ending", -1, "its process is still there after SIGKILL")
+
+
+def _answers(peer: Peer | None) -> bool:
+    """Whether a rank may still do what it is asked for; of another machine's nobody knows."""
+    if peer is None:
+        return True
+    sight = peer.sight()
+    return sight.ended is None and not sight.stopped
 
 
 def _failure(future: Any) -> Exception | None:

@@ -45,6 +45,7 @@ from moe_dist.runtime.blame import (
     packed,
     said_by,
     silence,
+    stalled,
     unpacked,
 )
 from moe_dist.runtime.context import RankContext, RankFunction, limit_threads
@@ -184,6 +185,7 @@ class _Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._deadline = float("inf")
+        self._context.lift_limit()
 
     def settled(self, own: MoeDistError) -> MoeDistError:
         """What is to be raised here for `own`: another rank's failure, if that is what broke this rank's collective."""
@@ -196,7 +198,7 @@ class _Watcher:
         with suppress(Exception):
             self._store.set(f"failure{self._context.rank}", pickle.dumps(failure).hex())
         self._context.pulse.note(FAILED, self._context.comm.sequence)
-        self._mute()
+        self._mute(failure)
         self._settling = False
         if voice.speaks():
             self._context.pulse.note(SPEAKS, self._context.comm.sequence)
@@ -221,17 +223,18 @@ class _Watcher:
     def _read(self, key: str) -> Any:
         return pickle.loads(bytes.fromhex(self._store.get(key).decode()))
 
-    def _mute(self) -> None:
-        """Who can't speak, is passed over; what is stopped would hold torchrun up for half a minute at the end."""
+    def _mute(self, failure: MoeDistError) -> None:
+        """Who can't speak, is passed over: also a rank that is named because it does not come. What heeds no SIGTERM
+        would hold torchrun up for half a minute at the end."""
         self._heed()
         for peer in self._peers:
             sight = peer.sight()
             if sight.rank == self._context.rank or sight.op in TOLD:  # that one has spoken for itself
                 continue
-            if sight.ended or sight.stopped or sight.silent_s > self._silence_s:
+            named = isinstance(failure, RankFailure) and failure.rank == sight.rank
+            if named or sight.ended or sight.stopped or sight.silent_s > self._silence_s:
                 voice.mute([sight.rank])
-                if sight.stopped:
-                    atexit.register(_kill, peer.pid)
+                atexit.register(_end_deaf, peer)
 
     def _heed(self) -> None:
         """A rank that a higher one speaks for was passed over itself, and is silent from now on."""
@@ -258,7 +261,7 @@ class _Watcher:
             found = self._failure()
             if found is not None and not self._stop.is_set():
                 self._noted = found
-                self._mute()
+                self._mute(found)
                 self._free_main_thread()
 
     def _free_main_thread(self) -> None:
@@ -296,6 +299,8 @@ class _Watcher:
         ]
         if (quiet := silence(heard, self._silence_s)) is not None:
             return quiet
+        if (late := stalled(sights)) is not None:
+            return late
         if time.monotonic() > self._deadline:
             return overdue(sights, self._timeout_s)
         left, before = left_early(sights), self._suspected
@@ -317,7 +322,7 @@ class _Watcher:
             self._heed()
             if not self._over and (death := self._died()) is not None:
                 self._over = True
-                self._mute()
+                self._mute(death)
                 raise death
             if callable(before):
                 before(number, frame)
@@ -334,6 +339,13 @@ def _death(sight: Sight) -> RankFailure:
     failure = RankFailure(sight.rank, sight.doing, sight.sequence, f"{sight.ended}{where}")
     failure.own = True  # type: ignore[attr-defined]
     return failure
+
+
+def _end_deaf(peer: Peer) -> None:
+    """End a rank whose main thread won't hear of SIGTERM: it is stopped, or in code that lets no other thread run."""
+    sight = peer.sight()
+    if sight.stopped or (sight.ended is None and sight.silent_s > 2 * LOOK_EVERY_S):
+        peer.kill()
 
 
 def _kill(pid: int) -> None:

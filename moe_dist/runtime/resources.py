@@ -1,0 +1,23 @@
+"""The end of a group's processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from moe_dist.runtime.pulse import Peer
+
+LEAVE_S = 0.5  # for ranks that Ray has told to end
+KILLED_S = 2.0  # for the kernel to end a process: it gives a large one's memory back first
+
+
+def ended(peers: Iterable[Peer]) -> list[int]:
+    """End these ranks' processes, all of this machine, and return the ranks of those that are still there. Ray tells a
+    rank to end in its own time, and never reaches a stopped one."""
+    left, deadline = [], time.monotonic() + LEAVE_S
+    for peer in peers:
+        if peer.sight().stopped or not peer.gone(deadline - time.monotonic()):
+            peer.kill()
+            left.append(peer)
+    deadline = time.monotonic() + KILLED_S
+    return [peer.rank for peer in left if not peer.gone(deadline - time.monotonic())]
