@@ -138,8 +138,8 @@ def test_a_layer_that_is_not_as_the_others_is_refused_in_its_first_step(pool: Po
             assert "; rank 1: " in rule
 
 
-def strange_table(comm: Comm, folder: str) -> tuple[str, str]:
-    """Plans for GPUs, with a user's tuning table that only rank 1 has."""
+def strange_table(comm: Comm, folder: str, broken: bool) -> tuple[str, str]:
+    """Plans for GPUs, with a user's tuning table that only rank 1 has, and which may be no JSON."""
     before = os.environ.get("MOE_DIST_CACHE")
     os.environ["MOE_DIST_CACHE"] = f"{folder}/{comm.rank}"
     try:
@@ -149,6 +149,9 @@ def strange_table(comm: Comm, folder: str) -> tuple[str, str]:
         (part, revision), *_ = plan.tuned_parts()
         if comm.rank == 1:
             write_table(part.shape, revision)
+            if broken:
+                (Path(folder) / "1" / "tables" / part.shape.file_name).write_text("{")
+                find_table.cache_clear()
         return said_by(lambda: comm.compare(plan_facts(plan)))
     finally:
         os.environ.pop("MOE_DIST_CACHE") if before is None else os.environ.update(MOE_DIST_CACHE=before)
@@ -163,10 +166,12 @@ def write_table(shape: Shape, revision: int) -> None:
     table.write(Path(os.environ["MOE_DIST_CACHE"]) / "tables")
 
 
-def test_tuning_tables_that_differ_are_refused(pool: Pool, tmp_path: Path) -> None:
-    for field, rule in pool.run(2, strange_table, str(tmp_path)):
+@pytest.mark.parametrize("broken", [False, True])
+def test_tuning_tables_that_differ_are_refused(pool: Pool, tmp_path: Path, broken: bool) -> None:
+    for field, rule in pool.run(2, strange_table, str(tmp_path), broken):
         assert field.startswith("table triton--")
-        assert "(rank 0: none; rank 1: of 2026-01-01, commit abc, checksum " in rule
+        assert "(rank 0: none; rank 1: " in rule
+        assert ("is no valid JSON" if broken else "of 2026-01-01, commit abc, checksum ") in rule
 
 
 # How it is told
