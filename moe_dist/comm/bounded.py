@@ -118,9 +118,9 @@ class Bounded:
     def _greet(self) -> None:
         """Once for a process group: its processes must be alike."""
         if self.world > 1 and not self._user.greeted:
-            facts, debug = facts_of_process(self.device), debug_asked_for()
-            self._teller.compare(facts)
-            self._user.greeted, self._user.guarded = True, self._user.guarded or debug
+            self._teller.compare(facts_of_process(self.device))
+            # A switch that has no legal value is refused behind this: on all ranks alike, or it was told.
+            self._user.greeted, self._user.guarded = True, debug_asked_for() or self._user.guarded
 
     @property
     def _elsewhere(self) -> str:
@@ -129,7 +129,9 @@ class Bounded:
             return known_elsewhere(self._group)
         return ""
 
-    def _captures(self) -> bool:
+    @property
+    def captures(self) -> bool:
+        """Whether what is launched now is recorded into a CUDA graph."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _run(self, op: str, call: Callable[[], R], form: Callable[[], Form] = Form) -> R:
@@ -141,7 +143,7 @@ class Bounded:
         try:
             self._check_group()
             self._greet()
-            if self.world > 1 and self._user.guarded and not self._captures():
+            if self.world > 1 and self._user.guarded and not self.captures:
                 check_form(self._teller, op, self.sequence, form())
             result = call()
         except MoeDistError:

@@ -10,7 +10,7 @@ from moe_dist.machine.switches import switches
 
 
 def facts_of_process(device: torch.device) -> dict[str, str]:
-    """By name, in words. Raises ConfigError for a switch with no legal value."""
+    """By name, in words."""
     facts = {"device": device.type, "torch": torch.__version__, "moe_dist": _own_version()}
     if device.type == "cuda":
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # as loaded

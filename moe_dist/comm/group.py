@@ -132,7 +132,7 @@ class Comm(Collectives, Agreements):
         shared = self.shared
         there = (0,) * len(sizes) if shared is None else shared.sizes
         if shared is None or any(size > room for size, room in zip(sizes, there, strict=True)):
-            if self._captures():
+            if self.captures:
                 raise ConfigError("window", sizes, "can't grow while a CUDA graph is captured", "a step before it")
             sizes = tuple(map(max, sizes, there))
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device

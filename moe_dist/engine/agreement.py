@@ -12,9 +12,10 @@ from moe_dist.comm.agreements import FACTS
 from moe_dist.comm.teller import MODULUS, digest, number_of
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.router import Router
+from moe_dist.errors import ConfigError
 from moe_dist.model.routing import Routing
 from moe_dist.model.weights import ExpertWeights, position_sum
-from moe_dist.tables import find_table
+from moe_dist.tables import Shape, find_table
 
 
 class Agreement:
@@ -96,13 +97,19 @@ def _tables(plan: Plan) -> dict[str, str]:
     """Of each table that ranks look for: which one it is. A backend that another rank does not run has none there."""
     found = {}
     for part, revision in plan.tuned_parts():
-        table = find_table(part.shape, revision)
-        said = "none"
-        if table is not None:
-            checksum = number_of(json.dumps(table.document(), sort_keys=True))
-            said = f"of {table.date}, commit {table.commit}, checksum {checksum:x}"
-        found[part.shape.file_name] = said
+        found[part.shape.file_name] = _table(part.shape, revision)
     return found
+
+
+def _table(shape: Shape, revision: int) -> str:
+    try:
+        table = find_table(shape, revision)
+    except ConfigError as error:  # of this rank alone, perhaps, and then the others are to hear of it here
+        return error.brief
+    if table is None:
+        return "none"
+    checksum = number_of(json.dumps(table.document(), sort_keys=True))
+    return f"of {table.date}, commit {table.commit}, checksum {checksum:x}"
 
 
 def of_stack(agreements: Sequence[Agreement], layers: Sequence[int]) -> dict[str, int]:

@@ -177,7 +177,7 @@ class MoELayer(nn.Module):
         agreed, needed = bucket, self.needs_bucket
         # On a CPU, and in the debug mode, the ranks make sure that they are in one step; else in the first one, and
         # where they must.
-        if ((needed and bucket is None) or self.meets or not self.met) and not self._capturing():
+        if ((needed and bucket is None) or self.meets or not self.met) and not self.comm.captures:
             alike = self.plan.token_layout == "replicated"
             same = partial(self.agreement.of, self.number, x_TH, routing, self.meets, captured)
             agreed = self.comm.meet(routing.tokens, bucket, alike, same, lambda: self.agreement.facts)
@@ -200,7 +200,7 @@ class MoELayer(nn.Module):
         if shared == "replicated":
             y_TH = y_TH + self._of_shared(step, path, TokenRows(x_TH, routing.ids_TK, routing.weights_TK))
         y_TH = y_TH.to(self.plan.spec.torch_dtype)
-        if self.debug and not self._capturing():
+        if self.debug and not self.comm.captures:
             check_result(y_TH, x_TH)
         return y_TH
 
@@ -247,9 +247,9 @@ class MoELayer(nn.Module):
             routing = self.router(x_TH)
         check_routing(routing, len(x_TH), spec, device)
         check_bucket(bucket, len(x_TH))
-        if device.type == "cpu" or (self.debug and not self._capturing()):
+        if device.type == "cpu" or (self.debug and not self.comm.captures):
             check_values(routing, spec, x_TH if own else None)
-        if self.debug and not self._capturing():
+        if self.debug and not self.comm.captures:
             check_repeats(routing)
         return plain_rows(x_TH.detach()), routing
 
@@ -267,9 +267,6 @@ class MoELayer(nn.Module):
     def capturable(self) -> Support:
         """See Plan.capturable."""
         return self.plan.capturable
-
-    def _capturing(self) -> bool:
-        return self.comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         device = self.comm.device

@@ -25,6 +25,9 @@ def debug_asked_for() -> bool:
 
 
 def switches(device: str) -> dict[str, str]:
-    """Those that matter on this kind of device, by name; what is not set is "not set". Raises as debug_asked_for."""
+    """Those that matter on this kind of device, by name, as they are set, legal or not; what is not set is "not
+    set"."""
     names = (*NUMERIC_SWITCHES, *(NCCL_SWITCHES if device == "cuda" else ()))
-    return {DEBUG: "on" if debug_asked_for() else "off"} | {name: os.environ.get(name, "not set") for name in names}
+    debug = os.environ.get(DEBUG, "").lower()
+    debug = "on" if debug in ON else "off" if debug in OFF else debug
+    return {DEBUG: debug} | {name: os.environ.get(name, "not set") for name in names}

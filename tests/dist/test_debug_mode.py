@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,12 +25,6 @@ WORLD = 3
 SECONDS = 5.0  # the timeout of the group is two minutes
 
 Call = Callable[[Comm], Any]
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Pool]:
-    with Pool(WORLD) as pool:
-        yield pool
 
 
 def rows(count: int, columns: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -101,8 +95,8 @@ def mismatched(comm: Comm, what: str) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize("what", MISMATCHES)
-def test_both_sides_of_a_mismatch_are_told_before_it_starts(three: Pool, what: str) -> None:
-    for rank, cause, seconds in three.run(WORLD, mismatched, what):
+def test_both_sides_of_a_mismatch_are_told_before_it_starts(pool: Pool, what: str) -> None:
+    for rank, cause, seconds in pool.run(WORLD, mismatched, what):
         assert rank == 1
         assert MISMATCHES[what][2] in cause
         assert "form a new process group" in cause
@@ -130,5 +124,5 @@ def stepped(comm: Comm, exchange: str) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.parametrize("exchange", ["ag_rs", "all_to_all"])
-def test_a_layer_in_the_debug_mode_guards_its_group_and_gives_the_same(three: Pool, exchange: str) -> None:
-    assert three.run(WORLD, stepped, exchange) == [(True, False, True)] * WORLD
+def test_a_layer_in_the_debug_mode_guards_its_group_and_gives_the_same(pool: Pool, exchange: str) -> None:
+    assert pool.run(WORLD, stepped, exchange) == [(True, False, True)] * WORLD

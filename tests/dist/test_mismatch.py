@@ -44,7 +44,7 @@ def said_by(call: Any) -> tuple[str, str]:
 # Processes
 
 
-def strange_process(comm: Comm, what: str) -> list[tuple[str, str]]:
+def strange_process(comm: Comm, what: str, value: str) -> list[tuple[str, str]]:
     """What the first collective of a group says where the last rank is another, and what a later one says where it is
     as the others again."""
     comm._user.greeted = False  # as on a group that is new
@@ -53,9 +53,9 @@ def strange_process(comm: Comm, what: str) -> list[tuple[str, str]]:
     import moe_dist.comm.bounded as bounded
 
     if last and what.startswith("environment."):
-        os.environ[what.removeprefix("environment.")] = "1"
+        os.environ[what.removeprefix("environment.")] = value
     elif last:
-        bounded.facts_of_process = lambda device: real(device) | {what: "0.0.1"}
+        bounded.facts_of_process = lambda device: real(device) | {what: value}
     try:
         found.append(said_by(comm.barrier))
     finally:
@@ -67,16 +67,19 @@ def strange_process(comm: Comm, what: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("what", "others", "own"),
+    ("what", "value", "others", "own"),
     [
-        ("torch", torch.__version__, "0.0.1"),
-        ("moe_dist", greeting.facts_of_process(torch.device("cpu"))["moe_dist"], "0.0.1"),
-        ("environment.MOE_DIST_DEBUG", "off", "on"),
-        ("environment.NVIDIA_TF32_OVERRIDE", "not set", "1"),
+        ("torch", "0.0.1", torch.__version__, "0.0.1"),
+        ("moe_dist", "0.0.1", greeting.facts_of_process(torch.device("cpu"))["moe_dist"], "0.0.1"),
+        ("environment.MOE_DIST_DEBUG", "1", "off", "on"),
+        ("environment.MOE_DIST_DEBUG", "maybe", "off", "maybe"),
+        ("environment.NVIDIA_TF32_OVERRIDE", "1", "not set", "1"),
     ],
 )
-def test_a_process_that_is_not_as_the_others_is_refused(pool: Pool, what: str, others: str, own: str) -> None:
-    for first, later in pool.run(3, strange_process, what):
+def test_a_process_that_is_not_as_the_others_is_refused(
+    pool: Pool, what: str, value: str, others: str, own: str
+) -> None:
+    for first, later in pool.run(3, strange_process, what, value):
         assert first == (what, f"must be the same on all ranks (ranks 0, 1: {others}; rank 2: {own})")
         assert later == ("", "")
 
@@ -138,8 +141,8 @@ def test_a_layer_that_is_not_as_the_others_is_refused_in_its_first_step(pool: Po
             assert "; rank 1: " in rule
 
 
-def strange_table(comm: Comm, folder: str) -> tuple[str, str]:
-    """Plans for GPUs, with a user's tuning table that only rank 1 has."""
+def strange_table(comm: Comm, folder: str, broken: bool) -> tuple[str, str]:
+    """Plans for GPUs, with a user's tuning table that only rank 1 has, and which may be no JSON."""
     before = os.environ.get("MOE_DIST_CACHE")
     os.environ["MOE_DIST_CACHE"] = f"{folder}/{comm.rank}"
     try:
@@ -149,6 +152,9 @@ def strange_table(comm: Comm, folder: str) -> tuple[str, str]:
         (part, revision), *_ = plan.tuned_parts()
         if comm.rank == 1:
             write_table(part.shape, revision)
+            if broken:
+                (Path(folder) / "1" / "tables" / part.shape.file_name).write_text("{")
+                find_table.cache_clear()
         return said_by(lambda: comm.compare(plan_facts(plan)))
     finally:
         os.environ.pop("MOE_DIST_CACHE") if before is None else os.environ.update(MOE_DIST_CACHE=before)
@@ -163,10 +169,12 @@ def write_table(shape: Shape, revision: int) -> None:
     table.write(Path(os.environ["MOE_DIST_CACHE"]) / "tables")
 
 
-def test_tuning_tables_that_differ_are_refused(pool: Pool, tmp_path: Path) -> None:
-    for field, rule in pool.run(2, strange_table, str(tmp_path)):
+@pytest.mark.parametrize("broken", [False, True])
+def test_tuning_tables_that_differ_are_refused(pool: Pool, tmp_path: Path, broken: bool) -> None:
+    for field, rule in pool.run(2, strange_table, str(tmp_path), broken):
         assert field.startswith("table triton--")
-        assert "(rank 0: none; rank 1: of 2026-01-01, commit abc, checksum " in rule
+        assert "(rank 0: none; rank 1: " in rule
+        assert ("is no valid JSON" if broken else "of 2026-01-01, commit abc, checksum ") in rule
 
 
 # How it is told

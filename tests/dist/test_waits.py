@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,13 +15,6 @@ from moe_dist.comm import group as comm_module
 from moe_dist.errors import RankFailure, UnsupportedError
 
 TIMEOUT_S = 2.0
-
-
-@pytest.fixture
-def two() -> Iterator[Pool]:
-    """Of its own: its ranks are out of step afterwards."""
-    with Pool(2) as pool:
-        yield pool
 
 
 def makes_no_comm(comm: Comm) -> tuple[int, str, int, str, float]:
@@ -38,8 +30,9 @@ def makes_no_comm(comm: Comm) -> tuple[int, str, int, str, float]:
     return 0, "nothing was raised", 0, "", 0.0
 
 
-def test_a_rank_that_makes_no_comm_is_waited_for_so_long(two: Pool) -> None:
-    rank, op, seq, cause, seconds = two.run(2, makes_no_comm)[0]
+def test_a_rank_that_makes_no_comm_is_waited_for_so_long() -> None:
+    with Pool(2) as two:  # of its own: the ranks are out of step afterwards
+        rank, op, seq, cause, seconds = two.run(2, makes_no_comm)[0]
     assert (rank, op, seq) == (0, "forming a group for the CPU", 0)
     assert "every rank of the group makes its Comm, within 2 s" in cause
     assert seconds < TIMEOUT_S + 5
@@ -53,12 +46,15 @@ def shares_no_memory(comm: Comm, error: str) -> tuple[str, str]:
             error
         ]
 
+    real = symmetric_memory.empty, symmetric_memory.rendezvous, torch.cuda.synchronize
     symmetric_memory.empty, symmetric_memory.rendezvous = torch.empty, rendezvous
     torch.cuda.synchronize = lambda *_: None
     try:
         comm.window(100)
     except (RankFailure, UnsupportedError) as raised:
         return type(raised).__name__, str(raised)
+    finally:
+        symmetric_memory.empty, symmetric_memory.rendezvous, torch.cuda.synchronize = real
     return "", ""
 
 
@@ -74,8 +70,8 @@ def shares_no_memory(comm: Comm, error: str) -> tuple[str, str]:
     ],
 )
 def test_shared_memory_that_ranks_wait_for_in_vain_is_no_matter_of_gpus(
-    two: Pool, error: str, name: str, said: str
+    pool: Pool, error: str, name: str, said: str
 ) -> None:
-    for found, text in two.run(2, shares_no_memory, error):
+    for found, text in pool.run(2, shares_no_memory, error):
         assert found == name
         assert said in text
