@@ -38,7 +38,12 @@ class Comm:
     `sequence` counts this rank's collectives. `bytes_sent` adds up what this rank must send to others by the leanest
     algorithm of each collective: (W-1) times its part for an all-gather, (W-1)/W of the input for a reduce-scatter,
     twice that for an all-reduce, the rows for other ranks for an all-to-all.
+
+    `nodes`: how many ranks are on each node, ranks being numbered node by node. Whoever forms the group says so where
+    they are on several; empty: on one, or nobody has said.
     """
+
+    nodes: tuple[int, ...] = ()
 
     def __init__(
         self,

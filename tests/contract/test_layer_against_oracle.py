@@ -130,7 +130,8 @@ def test_nothing_that_runs_here_is_left_out() -> None:
         pytest.param(
             parallel, exchange, id=f"{parallel.label}-{exchange}",
             marks=[pytest.mark.slow] * (
-                parallel.world == 8 and (min(parallel.tp, parallel.ep) > 1 or exchange == "all_reduce")
+                parallel.world == 8
+                and (min(parallel.tp, parallel.ep) > 1 or exchange in ("all_reduce", "hierarchical"))
             ),
         )
         for parallel in PLACEMENTS
