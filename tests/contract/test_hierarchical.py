@@ -44,7 +44,7 @@ LOADS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("parallel", "nodes"), GRIDS, ids=str)
+@pytest.mark.parametrize(("parallel", "nodes"), GRIDS, ids=lambda it: getattr(it, "label", str(it)))
 def test_against_the_oracle(pool: Pool, parallel: ParallelSpec, nodes: tuple[int, ...]) -> None:
     cases = []
     for load, made in LOADS.items():

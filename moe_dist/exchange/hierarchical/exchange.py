@@ -42,7 +42,7 @@ class Hierarchical(Exchange[Sent, Whole]):
 
     token_layout: TokenLayout = "sharded"
     capturable = False
-    needs_bucket = False
+    needs_bucket = True  # nothing is padded, but it bounds the scratch
     every_token = False
     makes = ("token", "expert")
 
@@ -78,6 +78,7 @@ class Hierarchical(Exchange[Sent, Whole]):
         ]
 
     def dispatch(self, step: Step, x: Activations, routing: Routing) -> tuple[TokenRows, Sent]:
+        self.check_bucket(routing.tokens, step.bucket)
         across, inside = _levels(self.comm)
         tp, take = self.placement.tp, step.workspace.take
         with step.stages("dispatch"):
