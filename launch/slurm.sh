@@ -70,12 +70,12 @@ alive() {
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" --export=ALL \
     "$ray" start --head --block --disable-usage-stats --include-dashboard=false --node-ip-address="$address" --port="$port" &
 started+=($!)
-waited=0
+deadline=$((SECONDS + START_TIMEOUT_S))
 until (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null; do
     alive
-    [ $((waited += 1)) -le "$START_TIMEOUT_S" ] ||
+    [ "$SECONDS" -le "$deadline" ] ||
         fail "no Ray head at $address:$port ($head) within $START_TIMEOUT_S s" "$TOO_LITTLE"
-    sleep 1
+    sleep 0.2
 done
 if [ "$others" -gt 0 ]; then
     srun --overlap --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="$head" --export=ALL \

@@ -24,7 +24,13 @@ from moe_dist.errors import ConfigError, RankFailure
 
 
 class Comm(Collectives, Agreements):
-    """A rank's end of the group: how it is made and left, and the memory that its ranks share."""
+    """A rank's end of the group: how it is made and left, and the memory that its ranks share.
+
+    `nodes`: how many ranks are on each node, ranks being numbered node by node. Whoever forms the group says so where
+    they are on several; empty: on one, or nobody has said.
+    """
+
+    nodes: tuple[int, ...] = ()
 
     def __init__(
         self,

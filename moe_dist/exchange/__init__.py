@@ -12,6 +12,7 @@ EXCHANGES: Registry[Exchange[Any, Any]] = Registry(
         "all_reduce": "moe_dist.exchange.replicated:AllReduce",
         "ag_rs": "moe_dist.exchange.ag_rs:AllGatherReduceScatter",
         "all_to_all": "moe_dist.exchange.all_to_all:AllToAll",
+        "hierarchical": "moe_dist.exchange.hierarchical:Hierarchical",
         "nvlink": "moe_dist.exchange.nvlink:Nvlink",
     },
     Exchange,

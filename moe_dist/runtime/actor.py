@@ -63,15 +63,18 @@ class RankActor:
         self._store, port = serve_store(host, self.world, timeout_s)
         return port
 
-    def join(self, rank: int, own: str, named: bool, host: str, port: int, ranks_here: int, timeout_s: float) -> None:
+    def join(
+        self, rank: int, own: str, named: bool, host: str, port: int, nodes: tuple[int, ...], timeout_s: float
+    ) -> None:
         """Form the process group, as `rank`. `own`: the address of this node whose interface gloo and NCCL use, `named`
-        by the user or not."""
+        by the user or not. `nodes`: how many ranks are on each node."""
         self.rank = rank
         self._enter_thread()
-        limit_threads(ranks_here)
+        limit_threads(max(nodes))
         use_network_of(own, named)
         store = self._store or reach_store(host, port, self.world, timeout_s)
         comm = Comm.join(self.rank, self.world, store, self.device, timeout_s)
+        comm.nodes = nodes
         self.context = RankContext(comm, "ray", pulse=self._pulse)
 
     def run(self, function: RankFunction, arguments: tuple[Any, ...]) -> bytes:

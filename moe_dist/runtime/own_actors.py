@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ def join_actors(actors: Sequence[Any], *, timeout_s: float = 60.0) -> None:
     """Form one process group of Ray actors and give each the attribute `comm`, its Comm: actor r is rank r. Called by
     the program that holds their handles.
 
+    Actors that share a node stand together in the list: only so can an exchange make use of that (`Comm.nodes`).
     An actor of `num_gpus=1` is on its GPU, which becomes the current one, the others on their CPUs. Exchange nvlink
     needs all GPUs in sight: `runtime_env=ALL_GPUS_VISIBLE`. An actor runs its methods on one thread, as Ray's do unless
     they are asynchronous or have a `max_concurrency`. `timeout_s` bounds each wait here and every collective later.
@@ -43,10 +45,10 @@ def join_actors(actors: Sequence[Any], *, timeout_s: float = 60.0) -> None:
     kinds = [kind for kind, _, _ in places]
     if len(set(kinds)) > 1:
         raise ConfigError("actors", ", ".join(kinds), "ranks of one group have one kind of device", "all cuda, all cpu")
-    one_node = len({node for _, node, _ in places}) == 1
-    host, world = LOOPBACK if one_node else places[0][2], len(handles)
+    nodes = tuple(len(list(run)) for _, run in groupby(node for _, node, _ in places))
+    host, world = LOOPBACK if len(nodes) == 1 else places[0][2], len(handles)
     address = _all(handles[:1], [(world, host, timeout_s)], _open, "the meeting", timeout_s)[0]
-    given = [(rank, world, address, timeout_s) for rank in range(world)]
+    given = [(rank, world, address, nodes, timeout_s) for rank in range(world)]
     _all(handles, given, _join, "joining", 2 * timeout_s)  # it meets, and forms a second group beside NCCL's
 
 
@@ -75,8 +77,9 @@ def _open(actor: Any, world: int, host: str, timeout_s: float) -> str:
     return str(actor.meeting.address)
 
 
-def _join(actor: Any, rank: int, world: int, address: str, timeout_s: float) -> None:
+def _join(actor: Any, rank: int, world: int, address: str, nodes: tuple[int, ...], timeout_s: float) -> None:
     actor.comm = Comm.join(rank, world, address, _device(), timeout_s)
+    actor.comm.nodes = nodes
 
 
 def _device() -> torch.device:

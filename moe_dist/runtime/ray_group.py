@@ -127,7 +127,7 @@ class RayGroup:
         addresses = [LOOPBACK if len(on_nodes) == 1 and not named else place["address"] for place in self.places]
         timeout_s = self.spec.collective_timeout_s
         port = self._get([self._actors[0].serve.remote(addresses[0], timeout_s)], "serve", timeout_s)[0]
-        given = addresses[0], port, max(self.nodes), timeout_s
+        given = addresses[0], port, self.nodes, timeout_s
         joining = [
             actor.join.remote(rank, own, named, *given)
             for rank, (actor, own) in enumerate(zip(self._actors, addresses, strict=True))

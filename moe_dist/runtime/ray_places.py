@@ -12,6 +12,7 @@ import ray
 from moe_dist.errors import ResourceError
 from moe_dist.runtime.context import RaySpec
 
+BEHIND = 7  # the versions of IP addresses
 WHERE = {
     "STRICT_PACK": "on one node (strategy STRICT_PACK)",
     "PACK": "in the cluster",
@@ -56,10 +57,18 @@ def in_order(places: Sequence[dict[str, Any]]) -> list[int]:
 
     def key(number: int) -> tuple[Any, ...]:
         place = places[number]
-        address = ipaddress.ip_address(place["address"])
-        return address.version, int(address), place["node"], _index(place["device"]), number
+        return *_numbered(place["address"]), place["node"], _index(place["device"]), number
 
     return sorted(range(len(places)), key=key)
+
+
+def _numbered(address: str) -> tuple[int, int, str]:
+    """Addresses as numbers, so that 10.0.0.9 comes before 10.0.0.10; names, which a node may be given, behind them."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return BEHIND, 0, address
+    return found.version, int(found), address
 
 
 def _index(device: str) -> int:

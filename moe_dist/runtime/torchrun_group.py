@@ -86,7 +86,7 @@ class TorchrunGroup:
         before = open_sockets()
         self.context = RankContext(self._join(shared, place, timeout_s), "torchrun")
         hosts = [self._store.get(f"host{rank}") for rank in range(world)]
-        self.nodes = tuple(len(list(ranks)) for _, ranks in groupby(hosts))
+        self.nodes = self.context.comm.nodes = tuple(len(list(ranks)) for _, ranks in groupby(hosts))
         try:  # the end of a rank that nobody sees yet could not be told from anything else
             # Of all ranks. Since torch 2.14 the type says that this one might not be in it.
             made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))

@@ -58,7 +58,8 @@ class Inputs:
 @dataclass(frozen=True)
 class Case:
     """`bucket` is the caller's max_tokens_per_rank. `swap` gives the layer weights whose gate and up are exchanged,
-    `up_scale` is the factor between them. `exact`: all_to_all pads nothing."""
+    `up_scale` is the factor between them. `exact`: all_to_all pads nothing. `nodes`: the ranks are told that so many of
+    them are on each node."""
 
     name: str
     plan: Plan
@@ -68,6 +69,7 @@ class Case:
     up_scale: float = 0.25
     routed_by_layer: bool = False
     exact: bool = False
+    nodes: tuple[int, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -97,6 +99,7 @@ def run_outputs(comm: Comm, cases: list[Case]) -> dict[str, Tensor]:
 def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
     """This rank's output, its layer, and all tokens with their routing."""
     plan, spec, seed = case.plan, case.plan.spec, case.inputs.seed
+    comm.nodes = case.nodes
     x, routing = inputs_of(spec.hidden, spec.num_experts, spec.top_k, case.inputs)
     x = x.to(spec.torch_dtype)
     weights = _weights(spec, seed, case.up_scale)

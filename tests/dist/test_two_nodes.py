@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from dist.two_nodes import GPUS, HEAD, WORKER, Cluster, finish, unavailable
+from dist.two_nodes import GCS, GPUS, HEAD, ROOT, WORKER, Cluster, finish, unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -62,7 +62,7 @@ def test_ranks_lie_node_by_node_and_use_the_network_between(cluster: Cluster) ->
 
 def test_results_are_right_and_what_would_cross_nodes_is_refused(cluster: Cluster) -> None:
     arguments = (
-        "worlds=[4]", "placements=[ep,tp2xep2,tp]", "exchanges=[ag_rs,all_to_all]", "tokens=[9]", "skews=[uniform]",
+        "worlds=[4]", "placements=[ep,tp2xep2,tp]", "exchanges=[ag_rs,all_to_all,hierarchical]", "tokens=[9]", "skews=[uniform]",
         "token_splits=[ragged]", "iters=2", "warmup=0", *SMALL, *SPREAD,
     )  # fmt: skip
     command = (*MOE_DIST, "compare", "--device", "cpu", *arguments, "--json")
@@ -71,12 +71,12 @@ def test_results_are_right_and_what_would_cross_nodes_is_refused(cluster: Cluste
     document = json.loads(out)
     rows = document["rows"]
     assert sorted((row["placement"], row["exchange"]) for row in rows) == [
-        (placement, exchange) for placement in ("EP4", "TP2xEP2") for exchange in ("ag_rs", "all_to_all")
+        (placement, exchange) for placement in ("EP4", "TP2xEP2") for exchange in ("ag_rs", "all_to_all", "hierarchical")
     ]
     assert all(row["ok"] and row["world"] == 4 for row in rows)
     assert [line.rpartition(" on ")[2] for line in document["ranks"]["4"]] == [HEAD] * 2 + [WORKER] * 2
     refused = document["refused"]
-    assert len(refused) == 2
+    assert len(refused) == 3
     assert all("the nodes have 2 + 2 ranks" in each["reason"] for each in refused)
 
 
@@ -118,6 +118,16 @@ def test_a_head_without_gpus_plans_by_the_workers(cluster: Cluster) -> None:
         assert machine["name"] == f"GPU of {cluster.worker.name}"
         assert (machine["device"], machine["devices"], machine["elsewhere"]) == ("cuda", GPUS, True)
         assert machine["nodes"] == {"room": [GPUS], "strategy": strategy}
+
+
+def test_a_script_can_wait_for_nodes(cluster: Cluster) -> None:
+    """As launch/slurm.sh does before it starts the command."""
+    script = ROOT / "launch" / "nodes.py"
+    code, _, err = finish(cluster.head.popen(sys.executable, script, GCS, "2", "30"), 60)
+    assert (code, err) == (0, "")
+    code, _, err = finish(cluster.head.popen(sys.executable, script, GCS, "3", "2"), 60)
+    assert code == 3
+    assert err.endswith(f"2 of 3 nodes came within 2 s: {HEAD}, {WORKER}\n")
 
 
 @pytest.mark.parametrize("how", ["kill", "cut"])

@@ -141,6 +141,7 @@ def test_ranks_are_numbered_by_node_and_then_by_gpu() -> None:
     assert ranks_of_nodes([places[number] for number in order]) == [[0, 1, 2], [3, 4]]
     same = [place("10.0.0.1", node="b"), place("10.0.0.1", node="a"), place("10.0.0.1", node="b")]
     assert in_order(same) == [1, 0, 2]  # two raylets of one machine
+    assert in_order([place("gpu-b"), place("fd00::1"), place("gpu-a"), place("10.0.0.1")]) == [3, 1, 2, 0]
 
 
 def test_room_is_counted_in_whole_ranks() -> None:
