@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +24,9 @@ SIZE = 8192  # of the square matrices
 COPIED = 2 << 30  # bytes
 ITERS, WARM = 20, 5
 LARGEST_FILE = 1 << 20
+
+
+MOST_RATE = 1e36  # of a peak in FLOP/s or bytes/s: beyond it, the file holds something else
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _read(path: Path, _changed_ns: int) -> dict[str, Peaks]:
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < MOST_RATE
 
 
 def keep(device: str, peaks: Peaks) -> Path:

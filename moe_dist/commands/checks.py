@@ -65,7 +65,11 @@ def _torch(driver: Driver | None) -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    fits = check_packages()
+    try:
+        fits = check_packages()
+    except ImportError as error:
+        yield Check("package", False, f"not looked at: {error}", "pip install pyelftools, or this package again")
+        return
     for fit in fits:
         found = f"{fit.package} {fit.version}: " + (fit.problem() or f"{fit.files} libraries fit this torch")
         remedy = fit.remedy(torch.__version__, release_tried_with(fit.package))

@@ -105,7 +105,10 @@ class Fit:
 
 
 def check_packages(names: Iterable[str] = PACKAGES) -> list[Fit]:
-    """Those of these distributions that are installed and hold libraries linked with torch. Reads files only."""
+    """Those of these distributions that are installed and hold libraries linked with torch. Reads files only. Raises
+    ImportError without pyelftools."""
+    import elftools.elf.elffile  # noqa: F401 (a library that can't be read is another thing than no reader)
+
     found = []
     with ExitStack() as stack:
         torchs = _Exports.of(torch_libraries(), stack)

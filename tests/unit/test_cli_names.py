@@ -20,7 +20,7 @@ from moe_dist.runtime.context import RaySpec
 OTHERS = {
     "--baseline", "--build", "--calibrate", "--csv", "--format", "--harness", "--harness-tasks", "--json", "--limit",
     "--lines", "--logits", "--machine", "--max-new-tokens", "--measure", "--measured-layers", "--model-type",
-    "--move-gbps", "--network-gbps", "--network-us", "--out", "--output-len", "--pattern", "--profile",
+    "--move-gbps", "--network-gbps", "--network-us", "--out", "--output-len", "--pairs", "--pattern", "--profile",
     "--profile-output-dir", "--profile-steps", "--quant", "--redundant", "--remember", "--result-filename",
     "--resume", "--rows", "--run-name", "--seeds", "--shots", "--show-report", "--skip-warmup", "--steps", "--task",
     "--verbose", "--wide",

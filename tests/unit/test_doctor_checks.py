@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,3 +210,9 @@ def test_no_driver(monkeypatch):
 
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert topology() is None
+
+
+def test_without_a_reader_no_library_is_called_damaged(monkeypatch):
+    monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
+    (check,) = checks._packages()
+    fails(check, "not looked at", "pip install pyelftools")
