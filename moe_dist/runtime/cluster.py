@@ -30,9 +30,12 @@ from ray._private import ray_constants
 from moe_dist.comm.meeting import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
+from moe_dist.exits.signals import code_after_signal
 from moe_dist.files import require_text
+from moe_dist.runtime.blame import STOPPED, STOPPED_S
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe
+from moe_dist.runtime.pulse import stopped
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the group's one error says what counts
@@ -40,7 +43,9 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the
 OLDEST_RAY = (2, 52)  # the first with token authentication
 LONGEST_FOLDER = 40  # bytes: what Ray appends for its sockets is up to 65, and a Unix socket's path holds 107
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
-PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 2.0, 2
+PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 1.0, 2
+LOOK_EVERY_S = 0.25  # at a server that is stopped
+SERVERS = {"gcs_server": "head (GCS)", "raylet": "node (raylet)"}  # by Ray's kinds of processes
 AGAIN_S = 2.0
 
 _users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
@@ -124,6 +129,7 @@ def _start(spec: RaySpec) -> None:
             ray.shutdown()
         found = f"none that starts ({first_line(error)})"
         raise ResourceError("Ray", "a cluster on this machine", found, f"Ray's logs are in {folder}.") from error
+    atexit.register(_end_after_signal)  # before Ray's own, which was registered when Ray was imported
     if places := _open_to_the_network():
         say(f"this release of Ray listens beyond 127.0.0.1 ({', '.join(places)}); its token is what guards it")
 
@@ -266,13 +272,14 @@ class Watch:
     def __init__(self, silence_timeout_s: float) -> None:
         node: Any = ray._private.worker._global_node
         self.address = node.gcs_address
-        places = {"head (GCS)": self.address, "node (raylet)": _raylet_address(node)}
+        places = dict(zip(SERVERS.values(), (self.address, _raylet_address(node)), strict=True))
         self._places = {name: _endpoint(place) for name, place in places.items() if place}
-        self._own = [process for kind in node.all_processes.values() for process in kind]  # empty if we joined
+        self._own = dict(node.all_processes)  # by kind; empty if we joined
         self._all = psutil.Process().children(recursive=True) if self._own else []
         self._misses = dict.fromkeys(self._places, 0)
         self._answered = dict.fromkeys(self._places, time.monotonic())
         self._silence_s = silence_timeout_s
+        self._halted: str | None = None  # what of a private cluster is stopped
         self._cause: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="moe-dist-cluster-watch", daemon=True)
@@ -296,15 +303,25 @@ class Watch:
         self._stop.set()
 
     def _look(self) -> None:
-        while self._cause is None and not self._stop.wait(PROBE_EVERY_S):
-            self._ask(PROBES)
+        while self._cause is None and not self._stop.wait(LOOK_EVERY_S if self._halted else PROBE_EVERY_S):
+            self._halted = self._stopped()
+            if self._halted is None:
+                self._ask(PROBES)
+            elif (silent := time.monotonic() - min(self._answered.values())) > min(STOPPED_S, self._silence_s):
+                self._cause = f"its {self._halted} was silent for {silent:.0f} s: {STOPPED}"
+
+    def _stopped(self) -> str | None:
+        for kind, name in SERVERS.items():
+            if any(stopped(each.process.pid) for each in self._own.get(kind, ())):
+                return name
+        return None
 
     def _ask(self, misses: int) -> None:
         for name, place in self._places.items():
             try:
                 _greet(place)
                 self._misses[name], self._answered[name] = 0, time.monotonic()
-            except TimeoutError:  # busy, or stopped
+            except TimeoutError:  # busy, or stopped, as can be seen of a private cluster's processes
                 if (silent := time.monotonic() - self._answered[name]) > self._silence_s:
                     self._cause = f"its {name} was silent for {silent:.0f} s"
             except OSError as error:
@@ -321,11 +338,22 @@ class Watch:
         atexit.register(_leave)  # the last to be registered is the first to run
 
 
-def _leave() -> None:
+def _leave(code: int = CLUSTER_LOST) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
-    os._exit(CLUSTER_LOST)
+    os._exit(code)
+
+
+def _end_after_signal() -> None:
+    """Where a signal has ended the command, its private cluster goes with it at once: Ray's shutdown takes five seconds
+    for that. All of its processes are children of this one."""
+    if (code := code_after_signal()) is None or not ray.is_initialized():
+        return
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+    _leave(code)
 
 
 def _raylet_address(node: object) -> str | None:
