@@ -90,7 +90,7 @@ def _read(outcome: Outcome, lines: list[str]) -> None:
         outcome.rank = outcome.fault.rank  # its message names field and value, and no rank
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_every_fault_is_named_by_a_rank_that_lives(tmp_path: Path) -> None:
     references: dict[int, list[str]] = {}
     rows, wrong = [], []
