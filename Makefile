@@ -9,6 +9,7 @@
 #   make report                             build/report.html from the recorded files
 #   make test-browser                       the report's page in Chromium, which must be installed
 #   make test-stacks                        models of transformers with our layers in them, which installs it
+#   make test-faults                        hundreds of faults in ranks, and ten thousand steps, up to twenty minutes
 #   make test-sglang, make test-vllm        our backends in their layers, without a GPU; downloads one of them
 #   make kernels-check                      compile one of the cutlass backend's kernels, without a GPU
 #   make PIP_ARGS="--extra-index-url URL" …  another package index, such as PyTorch's of CPU builds
@@ -27,7 +28,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO := .demo-checkpoint/tiny-moe
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: compare test nightly lint docs report test-browser test-stacks test-sglang test-vllm kernels-check gpu-test clean
+.PHONY: compare test nightly lint docs report test-browser test-stacks test-faults test-sglang test-vllm kernels-check gpu-test clean
 
 compare: $(VENV)/.ready
 ifneq ($(origin CHECKPOINT),undefined)  # given but empty, as from an unset variable, is refused by the command
@@ -61,6 +62,7 @@ lint: $(VENV)/.ready-dev
 docs: $(VENV)/.ready
 	$(BIN)/python benchmarks/make_tables.py
 	$(BIN)/python benchmarks/make_choosing.py
+	$(BIN)/python benchmarks/make_operations.py
 
 # A file without rows of results is named and left out.
 report: $(VENV)/.ready
@@ -72,6 +74,11 @@ test-browser: $(VENV)/.ready-test
 # Models of other libraries with our layers in them; small and random, so that nothing is downloaded.
 test-stacks: $(VENV)/.ready-stacks
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "stacks and not gpu" tests/stacks $(ARGS)
+
+# Ray and torchrun side by side: their ranks wait most of the time. What was measured is in build/faults;
+# benchmarks/make_operations.py makes the record and the figures of docs/operations.md from it.
+test-faults: $(VENV)/.ready-test
+	MOE_DIST_FAULTS_OUT=build/faults $(BIN)/python -m pytest -q -n 2 --dist loadfile -m faults tests/faults $(ARGS)
 
 # Each in an environment of its own: that of the tests, and the stack's package without the gigabytes that it depends on.
 test-sglang test-vllm: test-%: build/%-env/.ready

@@ -20,6 +20,15 @@ HURRY_S = 5.0  # where another rank has died: what waits for it will not end by 
 AGAIN_S = 1.0  # a second signal after so long means now; torchrun passes one on at once that all ranks got already
 
 
+_heard: int | None = None  # the first signal of the command that runs, or ran last
+_final: int | None = None  # the exit code that this process is ending with
+
+
+def code_after_signal() -> int | None:
+    """The exit code of a process that is ending because a signal came; None of any other."""
+    return None if _heard is None else _final
+
+
 class Signals:
     """A context manager. The first signal raises a KeyboardInterrupt in the main thread, whichever it was: that is the
     one exception that comes through a wait inside of Ray. `signum` says which.
@@ -44,6 +53,8 @@ class Signals:
         return next((code for number, code in CODES.items() if number == self.signum), INTERRUPTED)
 
     def __enter__(self) -> Signals:
+        global _heard
+        _heard = None
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread may set handlers
         self._before = {number: signal.getsignal(number) for number in ENDING}
@@ -85,15 +96,21 @@ class Signals:
 
     def end_at_once_from_now_on(self, code: int) -> None:
         """While the interpreter shuts down: the command has its exit code already."""
+        global _final
+        _final = code
         for number in self._before:
             if self._before[number] != signal.SIG_IGN:
                 self._before[number] = lambda *_: os._exit(code)
 
     def _raise(self, number: int, _: FrameType | None) -> None:
-        self.signum = self.signum or number
+        self._hear(number)
         if not self._raised:  # once: what is under way then ends the command, and is not to be disturbed
             self._raised = True
             raise Interrupted
+
+    def _hear(self, number: int) -> None:
+        global _heard
+        self.signum = _heard = self.signum or number
 
     def _watch(self, read: int) -> None:
         first, hurry = None, False
@@ -112,7 +129,7 @@ class Signals:
                     os._exit(code)
             if first is None and number in ENDING:
                 first = time.monotonic()
-                self.signum = self.signum or number
+                self._hear(number)
                 try:
                     hurry = self._heard()
                 finally:

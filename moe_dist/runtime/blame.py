@@ -17,7 +17,7 @@ from moe_dist.runtime.pulse import Sight
 Dumps = Callable[[object], bytes]
 
 STOPPED = "its process is stopped (SIGSTOP, or a debugger)"
-STOPPED_S = 3.5  # what stopped it could not wake it in less, and nobody is told later than 5 s after that
+STOPPED_S = 3.0  # what stopped it could not wake it in less, and nobody is told later than 5 s after that
 UNHEARD_S = 3.0  # of a rank that gives a sign of life once a second
 SILENT_S = 5.0  # a rank that gave no sign of life for so long is suspected before one that is merely behind
 

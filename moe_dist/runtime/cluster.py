@@ -29,11 +29,13 @@ from ray._private import ray_constants
 from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
+from moe_dist.exits.signals import code_after_signal
 from moe_dist.files import require_text
 from moe_dist.messages import logs
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.greeting import Greeter
 from moe_dist.runtime.probe import probe
+from moe_dist.runtime.pulse import stopped
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the group's one error says what counts
@@ -41,6 +43,7 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the
 OLDEST_RAY = (2, 52)  # the first with token authentication
 LONGEST_FOLDER = 40  # bytes: what Ray appends for its sockets is up to 65, and a Unix socket's path holds 107
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
+SERVERS = {"gcs_server": "head (GCS)", "raylet": "node (raylet)"}  # by Ray's kinds of processes
 AGAIN_S = 2.0
 
 _users_own: dict[str, str | None] = {}  # the environment before a private cluster's token took its place
@@ -124,6 +127,7 @@ def _start(spec: RaySpec) -> None:
             ray.shutdown()
         found = f"none that starts ({first_line(error)})"
         raise ResourceError("Ray", "a cluster on this machine", found, f"Ray's logs are in {folder}.") from error
+    atexit.register(_end_after_signal)  # before Ray's own, which was registered when Ray was imported
     if places := _open_to_the_network():
         say(f"this release of Ray listens beyond 127.0.0.1 ({', '.join(places)}); its token is what guards it")
 
@@ -266,10 +270,11 @@ class Watch:
     def __init__(self, silence_timeout_s: float) -> None:
         node: Any = ray._private.worker._global_node
         self.address = node.gcs_address
-        places = {"head (GCS)": self.address, "node (raylet)": _raylet_address(node)}
-        self._own = [process for kind in node.all_processes.values() for process in kind]  # empty if we joined
+        places = dict(zip(SERVERS.values(), (self.address, _raylet_address(node)), strict=True))
+        self._own = dict(node.all_processes)  # by kind; empty if we joined
         self._all = psutil.Process().children(recursive=True) if self._own else []
-        self._greeter = Greeter({name: place for name, place in places.items() if place}, silence_timeout_s)
+        reached = {name: place for name, place in places.items() if place}
+        self._greeter = Greeter(reached, silence_timeout_s, self._stopped)
 
     def seen_all(self) -> None:
         """Remember the processes that are there now: they end with a private cluster that breaks."""
@@ -289,6 +294,13 @@ class Watch:
     def close(self) -> None:
         self._greeter.close()
 
+    def _stopped(self) -> str | None:
+        """Which server of a private cluster is."""
+        for kind, name in SERVERS.items():
+            if any(stopped(each.process.pid) for each in self._own.get(kind, ())):
+                return name
+        return None
+
     def _abandon(self) -> None:
         """Without its cluster, Ray's shutdown takes ten seconds and may crash this process: it ends without Ray's
         leave, with the exit code of a lost cluster. What is left of a private cluster is ended here."""
@@ -298,11 +310,22 @@ class Watch:
         atexit.register(_leave)  # the last to be registered is the first to run
 
 
-def _leave() -> None:
+def _leave(code: int = CLUSTER_LOST) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
-    os._exit(CLUSTER_LOST)
+    os._exit(code)
+
+
+def _end_after_signal() -> None:
+    """Where a signal has ended the command, its private cluster goes with it at once: Ray's shutdown takes five seconds
+    for that. All of its processes are children of this one."""
+    if (code := code_after_signal()) is None or not ray.is_initialized():
+        return
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+    _leave(code)
 
 
 def _raylet_address(node: object) -> str | None:

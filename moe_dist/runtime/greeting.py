@@ -5,21 +5,30 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 2.0, 2
+from moe_dist.runtime.blame import STOPPED, STOPPED_S
+
+PROBE_EVERY_S, PROBE_TIMEOUT_S, PROBES = 1.0, 1.0, 2
+LOOK_EVERY_S = 0.25  # at a service that is stopped
 
 
 class Greeter:
     """`causes`: why a service, by its name, is taken for gone: it refused, or could not be reached, PROBES times in a
-    row, or was silent for too long."""
+    row, was silent for too long, or is stopped."""
 
-    def __init__(self, addresses: Mapping[str, str], silence_timeout_s: float) -> None:
-        """`addresses`: host:port of each service."""
+    def __init__(
+        self,
+        addresses: Mapping[str, str],
+        silence_timeout_s: float,
+        stopped: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`addresses`: host:port of each service. `stopped`: which of them is seen to be, where its process can be
+        seen; a busy one only looks silent."""
         self._places = {name: _endpoint(address) for name, address in addresses.items()}
         self._misses = dict.fromkeys(self._places, 0)
         self._answered = dict.fromkeys(self._places, time.monotonic())
-        self._silence_s = silence_timeout_s
+        self._silence_s, self._stopped = silence_timeout_s, stopped
         self.causes: dict[str, str] = {}
         self._stop = threading.Event()
         if self._places:
@@ -45,8 +54,15 @@ class Greeter:
         self._stop.set()
 
     def _look(self) -> None:
-        while not self._stop.wait(PROBE_EVERY_S):
-            self.ask(PROBES)
+        halted = None
+        while not self._stop.wait(LOOK_EVERY_S if halted else PROBE_EVERY_S):
+            halted = self._stopped()
+            if halted is None:
+                self.ask(PROBES)
+                continue
+            silent = time.monotonic() - min(self._answered.values())
+            if halted not in self.causes and silent > min(STOPPED_S, self._silence_s):
+                self.causes[halted] = f"was silent for {silent:.0f} s: {STOPPED}"
 
 
 def _endpoint(address: str) -> tuple[str, int]:

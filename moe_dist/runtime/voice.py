@@ -110,7 +110,9 @@ def death() -> RankFailure | None:
     if not gone or siblings_ended_by(ENDING):  # which has come to all
         return None
     mute(gone)
-    return RankFailure(gone[0], "starting or ending", 0, "its process died")
+    too = ", ".join(f"rank {rank}" for rank in gone[1:])
+    also = f"; so did {too}, which SIGTERM may have ended: torchrun's report says who was first" if too else ""
+    return RankFailure(gone[0], "starting or ending", 0, f"its process died{also}")
 
 
 def leave_code(code: int) -> str:

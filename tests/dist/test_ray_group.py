@@ -20,7 +20,7 @@ from ray.exceptions import OutOfMemoryError
 from ray.util import placement_group_table
 
 from moe_dist.errors import ConfigError, RankFailure, ResourceError
-from moe_dist.runtime import ray_group
+from moe_dist.runtime import ray_watch
 from moe_dist.runtime.context import RankContext, RaySpec
 from moe_dist.runtime.ray_group import RayGroup
 
@@ -294,11 +294,11 @@ def test_a_rank_killed_for_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     def killed(*_: Any, **__: Any) -> None:
         raise OutOfMemoryError("Task was killed due to the node running low on memory.\nand more")
 
-    monkeypatch.setattr(ray_group.ray, "get", killed)
-    error = ray_group._failure(object())
+    monkeypatch.setattr(ray_watch.ray, "get", killed)
+    error = ray_watch._failure(object())
     assert error is not None
-    ranks = SimpleNamespace(_beats=[(), ("run", 0.0, 5)], _peers=[None, None], places=[{}, {"log": None}])
-    named = ray_group.RayGroup._death(ranks, 1, error)  # type: ignore[arg-type]
+    ranks = SimpleNamespace(beats=[(), ("run", 0.0, 5)], peers=[None, None], places=[{}, {"log": None}])
+    named = ray_watch.Lookout._death(ranks, 1, error)  # type: ignore[arg-type]
     assert (named.rank, named.op, named.seq) == (1, "run", 5)
     assert "ended by Ray because the node ran out of memory" in named.cause
     assert "running low on memory" in named.cause

@@ -125,7 +125,7 @@ def private_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("private_ray")
 def test_every_fault_is_named_and_survived(tmp_path: Path) -> None:
     rows, wrong = [], []

@@ -18,12 +18,14 @@ from moe_dist.runtime.torchrun_group import TorchrunGroup
 from moe_dist.runtime.voice import death, leave_code, speaks, together
 
 CALL_S = 60.0
+START_S = 60.0  # on a busy machine ranks start many seconds apart
 
 
 def command(fault: Fault) -> int:
     """Every rank's digest, in one line of the rank that speaks. A fault while loading must not wait for another."""
     Injector(fault, int(os.environ["RANK"])).at("before")
-    group = TorchrunGroup(fault.world, "cpu", COLLECTIVE_S)
+    patience_s = COLLECTIVE_S if fault.moment == "before" else START_S
+    group = TorchrunGroup(fault.world, "cpu", patience_s)
     loaded = fault if fault.moment == "loading" else healthy(world=fault.world)
     group.run(load, loaded, timeout_s=CALL_S, shown=len)
     results = group.run(work, fault, timeout_s=CALL_S, shown=len)

@@ -61,12 +61,22 @@ def work(context: RankContext, fault: Fault) -> str:
 
 def inputs(number: int, rank: int, world: int) -> tuple[Tensor, Routing]:
     """This rank's tokens of a step, and where they go: 0 to BUCKET tokens, another skew each step."""
-    counts = Stream("tokens of a fault test", SEED, number).integers(BUCKET + 1, world).tolist()
-    start = sum(counts[:rank])
-    x = Stream("rows of a fault test", SEED, number).normal(sum(counts), SPEC.hidden).bfloat16()
-    routing = synthetic_routing(SPEC, max(1, sum(counts)), SKEWS[number % len(SKEWS)], SEED + number)
-    stop = start + counts[rank]
+    x, routing = global_inputs(number, world)
+    counts = counts_of(number, world)
+    start, stop = sum(counts[:rank]), sum(counts[: rank + 1])
     return x[start:stop], routing.rows(start, stop)
+
+
+def counts_of(number: int, world: int) -> list[int]:
+    """Of each rank's tokens."""
+    return Stream("tokens of a fault test", SEED, number).integers(BUCKET + 1, world).tolist()
+
+
+def global_inputs(number: int, world: int) -> tuple[Tensor, Routing]:
+    tokens = sum(counts_of(number, world))
+    x = Stream("rows of a fault test", SEED, number).normal(tokens, SPEC.hidden).bfloat16()
+    routing = synthetic_routing(SPEC, max(1, tokens), SKEWS[number % len(SKEWS)], SEED + number)
+    return x, routing.rows(0, tokens)
 
 
 def healthy(**changes: Any) -> Fault:

@@ -16,7 +16,7 @@ import pytest
 
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.runtime import pulse as pulse_module
-from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, silence, unpacked
+from moe_dist.runtime.blame import as_failure, blamed, is_echo, left_early, overdue, packed, silence, stalled, unpacked
 from moe_dist.runtime.logs import said_last
 from moe_dist.runtime.pulse import Peer, Pulse, Sight, describe_end
 
@@ -89,6 +89,62 @@ def test_silence_and_lateness_name_who_waits() -> None:
 )
 def test_a_stopped_process_is_given_up_sooner(given: dict[str, Any], named: bool) -> None:
     assert (silence([WAITING, Sight(1, "loading", "", 20, **given)], 30) is not None) == named
+
+
+def busy(rank: int, noted_s: float, **changes: Any) -> Sight:
+    return Sight(rank, "steps", "", 20, **{"limit_s": 1.0, "noted_s": noted_s} | changes)
+
+
+def waits(rank: int, noted_s: float, **changes: Any) -> Sight:
+    return Sight(rank, "steps", "barrier", 21, **{"limit_s": 1.0, "noted_s": noted_s} | changes)
+
+
+@pytest.mark.parametrize(
+    ("sights", "rank", "why"),
+    [
+        ([waits(0, 1.2), busy(1, 1.3)], 1, "in no collective for 1.3 s, where its limit is 1 s; rank 0 waits"),
+        ([busy(0, 1.2, where="a.py:7 in f"), busy(1, 0.2)], 0, "in no collective for 1.2 s, where its limit is 1 s"),
+        ([waits(0, 1.2), busy(1, 1.1, limit_s=0.0)], 1, "did not come to sequence number 21; rank 0 waited in barrier"),
+        ([waits(0, 1.2), busy(1, 1.1, limit_s=9.0)], 1, "did not come to sequence number 21; rank 0 waited in barrier"),
+        ([waits(0, 1.2, fresh=True), waits(1, 1.1, fresh=True, where="a.py:7 in f")], 1, "in barrier for 1.1 s"),
+        ([waits(0, 3.2, fresh=True), waits(1, 3.1)], 1, "in barrier for 3.1 s, where its limit is 1 s and not"),
+        ([waits(0, 1.2, fresh=True), waits(1, 1.3, fresh=True)], 0, "not over after 1.2 s, where its limit is 1 s"),
+    ],
+)  # fmt: skip
+def test_a_rank_over_its_own_limit_is_named(sights: list[Sight], rank: int, why: str) -> None:
+    found = stalled(sights)
+    assert found is not None
+    assert found.rank == rank
+    assert found.cause.startswith(why)
+
+
+@pytest.mark.parametrize(
+    "sights",
+    [
+        [waits(0, 0.9), busy(1, 0.9)],
+        [waits(0, 99.0, limit_s=0.0), busy(1, 99.0, limit_s=0.0)],  # loading: nobody has set a limit
+        [busy(0, 0.1), busy(1, 99.0, finished=True)],
+        [waits(0, 1.2, fresh=True), waits(1, 1.3)],  # who is really in it shows with the next sign of life
+    ],
+)
+def test_a_rank_within_its_limit_is_not(sights: list[Sight]) -> None:
+    assert stalled(sights) is None
+
+
+def test_a_record_says_where_its_rank_is() -> None:
+    record = Pulse()
+    record.note("barrier", 1)
+    peer = Peer(0, os.getpid(), record.fd)
+    assert (peer.sight().fresh, peer.sight().where) == (False, "")
+    record.beat()
+    sight = peer.sight()
+    assert sight.fresh
+    assert sight.where.startswith("pulse.py:")  # this very thread has asked
+    record.status("steps", 2.5)
+    assert (peer.sight().limit_s, peer.sight().where) == (2.5, "")
+    record.status("loading")
+    assert peer.sight().limit_s == 0.0
+    peer.close()
 
 
 @pytest.mark.parametrize(

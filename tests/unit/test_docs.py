@@ -40,6 +40,23 @@ def test_the_page_of_choices_is_that_of_the_recorded_files(monkeypatch: pytest.M
             del sys.modules[name]
 
 
+def test_the_figures_of_operations_are_those_of_the_recorded_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import make_operations
+
+    try:
+        assert make_operations.page() == (ROOT / "docs" / "operations.md").read_text(), "run `make docs`"
+        document = json.loads(make_operations.RECORD.read_text())
+    finally:
+        del sys.modules["make_operations"]
+    faults = document["ray"]["faults"] + document["torchrun"]["faults"]
+    assert len(faults) >= 200
+    for fault in faults:
+        assert fault["wrong"] == [], fault
+        if fault["error"]:
+            assert fault["named_s"] <= fault["promise_s"], fault
+
+
 def test_each_line_of_choices_is_what_its_rows_say() -> None:
     """Read without the page's own code."""
     text = (ROOT / "docs" / "choosing.md").read_text().split("## What a rule costs")[0]
