@@ -106,7 +106,7 @@ def check_floats(field: str, tensor: Tensor, device: torch.device | None = None)
 
 def _mask_groups(choice_TE: Tensor, num_groups: int, top_groups: int, best: int) -> Tensor:
     """-inf outside of the `top_groups` groups whose `best` highest scores sum highest."""
-    grouped: Tensor = choice_TE.unflatten(-1, (num_groups, choice_TE.shape[1] // num_groups))
+    grouped = choice_TE.view(len(choice_TE), num_groups, choice_TE.shape[1] // num_groups)
     highest = grouped.topk(best, dim=-1).values
     # Of two groups with a single legal expert the better one is meant, not either: -inf would make them equal.
     group_scores = highest.where(highest != float("-inf"), _below_all(choice_TE)[:, None, None]).sum(-1)
