@@ -44,14 +44,14 @@ def four() -> Iterator[Pool]:
 class Stepped:
     """A layer on `group` with weights of its own, whose steps are compared with the oracle."""
 
-    def __init__(self, group: Any, model: int, exchange: str, **grid: int) -> None:
+    def __init__(self, group: Any, model: int, exchange: str, debug: bool = False, **grid: int) -> None:
         self.comm = Comm.from_group("cpu", group, timeout_s=20)
         self.weights, self.steps = random_weights(SPEC, model), 0
         plan = make_plan(
             SPEC, ParallelSpec(**grid or {"ep": self.comm.world}), exchange=exchange, backend="torch",
             machine=Machine.detect("cpu"),
         )  # fmt: skip
-        self.layer = MoELayer(plan, shard(self.weights, plan.placement, self.comm.rank), self.comm)
+        self.layer = MoELayer(plan, shard(self.weights, plan.placement, self.comm.rank), self.comm, debug=debug)
 
     def __call__(self) -> float:
         """The error of a step on tokens that no other process has; their number differs between ranks and steps."""
@@ -146,6 +146,20 @@ def test_groups_of_any_ranks_and_sizes_do_not_cross(four: Pool) -> None:
         assert all("this process is not in it" in said for said in answer["refused"])
     assert [answer["places"].get("odd") for answer in found] == [None, (0, 2), None, (1, 2)]
     assert [answer["places"].get("three") for answer in found] == [(0, 3), (1, 3), None, (2, 3)]
+
+
+def debugged_in_one_group(_: Comm) -> tuple[list[float], list[bool]]:
+    """Of a layer on two ranks in the debug mode and one on all four without; whose collectives are looked at then."""
+    pairs = [dist.new_group([0, 3]), dist.new_group([1, 2])]
+    layers = [Stepped(pairs[dist.get_rank() in (1, 2)], 1, "all_to_all", debug=True), Stepped(None, 2, "ag_rs")]
+    errors = [layer() for _ in range(3) for layer in layers]
+    return errors, [layer.comm._user.guarded for layer in layers]
+
+
+def test_the_debug_mode_of_one_group_is_not_that_of_another(four: Pool) -> None:
+    for errors, guarded in four.run(WORLD, debugged_in_one_group):
+        assert max(errors) < CLOSE
+        assert guarded == [True, False]
 
 
 def with_another_groups_weights(_: Comm) -> list[float]:
