@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.ray_watch import Lookout
-from moe_dist.runtime.resources import check_resources, ended
+from moe_dist.runtime.resources import KILLED_S, check_resources, ended
 
 FREE_S = 0.5  # for the ranks that live to leave their collective; they are ended anyway
 
@@ -143,6 +142,8 @@ class RayGroup:
             self._lookout.watch(futures, timeout_s, shown)
             return unpacked(self._get(futures, "run", timeout_s), self._lookout.beats[0][0])
         except BaseException as error:
+            if isinstance(error, RankFailure):
+                error.locate([place["host"] for place in self.places])
             self._settle(error)
             raise
 
@@ -176,13 +177,11 @@ class RayGroup:
             futures = [actor.abort.remote() for actor in self._lookout.answer()]
             if futures:
                 ray.wait(futures, num_returns=len(futures), timeout=FREE_S)
-            with suppress(RankFailure):  # what it says is no cause of `error`; `recover` finds it again
-                self.close()
+            self._end(FREE_S)  # what is left then is waited for by `close` and `recover`: `error` is to be known soon
         self._actors, self._bundles = [], None  # of a lost cluster nothing can be given back
 
-    def close(self) -> None:
-        """End the actors and give their place back. May be called twice. Raises RankFailure where the process of a rank
-        of this machine does not end."""
+    def _end(self, within_s: float) -> list[int]:
+        """The ranks of this machine whose processes are still there then."""
         self._watch_cluster.close()
         for actor in self._actors:
             ray.kill(actor)
@@ -190,10 +189,15 @@ class RayGroup:
             remove_placement_group(self._bundles)
         self._actors, self._bundles = [], None
         peers = self._lookout.peers
-        left = ended(peer for peer in peers if peer is not None)
+        left = ended((peer for peer in peers if peer is not None), within_s)
         for rank, peer in enumerate(peers):
             if peer is not None and rank not in left:  # those that are left are ended at the next call
                 peer.close()
                 peers[rank] = None
-        if left:
+        return left
+
+    def close(self) -> None:
+        """End the actors and give their place back. May be called twice. Raises RankFailure where the process of a rank
+        of this machine does not end."""
+        if left := self._end(KILLED_S):
             raise RankFailure(left[0], "ending", -1, "its process is still there after SIGKILL")
