@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -100,11 +100,23 @@ class InstallationError(MoeDistError):
 
 
 class RankFailure(MoeDistError):
-    """A rank failed, died or did not answer in time. `seq` counts that rank's collectives; -1 if none was running."""
+    """A rank failed, died or did not answer in time. `seq` counts that rank's collectives; -1 if none was running.
+    `node`: the name of the rank's machine, "" while nobody has said it."""
+
+    node = ""
 
     def __init__(self, rank: int, op: str, seq: int, cause: str) -> None:
         self.rank, self.op, self.seq, self.cause = rank, op, seq, cause
         super().__init__(f"rank {rank} failed in {op} (sequence number {seq}): {cause}")
+
+    def locate(self, nodes: Sequence[str]) -> None:
+        """Note the node, given that of each rank; the message has it where there are several."""
+        if not 0 <= self.rank < len(nodes) or self.node:
+            return
+        self.node = nodes[self.rank]
+        if len(set(nodes)) > 1:
+            where = f"rank {self.rank} on {printable(self.node)}"
+            self.args = (f"{where} failed in {self.op} (sequence number {self.seq}): {self.cause}",)
 
 
 class ClusterLost(MoeDistError):

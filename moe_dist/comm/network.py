@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 
 from moe_dist.machine.interfaces import interface_of
+from moe_dist.machine.network import GLOO, NCCL
 
 LOOPBACK = "127.0.0.1"
-GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 _ours: dict[str, str] = {}  # what was set here; anything else in these variables is the user's
 

@@ -11,9 +11,10 @@ import torch
 
 from moe_dist.machine.binaries import check_packages, release_tried_with
 from moe_dist.machine.gpus import Topology
+from moe_dist.machine.interfaces import Interface, own_addresses
 from moe_dist.machine.loaded import Nccl
 from moe_dist.machine.machine import SHARED_MEMORY, Driver, shared_memory
-from moe_dist.machine.network import Interface, gloos_choice, own_addresses, settings, wrong_settings
+from moe_dist.machine.network import gloos_choice, settings, wrong_settings
 
 NO_GPU = "no GPU here: nothing to look at"
 FREE_SHARE = 0.9  # of a GPU's memory; `run` and its like leave a tenth

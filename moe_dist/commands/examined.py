@@ -17,9 +17,9 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
 from moe_dist.machine.gpus import Topology, topology
+from moe_dist.machine.interfaces import interfaces
 from moe_dist.machine.loaded import loaded_nccl
 from moe_dist.machine.machine import Machine, cores, nvidia_driver
-from moe_dist.machine.network import interfaces
 from moe_dist.messages.printable import one_line
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import BLOCK, MoESpec, ParallelSpec, TokenLayout

@@ -1,52 +1,13 @@
-"""Network interfaces: which there are, which one gloo and NCCL take, and what to set where they take a wrong one."""
+"""Which network interface gloo and NCCL take, and what to set where they take a wrong one."""
 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+from moe_dist.machine.interfaces import Interface
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-
-
-@dataclass(frozen=True)
-class Interface:
-    """`addresses`: IPv4 and IPv6, without link-local ones. `mbits`: its speed in Mbit/s, 0 where nobody knows."""
-
-    name: str
-    addresses: tuple[str, ...]
-    up: bool
-    mbits: int
-    loopback: bool
-
-
-def interfaces() -> list[Interface]:
-    """All that have an address, the loopback one last."""
-    import psutil
-
-    states, found = psutil.net_if_stats(), []
-    for name, given in psutil.net_if_addrs().items():
-        addresses = tuple(
-            each.address.partition("%")[0]
-            for each in given
-            if each.family == socket.AF_INET or (each.family == socket.AF_INET6 and not each.address.startswith("fe80"))
-        )
-        state = states.get(name)
-        if addresses and state is not None:
-            loopback = all(address == "::1" or address.startswith("127.") for address in addresses)
-            found.append(Interface(name, addresses, state.isup, state.speed, loopback))
-    return sorted(found, key=lambda each: (each.loopback, -each.mbits, each.name))
-
-
-def own_addresses(host: str | None = None) -> list[str]:
-    """What this machine's name resolves to, which is where gloo listens unless it is told an interface; empty where
-    the name resolves to nothing."""
-    try:
-        found = socket.getaddrinfo(host or socket.gethostname(), None, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def gloos_choice(here: Iterable[Interface], addresses: Iterable[str]) -> Interface | None:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from moe_dist.machine.network import interfaces, settings
+from moe_dist.machine.interfaces import interfaces
+from moe_dist.machine.network import settings
 
 CONNECT_S, ANSWER_S = 2.0, 10.0
 PINGS = 5

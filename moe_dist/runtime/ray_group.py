@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -24,7 +23,7 @@ from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.ray_places import bundle_of, check_resources, in_order, ranks_of_nodes
 from moe_dist.runtime.ray_watch import Lookout
-from moe_dist.runtime.resources import ended
+from moe_dist.runtime.resources import KILLED_S, ended
 
 FREE_S = 0.5  # for the ranks that live to leave their collective; they are ended anyway
 
@@ -166,6 +165,8 @@ class RayGroup:
             return heard(unpacked(self._get(futures, "run", timeout_s), self._lookout.beats[0][0]))
         except BaseException as error:
             said_before(error)
+            if isinstance(error, RankFailure):
+                error.locate([place["host"] for place in self.places])
             self._settle(error)
             failed_groups.failed(error)
             raise
@@ -200,13 +201,11 @@ class RayGroup:
             futures = [actor.abort.remote() for actor in self._lookout.answer()]
             if futures:
                 ray.wait(futures, num_returns=len(futures), timeout=FREE_S)
-            with suppress(RankFailure):  # what it says is no cause of `error`; `recover` finds it again
-                self.close()
+            self._end(FREE_S)  # what is left then is waited for by `close` and `recover`: `error` is to be known soon
         self._actors, self._bundles = [], None  # of a lost cluster nothing can be given back
 
-    def close(self) -> None:
-        """End the actors and give their place back. May be called twice. Raises RankFailure where the process of a rank
-        of this machine does not end."""
+    def _end(self, within_s: float) -> list[int]:
+        """The ranks of this machine whose processes are still there then."""
         self._lookout.close()
         for actor in self._actors:
             ray.kill(actor)
@@ -214,10 +213,15 @@ class RayGroup:
             remove_placement_group(self._bundles)
         self._actors, self._bundles = [], None
         peers = self._lookout.peers
-        left = ended(peer for peer in peers if peer is not None)
+        left = ended((peer for peer in peers if peer is not None), within_s)
         for rank, peer in enumerate(peers):
             if peer is not None and rank not in left:  # those that are left are ended at the next call
                 peer.close()
                 peers[rank] = None
-        if left:
+        return left
+
+    def close(self) -> None:
+        """End the actors and give their place back. May be called twice. Raises RankFailure where the process of a rank
+        of this machine does not end."""
+        if left := self._end(KILLED_S):
             raise RankFailure(left[0], "ending", -1, "its process is still there after SIGKILL")

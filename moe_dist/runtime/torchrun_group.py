@@ -164,8 +164,10 @@ class _Watcher:
         here = json.dumps([socket.gethostname(), os.getpid(), context.pulse.fd])
         store.set(f"pulse{context.rank}", here)
         self._peers: list[Peer] = []
+        self._hosts: list[str] = []
         for rank in range(context.world):
             host, pid, fd = json.loads(store.get(f"pulse{rank}"))
+            self._hosts.append(host)
             if host == socket.gethostname():
                 with suppress(OSError):
                     self._peers.append(Peer(rank, pid, fd))
@@ -195,6 +197,8 @@ class _Watcher:
             failure = self._learned() or blamed(self._echoes(), self._sights())
         else:
             log_failure(own)
+        if isinstance(failure, RankFailure):
+            failure.locate(self._hosts)
         with suppress(Exception):
             self._store.set(f"failure{self._context.rank}", pickle.dumps(failure).hex())
         self._context.pulse.note(FAILED, self._context.comm.sequence)

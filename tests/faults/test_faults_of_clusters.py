@@ -21,6 +21,7 @@ pytestmark = pytest.mark.faults
 LAUNCHER = Path(__file__).parent.parent.parent / "launch" / "torchrun.sh"
 SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2"]
 LONG = ["run", "--ep", "2", "--tokens", "4", "--iters", "1000000", "--device", "cpu", "--json", "case_timeout_s=100"]
+TORCHRUN_S = 10.0  # with torchrun's own end
 UP_S = 15.0  # for torchrun and two ranks to start, on a busy machine
 LOST, INTERRUPTED, TERMINATED = 5, 130, 143  # exit codes
 rows: list[dict[str, Any]] = []
@@ -92,4 +93,4 @@ def test_the_command_ends_soon_and_leaves_nothing(runtime: str, what: str, numbe
     if code == LOST:
         assert told["error"] == "ClusterLost"
         assert ("GCS" if what == "gcs_server" else "raylet") in told["message"] or number == signal.SIGKILL
-    assert seconds <= SOON_S
+    assert seconds <= (SOON_S if runtime == "ray" else TORCHRUN_S)

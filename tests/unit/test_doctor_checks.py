@@ -13,9 +13,9 @@ from moe_dist.commands import checks
 from moe_dist.commands.checks import Check
 from moe_dist.machine import loaded
 from moe_dist.machine.gpus import GpuState, Topology, topology
+from moe_dist.machine.interfaces import Interface
 from moe_dist.machine.loaded import Nccl, loaded_files, loaded_nccl, version_text
 from moe_dist.machine.machine import Driver, Gpu
-from moe_dist.machine.network import Interface
 
 GIB = 1 << 30
 H200 = Gpu("NVIDIA H200", 141 * GIB)

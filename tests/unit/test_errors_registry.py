@@ -239,3 +239,20 @@ def test_a_field_s_name_is_one_line_too():
     error = errors.ConfigError("ray.\n\x1b[2J", None, "unknown key")
     assert str(error) == "ray.\\n\\x1b[2J = None: unknown key"
     assert str(errors.CheckpointError("a\nb", "is gone")) == "checkpoint a\\nb: is gone"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said", "node"),
+    [
+        (["a", "b"], "rank 1 on b failed in barrier (sequence number 3): lost", "b"),
+        (["a", "a"], "rank 1 failed in barrier (sequence number 3): lost", "a"),
+        (["a"], "rank 1 failed in barrier (sequence number 3): lost", ""),
+    ],
+)
+def test_a_failure_names_its_node_where_there_are_several(nodes: list[str], said: str, node: str) -> None:
+    failure = RankFailure(1, "barrier", 3, "lost")
+    failure.locate(nodes)
+    failure.locate(["x", "y"])  # what is known stays
+    again = pickle.loads(pickle.dumps(failure))
+    assert node in ("", again.node)
+    assert str(again) == (said if node else "rank 1 on y failed in barrier (sequence number 3): lost")

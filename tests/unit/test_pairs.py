@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe_dist.machine.network import Interface, chosen_by, gloos_choice, own_addresses, settings, wrong_settings
+from moe_dist.machine.interfaces import Interface, own_addresses
+from moe_dist.machine.network import chosen_by, gloos_choice, settings, wrong_settings
 from moe_dist.runtime import pairs
 from moe_dist.runtime.pairs import Doors, Place, Way, advise, reach
 
