@@ -123,13 +123,6 @@ class Bounded:
             self._user.greeted, self._user.guarded = True, debug_asked_for() or self._user.guarded
 
     @property
-    def _elsewhere(self) -> str:
-        """For the end of a message about ranks of a group that is not all of them."""
-        with suppress(ValueError, RuntimeError):  # of torch, for a group that was destroyed
-            return known_elsewhere(self._group)
-        return ""
-
-    @property
     def captures(self) -> bool:
         """Whether what is launched now is recorded into a CUDA graph."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -149,7 +142,7 @@ class Bounded:
         except MoeDistError:
             raise
         except Exception as error:
-            raise RankFailure(self.rank, op, self.sequence, short(error) + self._elsewhere) from error
+            raise RankFailure(self.rank, op, self.sequence, short(error) + known_elsewhere(self._group)) from error
         finally:
             if self.noted:
                 self.noted("", self.sequence)

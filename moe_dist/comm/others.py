@@ -18,10 +18,14 @@ def real_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def known_elsewhere(group: dist.ProcessGroup | None) -> str:
-    """For the end of a message: which ranks of all those of a group are, where they have other numbers."""
+    """For the end of a message: which ranks of all those of a group are, where they have other numbers. Nothing for a
+    group that was destroyed."""
     if group is None or not dist.is_initialized():
         return ""
-    everywhere = dist.get_process_group_ranks(group)
+    try:
+        everywhere = dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):  # by releases of torch
+        return ""
     own = range(len(everywhere))
     if everywhere == list(own):
         return ""
