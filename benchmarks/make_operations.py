@@ -73,7 +73,7 @@ def figures(document: dict[str, Any]) -> list[str]:
         f"{document['date']}, commit {document['commit']}, `{document['command']}`. A CPU machine with"
         f" {machine['cores']} cores, torch {machine['torch']}, Ray {machine['ray']}.",
         *wrap(document["note"], 120),
-        f"{right} of {len(faults)} faults came out as promised.",
+        f"{right} of {len(faults)} faults of the record came out as promised.",
         "",
         "Seconds from the fault to the error. What a limit or a timeout comes before has both in its promise.",
         "",

@@ -64,7 +64,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the others, and ranks of
         ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),
         slow("spin", 0, r"silent for \d s" + WAITS),
         # Both ranks have one deadline: the one that waits may have been freed before it is looked at.
-        ("sleep", 1, rf"not done within 4 s, here for \d s({WAITS})?"),
+        ("sleep", 1, rf"not done within 4 s, here for \d s(, at doomed_rank\.py:\d+ in work)?({WAITS})?"),
     ],
 )
 def test_the_rank_that_fails_is_named_by_one_that_lives(how: str, doomed: int, cause: str) -> None:
