@@ -1,7 +1,7 @@
 """`moe-dist run` under torchrun, in which one rank fails: torchrun --nproc-per-node 2 doomed_rank.py HOW RANK
 
-HOW "import" is death before there is a group, "early" death as soon as there is one, "spin" computing that lets no other
-thread of the process run."""
+HOW "import" is death before there is a group, "early" death as soon as there is one, "spin" computing that lets no
+other thread of the process run."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.planning import make_plan
 from moe_dist.model.routing import route
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.workloads.random_weights import random_weights
 from moe_dist.model.weights import shard
+from moe_dist.workloads.random_weights import random_weights
 
 
 def main() -> None:

@@ -9,16 +9,16 @@ import torch
 from dist.pool import Pool
 
 from moe_dist.comm import Comm
-from moe_dist.errors import ConfigError
 from moe_dist.engine.layer import MoELayer
-from moe_dist.machine.machine import Machine
 from moe_dist.engine.planning import make_plan
+from moe_dist.errors import ConfigError
+from moe_dist.machine.machine import Machine
 from moe_dist.model.routing import Routing
-from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.workloads.streams import Stream
-from moe_dist.workloads.random_weights import random_expert, random_weights
 from moe_dist.model.weights import shard
+from moe_dist.workloads.random_weights import random_expert, random_weights
+from moe_dist.workloads.skews import synthetic_routing
+from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 EP = {"grid": {"ep": 2}, "exchange": "ag_rs"}

@@ -48,7 +48,8 @@ def test_a_batch_with_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     p50_s = {row.global_tokens: (row.p50_us or 0.0) / 1e6 for row in rows}
     assert [BenchResult.model_validate_json(line) for line in Path("r.jsonl").read_text().splitlines()] == results
     one, three = results
-    assert one.ok and three.ok
+    assert one.ok
+    assert three.ok
     assert one.ttft == pytest.approx(5 / 4 * p50_s[10])
     assert three.ttft == pytest.approx(5 / 4 * (p50_s[16] + p50_s[14]))  # 30 tokens
     assert three.latency == pytest.approx(three.ttft + 5 / 4 * 100 * p50_s[3])

@@ -10,24 +10,28 @@ from dist.pool import Pool
 
 from moe_dist.bench.case import Case
 from moe_dist.bench.collectives import prove_collectives
-from moe_dist.bench.gathered import joined, summed, told
 from moe_dist.bench.findings import merge
+from moe_dist.bench.gathered import joined, summed, told
 from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
 from moe_dist.bench.row import Row
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
 from moe_dist.machine.machine import Machine
-from moe_dist.runtime.context import RankContext
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.runtime.context import RankContext
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 MACHINE = Machine("cpu", 1, "a test's CPU")
 
 
-def case(model: MoESpec = SPEC, tokens: int = 40, exchange: str = "ag_rs", layout: str = "sharded", **grid: Any) -> Case:
+def case(
+    model: MoESpec = SPEC, tokens: int = 40, exchange: str = "ag_rs", layout: str = "sharded", **grid: Any
+) -> Case:
     workload = WorkloadSpec(tokens=tokens, seed=3, token_layout=layout)
-    return Case(model=model, parallel=ParallelSpec(**grid), exchange=exchange, backend="torch", workload=workload, iters=0)
+    return Case(
+        model=model, parallel=ParallelSpec(**grid), exchange=exchange, backend="torch", workload=workload, iters=0
+    )
 
 
 def row_of(pool: Pool, chosen: Case, function: Any = None, *arguments: Any) -> Row:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import os
+import re
 import time
 from io import StringIO
 from pathlib import Path
@@ -400,7 +400,9 @@ class TestWithRanks:
         assert [row["ok"] for row in found.document["rows"]] == [True]  # one document, no second one with the error
         assert "/dev/full can't be written: No space left on device" in found.err
 
-    @pytest.mark.parametrize(("error", "code"), [(ClusterLost("a:1", "measuring", "gone"), 5), (KeyboardInterrupt(), 130)])
+    @pytest.mark.parametrize(
+        ("error", "code"), [(ClusterLost("a:1", "measuring", "gone"), 5), (KeyboardInterrupt(), 130)]
+    )
     def test_what_was_measured_before_the_end_is_kept(self, command, tmp_path: Path, monkeypatch, error, code):
         measured = measuring.run_cases
 

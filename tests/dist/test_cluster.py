@@ -277,7 +277,8 @@ def test_what_starts_too_slowly_is_stopped() -> None:
 def test_a_cluster_that_listens_beyond_the_loopback_interface_is_said() -> None:
     """As with a release of Ray that does not know the switch for that."""
     code = (
-        "from contextlib import nullcontext; from moe_dist.runtime import cluster; from moe_dist.runtime.context import RaySpec;"
+        "from contextlib import nullcontext; from moe_dist.runtime import cluster; "
+        "from moe_dist.runtime.context import RaySpec; "
         "cluster._loopback_only = nullcontext; cluster.connect(RaySpec())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean())

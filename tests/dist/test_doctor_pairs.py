@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe_dist.commands.cli import main
+from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.pair_members import pairs_of_nodes
 from moe_dist.runtime.pairs import advise
-from moe_dist.runtime.context import RaySpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,10 +20,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_torchruns_ranks():
     command = [ROOT / "launch" / "torchrun.sh", "--nproc-per-node", "3", "-m", "moe_dist", "doctor", "--pairs"]
-    done = subprocess.run(
-        [*command, "--runtime", "torchrun", "--json"],
-        capture_output=True, text=True, timeout=150, env={**os.environ, "PYTHONPATH": str(ROOT) + ":" + os.environ.get("PYTHONPATH", "")},
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command += ["--runtime", "torchrun", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["pairs"]  # one document: one rank speaks
     assert len(found["members"]) == 3

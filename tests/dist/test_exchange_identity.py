@@ -16,20 +16,19 @@ from typing import Any
 import pytest
 import torch
 from dist.pool import Pool
-from torch import Tensor
-
 from exchanges import exchanges_here
+from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
-from moe_dist.exchange import EXCHANGES
+from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.exchange.all_to_all.exchange import PACKED_UP_TO, AllToAll
 from moe_dist.exchange.layout import with_layout
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8, QuantizedRows, dequantize_rows, quantize_rows
 from moe_dist.model.routing import Routing
-from moe_dist.step import Step, TokenRows, workspace_of
 from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
+from moe_dist.step import Step, TokenRows, workspace_of
 
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 DRAWS = 12
@@ -186,7 +185,9 @@ def check_identity(comm: Comm, exchange: str, layout: str, seeds: list[int]) -> 
         tried = [(bucket, False) for bucket in (None, needed + 3, needed + PACKED_UP_TO)]
         for bucket, exact in [*tried, (None, exchange == "all_to_all"), (needed + 3, exchange == "all_to_all")]:
             y, rows, _ = through(comm, problem, exchange, layout, "fp32", bucket, None, exact)
-            label = f"seed {seed} bucket {bucket} exact {exact} rank {comm.rank} {problem.placement.homes} {problem.counts}"
+            label = (
+                f"seed {seed} bucket {bucket} exact {exact} rank {comm.rank} {problem.placement.homes} {problem.counts}"
+            )
             if rows.slots_RK.dtype != torch.int32 or rows.weights_RK.dtype != torch.float32:
                 wrong.append(f"{label}: slots are {rows.slots_RK.dtype}, weights {rows.weights_RK.dtype}")
             if y.shape != expected.shape or not torch.equal(y, expected):

@@ -1,4 +1,4 @@
-"""`Comm` on process groups of others: subgroups, siblings at the same time, their timeouts, their end, their threads."""
+"""`Comm` on process groups of others: subgroups, siblings at a time, their timeouts, their end, their threads."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import torch
 import torch.distributed as dist
 from dist.pool import fresh_processes
 
+from moe_dist.comm import Comm
 from moe_dist.comm import group as comm_module
 from moe_dist.comm.user import SETTLED_AFTER_S
-from moe_dist.comm import Comm
-from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.engine.layer import MoELayer
-from moe_dist.model.placement import Placement
-from moe_dist.machine.machine import Machine
 from moe_dist.engine.planning import make_plan
-from moe_dist.oracle.reference import oracle_layer, relative_error
+from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.machine.machine import Machine
+from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
-from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.workloads.streams import Stream
-from moe_dist.workloads.random_weights import random_weights
 from moe_dist.model.weights import shard
+from moe_dist.oracle.reference import oracle_layer, relative_error
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
+from moe_dist.workloads.streams import Stream
 
 WORLD = 4
 SPEC = MoESpec(hidden=128, intermediate=128, num_experts=8, top_k=2)
@@ -155,7 +155,12 @@ def two_threads(rank: int) -> dict[str, Any]:
     thread = threading.Thread(target=lambda: box.append(refusal(handed_over)))
     thread.start()
     thread.join(30)
-    return {"wrong": wrong, "began": sum(said != "nothing was refused" for said in began), "later": later, "end": box[0]}
+    return {
+        "wrong": wrong,
+        "began": sum(said != "nothing was refused" for said in began),
+        "later": later,
+        "end": box[0],
+    }
 
 
 def a_comm_for_each_of_two_threads(rank: int) -> dict[str, Any]:
@@ -195,7 +200,10 @@ def ranks_out_of_step(rank: int) -> dict[str, Any]:
         refusal(lambda: layer(x, wrong))
     said.append(refusal(lambda: layer(x, routing)))  # rank 0's second step, rank 1's first
     machine = Machine.detect("cpu")
-    for group, layout, count, bucket in ((groups[1], "replicated", 6 - rank, None), (groups[2], "sharded", 6, 6 + rank)):
+    for group, layout, count, bucket in (
+        (groups[1], "replicated", 6 - rank, None),
+        (groups[2], "sharded", 6, 6 + rank),
+    ):
         comm = Comm.from_group("cpu", group)
         plan = make_plan(
             SPEC, ParallelSpec(ep=2), exchange="ag_rs", backend="torch", token_layout=layout, machine=machine

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from moe_dist.commands import cli, measuring
 from moe_dist.backends import BACKENDS
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.measure import measure, ready
-from moe_dist.messages.building import say
+from moe_dist.commands import cli, measuring
 from moe_dist.errors import ConfigError
+from moe_dist.messages.building import say
 from moe_dist.messages.notices import collecting, notice
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.ray_group import RayGroup

@@ -84,4 +84,3 @@ def test_a_limit_that_can_not_be(limit_s: object) -> None:
     context = RankContext(Comm.single(), "none")
     with pytest.raises(ConfigError, match=r"limit_s = .*: bounds the time between two collectives \(legal: seconds"):
         context.progress("work", limit_s)  # type: ignore[arg-type]
-

@@ -14,22 +14,22 @@ from sinks import Scaled
 
 from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench.case import Case
-from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.findings import merge
 from moe_dist.bench.measure import measure
 from moe_dist.bench.results import make_row
-from moe_dist.bench.row import Row
 from moe_dist.bench.rounds import Turn
+from moe_dist.bench.row import Row
 from moe_dist.bench.runner import plan_cases
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.checkpoint import layer_spec, make_checkpoint
 from moe_dist.comm import Comm
-from moe_dist.errors import ConfigError
 from moe_dist.engine.layer import MoELayer
-from moe_dist.machine.machine import Machine
 from moe_dist.engine.router import Router
-from moe_dist.runtime.context import RankContext
-from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.engine.stack import MoEStack
+from moe_dist.errors import ConfigError
+from moe_dist.machine.machine import Machine
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.runtime.context import RankContext
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=256, num_experts=8, top_k=2)
 SHARED = SPEC.with_changes(shared_experts="replicated", shared_intermediate=128)

@@ -9,19 +9,19 @@ import torch
 from dist.pool import Pool
 
 from moe_dist.comm import Comm
-from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.engine.layer import MoELayer
-from moe_dist.machine.machine import Machine
 from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
-from moe_dist.model.routing import Routing
-from moe_dist.workloads.skews import synthetic_routing
-from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.engine.stack import MoEStack
-from moe_dist.step import workspace_of
-from moe_dist.workloads.streams import Stream
-from moe_dist.workloads.random_weights import random_weights
+from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.machine.machine import Machine
+from moe_dist.model.routing import Routing
+from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard
+from moe_dist.step import workspace_of
+from moe_dist.workloads.random_weights import random_weights
+from moe_dist.workloads.skews import synthetic_routing
+from moe_dist.workloads.streams import Stream
 
 SPEC = MoESpec(name="small", hidden=128, intermediate=512, num_experts=8, top_k=2)
 FORMS = (  # of the layers of one stack: placement and exchange

@@ -58,7 +58,9 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the others, and ranks of
         ("raise", 1, r"ValueError: on purpose"),
         slow("interrupt", 1, r"KeyboardInterrupt"),
         slow("surrogate", 1, r"ValueError: a\\ud800b"),
-        slow("result", 0, r"its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"),
+        slow(
+            "result", 0, r"its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"
+        ),
         ("return", 1, r"returned after 20 collectives" + WAITS),
         ("SIGSTOP", 0, r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
         ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),

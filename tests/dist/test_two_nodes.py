@@ -62,8 +62,8 @@ def test_ranks_lie_node_by_node_and_use_the_network_between(cluster: Cluster) ->
 
 def test_results_are_right_and_what_would_cross_nodes_is_refused(cluster: Cluster) -> None:
     arguments = (
-        "worlds=[4]", "placements=[ep,tp2xep2,tp]", "exchanges=[ag_rs,all_to_all,hierarchical]", "tokens=[9]", "skews=[uniform]",
-        "token_splits=[ragged]", "iters=2", "warmup=0", *SMALL, *SPREAD,
+        "worlds=[4]", "placements=[ep,tp2xep2,tp]", "exchanges=[ag_rs,all_to_all,hierarchical]", "tokens=[9]",
+        "skews=[uniform]", "token_splits=[ragged]", "iters=2", "warmup=0", *SMALL, *SPREAD,
     )  # fmt: skip
     command = (*MOE_DIST, "compare", "--device", "cpu", *arguments, "--json")
     code, out, err = finish(cluster.head.popen(*command), 150)
@@ -71,7 +71,9 @@ def test_results_are_right_and_what_would_cross_nodes_is_refused(cluster: Cluste
     document = json.loads(out)
     rows = document["rows"]
     assert sorted((row["placement"], row["exchange"]) for row in rows) == [
-        (placement, exchange) for placement in ("EP4", "TP2xEP2") for exchange in ("ag_rs", "all_to_all", "hierarchical")
+        (placement, exchange)
+        for placement in ("EP4", "TP2xEP2")
+        for exchange in ("ag_rs", "all_to_all", "hierarchical")
     ]
     assert all(row["ok"] and row["world"] == 4 for row in rows)
     assert [line.rpartition(" on ")[2] for line in document["ranks"]["4"]] == [HEAD] * 2 + [WORKER] * 2

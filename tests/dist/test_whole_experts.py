@@ -14,25 +14,25 @@ from checkpoints import edit
 from checkpoints import fused as fused_form
 from dist.pool import Pool
 
-from moe_dist.model import weights
-from moe_dist.workloads import random_weights
 from moe_dist.bench.case import Case
-from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.findings import merge
 from moe_dist.bench.measure import measure
-from moe_dist.bench.rounds import Turn
 from moe_dist.bench.results import make_row
+from moe_dist.bench.rounds import Turn
 from moe_dist.bench.row import Row
+from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.bench.whole_experts import compared_tokens
 from moe_dist.checkpoint import layer_spec, layout, load, make_checkpoint
 from moe_dist.comm import Comm
 from moe_dist.errors import RankFailure
 from moe_dist.machine.machine import Machine
+from moe_dist.model import weights
 from moe_dist.model.routing import Routing
-from moe_dist.workloads.skews import synthetic_routing
-from moe_dist.runtime.context import RankContext
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.runtime.context import RankContext
+from moe_dist.workloads import random_weights
+from moe_dist.workloads.skews import synthetic_routing
 
 SPEC = MoESpec(name="small", hidden=256, intermediate=384, num_experts=8, top_k=2)
 WIDTH = 512  # of a checkpoint's experts

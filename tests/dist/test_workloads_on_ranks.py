@@ -263,9 +263,7 @@ def ids_of(comm: Comm, chosen: Case) -> list[Any]:
     return [[(each.routing.ids_TK.tolist(), each.routing.weights_TK.tolist()) for each in layers] for layers in steps]
 
 
-@pytest.mark.parametrize(
-    ("skew", "layers"), [("uniform", 3), ("rotating:zipf:1", 2)]
-)
+@pytest.mark.parametrize(("skew", "layers"), [("uniform", 3), ("rotating:zipf:1", 2)])
 def test_what_was_recorded_is_what_is_measured_again(pool: Pool, tmp_path: Path, skew: str, layers: int) -> None:
     path = tmp_path / "routing.pt"
     chosen = case(skew, layers=layers, iters=8, record_routing=str(path))

@@ -64,8 +64,8 @@ class Node:
         log = self.directory / "log"
         with open(log, "wb") as said:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, "unshare", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child",
-                 "sh", "-c", f"hostname {self.name}; exec \"$@\"", "sh", *ray],
+                ["ip", "netns", "exec", self.name, "unshare", "--pid", "--uts", "--fork", "--mount-proc",
+                 "--kill-child", "sh", "-c", f"hostname {self.name}; exec \"$@\"", "sh", *ray],
                 env=self.environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_S
