@@ -16,6 +16,7 @@ from moe_dist.bench.clock import time_steps
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.messages.printable import one_line
 from moe_dist.model.quantization import FP8
 from moe_dist.tables import cache_folder
 from moe_dist.workloads.streams import Stream
@@ -72,9 +73,11 @@ def _read(path: Path, _changed_ns: int) -> dict[str, Peaks]:
         found = {name: Peaks(**given) for name, given in json.loads(read_small_text(path, LARGEST_FILE)).items()}
         wrong = [name for name, peaks in found.items() if not all(map(_positive, vars(peaks).values()))]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError("peaks", str(path), f"can't be read: {type(error).__name__}: {error}", legal) from None
+        said = one_line(f"can't be read: {type(error).__name__}: {error}")
+        raise ConfigError("peaks", str(path), said, legal) from None
     if wrong:
-        raise ConfigError("peaks", str(path), f"has rates of {wrong[0]} that are no positive numbers", legal)
+        said = one_line(f"has rates of {wrong[0]} that are no positive numbers")
+        raise ConfigError("peaks", str(path), said, legal)
     return found
 
 
