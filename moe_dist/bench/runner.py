@@ -75,7 +75,9 @@ def group_starter(
     experiment: Experiment, machine: Machine, planned: list[tuple[Case, Plan]]
 ) -> Callable[[int, Shown], Group]:
     """How this experiment's ranks are started."""
-    return starter(experiment.runtime, experiment.ray, machine, max(plan.placement.world for _, plan in planned))
+    return starter(
+        experiment.runtime, experiment.ray, machine, max((plan.placement.world for _, plan in planned), default=0)
+    )
 
 
 def starter(runtime: str, ray: RaySpec, machine: Machine, largest: int) -> Callable[[int, Shown], Group]:

@@ -180,7 +180,10 @@ def siblings_ended_by(signals: Container[int]) -> bool:
 
 
 def _where(thread: int) -> str:
-    """File, line and function that this thread is at; "" where it is in a collective, or has ended."""
+    """File, line and function that this thread is at; "" where it is in a collective, has ended, or asks itself: its own
+    frame in a variable of it would keep all that it holds until garbage is collected."""
+    if thread == threading.get_ident():
+        return ""
     frame = sys._current_frames().get(thread)
     if frame is None or any(part in frame.f_code.co_filename for part in _COLLECTIVES):
         return ""

@@ -154,6 +154,7 @@ def _serve(rank: int, size: int, port: int, timeout_s: float, connection: Connec
 
 def _call(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     comm = Comm.single() if world == 1 else Comm.from_group("cpu", group_of(world))
+    comm._user.layers = 0  # a job that failed may have made layers on some of the ranks only
     return function(comm, *args)
 
 
