@@ -180,8 +180,8 @@ def siblings_ended_by(signals: Container[int]) -> bool:
 
 
 def _where(thread: int) -> str:
-    """File, line and function that this thread is at; "" where it is in a collective, has ended, or asks itself: its own
-    frame in a variable of it would keep all that it holds until garbage is collected."""
+    """File, line and function that this thread is at; "" where it is in a collective, has ended, or asks itself: a
+    frame in a variable of its own would keep all that it holds until garbage is collected."""
     if thread == threading.get_ident():
         return ""
     frame = sys._current_frames().get(thread)

@@ -401,7 +401,8 @@ class TestWithRanks:
         assert "/dev/full can't be written: No space left on device" in found.err
 
     @pytest.mark.parametrize(
-        ("error", "code"), [(ClusterLost("a:1", "measuring", "gone"), 5), (KeyboardInterrupt(), 130)]
+        ("error", "code"),
+        [pytest.param(ClusterLost("a:1", "measuring", "gone"), 5, marks=pytest.mark.slow), (KeyboardInterrupt(), 130)],
     )
     def test_what_was_measured_before_the_end_is_kept(self, command, tmp_path: Path, monkeypatch, error, code):
         measured = measuring.run_cases
