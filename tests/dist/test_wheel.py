@@ -60,6 +60,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_docs_outside_of_a_checkout(installed: Path, tmp_path: Path) -> None:
     experiment = "configs/experiments/cpu.yaml"
     (tmp_path / experiment).parent.mkdir(parents=True)

@@ -77,7 +77,8 @@ def ended(process):
 
 
 def test_head_workers_nodes_then_the_job(slurm):
-    code, err = ended(slurm("compare", "worlds=[16]", "ray.strategy=PACK", body="exit 4"))
+    body = 'until grep -q -e --exclude=a "$LOG"; do sleep 0.05; done; exit 4'  # the workers start beside the job here
+    code, err = ended(slurm("compare", "worlds=[16]", "ray.strategy=PACK", body=body))
     assert code == 4, err
     lines = slurm.log.read_text().splitlines()
     starts = [line for line in lines if line.startswith(("srun", "python"))]
