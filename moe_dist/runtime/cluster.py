@@ -33,9 +33,9 @@ from moe_dist.exits.signals import code_after_signal
 from moe_dist.files import require_text
 from moe_dist.messages import logs
 from moe_dist.runtime.context import RaySpec
-from moe_dist.runtime.greeting import Greeter
 from moe_dist.runtime.probe import probe
 from moe_dist.runtime.pulse import stopped
+from moe_dist.runtime.services import Greeter
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anyone, unless the user asked for them
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of other ranks: the group's one error says what counts

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ray
 
 from moe_dist.errors import RankFailure
-from moe_dist.runtime.greeting import Greeter
+from moe_dist.runtime.services import Greeter
 
 RAYLET = "raylet"
 

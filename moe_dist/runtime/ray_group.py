@@ -19,11 +19,11 @@ from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import unpacked
 from moe_dist.runtime.cluster import Watch, connect
 from moe_dist.runtime.context import RankFunction, RaySpec
+from moe_dist.runtime.ending import KILLED_S, ended
 from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.ray_places import bundle_of, check_resources, in_order, ranks_of_nodes
 from moe_dist.runtime.ray_watch import Lookout
-from moe_dist.runtime.resources import KILLED_S, ended
 
 FREE_S = 0.5  # for the ranks that live to leave their collective; they are ended anyway
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from private_ray import private_ray
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,11 +21,5 @@ def no_ray_is_left() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """One private Ray with two CPUs and no GPU for a module's tests: RayGroup and the commands join what is there."""
-    import ray
-
-    ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100 << 20,
-        logging_level="error", log_to_driver=False, configure_logging=False,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    with private_ray():
+        yield

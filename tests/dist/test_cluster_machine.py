@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from private_ray import private_ray
 
 from moe_dist.commands import cli
 from moe_dist.errors import ConfigError, ResourceError
@@ -28,12 +29,8 @@ def h200() -> Machine:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    ray.init(
-        address="local", num_cpus=1, num_gpus=4, include_dashboard=False, object_store_memory=100 << 20,
-        logging_level="error", log_to_driver=False, configure_logging=False,
-    )  # fmt: skip
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with private_ray(num_cpus=1, num_gpus=4):
+        yield ray.get_runtime_context().gcs_address
 
 
 def found(address: str, device: str = "auto", **spec: Any) -> Machine | None:

@@ -17,6 +17,7 @@ from faults.inject import Injector
 from faults.kinds import COLLECTIVE_S, KINDS, Fault, drawn
 from faults.outcome import Outcome, figures, keep, marked, shared_memory, wait_gone
 from faults.work import healthy, load, work
+from private_ray import private_ray
 from ray.util import placement_group_table
 
 from moe_dist.errors import MoeDistError, RankFailure
@@ -116,17 +117,13 @@ def _told(outcome: Outcome, error: MoeDistError) -> None:
 
 
 @pytest.fixture(scope="module")
-def private_ray() -> Iterator[None]:
-    ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100 << 20,
-        logging_level="error", log_to_driver=False, configure_logging=False,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+def own_ray() -> Iterator[None]:
+    with private_ray():
+        yield
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("private_ray")
+@pytest.mark.usefixtures("own_ray")
 def test_every_fault_is_named_and_survived(tmp_path: Path) -> None:
     rows, wrong = [], []
     for world, share in groupby(drawn(SEED, COUNT), key=lambda fault: fault.world):

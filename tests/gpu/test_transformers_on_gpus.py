@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from gpu.ranks import backends_here
+from stacks.tiny_models import FAMILIES, experts_of, outputs, prompts, tiny  # type: ignore[import-not-found]
 
 from moe_dist.errors import MoeDistError
 from moe_dist.integrations.transformers import replace_experts
 from moe_dist.model.spec import QuantKind
 from moe_dist.oracle.reference import relative_error
-
-pytest.importorskip("transformers")
-from stacks.tiny_models import FAMILIES, experts_of, outputs, prompts, tiny  # type: ignore[import-not-found]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 
@@ -29,6 +27,7 @@ GENERATE = ["deepseek_v3", "mixtral", "nemotron_h", "qwen3_moe", "qwen3_next"]
 
 
 def device_here() -> torch.device:
+    pytest.importorskip("transformers")
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return torch.device("cuda", torch.cuda.current_device())

@@ -21,10 +21,10 @@ from moe_dist.machine import interfaces
 from moe_dist.machine.machine import Machine
 from moe_dist.machine.nodes import Nodes, crosses
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.runtime import greeting
+from moe_dist.runtime import services
 from moe_dist.runtime.context import RaySpec
-from moe_dist.runtime.greeting import Greeter
 from moe_dist.runtime.ray_places import in_order, ranks_of_nodes, room_of
+from moe_dist.runtime.services import Greeter
 
 SPEC = MoESpec(hidden=256, intermediate=1024, num_experts=8, top_k=2)
 H200X4 = Machine.named("h200x4")
@@ -228,7 +228,7 @@ class TestGreeter:
         assert self.ask(port, 2) == {"raylet": "does not answer: Connection refused"}
 
     def test_who_listens_and_says_nothing_may_be_busy(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(greeting, "PROBE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(services, "PROBE_TIMEOUT_S", 0.1)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             assert self.ask(port, 2) == {}
@@ -238,7 +238,7 @@ class TestGreeter:
         def nobody(*_: object, **__: object) -> None:
             raise TimeoutError
 
-        monkeypatch.setattr(greeting.socket, "create_connection", nobody)
+        monkeypatch.setattr(services.socket, "create_connection", nobody)
         assert self.ask(1, 2) == {"raylet": "does not answer: no machine answers at 127.0.0.1"}
 
 

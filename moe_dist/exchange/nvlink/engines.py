@@ -12,8 +12,8 @@ from moe_dist.model.spec import MoESpec
 
 # Bytes of sums that leave a rank, from which on the first of their columns go ahead by copies, while GEMM2 computes the
 # others; 0: never, as long as no GPU has shown what it gains. Four chunks of equal width, the last one copied too,
-# gained 1 % at most under EP4 and lost 6 % under TP4 (benchmarks/2026-11-28-nvlink-settings.json): nothing hid the last
-# chunk's copy and all weighted sums.
+# gained 1 % at most under EP4 and lost 6 to 9 % under TP4 (benchmarks/2026-11-28-nvlink-settings.json): nothing hid the
+# last chunk's copy and all weighted sums.
 AHEAD_FROM = 0
 AHEAD_PART = 0.6  # of the columns: as many as travel while GEMM2 computes the others
 # Pairs of a row that a rank has in the mean. Sums that go ahead are written to scratch and copied. Weighted sums of
@@ -21,8 +21,8 @@ AHEAD_PART = 0.6  # of the columns: as many as travel while GEMM2 computes the o
 MOST_PAIRS = 2
 GRAIN = 256  # columns: whole tiles of GEMM2
 # Bytes of rows that leave a rank, from which on copy engines take them; 0: never. On four H200s at 8,192 tokens a rank
-# (175 MiB) a step was 3 % shorter, and 1 to 2 % in a queue: dispatch took 420 to 480 µs less, GEMM1 190 to 210 more. On
-# two (57 MiB) it was the same within its scatter, and 1 % shorter in a queue (the same file).
+# (173 MiB) a step was 3 % shorter, and 1 to 2 % in a queue: dispatch took 420 to 480 µs less, GEMM1 190 to 210 more. On
+# two (58 MiB) it was the same within its scatter, and 1 % shorter in a queue (the same file).
 COPIED_FROM = 100 << 20
 
 
