@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 VARIABLE, FORMATS = "MOE_DIST_LOG_FORMAT", ("text", "json")
-LEVELS = ("info", "warning", "error")
 
 
 class Place(NamedTuple):
