@@ -84,11 +84,10 @@ def make_row(
     case: Case, plan: Plan, found: GroupResult, runtime: str, key: str | None = None, *, run: int = 0, start: int = 0
 ) -> Row:
     """One measured case; `runtime` is what started its ranks, the rest as in a row. `key`: None to make it now."""
-    spec, placement, work = plan.spec, plan.placement, case.workload
-    times = [time for round_us in found.rounds_us for time in round_us]
-    p50, medians = quantile(times, 0.5), [p for each in found.rounds_us if (p := quantile(each, 0.5)) is not None]
-    pairs = sum(found.rows_per_rank) // placement.tp // len(found.by_layer)
+    spec, placement = plan.spec, plan.placement
     steps = [found.by_layer[first : first + case.layers] for first in range(0, len(found.by_layer), case.layers)]
+    times = _times(found, case.layers, len(steps))
+    pairs = sum(found.rows_per_rank) // placement.tp // len(found.by_layer)
 
     def floor(of: Callable[..., float | None]) -> float | None:
         return _middle([_sum([of(spec, placement, *layer, plan.machine.name) for layer in layers]) for layers in steps])
@@ -96,43 +95,15 @@ def make_row(
     computes = None if case.peer is None else PEERS.get(case.peer)
     backend = BACKENDS.get(plan.backend)
     return Row(
-        model=spec.name,
-        source=case.source.label,
-        hidden=spec.hidden,
-        intermediate=spec.intermediate,
-        num_experts=spec.num_experts,
-        top_k=spec.top_k,
-        activation=spec.activation,
-        shared_experts=spec.shared_experts,
-        quant=spec.quant_label,
-        tp=placement.tp,
-        ep=placement.ep,
-        world=placement.world,
+        **_asked(case, plan),
         **vars(found.ran),
-        layer="whole" if case.layers == 1 else f"stack:{case.layers}",
-        global_tokens=work.tokens,
-        tokens_per_rank=most_tokens(work.tokens, placement.world, work.token_split, work.seed)
-        if plan.token_layout == "sharded"
-        else work.tokens,
-        token_split=work.token_split,
-        skew=skew_label(work.skew, work.trace),
         trace_short=found.trace_short,
-        seed=work.seed,
-        iters=len(times),
         runtime=runtime,
         key=key or case_key(case, plan, runtime),
         run=run,
         start=start,
         config=found.config,
-        p50_us=p50,
-        p99_us=quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,
-        chained_us=found.chained_us,
-        chained_steps=found.chained_steps,
-        clock_us=found.clock_us,
-        per_layer_us=None if p50 is None else p50 / case.layers,
-        round_p50_us=tuple(medians),
-        scatter_us=stdev(medians) / len(medians) ** 0.5 if len(medians) >= FEWEST_ROUNDS else None,
-        routing_p50_us=_by_routing(times, len(steps)),
+        **times,
         floor_us=floor(floor_us),
         balanced_floor_us=floor(balanced_floor_us),
         **_finite(found.errors),
@@ -141,12 +112,10 @@ def make_row(
         rows_per_rank=tuple(found.rows_per_rank),
         pairs=pairs,
         bytes_sent=found.bytes_sent,
-        stages_us={name: round(value, 1) for name, value in found.stages_us.items()},
-        unstaged_us=None if found.unstaged_us is None else round(found.unstaged_us, 1),
         max_memory=found.max_memory,
         chosen_by=case.chosen_by,
         why=plan.choice().why or None,
-        **_rates(plan, steps, None if computes else found.bytes_sent, p50),
+        **_rates(plan, steps, None if computes else found.bytes_sent, times["p50_us"]),
         ok=within_tolerance(
             found.errors,
             spec,
@@ -156,6 +125,54 @@ def make_row(
             deterministic=(computes or backend).deterministic,
         ),
     )
+
+
+def _asked(case: Case, plan: Plan) -> dict[str, Any]:
+    """The columns that say what was to be measured."""
+    spec, placement, work = plan.spec, plan.placement, case.workload
+    sharded = plan.token_layout == "sharded"
+    return {
+        "model": spec.name,
+        "source": case.source.label,
+        "hidden": spec.hidden,
+        "intermediate": spec.intermediate,
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "activation": spec.activation,
+        "shared_experts": spec.shared_experts,
+        "quant": spec.quant_label,
+        "tp": placement.tp,
+        "ep": placement.ep,
+        "world": placement.world,
+        "layer": "whole" if case.layers == 1 else f"stack:{case.layers}",
+        "global_tokens": work.tokens,
+        "tokens_per_rank": most_tokens(work.tokens, placement.world, work.token_split, work.seed)
+        if sharded
+        else work.tokens,
+        "token_split": work.token_split,
+        "skew": skew_label(work.skew, work.trace),
+        "seed": work.seed,
+    }
+
+
+def _times(found: GroupResult, layers: int, routings: int) -> dict[str, Any]:
+    """The columns of times. `layers` of a step; `routings` that steps take in turn."""
+    times = [time for round_us in found.rounds_us for time in round_us]
+    p50, medians = quantile(times, 0.5), [p for each in found.rounds_us if (p := quantile(each, 0.5)) is not None]
+    return {
+        "iters": len(times),
+        "p50_us": p50,
+        "p99_us": quantile(times, 0.99) if len(times) >= FEWEST_FOR_P99 else None,
+        "chained_us": found.chained_us,
+        "chained_steps": found.chained_steps,
+        "clock_us": found.clock_us,
+        "per_layer_us": None if p50 is None else p50 / layers,
+        "round_p50_us": tuple(medians),
+        "scatter_us": stdev(medians) / len(medians) ** 0.5 if len(medians) >= FEWEST_ROUNDS else None,
+        "routing_p50_us": _by_routing(times, routings),
+        "stages_us": {name: round(value, 1) for name, value in found.stages_us.items()},
+        "unstaged_us": None if found.unstaged_us is None else round(found.unstaged_us, 1),
+    }
 
 
 def _finite(errors: dict[str, float | None]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.integrations.evaluation.harness import require
 from moe_dist.integrations.evaluation.running import Evaluation, Harness, Row, Start, Work
 from moe_dist.integrations.evaluation.setup import Setup, Variant, planned, specs_of, weight_bytes
-from moe_dist.integrations.evaluation.task import read_task
+from moe_dist.integrations.evaluation.task import Task, read_task
 from moe_dist.integrations.transformers.version import installed
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import LEAST_SEED, MOST_SEED, QUANT_KINDS, ParallelSpec, QuantKind
@@ -103,13 +103,7 @@ def eval(
     _check_names(backends, exchange)
     _check_baseline(baseline)
     measured = _harness(harness, harness_tasks, limit, shots)
-    if task is None:
-        of_both = {} if measured else {"limit": limit, "shots": shots or None}
-        _check_no_task(pattern=pattern, **of_both)
-    asked = read_task(task, pattern=pattern, limit=limit, shots=shots) if task else None
-    if asked is None and logits is None and measured is None:
-        rule = "there is nothing to ask and no logits to compare"
-        raise ConfigError("task", None, rule, "--task FILE, --harness TASK or --logits N")
+    asked = _asked(task, measured, logits, limit, shots, pattern)
     runtime, ray = runtime or "ray", RaySpec()
     check_launcher(runtime)
     installed()
@@ -119,13 +113,7 @@ def eval(
     names: Sequence[str | None] = backends or (None,)
     found = [planned(checkpoint, grid, exchange, name, kind, machine)[0] for grid in grids for name in names]
     variants = list(dict.fromkeys(found))
-    world = 1
-    if runtime == "torchrun":
-        world = launched().world
-        for each in variants:
-            if each.parallel.world != world:
-                rule = f"has {each.parallel.world} ranks, and torchrun started {world}"
-                raise ConfigError("placements", each.placement, rule, f"placements of {world} ranks, or --runtime ray")
+    world = _world(runtime, variants)
     _check_room(variants, baseline or checkpoint, checkpoint, machine, world)
     setup = Setup(checkpoint, baseline or checkpoint, batch_size, max_new_tokens, ray.collective_timeout_s)
     work = Work(setup, asked, logits or 0, seed, measured)
@@ -227,6 +215,32 @@ def _harness(task: str | None, folder: str | None, limit: int | None, shots: int
     if shots < 0:
         raise ConfigError("shots", shots, "is a number of examples", "0 and more")
     return Harness(task, folder and os.path.abspath(folder), limit, shots)
+
+
+def _asked(
+    task: str | None, measured: Harness | None, logits: int | None, limit: int | None, shots: int, pattern: str | None
+) -> Task | None:
+    """The questions of `--task`."""
+    if task is not None:
+        return read_task(task, pattern=pattern, limit=limit, shots=shots)
+    of_both = {} if measured else {"limit": limit, "shots": shots or None}
+    _check_no_task(pattern=pattern, **of_both)
+    if logits is None and measured is None:
+        rule = "there is nothing to ask and no logits to compare"
+        raise ConfigError("task", None, rule, "--task FILE, --harness TASK or --logits N")
+    return None
+
+
+def _world(runtime: str, variants: Sequence[Variant]) -> int:
+    """How many ranks there are already."""
+    if runtime != "torchrun":
+        return 1
+    world = launched().world
+    for each in variants:
+        if each.parallel.world != world:
+            rule = f"has {each.parallel.world} ranks, and torchrun started {world}"
+            raise ConfigError("placements", each.placement, rule, f"placements of {world} ranks, or --runtime ray")
+    return world
 
 
 def _check_no_task(**given: object) -> None:

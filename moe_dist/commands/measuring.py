@@ -14,7 +14,7 @@ from moe_dist.bench.output import said
 from moe_dist.bench.results import Outcome, provenance
 from moe_dist.bench.resume import resumed
 from moe_dist.bench.rounds import turns
-from moe_dist.bench.row import Provenance
+from moe_dist.bench.row import Provenance, Refused
 from moe_dist.bench.runner import group_starter, plan_cases
 from moe_dist.bench.sweep import Step, run_cases
 from moe_dist.commands.asked import Asked, files_read
@@ -60,22 +60,10 @@ def measure(
         experiment = experiment.with_changes(ray=experiment.ray.with_changes(verbose=True))
     _check_names_and_launcher(asked)
     if measuring.build and not machine.elsewhere:
-        # Here, before any rank is there: one process compiles, and the user sees how far it is.
-        for backend in (BACKENDS.get(name) for name in experiment.backends if name != AUTO):
-            if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
-                backend.build()
+        _build(experiment, machine)
     if cases is None:
         cases = list(experiment.cases(machine.device, asked.chosen_by))
-    planned, refused = plan_cases(cases, machine)
-    if refused and not sweep:  # then its reason is the error, with all that it knows
-        for case in cases:
-            case.plan(machine)
-    if not planned:
-        reasons = list(dict.fromkeys(item.reason for item in refused))
-        if len(reasons) == 1:  # then it is the error, with all that it knows
-            cases[0].plan(machine)
-        none = f"none of placements {listed(experiment.placements)} fits any of worlds {listed(experiment.worlds)}"
-        raise UnsupportedError("this experiment", reasons or [none])
+    planned, refused = _planned(cases, experiment, machine, sweep)
     with ExitStack() as stack:
         output, lines = open_places(stack, measuring, call, files_read(experiment, file), as_json, resume)
         about, outcome, left = provenance(machine), Outcome(), planned
@@ -99,6 +87,31 @@ def measure(
         if remember and speaks():
             _remember(kept)
         return code
+
+
+def _build(experiment: Experiment, machine: Machine) -> None:
+    """Here, before any rank is there: one process compiles, and the user sees how far it is."""
+    for backend in (BACKENDS.get(name) for name in experiment.backends if name != AUTO):
+        if machine.device == "cuda" or backend.available(machine.device).ok:  # minutes for what can't run: no
+            backend.build()
+
+
+def _planned(
+    cases: Sequence[Case], experiment: Experiment, machine: Machine, sweep: bool
+) -> tuple[list[tuple[Case, Plan]], list[Refused]]:
+    """Cases that can run, and those that can't. Where none can, or one can't and this is no sweep, the reason is an
+    error with all that it knows."""
+    planned, refused = plan_cases(cases, machine)
+    if refused and not sweep:
+        for case in cases:
+            case.plan(machine)
+    if not planned:
+        reasons = list(dict.fromkeys(item.reason for item in refused))
+        if len(reasons) == 1:
+            cases[0].plan(machine)
+        none = f"none of placements {listed(experiment.placements)} fits any of worlds {listed(experiment.worlds)}"
+        raise UnsupportedError("this experiment", reasons or [none])
+    return planned, refused
 
 
 def _run(left: list[tuple[Case, Plan]], experiment: Experiment, machine: Machine, kept: Kept, go_on: bool) -> None:

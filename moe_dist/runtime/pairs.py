@@ -9,7 +9,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -63,7 +63,7 @@ class Doors:
                     self._listeners.append(listener)
                     doors.append((each.name, address, listener.getsockname()[1]))
                     loopbacks |= {each.name} if each.loopback else set()
-                    threading.Thread(target=self._serve, args=(listener,), name=f"moe-dist-door-{address}", daemon=True).start()
+                    _begin(self._serve, listener, f"moe-dist-door-{address}")
         self.place = Place(member, socket.gethostname(), self._token, tuple(doors), frozenset(loopbacks))
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Doors:
                 connection, _ = listener.accept()
             except OSError:  # closed
                 return
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            _begin(self._answer, connection, "moe-dist-door-answer")
 
     def _answer(self, connection: socket.socket) -> None:
         """Pings back, then the payload; nothing to a stranger."""
@@ -95,6 +95,10 @@ class Doors:
             for _ in range(PINGS):
                 connection.sendall(_exactly(connection, 1))
             connection.sendall(bytes(PAYLOAD))
+
+
+def _begin(serve: Callable[[socket.socket], None], given: socket.socket, name: str) -> None:
+    threading.Thread(target=serve, args=(given,), name=name, daemon=True).start()
 
 
 def reach(own: Place, others: Sequence[Place]) -> list[Way]:

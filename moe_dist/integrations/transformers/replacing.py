@@ -122,11 +122,7 @@ def replace_experts(
 
     plans = {name: planned(name) for name in found}
     for name, (form, plan) in plans.items():
-        held = plan.placement.experts_of(comm.rank)
-        try:
-            check_values(as_they_lie(form, tensors_of(found[name])), held)
-        except ConfigError as error:
-            raise error.of(f"{name}: {error.field}") from None
+        _check_values(name, form, tensors_of(found[name]), plan.placement.experts_of(comm.rank))
     found.clear()  # so that each is freed as it is replaced
     for name, (form, plan) in plans.items():
         shard = stored.shard(name, plan, comm.rank, comm.device) if stored else _shard(model, name, form, plan, comm)
@@ -135,6 +131,13 @@ def replace_experts(
             progress()
     _settle(model)
     return tuple(plans)
+
+
+def _check_values(name: str, form: Form, tensors: Mapping[str, Tensor], held: Sequence[int]) -> None:
+    try:
+        check_values(as_they_lie(form, tensors), held)
+    except ConfigError as error:
+        raise error.of(f"{name}: {error.field}") from None
 
 
 def _experts_of(model: nn.Module) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from moe_dist.step import Routes, Sink, Step
 from moe_dist.step.rows import ExpertRows, TokenRows, used_rows
 
 UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input rows are scaled
-MOST_PAIRS = (
-    2**30
-)  # their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets
+# Their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets.
+MOST_PAIRS = 2**30
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
+# Of the weighted sum: columns of one program, and its warps.
+SUM_BLOCK, SUM_WARPS = 1024, 4
 
 
 @triton.jit
@@ -213,7 +214,7 @@ class Pipeline(ABC):
     ) -> None:
         """To `y_RC`, or without it by `routes`."""
         (R, K), columns = self.slots_RK.shape, stop - start
-        block = min(1024, power_of_2(columns))
+        block = min(SUM_BLOCK, power_of_2(columns))
         placed = self.places is not None
         target, route, wide, every, programs = y_RC, (0, 1, 0, columns), False, False, R
         if routes is not None:
@@ -224,7 +225,7 @@ class Pipeline(ABC):
         tensors = (self.out, self.slots_RK, weights_RK, self.places if placed else self.slots_RK, target)
         constants = (self.experts.hidden, columns, K, self.split_k, placed, routes is not None, every, wide, block)
         grid = programs, cdiv(columns, block), 1
-        self.launch(_weighted_sum, grid, tensors, (R, start, *route), constants, (4, 1))
+        self.launch(_weighted_sum, grid, tensors, (R, start, *route), constants, (SUM_WARPS, 1))
 
     def _scratch(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
         """Scratch of these shapes and dtypes."""
