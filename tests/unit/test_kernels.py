@@ -86,7 +86,7 @@ def kernels():
         "SOURCES": 4, "BLOCK": 128,
     }  # fmt: skip
     ends = {"header": "*i32", "failed": "*i32", "peers": "*i64", "rank": "i32", "BUCKET": "i32", "LIMIT_NS": "i64",
-            "W": 4, "LANES": 4, "WAITS": True, "BLOCK": 2048, "K": 8, "PLACES": 8}  # fmt: skip
+            "W": 4, "LANES": 4, "WAITS": True, "BLOCK": 2048, "K": 8, "PLACES": 8, "EARLY": True}  # fmt: skip
     yield nvlink_rows._send_rows, {
         **ends, "values": "*fp8e4nv", "scales": "*fp32", "weights": "*fp32", "group_table": "*i64",
         "copy_counts": "*i64", "served": "*i8", **dict.fromkeys(("ids", "slot_table"), "*i32"),

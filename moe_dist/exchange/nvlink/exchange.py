@@ -36,7 +36,7 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._ends = Ends(self.comm.rank, self.comm.world, int(self.comm.timeout_s * 1e9))
+        self._ends = Ends.of(self.comm)
         self._known: dict[int, Regions] = {}
         self._last: Visit | None = None
         self._row_bytes = payload_row_bytes(self.spec, self.payload) - 8 * self.spec.top_k

@@ -64,6 +64,11 @@ def ranks(ends: Ends) -> tuple[int, int]:
     return ends.world, power_of_2(ends.world)
 
 
+def launched(early: bool) -> dict[str, bool]:
+    """Options of a launch; `early`: of one that may begin before the launch before has ended, and waits by itself."""
+    return {"launch_pdl": True} if early else {}
+
+
 @triton.jit
 def region_of(address, AT, TYPE: tl.constexpr):
     """A region of a peer's memory, which begins at a multiple of 16 bytes: rows move so many at a time."""

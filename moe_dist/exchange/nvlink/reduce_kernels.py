@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 from moe_dist.exchange.nvlink.flags import (
     ROWS,
@@ -26,6 +27,7 @@ from moe_dist.exchange.nvlink.flags import (
     end_phase,
     few,
     last_phase,
+    launched,
     ranks,
     region_of,
     shared,
@@ -58,6 +60,7 @@ def add_share(step: Reduction, ends: Ends) -> None:
     block = min(VALUES, power_of_2(step.hidden))
     grid = step.share, cdiv(step.hidden, block), 1
     at_once = few(grid)
+    early = at_once and ends.early
     if not at_once:
         end_phase(step.window, ROWS.value, ends)
     shape = step.share, step.hidden
@@ -69,7 +72,8 @@ def add_share(step: Reduction, ends: Ends) -> None:
         grid,
         (came, total, *shared(step.window)),
         (here, step.share, step.hidden, ends.rank, ends.limit_ns),
-        (*ranks(ends), block, at_once, ends.waits),
+        (*ranks(ends), block, at_once, ends.waits, early),
+        **launched(early),
     )
 
 
@@ -79,6 +83,7 @@ def gather_shares(step: Reduction, y_TH: Tensor, ends: Ends) -> None:
     block = min(WORDS, power_of_2(words))
     grid = step.tokens, cdiv(words, block), 1
     at_once = few(grid)
+    early = at_once and ends.early
     if not at_once:
         end_phase(step.window, SUMS.value, ends)
     launch(
@@ -86,7 +91,8 @@ def gather_shares(step: Reduction, y_TH: Tensor, ends: Ends) -> None:
         grid,
         (y_TH, step.window.by_rank_W, *shared(step.window)),
         (step.share, words, step.totals_at, ends.rank, ends.limit_ns),
-        (*ranks(ends), block, at_once, ends.waits),
+        (*ranks(ends), block, at_once, ends.waits, early),
+        **launched(early),
     )
 
 
@@ -105,10 +111,14 @@ def _send_shares(sums, by_rank, T, EACH, rank, WORDS, AT, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["HERE", "rank", "LIMIT_NS"])
 def _add_share(
     came, total, header, failed, peers, HERE, EACH, H, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+    BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """total[t] = the sum of came[:, t] in float32, in the order of ranks, for the first HERE tokens. With ENDS the
-    first program sets the flags, which say that earlier launches have stored this rank's sums, and all wait."""
+    first program sets the flags, which say that earlier launches have stored this rank's sums, and all wait.
+    EARLY: it was launched while the one before still ran, as the next one is."""
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     token, part = tl.program_id(0), tl.program_id(1)
     if ENDS:
         number = tl.load(header + STEP) + 1
@@ -129,9 +139,11 @@ def _add_share(
 @triton.jit(do_not_specialize=["rank", "LIMIT_NS"])
 def _gather_shares(
     y, by_rank, header, failed, peers, EACH, WORDS, AT, rank, LIMIT_NS, W: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+    BLOCK: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y[token] from the rank whose share it is in. With ENDS as `_add_sums`."""
+    """y[token] from the rank whose share it is in. With ENDS and EARLY as `_add_sums`."""
+    if EARLY:
+        cuda.gdc_wait()
     if ENDS:
         last_phase(header, failed, peers, rank, LIMIT_NS, W, LANES, WAITS)
     token = (tl.program_id(0) + (rank + 1) * EACH) % tl.num_programs(0)  # every rank begins with another source

@@ -55,7 +55,7 @@ class NvlinkReplicated(Exchange[Reduction, Returning]):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._ends = Ends(self.comm.rank, self.comm.world, int(self.comm.timeout_s * 1e9))
+        self._ends = Ends.of(self.comm)
         self._tokens = 0  # of the last step
 
     @classmethod

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 from moe_dist.exchange.nvlink import window
 from moe_dist.exchange.nvlink.flags import (
@@ -87,6 +88,7 @@ def send_rows(
             not copied,
             at_once,
             ends.waits,
+            at_once and ends.early,
         ),
     )
     if not at_once:
@@ -113,7 +115,7 @@ def _send_quantized(
         (visit.bucket, 1, 1),
         (x_TH, x_TH, *inputs, visit.served_TW, *shared(visit.window)),
         (visit.tokens, visit.bucket, *sizes, hidden // 4, groups, starts[0], starts[1], *starts[-2:], ends.limit_ns),
-        (*constants, *ranks(ends), power_of_2(groups), 1, True, True, True, True, ends.waits),
+        (*constants, *ranks(ends), power_of_2(groups), 1, True, True, True, True, ends.waits, ends.early),
     )
 
 
@@ -163,13 +165,15 @@ def _send_rows(
     T, BUCKET, rank, own_group, EXPERTS, COPIES, VALUE_WORDS, SCALE_WORDS, VALUES_AT, SCALES_AT, SLOTS_AT, WEIGHTS_AT,
     LIMIT_NS, K: tl.constexpr, TP: tl.constexpr, REPLICATED: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr,
     LANES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, QUANTIZES: tl.constexpr, TO_OWN: tl.constexpr,
-    TO_OTHERS: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+    TO_OTHERS: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each of the bucket's tokens and each BLOCK words of its row. Every peer gets the token's slots
     there and its weights, -1 and 0 for padding; its row goes to those that hold one of its experts, as TO_OWN and
     TO_OTHERS say. On the rank p places before this one, row t has the place p · BUCKET + t, so nobody counts.
     `served`[t, w]: whether rank w sends a sum back. If it QUANTIZES, `values` are bf16, and a program has a whole row
     in SCALES groups of 128 columns."""
+    if EARLY:  # the next launch waits for all that this one does
+        cuda.gdc_launch_dependents()
     token, part = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, PLACES)
     beside = tl.arange(0, SCALES)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
-from moe_dist.exchange.nvlink.flags import SUMS, end_phase, few, last_phase, ranks, region_of, shared
+from moe_dist.exchange.nvlink.flags import SUMS, end_phase, few, last_phase, launched, ranks, region_of, shared
 from moe_dist.exchange.nvlink.window import Ends, Visit
 from moe_dist.kernels.triton.launch import as_bits, launch
 from moe_dist.model.sizes import cdiv, power_of_2, row_bytes
@@ -33,6 +34,7 @@ def add_sums(visit: Visit, own: Tensor | None, apart: int, y_TH: Tensor, ends: E
     block, programs = _blocks(hidden, visit.ahead, VALUES)
     grid = max(1, tokens), programs, 1
     at_once = few(grid)
+    early = at_once and ends.early and not visit.ahead
     if not at_once:
         end_phase(visit.window, SUMS.value, ends)
     came = visit.window.view(visit.sums_at, *visit.regions.sums)
@@ -41,7 +43,8 @@ def add_sums(visit: Visit, own: Tensor | None, apart: int, y_TH: Tensor, ends: E
         grid,
         (came, came if own is None else own, visit.served_TW, y_TH, *shared(visit.window)),
         (tokens, visit.bucket, hidden, visit.ahead, apart, ends.rank, ends.limit_ns),
-        (*ranks(ends), block, own is not None, at_once, ends.waits),
+        (*ranks(ends), block, own is not None, at_once, ends.waits, early),
+        **launched(early),
     )
 
 
@@ -89,10 +92,13 @@ def _send_sums(
 def _add_sums(
     came, own, served, y, header, failed, peers, T, BUCKET, H, AHEAD, APART, rank, LIMIT_NS, W: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[token] = the sum of what came back for it, in float32, in the order of ranks. With OWN, the first APART columns
     of what this rank has for itself lie in `own`, as the first among the sums of all rows. With ENDS the phase ends
-    here."""
+    here. EARLY: it was launched while the one before still ran."""
+    if EARLY:
+        cuda.gdc_wait()
     token = tl.program_id(0)
     if ENDS:
         last_phase(header, failed, peers, rank, LIMIT_NS, W, LANES, WAITS)

@@ -11,7 +11,7 @@ from moe_dist.comm import Comm
 from moe_dist.comm.symmetric import Aside, Symmetric
 from moe_dist.errors import RankFailure
 from moe_dist.exchange.rows import pair_specs, row_specs
-from moe_dist.machine.machine import Machine
+from moe_dist.machine.machine import HOPPER, Machine
 from moe_dist.machine.nodes import told
 from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
@@ -23,6 +23,9 @@ from moe_dist.step.workspace import ALIGNMENT, bytes_of
 # tickets taken in each phase, and from FLAGS on each phase's flags: by source, and of copied rows by part.
 STEP, NUMBER, TICKETS, FLAGS, MOST_RANKS, PHASES = 0, 1, 8, 32, 128, 3
 ROWS, SUMS, COPIED = 0, 1, 2  # phases
+# Whether launches of few thread blocks begin while the one before ends (programmatic dependent launch), where GPUs can.
+# Off as long as no GPU has shown what it gains.
+EARLY = False
 HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
 FIRST_BYTES = cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT  # of the first area, up to what lies there
 
@@ -83,12 +86,18 @@ class Regions:
 @dataclass(frozen=True)
 class Ends:
     """Who exchanges, and how long a launch waits for the others at most. `waits`: False where one process plays all
-    ranks in turn, in tests: then nobody may wait."""
+    ranks in turn, in tests: then nobody may wait. `early`: see EARLY."""
 
     rank: int
     world: int
     limit_ns: int
     waits: bool = True
+    early: bool = False
+
+    @classmethod
+    def of(cls, comm: Comm) -> Ends:
+        can = comm.device.type == "cuda" and torch.cuda.get_device_capability(comm.device) >= HOPPER
+        return cls(comm.rank, comm.world, int(comm.timeout_s * 1e9), early=EARLY and can)
 
 
 @dataclass(frozen=True)
