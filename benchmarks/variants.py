@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     def of(cls, text: str) -> Variant:
         name, _, rest = text.partition("=")
         tree, *pairs = rest.split(",")
-        if not name or not (Path(tree) / "moe_dist").is_dir():
+        if not name or not tree or not (Path(tree) / "moe_dist").is_dir():
             raise argparse.ArgumentTypeError(f"{text!r}: NAME=TREE, where TREE is a folder with moe_dist in it")
         try:
             settings = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in pairs)}
