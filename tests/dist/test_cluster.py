@@ -36,6 +36,13 @@ os._exit(0)
 """
 
 
+def only_line(err: str) -> str:
+    """Of standard error, but for progress."""
+    lines = [line for line in err.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
 def clean(**changes: str) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(RAY_VARIABLES)}
     return own | changes
@@ -112,7 +119,7 @@ def test_a_private_cluster_is_closed_and_missed(measuring: subprocess.Popen[str]
     assert time.monotonic() - begin < 10.0
     assert measuring.returncode == 5
     told = f"the Ray cluster at {address} was lost while tiny EP2 ag_rs torch 4 sharded tokens uniform eager: timing"
-    (line,) = [line for line in err.splitlines() if not line.startswith("[")]  # progress
+    line = only_line(err)
     assert line.startswith(f"moe-dist: {told}")
     assert ": its head (GCS) does not answer: " in line
     assert json.loads(out)["error"] == "ClusterLost"
@@ -140,8 +147,7 @@ def test_a_port_that_never_answers(port: int) -> None:
     assert time.monotonic() - begin < 20.0  # imports included
     assert done.returncode == 2
     said = f"ray.address = '127.0.0.1:{port}': something listens there, but did not answer as a Ray head within 2 s"
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("[")]
-    assert said in line
+    assert said in only_line(done.stderr)
 
 
 @pytest.mark.parametrize(
