@@ -22,6 +22,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, UnsupportedError
 from moe_dist.exits.exit_codes import code_of
 from moe_dist.runtime.context import Group
+from moe_dist.runtime.restarts import Restarts
 
 Shown = Callable[[str], None]
 MOST_STARTS = 3  # of a group that takes the place of one that was given up
@@ -68,11 +69,13 @@ class Left:
         self.turns[key] -= 1
         self.took[turn.number == 0].append(seconds)
 
-    def failed(self, key: str, keys: list[str]) -> None:
-        """No turn of it is to come, and all turns of those of `keys` that are not finished: what their ranks knew is
-        gone."""
+    def failed(self, key: str) -> None:
+        """No turn of it is to come."""
         self.turns[key] = 0
-        self.turns |= {other: self.total[other] for other in keys if self.turns[other]}
+
+    def lost(self, keys: list[str]) -> None:
+        """All turns are to come of those of `keys` that are not finished: what their ranks knew is gone."""
+        self.turns |= {key: self.total[key] for key in keys if self.turns[key]}
 
     def seconds(self) -> float | None:
         known = {kind: mean(times) for kind, times in self.took.items() if times}
@@ -95,16 +98,20 @@ def run_cases(
     step_done: Callable[[Step], None],
     runtime: str,
     go_on: bool = False,
+    restarts: int = 0,
 ) -> None:
     """Measure into `outcome`, whose rows hold what is known of each case after each of its turns; consecutive cases of
     one world size share a group. `said` gets what the user must be told.
 
-    `go_on`: a case that fails while it runs is written down, and those that are not finished are measured from their
-    start on a fresh group of ranks. Without, its error is raised. Raises ClusterLost, and the error of a group that
-    can't be started: of a world size's first one at once, of one after a failure when MOST_STARTS attempts have failed.
+    `restarts`: so many times in all, a case in which a rank fails is measured again, as all that are not finished are:
+    from their start, on a fresh group of ranks. Where none is left it has failed, as it did the first time. `go_on`:
+    that is written down, and the others are measured on a fresh group. Without, it is raised. Raises ClusterLost, and
+    the error of a group that can't be started: of a world size's first one at once, of one after a failure when
+    MOST_STARTS attempts have failed.
     """
     items = [Item(case, plan, case_key(case, plan, runtime)) for case, plan in planned]
-    _Sweep(items, start_group, timeout_s, outcome, shown, said, step_done, go_on).run()
+    again = Restarts(restarts, said)
+    _Sweep(items, start_group, timeout_s, outcome, shown, said, step_done, go_on, again).run()
 
 
 @dataclass
@@ -117,10 +124,12 @@ class _Sweep:
     said: Shown
     step_done: Callable[[Step], None]
     go_on: bool
+    restarts: Restarts
     starts: int = 0
 
     def __post_init__(self) -> None:
         self.left = Left.of(self.items)
+        self.first: dict[str, MoeDistError] = {}  # of each case that has failed
 
     def run(self) -> None:
         for world, share in groupby(self.items, key=lambda item: item.world):
@@ -134,15 +143,15 @@ class _Sweep:
                 attempts = MOST_STARTS
 
     def _started(self, world: int, attempts: int) -> Group:
+        more = Restarts(attempts - 1, self.said, "further attempt")
         while True:
             self.shown(f"starting {world} ranks")
             try:
                 return self._proven(self.start_group(world, self.shown))
             except MoeDistError as error:
-                attempts -= 1
-                if isinstance(error, ClusterLost) or not attempts:
+                failed = f"{world} ranks could not be started again: {error}"
+                if isinstance(error, ClusterLost) or not more.take(failed):
                     raise
-                self.said(f"{world} ranks could not be started again: {error}; once more")
 
     def _proven(self, group: Group) -> Group:
         """What no case is to blame for is found before the first one."""
@@ -181,9 +190,9 @@ class _Sweep:
                     group.run(measure, item.case, item.plan, turn, timeout_s=self.timeout_s, shown=self.shown)
                 )
             except MoeDistError as error:
-                if not self.go_on or isinstance(error, ClusterLost):
+                if isinstance(error, ClusterLost):
                     raise
-                self.left.failed(item.key, [other.key for other in items])
+                self.left.lost([other.key for other in items])
                 self._failed(item, error)
                 return
             row = make_row(
@@ -195,7 +204,16 @@ class _Sweep:
             self.left.done(item.key, turn, time.monotonic() - begin)
             self._tell(row if turn.last else None)
 
-    def _failed(self, item: Item, error: MoeDistError) -> None:
+    def _failed(self, item: Item, latest: MoeDistError) -> None:
+        """Measured again, or written down, or its first error is raised."""
+        error = self.first.setdefault(item.key, latest)
+        if isinstance(latest, RankFailure) and self.restarts.take(f"{item.case.label}: {latest}"):
+            return
+        if not self.go_on and error is latest:
+            raise error
+        if not self.go_on:
+            raise error from latest
+        self.left.failed(item.key)
         rank, op = (error.rank, error.op) if isinstance(error, RankFailure) else (None, None)
         failed = Failed(
             key=item.key,

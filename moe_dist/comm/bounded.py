@@ -87,7 +87,8 @@ class Bounded:
         if problem:
             phase, peer, step = problem
             operation = f"nvlink, {('rows', 'sums', 'copied rows')[phase]}"
-            raise RankFailure(peer, operation, step, f"rank {self.rank} waited {self._timeout_s:g} s for its flag")
+            cause = f"rank {self.rank} waited {self._timeout_s:g} s for its flag of step {step}"
+            raise RankFailure(peer, operation, self.sequence, cause)  # steps have numbers of their own
 
     @property
     def _waits(self) -> bool:

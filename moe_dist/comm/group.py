@@ -151,7 +151,8 @@ class Comm(Collectives, Agreements):
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         """Start to bring a few numbers to the host. What is returned waits for them, no longer than the timeout, and
-        for nothing that was launched since."""
+        for nothing that was launched since. While it waits, this rank counts as one that waits for others: the device
+        may be in a collective, or in a wait for a peer's writes."""
         here, ready, sequence = values, None, self.sequence
         if values.is_cuda:
             here = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
@@ -160,15 +161,25 @@ class Comm(Collectives, Agreements):
             ready.record()
 
         def arrived() -> list[Any]:
-            deadline = time.monotonic() + self._timeout_s
-            while ready is not None and not ready.query():  # synchronize() would have no limit
-                if time.monotonic() > deadline:
-                    detail = f"the device did not get this far in {self._timeout_s:g} s"
-                    raise RankFailure(self.rank, "to_host", sequence, detail)
+            if ready is not None and not ready.query():
+                self._await(ready, sequence)
             found: list[Any] = here.tolist()
             return found
 
         return arrived
+
+    def _await(self, ready: torch.cuda.Event, sequence: int) -> None:
+        if self.noted:
+            self.noted("to_host", self.sequence)
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            while not ready.query():  # synchronize() would have no limit
+                if time.monotonic() > deadline:
+                    detail = f"the device did not get this far in {self._timeout_s:g} s"
+                    raise RankFailure(self.rank, "to_host", sequence, detail)
+        finally:
+            if self.noted:
+                self.noted("", self.sequence)
 
 
 def _beside(group: dist.ProcessGroup | None, rank: int, timeout_s: float) -> dist.ProcessGroup:

@@ -135,7 +135,7 @@ def _run(left: list[tuple[Case, Plan]], experiment: Experiment, machine: Machine
             kept.keep(step)
 
         given = left, started, experiment.case_timeout_s, kept.outcome, shown, reporter.said, step_done
-        run_cases(*given, experiment.runtime, go_on)
+        run_cases(*given, experiment.runtime, go_on, experiment.ray.restarts)
 
 
 def _remember(kept: Kept) -> None:
@@ -168,6 +168,9 @@ def _check_names_and_launcher(asked: Asked) -> None:
     """An unknown name is a mistake, not a case that can't run here."""
     experiment = asked.experiment
     check_launcher(experiment.runtime)
+    if experiment.runtime == "torchrun" and experiment.ray.restarts:
+        rule = "torchrun ends all ranks when one has failed, and it alone can start them again"
+        raise ConfigError("ray.restarts", experiment.ray.restarts, rule, "torchrun --max-restarts, or --runtime ray")
     for name in experiment.backends:
         if name != AUTO:
             BACKENDS.get(name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm import Comm
+from moe_dist.engine import replays
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.model.routing import Routing
 from moe_dist.step import NO_STAGES, Stages, Support, Workspace, workspace_of
@@ -97,6 +98,7 @@ class StepGraph:
             for static in self._given:
                 static.ids_TK[tokens:].fill_(-1)
                 static.weights_TK[tokens:].zero_()
+        self._tokens = tokens
 
     def __call__(self, x_TH: Tensor, routing: Routings = None) -> Tensor:
         """See MoELayer.forward and MoEStack.forward."""
@@ -105,17 +107,27 @@ class StepGraph:
 
     def fill(self, x_TH: Tensor, routing: Routings = None) -> None:
         """Inputs for the next replays, as for a call."""
-        self._layer.comm.check_thread()
-        self._workspace.enter()  # the last replay may still read its inputs, on another stream
-        with torch.no_grad():
-            self._fill(x_TH, routing)
+        try:
+            self._layer.comm.check_thread()
+            self._workspace.enter()  # the last replay may still read its inputs, on another stream
+            with torch.no_grad():
+                self._fill(x_TH, routing)
+        except Exception as error:
+            replays.failed(self._layer, error)
+            raise
 
     def replay(self) -> Tensor:
         """The step again on the inputs of the last call or `fill`, with the padding's rows. Raises RankFailure where an
         earlier replay has waited for a rank in vain."""
-        self._layer.comm.check_window()
-        self._workspace.enter()
-        self._graph.replay()
+        try:
+            self._layer.comm.check_window()
+            self._workspace.enter()
+            self._graph.replay()
+        except Exception as error:
+            replays.failed(self._layer, error)
+            raise
+        for listener in replays.listeners:
+            listener.replayed(self._layer, self._tokens, self.bucket)
         return self._y
 
 

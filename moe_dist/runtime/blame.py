@@ -215,9 +215,15 @@ def _suspect(failure: RankFailure, rest: Sequence[Sight]) -> tuple[Sight, str] |
         missed = f"did not come to sequence number {last.sequence + 1}{_at(last)}"
         return last, _returned(last) if last.finished else missed
     for sight in rest:
-        if sight.sequence == failure.seq and sight.op not in ("", failure.op):
+        differ = _is_collective(sight.op) and _is_collective(failure.op) and sight.op != failure.op
+        if sight.sequence == failure.seq and differ:
             return sight, f"was in {sight.op} where rank {failure.rank} was in {failure.op}"
     return None
+
+
+def _is_collective(op: str) -> bool:
+    """And no wait for the device, which may be that of a collective before, or for a peer's writes."""
+    return op not in ("", "to_host") and not op.startswith("nvlink")
 
 
 def _returned(sight: Sight) -> str:

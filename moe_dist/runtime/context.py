@@ -98,6 +98,7 @@ class RaySpec(Section):
     start_timeout_s: Seconds = 60.0
     collective_timeout_s: Annotated[Seconds, Field(ge=0.1)] = 60.0  # process groups count whole milliseconds
     silence_timeout_s: Seconds = 30.0  # a rank without a sign of life for so long is given up
+    restarts: Annotated[int, Field(strict=True, ge=0, le=1000)] = 0  # in all, of a group that has failed
     verbose: Flag = False  # shows what Ray and the ranks write to their logs
 
     @field_validator("cpus_per_rank")

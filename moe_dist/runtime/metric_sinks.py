@@ -25,6 +25,9 @@ class Metric:
 
 METRICS = {
     "steps": Metric("counter", "moe_dist_steps_total", "Steps of a layer on this rank.", OF_LAYERS),
+    "graph_replays": Metric(
+        "counter", "moe_dist_graph_replays_total", "Steps of a layer that were replays of a CUDA graph.", OF_LAYERS
+    ),
     "tokens": Metric("counter", "moe_dist_tokens_total", "Tokens of this rank that a layer was given.", OF_LAYERS),
     "stage_seconds": Metric(
         "histogram", "moe_dist_stage_seconds", "Seconds that a stage of a step took.", (*OF_LAYERS, "stage")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from moe_dist.engine import replays
 from moe_dist.engine.layer import MoELayer, Path
 from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError, RankFailure
@@ -37,8 +38,8 @@ class Metrics:
             serve(stack)
 
     Layers are numbered in the order in which they are given, those of a stack in theirs. Without any it has failures
-    and restarts of groups of ranks alone, for the program that starts them. A step that runs in a CUDA graph calls no
-    Python when it is replayed, so its replays are not seen.
+    and restarts of groups of ranks alone, for the program that starts them. Replays of a StepGraph are counted where
+    the host launches them; what happens in them, stages and rows, is not seen. Graphs of a program's own are not.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Metrics:
                 layer.register_forward_hook(partial(self._after, number), with_kwargs=True, always_call=True),
             ]
         failed_groups.listeners.append(self)
+        if layers:
+            replays.listeners.append(self)
 
     @property
     def port(self) -> int | None:
@@ -80,7 +83,7 @@ class Metrics:
     def _before(self, number: int, layer: MoELayer, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Put a clock into this step, if it is one to be looked at and has none of its own."""
         stages = named.get("stages")
-        if named.get("captured") or (stages is not None and stages.on):
+        if named.get("captured") or (stages is not None and stages.on) or not self._handles:
             return None
         self._seen[number] += 1
         if self._seen[number] % self._every == 0:
@@ -89,6 +92,8 @@ class Metrics:
 
     def _after(self, number: int, layer: MoELayer, given: Any, named: Mapping[str, Any], y_TH: Any) -> None:
         error = sys.exception()
+        if not self._handles:  # closed; a copy of the layer has kept the hooks
+            return
         if y_TH is None and error is not None:
             self._failed(error, str(layer.comm.rank))
             return
@@ -102,6 +107,28 @@ class Metrics:
         if watched is not None:
             self._pending.append(watched)
         self._take()
+
+    def replayed(self, layer: Any, tokens: int, bucket: int) -> None:
+        """Count a replay of a layer or a stack, on the host."""
+        for number, each in self._watched_in(layer):
+            labels = _labels(number, each, each.path(bucket))
+            for key, amount in (("steps", 1), ("graph_replays", 1), ("tokens", tokens)):
+                self._sink.add(key, labels, amount)
+
+    def replay_failed(self, layer: Any, error: Exception) -> None:
+        """Count it once, however many layers there are in it."""
+        for _, each in self._watched_in(layer)[:1]:
+            self._failed(error, str(each.comm.rank))
+
+    def _watched_in(self, layer: Any) -> list[tuple[int, MoELayer]]:
+        """The layers of it that are watched, each with its number, which their hooks know; a copy has its
+        original's."""
+        found = []
+        for each in layer.layers if isinstance(layer, MoEStack) else [layer]:
+            hooks = each._forward_hooks.values() if isinstance(each, MoELayer) else ()
+            own = [hook for hook in hooks if isinstance(hook, partial) and hook.func == self._after]
+            found += [(hook.args[0], each) for hook in own[:1]]
+        return found
 
     def _take(self) -> None:
         """What has become known of earlier steps; never waits for a device."""
@@ -134,8 +161,9 @@ class Metrics:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self in failed_groups.listeners:
-            failed_groups.listeners.remove(self)
+        for listeners in (failed_groups.listeners, replays.listeners):
+            if self in listeners:
+                listeners.remove(self)
         self._take()
         self._sink.close()
 

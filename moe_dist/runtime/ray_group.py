@@ -12,8 +12,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_dist.comm.network import LOOPBACK
-from moe_dist.errors import ClusterLost, RankFailure, ResourceError
+from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.messages import logs
+from moe_dist.messages.notices import notice
 from moe_dist.runtime import failed_groups
 from moe_dist.runtime.actor import RankActor
 from moe_dist.runtime.blame import unpacked
@@ -24,6 +25,7 @@ from moe_dist.runtime.heard import heard, said_before
 from moe_dist.runtime.own_actors import ALL_GPUS_VISIBLE
 from moe_dist.runtime.ray_places import bundle_of, check_resources, in_order, ranks_of_nodes
 from moe_dist.runtime.ray_watch import Lookout
+from moe_dist.runtime.restarts import Restarts
 
 FREE_S = 0.5  # for the ranks that live to leave their collective; they are ended anyway
 
@@ -31,7 +33,8 @@ Prepared = tuple[RankFunction, tuple[Any, ...], float]
 
 
 class RayGroup:
-    """Ranks as Ray actors. Use as a context manager, or call `close`."""
+    """Ranks as Ray actors. Use as a context manager, or call `close`. With `spec.restarts` it recovers by itself, so
+    many times in all: see `run`."""
 
     runtime = "ray"
 
@@ -49,6 +52,8 @@ class RayGroup:
         self._shown = shown or (lambda _: None)
         self._prepared: list[Prepared] = []
         self._lost: ClusterLost | None = None
+        self._restarts = Restarts(self.spec.restarts, notice)
+        self._given_up: MoeDistError | None = None  # what for, until it recovers or is closed
         self._start()
 
     def _start(self) -> None:
@@ -153,12 +158,54 @@ class RayGroup:
             for rank, place in enumerate(self.places)
         ]
 
-    def run(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> list[Any]:
-        """See Group.run. On any failure the other ranks are freed and the whole group is given up."""
+    def run(
+        self,
+        function: RankFunction,
+        *arguments: Any,
+        timeout_s: float,
+        shown: Callable[[str], None],
+        pure: bool = False,
+    ) -> list[Any]:
+        """See Group.run. On any failure the other ranks are freed and the whole group is given up.
+
+        Where `spec.restarts` are left, a group that was given up recovers at the next call. `pure`: what the function
+        returns follows from its arguments and from what `prepare` has made, and it does nothing else that lasts. Then
+        after a RankFailure the group recovers at once and the call is repeated, with `timeout_s` anew. Each restart is
+        a notice that names the failure. Where none is left the call's first failure is raised.
+        """
+        if self._given_up is not None:
+            self._restart(self._given_up, self._given_up, shown)
         if not self._actors:
             raise RankFailure(
                 -1, "run", -1, "this group is closed, by itself after a failure: recover, or start another"
             )
+        first: RankFailure | None = None
+        while True:
+            try:
+                return self._called(function, arguments, timeout_s, shown)
+            except RankFailure as error:
+                if not pure:
+                    raise
+                first, latest = first or error, error
+            self._restart(first, latest, shown)
+
+    def _restart(self, first: MoeDistError, latest: MoeDistError, shown: Callable[[str], None]) -> None:
+        """Recover, as long as restarts are left, else raise `first`. A recovery that fails has used one up."""
+        while self._restarts.take(latest):
+            try:
+                return self.recover(shown)
+            except ClusterLost:
+                raise
+            except MoeDistError as error:
+                latest = error
+        self._given_up = None
+        if latest is first:
+            raise first
+        raise first from latest
+
+    def _called(
+        self, function: RankFunction, arguments: tuple[Any, ...], timeout_s: float, shown: Callable[[str], None]
+    ) -> list[Any]:
         try:
             futures = [actor.run.remote(function, arguments) for actor in self._actors]
             self._lookout.watch(futures, timeout_s, shown)
@@ -169,12 +216,14 @@ class RayGroup:
                 error.locate([place["host"] for place in self.places])
             self._settle(error)
             failed_groups.failed(error)
+            if isinstance(error, MoeDistError) and self._lost is None and self._restarts.left:
+                self._given_up = error
             raise
 
     def prepare(self, function: RankFunction, *arguments: Any, timeout_s: float, shown: Callable[[str], None]) -> None:
         """As `run`, and again on the new ranks after each `recover`, in the order of these calls: what makes the state
-        that later calls need, such as weights, layers and CUDA graphs in `context.memo`."""
-        self.run(function, *arguments, timeout_s=timeout_s, shown=shown)
+        that later calls need, such as weights, layers and CUDA graphs in `context.memo`. So it is `pure` as well."""
+        self.run(function, *arguments, timeout_s=timeout_s, shown=shown, pure=True)
         self._prepared.append((function, arguments, timeout_s))
 
     def recover(self, shown: Callable[[str], None] | None = None) -> None:
@@ -190,7 +239,7 @@ class RayGroup:
         self.close()
         self._start()
         for function, arguments, timeout_s in self._prepared:
-            self.run(function, *arguments, timeout_s=timeout_s, shown=shown or self._shown)
+            self._called(function, arguments, timeout_s, shown or self._shown)
 
     def _settle(self, error: BaseException) -> None:
         """After a failure: free the ranks that still wait, and give the group up."""
@@ -223,5 +272,6 @@ class RayGroup:
     def close(self) -> None:
         """End the actors and give their place back. May be called twice. Raises RankFailure where the process of a rank
         of this machine does not end."""
+        self._given_up = None
         if left := self._end(KILLED_S):
             raise RankFailure(left[0], "ending", -1, "its process is still there after SIGKILL")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2", "worlds=[2]"]
 SWEEP = ["compare", *SMALL, "placements=[ep]", "exchanges=[ag_rs]", "warmup=0", "skews=[uniform]", "tokens=[4,5,8]"]
 HEALTHY = RayGroup.run
+MARK = ""  # the file that `ill_once` leaves
 
 
 def ill(context: RankContext, case: Any, plan: Any, turn: Any) -> RankResult:
@@ -32,6 +35,14 @@ def ill(context: RankContext, case: Any, plan: Any, turn: Any) -> RankResult:
     if context.rank == 1 and turn.number == 1 and case.workload.tokens == 5:
         context.progress("being ill")
         raise MemoryError("out of memory, on purpose")
+    return measure(context, case, plan, turn)
+
+
+def ill_once(context: RankContext, case: Any, plan: Any, turn: Any) -> RankResult:
+    """As `measure`, but rank 1 is killed in the second turn, once."""
+    if context.rank == 1 and turn.number == 1 and not os.path.exists(MARK):
+        Path(MARK).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     return measure(context, case, plan, turn)
 
 
@@ -105,9 +116,24 @@ def test_one_case_fails_the_sweep_is_interrupted_and_resumed(monkeypatch, tmp_pa
     assert json.loads(capsys.readouterr().out)["rows"] == after["rows"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_case_is_measured_again_on_fresh_ranks(monkeypatch, tmp_path: Path, capsys, command):
+    monkeypatch.setattr(sys.modules[__name__], "MARK", str(tmp_path / "mark"))
+    monkeypatch.setattr(sweep, "measure", ill_once)
+    out = tmp_path / "out.json"
+    assert main([command, *SWEEP[1:-1], "tokens=[4]", "iters=3", "ray.restarts=1", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["start"], row["iters"], row["ok"]) == (1, 3, True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "rank 1 failed in" in said
+    assert "its process died of SIGKILL" in said
+    assert "; restart 1 of 1" in said
+
+
 def test_the_command_ends_with_the_code_of_what_failed(monkeypatch, capsys):
     def failing(planned, start, timeout_s, outcome, *rest):
-        assert rest[-1] is True  # it goes on
+        assert rest[-2:] == (True, 0)  # it goes on, and repeats nothing
         for key, code in (("a", 3), ("b", 4)):
             known = {"run": 0, "case": "c", "error": "E", "rank": None, "op": None, "reason": "no room"}
             outcome.fail(Failed(key=key, exit_code=code, **known))

@@ -20,6 +20,8 @@ from torch import Tensor
 from moe_dist.model.routing import Routing
 from moe_dist.runtime.sockets import break_sockets
 
+CYCLES_PER_S = 2_000_000_000  # of a GPU's clock, at most about
+
 
 class Left(Exception):
     """Ends the work of the rank that is to return early."""
@@ -106,7 +108,9 @@ def strike(fault: Fault, others: list[int]) -> None:
     elif kind == "memory":
         bytearray(1 << 62)
     elif kind == "tensor_memory":
-        torch.empty(1 << 50, dtype=torch.uint8)
+        torch.empty(1 << 50, dtype=torch.uint8, device=fault.device)
+    elif kind == "stuck":
+        _stick(fault.device)
     elif kind == "return":
         raise Left
     elif kind == "spin":
@@ -117,6 +121,14 @@ def strike(fault: Fault, others: list[int]) -> None:
         break_sockets(_connections_to(others))
     else:
         raise ValueError(f"no fault of the name {kind}")
+
+
+def _stick(device: str) -> None:
+    """Nothing that is launched from here on begins within two minutes."""
+    if device == "cpu":
+        time.sleep(120.0)
+    else:
+        torch.cuda._sleep(120 * CYCLES_PER_S)
 
 
 def _spin() -> None:

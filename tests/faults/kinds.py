@@ -14,12 +14,14 @@ SLOW_S = 1.0  # of work that is slow and within its limit
 @dataclass(frozen=True)
 class Kind:
     """`cause`: what the error's must match. `limited`: the rank lives and does nothing, so that only a limit tells.
-    `error`: its type, "" where the right result must come. `any_rank`: which of two ends is named is open."""
+    `error`: its type, "" where the right result must come. `any_rank`: which of two ends is named is open. `of_device`:
+    its device fails and its host goes on; on a CPU they are one."""
 
     cause: str
     error: str = "RankFailure"
     limited: bool = False
     any_rank: bool = False
+    of_device: bool = False
 
 
 NOT_OVER = r"(in no collective for|not over after) \d+\.\d s, where its limit is 1\.5 s|.*where its limit is 1\.5 s"
@@ -34,17 +36,19 @@ KINDS = {
     "SIGSTOP": Kind(r".*its process is stopped"),
     "raise": Kind(r"ValueError: on purpose"),
     "memory": Kind(r"MemoryError"),
-    "tensor_memory": Kind(r"RuntimeError: .*can't allocate memory"),
+    "tensor_memory": Kind(r"RuntimeError: .*can't allocate memory|OutOfMemoryError: CUDA out of memory"),
     "sys_exit": Kind(r"SystemExit: 3"),
     "return": Kind(r"returned after \d+ collectives"),
     "spin": Kind(NOT_OVER, limited=True),
     "spin_in_c": Kind(NOT_OVER, limited=True),  # lets no other thread of its process run
     "sleep": Kind(NOT_OVER, limited=True),
+    # All ranks' hosts then wait for their devices, and those of the others for this one's.
+    "stuck": Kind(NOT_OVER, limited=True, any_rank=True, of_device=True),
     "sockets": Kind(r".*[Cc]onnection", any_rank=True),
     "wrong_ids": Kind(r"", error="ConfigError"),
     "wrong_dtype": Kind(r"", error="ConfigError"),
 }
-HANGS = tuple(name for name, kind in KINDS.items() if kind.limited)
+HANGS = tuple(name for name, kind in KINDS.items() if kind.limited and not kind.of_device)
 INPUTS = ("wrong_ids", "wrong_dtype")
 DEATHS = ("SIGKILL", "SIGSEGV", "exit_code")
 RAISED = ("raise", "memory", "tensor_memory", "sys_exit")
@@ -68,7 +72,8 @@ MOMENTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """The `at`-th step or collective, counted from 0. `marks`: the file that gets the time when it happens."""
+    """The `at`-th step or collective, counted from 0. `marks`: the file that gets the time when it happens. `device`:
+    where tensors are."""
 
     number: int
     kind: str
@@ -77,6 +82,7 @@ class Fault:
     rank: int
     world: int
     marks: str = ""
+    device: str = "cpu"
 
     @property
     def limit_s(self) -> float | None:

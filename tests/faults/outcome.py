@@ -58,7 +58,7 @@ class Outcome:
         return found
 
     def row(self) -> dict[str, Any]:
-        fault = {name: value for name, value in asdict(self.fault).items() if name != "marks"}
+        fault = {name: value for name, value in asdict(self.fault).items() if name not in ("marks", "device")}
         rest = {name: value for name, value in asdict(self).items() if name not in ("fault", "results", "left")}
         return fault | {"promise_s": self.fault.promise_s} | rest
 

@@ -59,9 +59,9 @@ def work(context: RankContext, fault: Fault) -> str:
     return digest.hexdigest()
 
 
-def inputs(number: int, rank: int, world: int) -> tuple[Tensor, Routing]:
+def inputs(number: int, rank: int, world: int, spec: MoESpec = SPEC) -> tuple[Tensor, Routing]:
     """This rank's tokens of a step, and where they go: 0 to BUCKET tokens, another skew each step."""
-    x, routing = global_inputs(number, world)
+    x, routing = global_inputs(number, world, spec)
     counts = counts_of(number, world)
     start, stop = sum(counts[:rank]), sum(counts[: rank + 1])
     return x[start:stop], routing.rows(start, stop)
@@ -72,10 +72,10 @@ def counts_of(number: int, world: int) -> list[int]:
     return Stream("tokens of a fault test", SEED, number).integers(BUCKET + 1, world).tolist()
 
 
-def global_inputs(number: int, world: int) -> tuple[Tensor, Routing]:
+def global_inputs(number: int, world: int, spec: MoESpec = SPEC) -> tuple[Tensor, Routing]:
     tokens = sum(counts_of(number, world))
-    x = Stream("rows of a fault test", SEED, number).normal(tokens, SPEC.hidden).bfloat16()
-    routing = synthetic_routing(SPEC, max(1, tokens), SKEWS[number % len(SKEWS)], SEED + number)
+    x = Stream("rows of a fault test", SEED, number).normal(tokens, spec.hidden).bfloat16()
+    routing = synthetic_routing(spec, max(1, tokens), SKEWS[number % len(SKEWS)], SEED + number)
     return x, routing.rows(0, tokens)
 
 

@@ -54,6 +54,22 @@ def test_ranks_that_both_broke_in_different_collectives() -> None:
     assert found.cause.startswith("was in all_reduce where rank 0 was in barrier")
 
 
+def test_a_peer_that_did_not_write_in_a_step_stays_the_one_that_is_named() -> None:
+    """Its step's number says nothing of collectives, and who waits for the device is in none."""
+    said = RankFailure(1, "nvlink, rows", 6, "rank 0 waited 60 s for its flag of step 41")
+    for other in (Sight(2, "steps", "to_host", 6), Sight(2, "steps", "", 6)):
+        assert blamed([said], [Sight(0, "steps", "", 6), Sight(1, "steps", "to_host", 6), other]) is said
+
+
+def test_a_rank_that_waits_for_its_device_is_not_the_one_that_computes() -> None:
+    late = stalled([Sight(0, "steps", "to_host", 6, noted_s=1.7, limit_s=1.5),
+                    Sight(1, "steps", "", 6, noted_s=1.6, limit_s=1.5, where="a.py:7 in spin")])  # fmt: skip
+    assert late is not None
+    assert late.rank == 1
+    assert late.cause.startswith("in no collective for 1.6 s")
+    assert late.cause.endswith("rank 0 waits in to_host (sequence number 6)")
+
+
 def test_only_a_rank_that_was_left_behind_makes_a_return_early() -> None:
     done = Sight(1, "measure", "", 20, finished=True)
     found = left_early([WAITING, done])

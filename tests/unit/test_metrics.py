@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_dist import Metrics
 from moe_dist.comm import Comm
+from moe_dist.engine import graph, replays
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.planning import make_plan
 from moe_dist.engine.stack import MoEStack
@@ -25,7 +26,7 @@ from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.runtime import failed_groups, metric_sinks
 from moe_dist.runtime.metrics import _Watched
-from moe_dist.step import NO_STAGES, Stages
+from moe_dist.step import NO_STAGES, Stages, Support
 from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
@@ -121,8 +122,74 @@ class TestOfALayer:
     def test_a_copy_of_a_watched_layer(self, registry, value):
         layer = layer_of()
         with Metrics(layer, registry=registry):
-            copy.deepcopy(layer)(tokens(2), routing_of(2))
+            copied = copy.deepcopy(layer)
+            copied(tokens(2), routing_of(2))
             assert value("steps_total") == 1
+        copied(tokens(2), routing_of(2))  # goes on where nobody counts any more
+
+
+class TestReplays:
+    @pytest.fixture(autouse=True)
+    def captured(self, monkeypatch):
+        """A "graph" whose replay runs the step again; what can't be captured on a CPU is."""
+
+        def capture(call, warm_up):
+            warm_up()
+            result = call()
+            return SimpleNamespace(replay=lambda: result.copy_(call())), result
+
+        monkeypatch.setattr(graph, "capture", capture)
+        monkeypatch.setattr(MoELayer, "capturable", Support(True))
+
+    def test_each_is_a_step_with_the_tokens_of_the_last_inputs(self, registry, value):
+        layer = layer_of()
+        with Metrics(layer, registry=registry):
+            step = graph.StepGraph(layer, 8, tokens(8), routing_of(8))
+            assert value("steps_total") is None  # neither warming up nor the capture
+            step(tokens(3), routing_of(3))
+            step.replay()
+            layer(tokens(5), routing_of(5))
+            assert [value(f"{name}_total") for name in ("steps", "graph_replays", "tokens")] == [3, 2, 3 + 3 + 5]
+            assert value("stage_seconds_count", stage="gemm1") == 1
+
+    def test_of_a_stack_and_of_copies(self, registry, value):
+        stack = MoEStack([layer_of(0), layer_of(1)])
+        with Metrics(stack, registry=registry):
+            for each in (stack, copy.deepcopy(stack)):
+                graph.StepGraph(each, 4, tokens(4), [routing_of(4)] * 2).replay()
+            assert [value("graph_replays_total", layer=str(number)) for number in (0, 1, 2)] == [2, 2, None]
+
+    def test_layers_that_are_not_watched(self, registry, value):
+        with Metrics(layer_of(), registry=registry):
+            graph.StepGraph(layer_of(), 4, tokens(4), routing_of(4)).replay()
+            assert value("steps_total") is None
+
+    def test_one_that_fails_is_a_failure_and_no_step(self, registry, value, monkeypatch):
+        stack = MoEStack([layer_of(0), layer_of(1)])
+        with Metrics(stack, registry=registry):
+            step = graph.StepGraph(stack, 4, tokens(4), [routing_of(4)] * 2)
+            with pytest.raises(ConfigError):
+                step(tokens(5), [routing_of(5)] * 2)
+            lost = RankFailure(1, "nvlink, rows", 7, "on purpose")
+
+            def check_window() -> None:
+                raise lost
+
+            monkeypatch.setattr(step._layer.comm, "check_window", check_window, raising=False)
+            with pytest.raises(RankFailure):
+                step.replay()
+            refused = {"rank": "0", "failed_rank": "", "operation": "", "error": "ConfigError"}
+            failed = {"rank": "0", "failed_rank": "1", "operation": "nvlink, rows", "error": "RankFailure"}
+            assert registry.get_sample_value("moe_dist_failures_total", refused) == 1
+            assert registry.get_sample_value("moe_dist_failures_total", failed) == 1
+            assert value("graph_replays_total") is None
+
+    def test_nobody_is_told_after_the_end(self, registry):
+        layer = layer_of()
+        step = graph.StepGraph(layer, 4, tokens(4), routing_of(4))
+        Metrics(layer, registry=registry).close()
+        assert replays.listeners == []
+        step.replay()
 
 
 def test_layers_of_a_stack_have_numbers(registry, value):

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from unit.test_bench import CPU, SPEC, case, printed, ran_by, rank_result, row
@@ -24,6 +25,7 @@ from moe_dist.bench.table import failed_table
 from moe_dist.commands import measuring
 from moe_dist.commands.flags import Measuring
 from moe_dist.errors import ClusterLost, ConfigError, RankFailure, ResourceError
+from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.voice import Launched
 
 LOST = RankFailure(1, "all_gather", 7, "gone")
@@ -88,11 +90,11 @@ class Ranks:
         return [call for call in self.calls if isinstance(call, tuple)]
 
 
-def swept(ranks, cases=CASES, outcome=None, go_on=True):
+def swept(ranks, cases=CASES, outcome=None, go_on=True, restarts=0):
     """The outcome, the lines that were said, and what each step came to."""
     outcome, lines, steps = outcome or Outcome(), [], []
     pairs = cases if isinstance(cases, list) else planned(*cases)
-    run_cases(pairs, ranks.start, 1.0, outcome, lambda _: None, lines.append, steps.append, "fake", go_on)
+    run_cases(pairs, ranks.start, 1.0, outcome, lambda _: None, lines.append, steps.append, "fake", go_on, restarts)
     return outcome, lines, steps
 
 
@@ -199,6 +201,47 @@ class TestFailures:
         assert len(outcome.rows) == 2  # with the rounds that they had
 
 
+class TestRestarts:
+    def test_a_case_is_measured_again_from_its_start(self):
+        ranks = Ranks({("all_to_all", 2): LOST})
+        outcome, lines, steps = swept(ranks, restarts=2)
+        assert lines == [f"{CASES[1].label}: {LOST}; restart 1 of 2"]
+        assert {row.exchange: (row.iters, row.start) for row in outcome.rows} == dict.fromkeys(EXCHANGES, (5, 1))
+        assert [turn for name, turn in ranks.turns if name == "all_to_all"] == [0, 1, *range(ROUNDS + 1)]
+        assert outcome.failed == []
+        assert steps[-1].turns_left == 0
+
+    def test_after_the_last_one_the_first_failure_counts(self):
+        ranks = Ranks({("all_to_all", None): RankFailure(0, "barrier", 9, "again"), ("all_to_all", 0): LOST})
+        outcome, lines, _ = swept(ranks, restarts=2)
+        assert lines[0].endswith("gone; restart 1 of 2")
+        assert lines[1].endswith("again; restart 2 of 2")
+        assert lines[2:] == [f"{CASES[1].label}: {LOST}; going on without it"]
+        assert [(failed.reason, failed.rank) for failed in outcome.failed] == [("gone", 1)]
+        assert len(outcome.rows) == 2
+
+    def test_of_a_single_configuration(self):
+        ranks = Ranks({("ag_rs", 3): LOST})
+        outcome, _, _ = swept(ranks, CASES[:1], go_on=False, restarts=1)
+        assert outcome.ok
+        ranks = Ranks({("ag_rs", None): RankFailure(0, "barrier", 9, "again"), ("ag_rs", 0): LOST})
+        with pytest.raises(RankFailure, match="gone"):
+            swept(ranks, CASES[:1], go_on=False, restarts=1)
+        assert ranks.calls == ["started", "closed"] * 2
+
+    def test_what_would_fail_the_same_way_is_not_repeated(self):
+        ranks = Ranks({("all_to_all", None): ResourceError("memory", 2, 1, "Less.")})
+        outcome, lines, _ = swept(ranks, restarts=2)
+        assert len(outcome.failed) == 1
+        assert not any("restart" in line for line in lines)
+
+    def test_torchrun_s_ranks_are_torchrun_s_to_start(self, monkeypatch):
+        monkeypatch.setattr(measuring, "launched", lambda: Launched(0, 4, 0, 4))
+        experiment = Experiment(models=(SPEC,), runtime="torchrun", ray=RaySpec(restarts=1))
+        with pytest.raises(ConfigError, match=r"ray\.restarts = 1: torchrun ends all ranks"):
+            measuring._check_names_and_launcher(SimpleNamespace(experiment=experiment))
+
+
 class TestTimeLeft:
     def left(self):
         return Left.of([Item(*pair, key) for pair, key in zip(planned(*CASES[:2]), "ab", strict=True)])
@@ -211,7 +254,8 @@ class TestTimeLeft:
         left.done("a", Turn(1, ROUNDS, 0), 1.0)
         left.done("a", Turn(2, ROUNDS, 0), 3.0)
         assert left.seconds() == 20.0 + (3 + 5) * 2.0
-        left.failed("b", ["a", "b"])
+        left.lost(["a", "b"])
+        left.failed("b")
         assert left.turns == {"a": ROUNDS + 1, "b": 0}
         assert left.seconds() == 20.0 + 5 * 2.0
 

@@ -18,14 +18,15 @@ def lost(phase: int, peer: int, step: int) -> SimpleNamespace:
 @pytest.mark.parametrize(("phase", "name"), [(0, "rows"), (1, "sums")])
 def test_the_peer_that_did_not_come_is_named_with_phase_and_step(phase, name):
     comm = Comm.single()
+    comm.sequence = 5
     comm.check_window()  # nothing is shared yet
     comm.shared = SimpleNamespace(problem=lambda: None)
     comm.begin_step()
     comm.shared = lost(phase, 3, 41)
     for call in (comm.check_window, comm.begin_step):
-        with pytest.raises(RankFailure, match=rf"rank 3 .*nvlink, {name}.*41.*waited") as failure:
+        with pytest.raises(RankFailure, match=rf"rank 3 .*nvlink, {name} .*waited .* of step 41$") as failure:
             call()
-        assert failure.value.rank == 3
+        assert (failure.value.rank, failure.value.seq) == (3, 5)  # steps and collectives are counted apart
 
 
 def test_every_collective_that_comes_after_it_says_so():
@@ -33,6 +34,29 @@ def test_every_collective_that_comes_after_it_says_so():
     comm.shared = lost(0, 1, 7)
     with pytest.raises(RankFailure, match="rank 1"):
         comm._run("all_reduce", lambda: pytest.fail("nothing may be launched"))
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_who_waits_for_its_device_says_so(monkeypatch, comes):
+    """Through a stand-in for its event, which is ready at the third look, or never."""
+    comm, noted, looks = Comm(1, 2, torch.device("cpu"), timeout_s=0.05), [], []
+    comm.sequence, comm.noted = 6, lambda *given: noted.append(given)
+    here = SimpleNamespace(copy_=lambda *_, **__: None, tolist=lambda: [7])
+
+    def query() -> bool:
+        looks.append(None)
+        return comes and len(looks) > 2
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: here)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=query))
+    arrived = comm.to_host(SimpleNamespace(is_cuda=True, shape=(1,), dtype=torch.int64))
+    assert noted == []
+    if comes:
+        assert arrived() == [7]
+    else:
+        with pytest.raises(RankFailure, match=r"rank 1 failed in to_host .*did not get this far in 0\.05 s"):
+            arrived()
+    assert noted == [("to_host", 6), ("", 6)]
 
 
 def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
