@@ -19,7 +19,7 @@ from moe_dist.kernels import put_pairs, quantize_rows
 from moe_dist.machine.machine import HOPPER
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import FP8
-from moe_dist.model.sizes import cdiv
+from moe_dist.model.sizes import cdiv, power_of_2
 from moe_dist.model.spec import BLOCK, MoESpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.oracle.numerics import Numerics
@@ -38,6 +38,7 @@ BOUND = "num_tokens_bound"  # of the newer release: the most tokens of any rank 
 GRAIN = 64  # columns of GEMM2's input that share a scale
 MOST_INTERMEDIATE, MOST_CHOICES, MOST_RANKS = 4096, 32, 32
 TOGETHER = 256  # columns of a sum that a warp adds at once
+FEWEST = 256  # tokens a rank that memory is made for
 ROWS = 384  # tokens, and rows of an expert, come in whole ones of these at most
 
 
@@ -125,13 +126,13 @@ class DeepGemmMega(Backend):
 
     @classmethod
     def window_bytes(cls, spec: MoESpec, placement: Placement, bucket: int) -> int:
-        """The most that either release asks for: every rank's pairs in this one's experts, each expert's in whole
-        tiles, as inputs of both GEMMs, whose scales lie in tiles of 128 for every 8 rows in the older one; its own
-        tokens as they come in and the sums of their pairs; and who sent which pair."""
+        """The most that either release asks for at this bucket's capacity: every rank's pairs in this one's experts,
+        each expert's in whole tiles, as inputs of both GEMMs, whose scales lie in tiles of 128 for every 8 rows in the
+        older one; its own tokens as they come in and the sums of their pairs; and who sent which pair."""
         if bucket == 0:
             return 0
         world, local, top_k = placement.world, len(placement.experts_of(0)), spec.top_k
-        tokens = cdiv(bucket, ROWS) * ROWS
+        tokens = cdiv(_capacity(bucket), ROWS) * ROWS
         rows = world * tokens * min(top_k, local) + local * ROWS
         scales = 4 * (cdiv(spec.hidden, BLOCK) + cdiv(spec.intermediate, GRAIN))
         pooled = spec.hidden + spec.intermediate + 16 * scales + 32
@@ -165,21 +166,20 @@ class DeepGemmMega(Backend):
         sink.put_all(y_RH)
 
     def _memory(self, bucket: int, ranks: Ranks) -> Any:
-        """The package's, for steps of up to so many tokens a rank; all layers of one shape share it, as one step ends
-        before the next one begins."""
-        spec = self.spec
-        sizes = spec.top_k, spec.hidden, spec.intermediate
+        """The package's; all layers of one shape share it, as one step ends before the next one begins. Steps of each
+        capacity have their own. The package compiles for the capacity, and the newer release picks by it what it does,
+        so a step must not depend on how large another one was."""
+        spec, capacity = self.spec, _capacity(bucket)
+        sizes = capacity, spec.top_k, spec.hidden, spec.intermediate
 
         def made() -> Any:
             import deep_gemm
 
             without_multicast()
             with torch.inference_mode(False):  # what is made in it could be filled in it only
-                group = ranks.process_group
-                return deep_gemm.get_symm_buffer_for_sm90_mega_moe(group, spec.num_experts, bucket, *sizes)
+                return deep_gemm.get_symm_buffer_for_sm90_mega_moe(ranks.process_group, spec.num_experts, *sizes)
 
-        key = "deep_gemm_mega", spec.num_experts, *sizes
-        return ranks.keep(key, lambda memory: len(memory.x) >= bucket, made)
+        return ranks.keep(("deep_gemm_mega", spec.num_experts, *sizes), made)
 
     def _bring(self, memory: Any, rows: LayerRows) -> None:
         """This rank's tokens to where the kernel reads them; the places behind them have no expert."""
@@ -233,6 +233,11 @@ def _gate_first(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
         return w13, s13.clone()
     gate_first, scales = (torch.cat(each.chunk(2, dim=1)[::-1], dim=1) for each in (w13, s13))
     return gate_first, scales
+
+
+def _capacity(bucket: int) -> int:
+    """Tokens a rank that memory is made for: few sizes, which all together take twice the largest at most."""
+    return power_of_2(max(bucket, FEWEST))
 
 
 def _room(place: Tensor) -> Tensor:

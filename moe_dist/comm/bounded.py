@@ -44,7 +44,7 @@ class Bounded:
         self._real = weakref.ref(real_group(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
         self.shared: Symmetric | None = None  # what `window` made last
-        self.kept: dict[Hashable, Any] = {}  # what `keep` made last, by key
+        self.kept: dict[Hashable, Any] = {}  # what `keep` made, by key
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
     @property

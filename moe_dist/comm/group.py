@@ -152,17 +152,17 @@ class Comm(Collectives, Agreements):
             self.barrier()  # nobody writes into memory that is still being zeroed
         return shared
 
-    def keep(self, key: Hashable, fits: Callable[[T], bool], make: Callable[[], T]) -> T:
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """Memory of a kernel that reaches all ranks by itself: what `make` has made under `key`, which all layers of
-        this Comm share and which ends with it. Collective where there is none or it does not fit, so all ranks ask
-        alike. Whoever has captured launches into it keeps it. Raises ConfigError during a capture."""
-        found: T | None = self.kept.get(key)
-        if found is None or not fits(found):
+        this Comm share and which ends with it. Collective where there is none, so all ranks ask alike. Raises
+        ConfigError during a capture."""
+        if key not in self.kept:
             if self.captures:
                 raise ConfigError("window", key, "can't be made while a CUDA graph is captured", "a step before it")
             self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
-            found = self.kept[key] = self._run("rendezvous of a kernel's memory", make)
+            self.kept[key] = self._run("rendezvous of a kernel's memory", make)
             self.barrier()
+        found: T = self.kept[key]
         return found
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:

@@ -71,14 +71,15 @@ class TestPlan:
             planned(machine=cluster)
 
     def test_bytes(self) -> None:
-        """By hand: w13 is there twice. 300 tokens are 384, of which top-2 on four ranks are 3,072 rows, 384 more for
-        each of four experts, with inputs of both GEMMs, scales and origins."""
+        """By hand: w13 is there twice. 300 tokens have the room of 512, in whole 384s, of which top-2 on four ranks are
+        6,144 rows, 384 more for each of four experts, with inputs of both GEMMs, scales and origins."""
         plan, other = planned(), planned(exchange="nvlink", backend="triton")
         assert plan.weight_bytes(0) - other.weight_bytes(0) == 4 * 2 * 256 * 512
-        rows = 4 * 384 * 2 + 4 * 384
+        rows = 4 * 768 * 2 + 4 * 384
         pooled = rows * (512 + 256 + 16 * 4 * (4 + 4) + 32)
-        own = 384 * (512 + 4 * 4 + 2 * 12 + 2 * 2 * 512)
-        assert plan.window_bytes(300) == pooled + own + 4 * 4 * 4 * 4 * 384
+        own = 768 * (512 + 4 * 4 + 2 * 12 + 2 * 2 * 512)
+        assert plan.window_bytes(300) == pooled + own + 4 * 4 * 4 * 4 * 768
+        assert plan.window_bytes(300) == plan.window_bytes(512) < plan.window_bytes(513)
         assert plan.window_bytes(0) == plan.scratch_bytes(300) == 0
 
     def test_wire_bytes(self) -> None:
