@@ -36,7 +36,7 @@ CALLED: dict[str, tuple[str, ...]] = {
 }
 BOUND = "num_tokens_bound"  # of the newer release: the most tokens of any rank in this call
 GRAIN = 64  # columns of GEMM2's input that share a scale
-MOST_INTERMEDIATE, MOST_CHOICES, MOST_RANKS = 4096, 32, 32
+MOST_INTERMEDIATE, MOST_CHOICES = 4096, 32
 TOGETHER = 256  # columns of a sum that a warp adds at once
 FEWEST = 256  # tokens a rank that memory is made for
 ROWS = 384  # tokens, and rows of an expert, come in whole ones of these at most
