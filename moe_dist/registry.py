@@ -55,7 +55,8 @@ class Registry(Generic[T]):
         """Raises ConfigError for an unknown name, and for a third party's that can't be used."""
         self._read_entry_points()
         if not isinstance(name, str) or name not in self._targets:
-            raise ConfigError(self.kind, name, f"no {self.kind} has this name", self.names())
+            legal = self.names() or f"a {self.kind} that a package brings; none here does"
+            raise ConfigError(self.kind, name, f"no {self.kind} has this name", legal)
         target = self._targets[name]
         if not isinstance(target, str):
             return target

@@ -10,6 +10,7 @@ BACKENDS: Registry[Backend] = Registry(
         "triton": "moe_dist.backends.triton_fused:TritonFused",
         "cutlass": "moe_dist.backends.cutlass_fused:CutlassFused",
         "deep_gemm": "moe_dist.backends.deep_gemm_grouped:DeepGemm",
+        "deep_gemm_mega": "moe_dist.backends.deep_gemm_mega:DeepGemmMega",
         "flashinfer_cutlass": "moe_dist.backends.flashinfer_cutlass:FlashInferCutlass",
     },
     Backend,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.oracle.numerics import Numerics
@@ -36,9 +37,10 @@ class Backend(ABC):
     `capturable`: its forward can be captured in a CUDA graph. `deterministic`: equal inputs give equal bits.
     `table_revision`: raised when its configs mean something else; older tables are then passed over. `sums`: in which
     of a plan's combine_dtypes it gives sums that were not rounded to a narrower one before. `takes`: the forms of rows
-    that it has use for (step.rows.FORMS), the one it likes best first. Every backend takes token rows, as those for a
-    shared expert are, and rows sorted by expert are token rows too. `gate_first`: the only order of gate and up that it
-    reads, to which `prepare` turns weights in place; None reads them as they come.
+    that it has use for (step.rows.FORMS), the one it likes best first. A backend takes token rows, as those for a
+    shared expert are, and rows sorted by expert are token rows too; or it computes whole layers, and takes `layer`
+    alone. `gate_first`: the only order of gate and up that it reads, to which `prepare` turns weights in place; None
+    reads them as they come.
     """
 
     capturable: ClassVar[bool]
@@ -94,6 +96,17 @@ class Backend(ABC):
         spec, width = problem.spec, problem.width
         pairs = rows * min(spec.top_k, problem.num_local)
         return 2 * pairs * (spec.w13_rows(width) + width + spec.hidden)
+
+    @classmethod
+    def window_bytes(cls, spec: MoESpec, placement: Placement, bucket: int) -> int:
+        """Of the memory that ranks share in a step of so many tokens a rank, where the backend reaches others by
+        itself; for plans."""
+        return 0
+
+    @classmethod
+    def copied_bytes(cls, problem: Problem) -> int:
+        """Of the copies that `prepare` keeps beside the shard; for plans."""
+        return 0
 
     @classmethod
     def candidates(cls, problem: Problem, rows: int) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from moe_dist.bench.profile_spec import ProfileSpec
 from moe_dist.bench.source_spec import SourceSpec
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO, make_plan
+from moe_dist.engine.together import pairs_of
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import (
@@ -258,10 +259,13 @@ class Experiment(Section):
                 continue
             parallel = parallel.with_changes(allow_empty_shards=self.allow_empty_shards)
             entering = product(self.token_layouts, self.token_splits, self.tokens, self.skews)
-            ours = [(exchange, backend, None) for exchange, backend in product(self.exchanges, self.backends)]
-            names = [*ours, *((PEER, peer, peer) for peer in self.peers)]
-            inner = product(entering, names, modes)
-            for (layout, split, tokens, skew), (exchange, backend, peer), mode in inner:
+            peers = [(PEER, peer, peer) for peer in self.peers]
+            ours = {
+                layout: [(*pair, None) for pair in pairs_of(self.exchanges, self.backends, layout)]
+                for layout in self.token_layouts
+            }
+            inner = ((*each, *names, mode) for each in entering for names in (*ours[each[0]], *peers) for mode in modes)
+            for layout, split, tokens, skew, exchange, backend, peer, mode in inner:
                 yield Case(
                     model=model,
                     source=self.source,

@@ -21,6 +21,7 @@ from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 
 OURS = ("triton", "cutlass")  # what `compare` without a file takes on a Hopper GPU
+WHOLE = ("fused", "deep_gemm_mega")  # beside them, on several: another package's kernel of the whole layer
 # Models of who names none. On GPUs the first that fits; both have recorded rows and tuning tables, and a larger one
 # would say less, as others can't compare with it. On a CPU a layer of seconds.
 MODELS, SMALL = ("DeepSeek-V3", "Qwen3-30B-A3B"), "tiny"
@@ -43,14 +44,17 @@ def default_experiment(machine: Machine, router: bool) -> dict[str, Any]:
     if machine.device == "cpu":
         return {"worlds": [2, 4], "tokens": [16], "skews": skews, "iters": 100}
     world = machine.devices
-    ours = {"backends": list(OURS), "modes": ["graph"]}
+    hopper, several = machine.capability == HOPPER, world > 1
+    exchanges, backends = ["ag_rs", "all_to_all", "nvlink"] if several else ["local"], list(OURS)
+    if hopper and several:
+        exchanges, backends = [*exchanges, WHOLE[0]], [*backends, WHOLE[1]]
     return {
         "worlds": [world],
-        "exchanges": ["ag_rs", "all_to_all", "nvlink"] if world > 1 else ["local"],
+        "exchanges": exchanges,
         "tokens": [DECODE * world, PREFILL * world],
         "skews": skews,
         "iters": 50,
-        **(ours if machine.capability == HOPPER else {"backends": [EVERYWHERE]}),
+        **({"backends": backends, "modes": ["graph"]} if hopper else {"backends": [EVERYWHERE]}),
     }
 
 

@@ -22,7 +22,9 @@ Exchanges = Annotated[
     tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: (*EXCHANGES.names(), AUTO)))
 ]
 Backends = Annotated[tuple[Name, ...], Field(min_length=1, json_schema_extra=legal(lambda: (*BACKENDS.names(), AUTO)))]
-Peers = Annotated[tuple[Name, ...], Field(json_schema_extra=legal(lambda: PEERS.names()))]
+Peers = Annotated[
+    tuple[Name, ...], Field(json_schema_extra=legal(lambda: PEERS.names() or "peers that packages bring"))
+]
 Skews = Annotated[tuple[str, ...], Field(min_length=1, json_schema_extra=legal(lambda: SKEWS))]
 Payload = Annotated[str, Field(json_schema_extra=legal(lambda: PAYLOADS))]
 Form = Annotated[str, Field(json_schema_extra=legal(lambda: ("auto", *FORMS)))]

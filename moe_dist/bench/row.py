@@ -55,8 +55,8 @@ class Row(Result):
         " moe_dist's own"
     )
     form: str = Field(
-        description="order of the rows that the exchange handed to the backend: `token` or `expert`; `peer` in a peer's"
-        " step"
+        description="order of the rows that the exchange handed to the backend: `token` or `expert`; `layer` where one"
+        " kernel does the whole layer; `peer` in a peer's step"
     )
     payload_dtype: str = Field(description="what rows travelled as: `none` (they did not), `bf16`, `fp32` or `fp8`")
     combine_dtype: str = Field(description="what partial sums travelled as: `bf16` or `fp32`")
@@ -159,7 +159,8 @@ class Row(Result):
     )
     stages_us: dict[str, Number] = Field(
         description="µs by stage on the rank whose stages take longest, medians of up to 10 further steps with stamps"
-        " in them; stages don't overlap; empty without iterations, and of a peer"
+        " in them; stages don't overlap; `layer` is that of a kernel which does the whole layer; empty without"
+        " iterations, and of a peer"
     )
     unstaged_us: float | None = Field(
         description="µs in no stage, on the same rank in the same steps: median of (time of the step with its stamps −"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from moe_dist.bench.row import Row
 
-PAIRWISE = ("all_to_all", "nvlink")  # exchanges that send a row only to ranks that need it
+PAIRWISE = ("all_to_all", "nvlink", "fused")  # exchanges that send a row only to ranks that need it
 
 
 def sglang(row: Row) -> str:

@@ -19,7 +19,7 @@ from moe_dist.bench.tune import Found, Tuned, config_text
 from moe_dist.messages.printable import printable
 
 ROOMY = Console(width=1000)  # in which tables are as wide as they want
-COMPUTE = ("quantize", "gemm1", "activation", "gemm2")
+COMPUTE = ("quantize", "gemm1", "activation", "gemm2", "layer")  # the last of a kernel that does all of it
 
 
 def comparable(row: Row) -> tuple[Any, ...]:
@@ -113,7 +113,7 @@ def _columns(rows: list[Row]) -> list[Column]:
     stacked = bool(stack_of(rows[0]))
 
     def stage(*names: str) -> Callable[[Row], str]:
-        return lambda row: number(sum(row.stages_us[name] for name in names) if row.stages_us else None)
+        return lambda row: number(sum(row.stages_us.get(name, 0.0) for name in names) if row.stages_us else None)
 
     wanted: list[Column | None] = [
         Column("placement", 0, lambda row: row.placement, right=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ class Bounded:
         self._real = weakref.ref(real_group(group)) if world > 1 and dist.is_initialized() else None
         self.sequence = 0
         self.shared: Symmetric | None = None  # what `window` made last
+        self.kept: dict[Hashable, Any] = {}  # what `keep` made, by key
         self.noted: Callable[[str, int], None] | None = None  # told (op, number) as one begins, ("", ...) after it
 
     @property

@@ -4,9 +4,9 @@ fails. NCCL on GPUs, gloo on CPUs, nothing at all on a single rank."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from moe_dist.comm.network import network_said
 from moe_dist.comm.others import backends_of, device_of, known_elsewhere, rank_in, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.errors import ConfigError, RankFailure
+
+T = TypeVar("T")
 
 
 class Comm(Collectives, Agreements):
@@ -122,6 +124,7 @@ class Comm(Collectives, Agreements):
     def leave(self) -> None:
         """Destroy the groups that were made here; ranks that wait in a collective of one get an error at once."""
         owned, self._owned = self._owned, []
+        self.kept.clear()
         for group in owned:
             if dist.is_initialized():
                 dist.destroy_process_group(group)
@@ -148,6 +151,19 @@ class Comm(Collectives, Agreements):
             shared = self.shared = self._run("rendezvous of shared memory", lambda: Symmetric(*given))
             self.barrier()  # nobody writes into memory that is still being zeroed
         return shared
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Memory of a kernel that reaches all ranks by itself: what `make` has made under `key`, which all layers of
+        this Comm share and which ends with it. Collective where there is none, so all ranks ask alike. Raises
+        ConfigError during a capture."""
+        if key not in self.kept:
+            if self.captures:
+                raise ConfigError("window", key, "can't be made while a CUDA graph is captured", "a step before it")
+            self.barrier()  # a rank that refuses this step must not leave the others waiting for the device
+            self.kept[key] = self._run("rendezvous of a kernel's memory", make)
+            self.barrier()
+        found: T = self.kept[key]
+        return found
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         """Start to bring a few numbers to the host. What is returned waits for them, no longer than the timeout, and

@@ -22,7 +22,10 @@ File = Annotated[str | None, Parameter(help=FILE_HELP)]
 RESUME_HELP = "Keep the finished rows of the file of --out, of the same experiment, commit and machine."
 REMEMBER_HELP = "Keep the results where `auto` chooses from, under the user's cache folder."
 Remember = Annotated[bool, Parameter(show_default=False, help=REMEMBER_HELP)]
-PEERS_HELP = f"Measure other packages' whole layers beside ours, where they are installed: {', '.join(PEERS.names())}."
+PEERS_HELP = (
+    "Measure other packages' whole layers beside ours, where they are installed:"
+    f" {', '.join(PEERS.names()) or 'none comes with moe_dist, entry points add them'}."
+)
 Peers = Annotated[list[str] | None, NAMES, Parameter(show_default=False, help=PEERS_HELP)]
 Resume = Annotated[bool, Parameter(show_default=False, help=RESUME_HELP)]
 

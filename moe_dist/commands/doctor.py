@@ -64,7 +64,7 @@ def print_doctor(console: Terminal, found: dict[str, Any]) -> None:
     _print_checks(console, found["checks"])
     if "pairs" in found:
         _print_pairs(console, found["pairs"])
-    for kind in ("backends", "exchanges", "peers"):
+    for kind in filter(found.get, ("backends", "exchanges", "peers")):
         table = plain_table(columns=(kind[:-1], "usable here", "what to know"))
         for name, answer in found[kind].items():
             usable = Text("yes", "green") if answer["ok"] else Text("no", "red")

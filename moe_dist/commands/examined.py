@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_dist.backends import BACKENDS, Backend
 from moe_dist.bench.peaks import PEAKS, Peaks, measured
 from moe_dist.commands.checks import as_documents, checks
+from moe_dist.engine.together import WHOLE, go_together
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.kernels.cutlass.library import find_nvcc
@@ -113,16 +114,21 @@ def _peer(cls: type[Peer], device: str) -> tuple[bool, str]:
 
 
 def _exchange(cls: type[Exchange[Any, Any]], device: str) -> tuple[bool, str]:
-    """Asked about a layer of one rank, which every exchange serves that works on this machine at all."""
-    spec = MoESpec(hidden=BLOCK, intermediate=BLOCK, num_experts=2, top_k=1)
-    support = cls.supports(spec, Placement.build(spec, ParallelSpec()), Machine.detect(device))
-    if not support.ok:
-        return False, support.reason
+    """Asked about a layer of one rank and about one of two, of which every exchange serves one that works on this
+    machine at all."""
+    spec, machine = MoESpec(hidden=BLOCK, intermediate=BLOCK, num_experts=2, top_k=1), Machine.detect(device)
+    grids = (ParallelSpec(), ParallelSpec(ep=2))
+    answers = [cls.supports(spec, Placement.build(spec, parallel), machine) for parallel in grids]
+    if not any(answer.ok for answer in answers):
+        return False, answers[0].reason
     if cls is not EXCHANGES.get("local") and not dist.is_available():
         return False, "this torch was built without torch.distributed"
     layouts: tuple[TokenLayout, ...] = ("sharded", "replicated")
     served = [layout for layout in layouts if cls.for_layout(layout).token_layout == layout]
-    return True, f"for {' and '.join(served)} tokens" + ("" if cls.capturable else "; not capturable in a CUDA graph")
+    partners = [name for name, each in BACKENDS.usable() if go_together(cls, each)] if WHOLE in cls.makes else []
+    said = [f"for {' and '.join(served)} tokens", f"with backend {' or '.join(partners)}" if partners else ""]
+    said.append("" if cls.capturable else "not capturable in a CUDA graph")
+    return True, "; ".join(filter(None, said))
 
 
 def _nvcc() -> bool:

@@ -24,6 +24,10 @@ from moe_dist.workloads.token_splits import most_tokens
 MACHINE_HELP = f"A machine that is not this one: {', '.join(f'{name}x4' for name in GPUS)} or other numbers of GPUs."
 PLACEMENT_HELP = "auto: which of TP, EP and their grids was fastest when measured, with exchange and backend likewise."
 Auto = Annotated[Literal["auto"] | None, Parameter(help=PLACEMENT_HELP)]
+HANDED_OVER = {
+    "expert": ", rows are handed over sorted by expert",
+    "layer": ", one kernel does the whole layer",
+}  # by form of rows
 WORLD_HELP = "Ranks that --placement auto is for (default: all GPUs of the machine)."
 World = Annotated[int | None, NUMBER, Parameter(help=WORLD_HELP)]
 Elsewhere = Annotated[str | None, Parameter(help=MACHINE_HELP)]
@@ -101,7 +105,7 @@ def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, l
         f"{printable(spec.name)} {spec.quant_label}{shared}, as {made.parallel.label}, {made.token_layout} tokens:"
         f" exchange {made.exchange}, backend {made.backend}{f' ({chosen})' if chosen else ''}, rows travel as"
         f" {made.payload}, partial sums as {made.combine_dtype}"
-        + (", rows are handed over sorted by expert" if made.form == "expert" else "")
+        + HANDED_OVER.get(made.form, "")
         + (", with a change of token layout around it" if made.converts_layout else ""),
     )
     for choice in made.choices:

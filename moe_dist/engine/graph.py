@@ -65,7 +65,7 @@ class StepGraph:
         self._workspace = workspace_of(device)
         self._graph, self._y = capture(self._step, warm_up)
         # The graph writes there, though later steps may have larger ones.
-        self._kept = self._workspace.arena, layer.comm.shared
+        self._kept = self._workspace.arena, *_shared(layer.comm)
 
     def _step(self, stages: Stages = NO_STAGES) -> Tensor:
         y_TH: Tensor = self._layer(
@@ -78,7 +78,7 @@ class StepGraph:
         costs time, so the graph in use has none. Collective."""
         stages = Stages(True, self._layer.comm.device)
         graph, _ = capture(lambda: self._step(stages), warm_up=self._step)
-        kept = self._workspace.arena, self._layer.comm.shared
+        kept = self._workspace.arena, *_shared(self._layer.comm)
         return StagedGraph(graph, stages.take(), self._workspace, kept, self._layer.comm)
 
     def _fill(self, x_TH: Tensor, routing: Routings) -> None:
@@ -129,6 +129,11 @@ class StepGraph:
         for listener in replays.listeners:
             listener.replayed(self._layer, self._tokens, self.bucket)
         return self._y
+
+
+def _shared(comm: Comm) -> tuple[Any, ...]:
+    """What ranks share now, in which a graph goes on though later steps may have larger memory."""
+    return comm.shared, *comm.kept.values()
 
 
 def _each(routing: Routings) -> list[Routing]:

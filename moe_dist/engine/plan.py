@@ -136,9 +136,12 @@ class Plan:
         return DTYPES[self.combine_dtype]
 
     def weight_bytes(self, rank: int) -> int:
-        """Bytes of `rank`'s shard and of its part of the shared expert, scales included."""
+        """Bytes of `rank`'s shard and of its part of the shared expert, scales and copies that backends keep
+        included."""
         experts = len(self.placement.experts_of(rank))
         routed = ExpertWeights.bytes_of(self.spec, experts, self.placement.width_of(rank))
+        problem = self.problem(rank)
+        routed += sum(BACKENDS.get(name).copied_bytes(problem) for name in {each.backend for each in self.choices})
         if self.spec.shared_experts == "none":
             return routed
         width = shared_placement(self.spec, self.parallel).width_of(rank)
@@ -195,7 +198,8 @@ class Plan:
         exchange, bucket = self.exchange_class, max_tokens_per_rank
         if change_of(self.token_layout, exchange, self.placement.world) is not None:
             bucket = cdiv(bucket, self.placement.world)
-        return exchange.window_bytes(self.spec, self.placement, self.payload, self.out_dtype, bucket)
+        of_exchange = exchange.window_bytes(self.spec, self.placement, self.payload, self.out_dtype, bucket)
+        return of_exchange + BACKENDS.get(self.backend).window_bytes(self.spec, self.placement, bucket)
 
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of

@@ -12,6 +12,7 @@ from moe_dist.engine.choosing import AUTO, choose
 from moe_dist.engine.on_nodes import check_nodes
 from moe_dist.engine.plan import Choice, Option, Plan, shared_placement
 from moe_dist.engine.records import merged
+from moe_dist.engine.together import against
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.exchange import EXCHANGES, Exchange
 from moe_dist.machine.machine import Machine
@@ -87,8 +88,13 @@ def _chosen(given: _Given, exchange: str, backend: str, tokens_per_rank: int | N
     backends = [name for name, _ in BACKENDS.usable()] if backend == AUTO else [backend]
     plans: dict[tuple[str, str], Plan] = {}
     reasons: dict[str, MoeDistError] = {}
+    never: dict[str, MoeDistError] = {}  # of names that don't go together, which is news where nothing else is wrong
+    layout, graph, machine = given.token_layout, given.graph, given.machine
 
     def payload_of(exchange: str, backend: str) -> str | None:
+        if apart := against(exchange, backend, layout):
+            never[apart] = UnsupportedError(f"exchange {exchange} with backend {backend}", [apart])
+            return None
         try:
             plan = plans[exchange, backend] = _named(given, exchange, backend)
         except (UnsupportedError, ConfigError) as error:
@@ -96,9 +102,9 @@ def _chosen(given: _Given, exchange: str, backend: str, tokens_per_rank: int | N
             return None
         return plan.payload
 
-    layout, graph, machine = given.token_layout, given.graph, given.machine
     picks = choose(given.spec, given.parallel, layout, graph, machine, exchanges, backends, payload_of)
     if not picks:
+        reasons = reasons or never
         (first, *others) = reasons.items()
         if not others and isinstance(first[1], ConfigError):
             raise first[1]
@@ -134,6 +140,8 @@ def _named(given: _Given, exchange: str, backend: str) -> Plan:
     exchange_class, backend_class = EXCHANGES.get(exchange).for_layout(token_layout), BACKENDS.get(backend)
     placement = Placement.build(spec, parallel)
     check_nodes(parallel, machine)
+    if apart := against(exchange, backend, token_layout):
+        raise UnsupportedError(f"exchange {exchange} with backend {backend}{_under(parallel)}", [apart])
 
     travels = _travelling(spec, placement, token_layout, exchange_class, backend_class, payload)
     options = _options(spec, placement, token_layout, exchange, backend, travels, payload, combine, machine)
@@ -216,6 +224,8 @@ def _options(
     options = []
     for name, candidate in EXCHANGES.usable():
         support = _asked(EXCHANGES.is_foreign(name), candidate.supports, spec, placement, machine)
+        if support.ok and (apart := against(name, backend, token_layout)):
+            support = Support(False, apart)
         reason = support.reason
         if support.ok and name != exchange:
             converted = candidate.for_layout(token_layout).token_layout != token_layout and placement.world > 1
@@ -224,6 +234,8 @@ def _options(
     for name, found in BACKENDS.usable():
         given = (spec, placement, found, travels, payload, combine, machine)
         support = _asked(BACKENDS.is_foreign(name), _backend_support, *given)
+        if support.ok and (apart := against(exchange, name, token_layout)):
+            support = Support(False, apart)
         reason = "not asked for" if support.ok and name != backend else support.reason
         options.append(Option("backend", name, support.ok, name == backend, reason))
     return options

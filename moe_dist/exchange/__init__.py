@@ -14,6 +14,7 @@ EXCHANGES: Registry[Exchange[Any, Any]] = Registry(
         "all_to_all": "moe_dist.exchange.all_to_all:AllToAll",
         "hierarchical": "moe_dist.exchange.hierarchical:Hierarchical",
         "nvlink": "moe_dist.exchange.nvlink:Nvlink",
+        "fused": "moe_dist.exchange.fused:Fused",
     },
     Exchange,
 )

@@ -115,7 +115,7 @@ class Exchange(ABC, Generic[H, S]):
 
     def stored_bytes(self) -> int:
         """Bytes that the last step has stored in other ranks' memory, which no collective counts. Waits for the
-        device."""
+        device. All ranks ask alike."""
         return 0
 
     def splits(self, bucket: int, captured: bool) -> str | None:

@@ -26,13 +26,15 @@ from moe_dist.machine.switches import debug_asked_for
 from moe_dist.model.placement import Placement, tables_on
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
-from moe_dist.step import Step, TokenRows, Whole, workspace_of
+from moe_dist.step import Step, Support, TokenRows, Whole, workspace_of
 
 
 def backend_for(name: str, problem: Problem) -> type[Backend]:
     """Raises ConfigError for a name that no backend has, UnsupportedError with the reason for what it can't compute."""
     backend = BACKENDS.get(name)
     support = backend.supports(problem)
+    if "token" not in backend.takes:
+        support = Support(False, "computes whole layers, exchange included, and not the experts of one rank")
     if not support.ok:
         raise UnsupportedError(f"backend {name} for {_sizes(problem)}", [support.reason])
     return backend

@@ -47,6 +47,22 @@ def token_gate(x_RH: Tensor, gate_1H: Tensor, take: Take) -> Tensor:
     return (x_RH.float() @ gate_1H.float().T).sigmoid()
 
 
+def put_pairs(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, ids_BK: Tensor, weights_BK: Tensor) -> None:
+    """The global ids and weights of T tokens into contiguous tensors of B >= T; what is no expert's id becomes -1 with
+    weight 0, as the rows behind the tokens. One launch on a GPU."""
+    if ids_BK.is_cuda:
+        from moe_dist.kernels.triton.pairs import put_pairs as kernel
+
+        kernel(ids_TK, weights_TK, num_experts, ids_BK, weights_BK)
+        return
+    tokens = len(ids_TK)
+    known = (ids_TK >= 0) & (ids_TK < num_experts)
+    ids_BK[:tokens].copy_(ids_TK.masked_fill(~known, -1))
+    weights_BK[:tokens].copy_(weights_TK.masked_fill(~known, 0.0))
+    ids_BK[tokens:].fill_(-1)
+    weights_BK[tokens:].zero_()
+
+
 def sorted_by_expert(rows: TokenRows, experts: int, take: Take) -> ExpertRows:
     """`rows` with their pairs sorted by local expert, stably, whose number is `experts`; one launch on a GPU, two for
     many pairs."""

@@ -22,7 +22,7 @@ from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.runtime import failed_groups
 from moe_dist.runtime.metric_sinks import Sink, make_sink
-from moe_dist.step import Stages, TokenRows
+from moe_dist.step import LayerRows, Stages, TokenRows
 from moe_dist.step.stages import Marks, totals_us
 
 MOST_PENDING = 16  # steps that a GPU has not finished; more are dropped, since the host waits for none
@@ -190,7 +190,11 @@ class _Watched(Stages):
         self._copied: Any = None
 
     def saw(self, path: Any, rows: TokenRows) -> None:
-        """Count each local expert's pairs, on the device. Slots of -1 are no expert of this rank."""
+        """Count each local expert's pairs, on the device. Slots of -1 are no expert of this rank. Of a whole layer's
+        kernel nobody knows what came to it."""
+        self.path = path
+        if isinstance(rows, LayerRows):
+            return
         experts = len(self.layer.plan.placement.experts_of(self.layer.comm.rank))
         places = rows.slots_RK.flatten().long() + 1
         # Not bincount, which makes the host wait for the device.
@@ -200,7 +204,7 @@ class _Watched(Stages):
             counts = here.copy_(counts, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
-        self.path, self._counts = path, counts
+        self._counts = counts
 
     def ready(self) -> bool:
         self.marks = self.marks or self.take()

@@ -11,6 +11,7 @@ from moe_dist.bench.case import check_step, parse_placement
 from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.exchange.fused import pair_bytes
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
 from moe_dist.simulate.cluster import Cluster
@@ -89,8 +90,8 @@ def _planned(
     model: CostModel, cluster: Cluster, spec: MoESpec, parallel: ParallelSpec, exchange: str, backend: str
 ) -> Plan:
     """What could run there and can be predicted; raises ConfigError or UnsupportedError with the reason."""
-    if exchange == "nvlink" and cluster.nodes > 1:
-        raise UnsupportedError("exchange nvlink", ["it stores into memory of GPUs of one host"])
+    if exchange in ("nvlink", "fused") and cluster.nodes > 1:
+        raise UnsupportedError(f"exchange {exchange}", ["it stores into memory of GPUs of one host"])
     model.link(exchange)
     plan = make_plan(spec, parallel, exchange=exchange, backend=backend, graph=True, machine=cluster.machine)
     if max(map(plan.weight_bytes, range(parallel.world))) > cluster.machine.room:
@@ -124,6 +125,9 @@ def sent_bytes(plan: Plan, tokens_per_rank: int) -> float:
     row = row_bytes(plan.spec, plan.payload, plan.out_dtype.itemsize)
     if plan.exchange == "nvlink":
         return even_bytes(plan.spec, plan.placement, tokens_per_rank, row)
+    if plan.exchange == "fused":
+        pairs = plan.spec.top_k * tokens_per_rank * (1 - 1 / plan.placement.world)
+        return pairs * (pair_bytes(plan.spec, plan.payload) + plan.spec.hidden * plan.out_dtype.itemsize)
     if plan.exchange == "all_to_all":
         return padded_bytes(plan.placement, tokens_per_rank, row)
     return float(plan.wire_bytes(tokens_per_rank * plan.placement.world))

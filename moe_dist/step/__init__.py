@@ -1,6 +1,6 @@
 """One forward of a layer: what every part of it is told, and what passes from part to part."""
 
-from moe_dist.step.rows import FORMS, Arrivals, ExpertRows, Support, TokenRows
+from moe_dist.step.rows import FORMS, Arrivals, ExpertRows, LayerRows, Ranks, Support, TokenRows
 from moe_dist.step.sink import Added, Routes, Sink, Whole
 from moe_dist.step.stages import NO_STAGES, STAGES, Stages
 from moe_dist.step.step import Step
@@ -13,6 +13,8 @@ __all__ = [
     "Added",
     "Arrivals",
     "ExpertRows",
+    "LayerRows",
+    "Ranks",
     "Routes",
     "Sink",
     "Stages",

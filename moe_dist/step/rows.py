@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from moe_dist.model.quantization import Activations
 from moe_dist.model.spec import QuantKind
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,30 @@ class ExpertRows(TokenRows):
     order_N: Tensor
 
 
-FORMS: dict[str, type[TokenRows]] = {"token": TokenRows, "expert": ExpertRows}  # of rows, by name
+class Ranks(Protocol):
+    """The ranks of a layer, for a backend that reaches the others by itself. See moe_dist.comm.Comm, which is one."""
+
+    rank: int
+    world: int
+
+    @property
+    def process_group(self) -> Any: ...
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True)
+class LayerRows(TokenRows):
+    """This rank's own tokens, for a backend that computes whole layers: it brings them to their experts on all ranks
+    and the sums back. `x` is as it came into the layer, [T, H]. `slots_RK` holds global ids, as in a Routing: what is
+    no expert's id stands for none. Every rank steps at `bucket` rows. The rows behind a rank's own have no expert;
+    their sums are taken too, and are of no account."""
+
+    bucket: int
+    ranks: Ranks
+
+
+FORMS: dict[str, type[TokenRows]] = {"token": TokenRows, "expert": ExpertRows, "layer": LayerRows}  # of rows, by name
 
 
 def used_rows(kind: QuantKind, slots_RK: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ from moe_dist.step.rows import Support
 
 CPU = Machine("cpu", 1, "a test's CPU")
 H200 = Machine("cuda", 8, "NVIDIA H200", (9, 0), 141 << 30)
+WHOLE = "deep_gemm_mega"  # computes whole layers, behind exchange fused only
 GPU_BACKENDS = ("triton", "cutlass", "deep_gemm", "flashinfer_cutlass")
 FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
 
@@ -35,7 +36,7 @@ def made(machine: Machine, backend: str, quant: str, exchange: str = "ag_rs", **
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine on which every backend is built."""
-    for name in GPU_BACKENDS:
+    for name in (*GPU_BACKENDS, WHOLE):
         monkeypatch.setattr(BACKENDS.get(name), "available", classmethod(lambda cls, device: Support(True)))
     return H200
 
@@ -44,6 +45,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Machine:
 ON_A_CPU = [
     *((name, "fp8_block", {}, "needs an NVIDIA Hopper GPU (SM90)") for name in GPU_BACKENDS),
     ("torch", "fp8_block", {"exchange": "local"}, "one rank only, not 2"),
+    (WHOLE, "fp8_block", {"exchange": "fused"}, "needs an NVIDIA Hopper GPU (SM90)"),
+    (WHOLE, "fp8_block", {"exchange": "fused"}, "needs GPUs that reach each other through NVLink"),
+    (WHOLE, "fp8_block", {}, "backend deep_gemm_mega computes whole layers, and goes with exchange fused alone"),
+    ("torch", "fp8_block", {"exchange": "fused"},
+     "exchange fused goes with a backend that computes whole layers alone (deep_gemm_mega)"),
     ("torch", "fp8_tensor_dynamic", {"payload": "unquantized"}, "belongs to the source rank and travels only with FP8"),
     ("torch", "fp8_block", {"payload": "fp8", "exchange": "all_reduce", "token_layout": "replicated"},
      "no token row travels here"),
@@ -74,6 +80,26 @@ ON_HOPPER = [
     ("flashinfer_cutlass", "fp8_block", {"payload": "fp8"}, "does not take rows already quantized here"),
     ("flashinfer_cutlass", "fp8_block", {"intermediate": 320, "parallel": {"tp": 2}}, "in whole blocks of 128"),
     ("flashinfer_cutlass", "fp8_block", {"combine_dtype": "fp32"}, "gives partial sums in bf16, not fp32"),
+    *((WHOLE, "fp8_block", {"exchange": name}, "goes with exchange fused alone") for name in ("nvlink", "all_to_all")),
+    *((name, "fp8_block", {"exchange": "fused"}, "computes whole layers alone (deep_gemm_mega)")
+      for name in GPU_BACKENDS),
+    *((WHOLE, "fp8_block", {"exchange": "fused"} | asked, words) for asked, words in (
+        ({"parallel": {"tp": 2}}, "whole experts in equal runs"),
+        ({"parallel": {"tp": 2, "ep": 2}}, "whole experts in equal runs"),
+        ({"parallel": {}}, "over two ranks or more"),
+        ({"parallel": {"ep": 3}}, "whole experts in equal runs"),
+        ({"parallel": {"ep": 2, "replicas": {0: [1]}}}, "whole experts in equal runs"),
+        ({"parallel": {"ep": 2, "expert_map": (1, 1, 1, 1, 0, 0, 0, 0)}}, "whole experts in equal runs"),
+        ({"activation": "relu2"}, "computes fp8_block with swiglu, not fp8_block with relu2"),
+        ({"shared_experts": "replicated", "shared_intermediate": 256}, "computes no shared expert"),
+        ({"combine_dtype": "fp32"}, "gives partial sums in bf16, not fp32"),
+        ({"payload": "unquantized"}, "takes rows as fp8, not bf16"),
+        ({"intermediate": 4224}, "at most 4096, not 4224"),
+        ({"hidden": 2880}, "in whole blocks of 128"),
+        ({"hidden": 1536}, "in 4 parts of whole 256s, which hidden (1536) has not"),
+        ({"hidden": 896}, "in 7 parts of whole 256s, which hidden (896) has not"),
+        ({"num_experts": 64, "top_k": 33}, "at most 32 experts for a token, not 33"),
+    )),
 ]  # fmt: skip
 
 
@@ -107,6 +133,7 @@ TAKEN = {
     "cutlass": dict.fromkeys(FP8_KINDS, "fp8"),
     "deep_gemm": {"fp8_block": "fp8"},
     "flashinfer_cutlass": {"none": "bf16", "fp8_block": "bf16", "fp8_tensor_static": "fp8"},
+    WHOLE: {"fp8_block": "fp8"},
 }
 
 
@@ -115,7 +142,7 @@ def test_what_is_not_refused(hopper: Machine, backend: str) -> None:
     found = {}
     for quant in ("none", *FP8_KINDS):
         try:
-            plan = made(hopper, backend, quant)
+            plan = made(hopper, backend, quant, "fused" if backend == WHOLE else "ag_rs")
         except (ConfigError, UnsupportedError):
             continue
         assert (plan.backend, plan.combine_dtype, plan.out_dtype) == (backend, "bf16", torch.bfloat16)
@@ -124,4 +151,6 @@ def test_what_is_not_refused(hopper: Machine, backend: str) -> None:
 
 
 def test_every_backend_is_in_the_lists() -> None:
-    assert set(TAKEN) == {"torch", *GPU_BACKENDS} == set(BACKENDS.names()), "write down what a new backend refuses"
+    assert set(TAKEN) == {"torch", *GPU_BACKENDS, WHOLE} == set(BACKENDS.names()), (
+        "write down what a new backend refuses"
+    )

@@ -24,8 +24,8 @@ HOST = "127.0.0.1"
 
 
 def backends_here() -> list[str]:
-    """Those that can run on this machine's GPUs, the reference among them."""
-    return [name for name in BACKENDS.names() if BACKENDS.get(name).available("cuda").ok]
+    """Those that can run on this machine's GPUs, the reference among them; of whole layers see test_fused_on_gpus."""
+    return [name for name, each in BACKENDS.usable() if each.available("cuda").ok and "token" in each.takes]
 
 
 class ThroughHost(Comm):

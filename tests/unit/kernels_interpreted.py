@@ -83,6 +83,21 @@ def test_slots_on():
             assert torch.equal(found, placement.slots_on(rank, ids))
 
 
+def test_put_pairs():
+    from moe_dist.kernels.triton.pairs import put_pairs
+
+    for tokens, bucket in ((0, 3), (1, 1), (200, 207)):
+        ids, weights = torch.randint(-1, 7, (tokens, 3), dtype=torch.int32), torch.rand(tokens, 3)
+        if tokens:
+            ids[0] = torch.tensor([-2, 7, 1 << 30])  # no experts: they count as -1
+        weights.masked_fill_((ids < 0) | (ids >= 7), float("nan"))
+        found, expected = ((torch.full((bucket + 1, 3), 5), torch.full((bucket + 1, 3), 5.0)) for _ in range(2))
+        put_pairs(ids, weights, 7, found[0][:bucket], found[1][:bucket])
+        kernels.put_pairs(ids, weights, 7, expected[0][:bucket], expected[1][:bucket])
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert expected[0][-1].tolist() == [5, 5, 5]
+
+
 def test_token_gate():
     from moe_dist.kernels.triton.token_gate import token_gate
 

@@ -12,6 +12,7 @@ from moe_dist.commands.config import read_experiment, resolve_models
 from moe_dist.machine.machine import Machine
 
 FOLDER = Path(__file__).parents[2] / "configs" / "experiments"
+EP_ALONE = "exchange fused under TP"  # the one exchange that does not serve every placement
 NAMED = sorted(path for path in FOLDER.glob("*.yaml") if path.stem.startswith("h"))
 
 
@@ -23,7 +24,7 @@ def test_all_of_it_can_run_there(path: Path) -> None:
     assert max(experiment.worlds) == machine.devices
     planned, refused = plan_cases(experiment.cases(machine.device), machine)
     assert planned
-    assert refused == []
+    assert all(EP_ALONE in each.reason for each in refused), refused
 
 
 def test_eight_gpus_are_covered() -> None:

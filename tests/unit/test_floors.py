@@ -37,7 +37,7 @@ HOMES = {
         "exchange/served",
     ),
     "flashinfer": ("backends/flashinfer",),
-    "deep_gemm": ("backends/deep_gemm", "peers/deep_gemm"),
+    "deep_gemm": ("backends/deep_gemm",),
     "transformers": ("integrations/",),
     "sglang": ("integrations/",),
     "vllm": ("integrations/",),

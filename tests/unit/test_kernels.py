@@ -27,7 +27,7 @@ def in_the_interpreter(file: str, passed: int, timeout_s: float) -> None:
 
 
 def test_row_kernels_in_the_interpreter():
-    in_the_interpreter("kernels_interpreted.py", passed=13, timeout_s=170)
+    in_the_interpreter("kernels_interpreted.py", passed=14, timeout_s=170)
 
 
 def test_the_nvlink_exchange_in_the_interpreter():
@@ -44,13 +44,17 @@ def kernels():
     from moe_dist.exchange.all_to_all import list_kernels, row_kernels
     from moe_dist.exchange.nvlink import flags, reduce_kernels, sum_kernels
     from moe_dist.exchange.nvlink import row_kernels as nvlink_rows
-    from moe_dist.kernels.triton import padded, quantize, slots
+    from moe_dist.kernels.triton import padded, pairs, quantize, slots
 
     fp8 = {"H": "i32", "FP8_MAX": 448.0}
     yield quantize._quantize_groups, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "groups": "i32", "TINY": 1e-12,
                                       "GROUP": 128, "TOGETHER": 8, **fp8}  # fmt: skip
     yield quantize._quantize_whole_rows, {"x": "*bf16", "q": "*fp8e4nv", "s": "*fp32", "TINY": 1e-12, "WIDTH": 8192,
                                           **fp8}  # fmt: skip
+    yield pairs._put_pairs, {
+        "ids": "*i32", "weights": "*fp32", "ids_out": "*i64", "weights_out": "*fp32", "PAIRS": "i32", "PLACES": "i32",
+        "EXPERTS": "i32", "BLOCK": 512,
+    }  # fmt: skip
     yield quantize._cast, {"x": "*bf16", "q": "*fp8e4nv", "scale": "*fp32", "BLOCK": 2048, **fp8}
     yield row_kernels._take_sends, {
         **dict.fromkeys(("source", "token", "counts", "send", "receive"), "*i32"), "width": "i32", "rank": "i32",
@@ -120,7 +124,7 @@ def kernels():
                                   "GATE_FIRST": True, "TOGETHER": 4, "TINY": 1e-12, **fp8}  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(23))
+@pytest.mark.parametrize("index", range(24))
 def test_compiles_for_sm_90(index):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -17,7 +17,7 @@ from moe_dist.exits.exit_codes import BAD_INPUT, TOO_SMALL
         (["check", "check=false"], "check = False: contradicts the command"),
         (["compare", "backends=[torch,nope]"], "no backend has this name"),
         (["compare", "exchanges=[nope]"], "no exchange has this name"),
-        (["compare", "--peers", "nope"], "no peer has this name (legal: deep_gemm_mega)"),
+        (["compare", "--peers", "nope"], "no peer has this name (legal: a peer that a package brings; none here does)"),
         (["run", "peers=[deep_gemm_mega]"], "is about one configuration (legal: moe-dist compare)"),
         (["run", "--skew", "hot:99"], "legal: hot:1 to hot:10"),
         (["run", "--skew", "limited:9x9"], "limited:2x1, limited:5x2, limited:10x4"),

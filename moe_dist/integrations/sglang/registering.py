@@ -18,7 +18,7 @@ def register_all() -> None:
     found = interfaces()
     from moe_dist.integrations.sglang import hooks
 
-    for name in BACKENDS.names():
+    for name in (name for name, each in BACKENDS.usable() if "token" in each.takes):
         found.register_core(PREFIX + name, _factory(name))
         _registered.append(PREFIX + name)
     found.hook(CREATE, hooks.create_moe_runner, found.around)
