@@ -46,8 +46,9 @@ class DeepGemmMega(Peer):
         plain = placement.tp == 1 and spec.num_experts % world == 0 and held == list(range(spec.num_experts))
         if world < 2 or not plain:
             return Support(False, "runs under EP over two ranks or more, whole experts in equal runs")
-        if spec.quant != "fp8_block" or spec.activation != "swiglu" or spec.shared_experts != "none":
-            return Support(False, "computes fp8_block with swiglu and without a shared expert")
+        plain = spec.activation == "swiglu" and spec.shared_experts == "none" and not spec.expert_bias
+        if spec.quant != "fp8_block" or not plain:
+            return Support(False, "computes fp8_block with swiglu, without biases and without a shared expert")
         if spec.hidden % BLOCK or spec.intermediate % BLOCK:
             return Support(False, f"takes hidden and intermediate sizes of whole {BLOCK}s")
         if token_layout != "sharded" or len(set(shares)) > 1 or not shares[0]:

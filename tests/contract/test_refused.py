@@ -66,6 +66,12 @@ ON_HOPPER = [
     ("cutlass", "none", {}, "computes FP8 layers, not bf16"),
     ("cutlass", "fp8_block", {"hidden": 200}, "in multiples of 16"),
     ("cutlass", "fp8_block", {"num_experts": 1026}, "takes at most 512 experts on a rank, not 513"),
+    *((name, "fp8_block", {"activation": "swigluoai", "expert_bias": True},
+       "computes swiglu, geglu, relu2, not swigluoai") for name in ("cutlass", "deep_gemm")),
+    *((name, "fp8_block", {"expert_bias": True}, "computes experts without biases, and model.expert_bias is True")
+      for name in ("cutlass", "deep_gemm")),
+    *(("flashinfer_cutlass", "none", asked, "were never checked against the oracle on a GPU")
+      for asked in ({"activation": "swigluoai"}, {"expert_bias": True})),
     *(("deep_gemm", quant, {}, f"computes fp8_block, not {quant}") for quant in FP8_KINDS[1:]),
     ("deep_gemm", "fp8_block", {"hidden": 2880}, "in whole blocks of 128"),
     ("flashinfer_cutlass", "fp8_block", {"activation": "geglu"}, "computes swiglu, relu2, not geglu"),

@@ -32,7 +32,7 @@ UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input
 MOST_PAIRS = (
     2**30
 )  # their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets
-ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2}
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2, "swigluoai": 3}
 
 
 @triton.jit
