@@ -219,6 +219,10 @@ EDGES: dict[str, tuple[ParallelSpec, dict[str, Any], dict[str, Any]]] = {
     "slices of width zero": (
         ParallelSpec(tp=4, allow_empty_shards=True), {"intermediate": 256}, {"counts": (4, 1, 0, 6)},
     ),
+    "biases beside slices of width zero": (
+        ParallelSpec(tp=4, allow_empty_shards=True),
+        {"intermediate": 256, "activation": "swigluoai", "expert_bias": True}, {"counts": (4, 1, 0, 6)},
+    ),
     "width zero in a grid": (
         ParallelSpec(tp=2, ep=2, allow_empty_shards=True), {"intermediate": 96}, {"counts": (4, 1, 0, 6)},
     ),

@@ -343,6 +343,8 @@ def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
             found.gate_EH[3] = found.gate_EH[4]
         if how == "bias" and found.bias_E is not None:
             return replace(found, bias_E=found.bias_E.flip(0))
+        if how == "bias" and found.logit_bias_E is not None:
+            return replace(found, logit_bias_E=found.logit_bias_E.flip(0))
         return found
 
     loading.load_router = wrong
@@ -352,10 +354,11 @@ def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
         loading.load_router = right
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("how", ["right", "another layer's", "one row", "bias"])
 def test_a_checkpoint_s_router_is_compared(pool: Pool, tmp_path: Path, model_type: str, how: str) -> None:
-    directory = checkpoint(tmp_path / "model", model_type=model_type, layers=3)
+    quant = "none" if model_type == "gpt_oss" else "fp8_block"
+    directory = checkpoint(tmp_path / "model", model_type=model_type, layers=3, quant=quant)
     workload = WorkloadSpec(tokens=64, seed=3, skew="router")
     chosen = of(directory, ep=2).with_changes(workload=workload)
     row = make_row(chosen, chosen.plan(MACHINE), merge(pool.run(2, routed_wrong, chosen, how)), "torchrun")

@@ -20,6 +20,7 @@ from moe_dist import load_layer
 from moe_dist.checkpoint import (
     Checkpoint,
     check_layer,
+    layer_spec,
     load_router,
     load_shard,
     load_shared_shard,
@@ -27,9 +28,10 @@ from moe_dist.checkpoint import (
     read_config,
 )
 from moe_dist.checkpoint.config import MODEL_TYPES
+from moe_dist.checkpoint.quantizing import quantize_checkpoint
 from moe_dist.checkpoint.synthetic_configs import MODEL_TYPES as MADE
 from moe_dist.checkpoint.whole import WholeExperts
-from moe_dist.errors import CheckpointError, UnsupportedError
+from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing, route
 from moe_dist.model.spec import ParallelSpec
@@ -417,6 +419,25 @@ def test_biases_are_neither_left_over_nor_missing(tmp_path: Path) -> None:
     edit(directory, None, lambda tensors: tensors | {full: tensors[full] + torch.nan})
     with pytest.raises(CheckpointError, match=r"down_proj_bias, expert 0, holds NaN"):
         whole(directory, LAYER)
+
+
+def test_what_can_not_be_made_of_experts_with_biases(made: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="its experts have biases, with which no FP8 checkpoint is read"):
+        quantize_checkpoint(made("gpt_oss"), tmp_path / "fp8")
+    with pytest.raises(UnsupportedError, match=r"quant 'fp8_block' of a synthetic gpt_oss.*supported: none"):
+        made("gpt_oss", "fp8_block")
+    with pytest.raises(
+        ConfigError, match="quant = 'fp8_tensor_static': a bf16 checkpoint has no scales of activations"
+    ):
+        layer_spec(made("gpt_oss"), LAYER, "fp8_tensor_static")
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    directory = make_checkpoint(tmp_path / "blocks", **SIZES, model_type="gpt_oss", quant="none")
+    in_fp8 = {"experts.gate_up_proj": torch.float8_e4m3fn, "experts.down_proj": torch.float8_e4m3fn}
+    edit(directory, {"quantization_config": blocks}, lambda tensors: {
+        name: tensor.to(next((dtype for end, dtype in in_fp8.items() if name.endswith(end)), tensor.dtype))
+        for name, tensor in tensors.items()})  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"gate and up lie in turns are read as bf16, float32 or MXFP4"):
+        layer_spec(directory, LAYER)
 
 
 def test_half_an_expert_of_zeros_was_not_written(tmp_path: Path) -> None:
