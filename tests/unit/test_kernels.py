@@ -232,7 +232,7 @@ def test_fused_moe_compiles_for_sm_90(quant, rows, quantized, changes, names):
 
 
 @pytest.mark.parametrize(
-    ("quant", "rows"), [("fp8_block", FEW), pytest.param("fp8_block", MANY, marks=pytest.mark.slow),
+    ("quant", "rows"), [("fp8_block", MANY), pytest.param("fp8_block", FEW, marks=pytest.mark.slow),
                         pytest.param("none", MANY, marks=pytest.mark.slow),
                         pytest.param("fp8_channel", FEW, marks=pytest.mark.slow)],
 )  # fmt: skip
@@ -241,8 +241,7 @@ def test_biases_and_a_clamped_activation_compile_for_sm_90(quant, rows, tmp_path
     for name in ("_gemm1", "_gemm2"):
         assert "wgmma.mma_async" in found[name].asm["ptx"]
         assert found[name].metadata.shared <= SHARED_MEMORY
-        # At the end of GEMM1, with a partial block of columns, 255 registers are four too few.
-        assert resources(found[name], tmp_path)[1] <= 16
+        assert resources(found[name], tmp_path)[1] == 0  # as there were when gate's bias was added before up's
 
 
 def test_what_many_rows_are_computed_by_spills_nothing(tmp_path: Path):

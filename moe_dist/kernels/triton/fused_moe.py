@@ -168,9 +168,9 @@ def _gemm1(
             up *= of_row[:, None] * _weight_scale(ws, expert, 1 - GATE, n, I, F, 2, PER_TENSOR)[None, :]
     if bias is not None:
         of_expert = bias + expert * F + n
-        gate += tl.load(of_expert + GATE * I, mask=n < I, other=0.0)[None, :]
-        if GATED:
+        if GATED:  # after gate's, registers would spill (tests/unit/test_kernels.py)
             up += tl.load(of_expert + (1 - GATE) * I, mask=n < I, other=0.0)[None, :]
+        gate += tl.load(of_expert + GATE * I, mask=n < I, other=0.0)[None, :]
     out = activated(gate, up, ACTIVATION)
     if not WHOLE:
         out = tl.where((n < I)[None, :], out, 0.0)  # columns read beyond the half must not count in the scale
