@@ -15,7 +15,10 @@ BIAS = 127  # of the exponents
 
 def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
     """bf16 [..., 32 G] of bytes [..., G, 16] and exponents [..., G]. An exponent of 255 is no number and makes none."""
-    values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float32, device="cpu")
-    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).int()
-    powers = torch.exp2(scales.float() - BIAS).masked_fill(scales == 255, torch.nan)
-    return (values[codes] * powers[..., None]).bfloat16().flatten(-2)
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.bfloat16, device="cpu")
+    byte = torch.arange(256, device="cpu")
+    # Both numbers of a byte at once, as one word: several times as fast as number by number.
+    pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32).flatten()
+    dense = pairs.index_select(0, blocks.flatten().int()).view(torch.bfloat16).view(*scales.shape, GROUP)
+    powers = torch.exp2(scales.float() - BIAS).masked_fill(scales == 255, torch.nan).bfloat16()
+    return dense.mul_(powers[..., None]).flatten(-2)
