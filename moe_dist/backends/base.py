@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,6 +78,16 @@ class Backend(ABC):
     @abstractmethod
     def supports(cls, problem: Problem) -> Support:
         """Whether it computes this exactly as asked; the reason if not. Loads nothing heavy."""
+
+    @classmethod
+    def refused(cls, spec: MoESpec, activations: Iterable[str]) -> Support | None:
+        """Why not, for a backend that computes these activations, and experts without biases only; None where it does
+        compute the spec's."""
+        if spec.activation not in activations:
+            return Support(False, f"computes {', '.join(activations)}, not {spec.activation}")
+        if spec.expert_bias:
+            return Support(False, "computes experts without biases, and model.expert_bias is True")
+        return None
 
     @classmethod
     def available(cls, device: str) -> Support:

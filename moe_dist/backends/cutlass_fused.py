@@ -15,6 +15,7 @@ from moe_dist.step import Step, Support, TokenRows
 if TYPE_CHECKING:
     from moe_dist.kernels.cutlass.fused_moe import Config, CutlassPipeline
 
+ACTIVATIONS = ("swiglu", "geglu", "relu2")
 MOST_EXPERTS = 512  # on one rank: their tiles are found in shared memory
 
 
@@ -32,6 +33,8 @@ class CutlassFused(OwnKernels["Config"]):
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:
+        if refusal := cls.refused(problem.spec, ACTIVATIONS):
+            return refusal
         if not problem.spec.quantized:
             return Support(False, f"computes FP8 layers, not {problem.spec.quant_label}")
         if problem.num_local > MOST_EXPERTS:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_dist.kernels.triton.padded import PaddedPipeline
 
 PACKAGE = "sgl-deep-gemm"
+ACTIVATIONS = ("swiglu", "geglu", "relu2")
 
 
 @cache
@@ -57,6 +58,8 @@ class DeepGemm(OwnPipelines):
     @classmethod
     def supports(cls, problem: Problem) -> Support:
         spec, width = problem.spec, problem.width
+        if refusal := cls.refused(spec, ACTIVATIONS):
+            return refusal
         if spec.quant != "fp8_block":
             return Support(False, f"computes fp8_block, not {spec.quant_label}")
         if problem.capability != HOPPER:

@@ -111,8 +111,10 @@ class DeepGemmMega(Backend):
         spec = problem.spec
         if problem.capability != HOPPER:
             return Support(False, f"needs compute capability 9.0, not {problem.capability}")
-        if spec.quant != "fp8_block" or spec.activation != "swiglu":
-            return Support(False, f"computes fp8_block with swiglu, not {spec.quant_label} with {spec.activation}")
+        if refusal := cls.refused(spec, ("swiglu",)):
+            return refusal
+        if spec.quant != "fp8_block":
+            return Support(False, f"computes fp8_block, not {spec.quant_label}")
         if spec.shared_experts != "none":
             return Support(False, "computes no shared expert, and nothing runs beside it")
         if spec.top_k > MOST_CHOICES:

@@ -66,6 +66,9 @@ class FlashInferCutlass(Backend):
     @classmethod
     def supports(cls, problem: Problem) -> Support:
         spec, width, H = problem.spec, problem.width, problem.spec.hidden
+        if spec.activation == "swigluoai" or spec.expert_bias:
+            reason = "its library's clamped SwiGLU and biases were never checked against the oracle on a GPU"
+            return Support(False, f"does not compute swigluoai or experts with biases: {reason}")
         if spec.activation not in ACTIVATIONS:
             return Support(False, f"computes {', '.join(ACTIVATIONS)}, not {spec.activation}")
         if spec.quant not in QUANT_KINDS or spec.dtype != "bf16":

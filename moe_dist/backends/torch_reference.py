@@ -53,14 +53,20 @@ class TorchBackend(Backend):
         x_RH = self._inputs(stages, rows, self._weights)
         y_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
         groups = self._by_expert(rows) if self._weights.width else []
-        hidden = [(slot, row, weight, self._hidden(stages, x_RH[row], slot)) for slot, row, weight in groups]
+        hidden = [
+            (slot, row, weight, self._hidden(stages, x_RH[row], slot, self._weights.first_bias(slot)))
+            for slot, row, weight in groups
+        ]
         if hidden and self.spec.quantized:
             inputs = self._requantize(stages, [h for *_, h in hidden], [slot for slot, *_ in hidden], self._weights)
         else:
             inputs = [h for *_, h in hidden]
         with stages("gemm2"):
             for (slot, row, weight, _), h in zip(hidden, inputs, strict=True):
-                y_RH.index_add_(0, row, h @ self._dense(slot)[1].T * weight[:, None])
+                y = h @ self._dense(slot)[1].T
+                if self._weights.b2_eH is not None:
+                    y = y + self._weights.b2_eH[slot]
+                y_RH.index_add_(0, row, y * weight[:, None])
         for start, stop in sink.columns():
             sink.put(start, stop, sink.target(start, stop).copy_(y_RH[:, start:stop]))
 
@@ -86,9 +92,11 @@ class TorchBackend(Backend):
             pieces = torch.split(flat.argsort(stable=True), counts)[1:]  # the first piece are the pairs not here
         return [(slot, piece // top_k, weights[piece]) for slot, piece in enumerate(pieces) if len(piece)]
 
-    def _hidden(self, stages: Stages, x: Tensor, slot: int) -> Tensor:
+    def _hidden(self, stages: Stages, x: Tensor, slot: int, bias_F: Tensor | None) -> Tensor:
         with stages("gemm1"):
             gate_up = x @ self._dense(slot)[0].T
+            if bias_F is not None:
+                gate_up = gate_up + bias_F
         with stages("activation"):
             return activate(gate_up, self.spec.activation)
 

@@ -60,7 +60,7 @@ def _load(context: RankContext, case: Case, plan: Plan) -> Weights:
     else:
         shard = load_shard(source.checkpoint, source.layer, placement, comm.rank, comm.device, seen)
         stored = load_router(source.checkpoint, source.layer, comm.device)
-        router = Router(plan, stored.gate_EH, stored.bias_E)
+        router = Router(plan, stored.gate_EH, stored.bias_E, stored.logit_bias_E)
         if slice_of_shared is not None:
             shared = load_shared_shard(source.checkpoint, source.layer, *slice_of_shared, comm.device)
     if source.checkpoint is None:  # a checkpoint's tensors were checked as they were read, by name

@@ -36,7 +36,7 @@ class Row(Result):
     intermediate: Some = Field(description="width of one whole expert's hidden layer")
     num_experts: Some = Field(description="routed experts of a layer")
     top_k: Some = Field(description="experts that a token goes to")
-    activation: str = Field(description="between an expert's two GEMMs: `swiglu`, `geglu` or `relu2`")
+    activation: str = Field(description="between an expert's two GEMMs: `swiglu`, `geglu`, `relu2` or `swigluoai`")
     shared_experts: str = Field(description="how the shared expert is computed: `none`, `replicated` or `tp`")
     quant: str = Field(
         description=f"number format: `bf16`, `fp32`, {', '.join(f'`{kind}`' for kind in QUANT_KINDS[1:])}"

@@ -30,8 +30,9 @@ TOKENS = 4  # of the whole group; more where these leave out an expert that was 
 LEAST_PART = 1 / 4  # of an even share of a token's weights: by a pair with less a token tells little of its expert
 
 Copy = tuple[int, int]  # an expert, and the group that serves it there
-# w13 with [gate; up] rows, w2 and, of a gated shared expert, the weight [H] of the sigmoid of a token.
-Whole = tuple[Tensor, Tensor, Tensor | None]
+# w13 with [gate; up] rows, w2, both biases of an expert that has them and, of a gated shared expert, the weight [H] of
+# the sigmoid of a token.
+Whole = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]
 
 
 def whole_error(
@@ -157,8 +158,9 @@ def _outputs(context: RankContext, case: Case, x_nH: Tensor, routing: Routing, s
 
 
 def _through(x: Tensor, tensors: Whole, case: Case) -> Tensor:
-    w13, w2, gate_H = tensors
-    y: Tensor = activate(x @ w13.double().T, case.model.activation) @ w2.double().T
+    w13, w2, biases, gate_H = tensors
+    b13, b2 = (bias.double() for bias in biases) if biases else (0.0, 0.0)
+    y: Tensor = activate(x @ w13.double().T + b13, case.model.activation) @ w2.double().T + b2
     return y if gate_H is None else torch.sigmoid(x @ gate_H.double())[:, None] * y
 
 
@@ -170,7 +172,9 @@ def _maker(case: Case, device: torch.device) -> Callable[[int | None], Whole]:
         def draw(expert: int | None) -> Whole:
             number, own = (spec.num_experts, spec.shared_spec()) if expert is None else (expert, spec)
             drawn = random_expert(own, number, source.seed, device, layer=case.depth)
-            return *drawn.dequantized(0), None if drawn.token_gate_eH is None else drawn.token_gate_eH[0]
+            bias_F, b2_eH = drawn.first_bias(0), drawn.b2_eH
+            biases = None if bias_F is None or b2_eH is None else (bias_F, b2_eH[0])
+            return *drawn.dequantized(0), biases, None if drawn.token_gate_eH is None else drawn.token_gate_eH[0]
 
         return draw
     whole = WholeExperts(source.checkpoint, source.layer)
@@ -178,6 +182,10 @@ def _maker(case: Case, device: torch.device) -> Callable[[int | None], Whole]:
     def read(expert: int | None) -> Whole:
         gate, up, down = whole.shared() if expert is None else whole.expert(expert)
         of_token = whole.token_gate() if expert is None else None
-        return torch.cat([gate, up]).to(device), down.to(device), None if of_token is None else of_token.to(device)
+        biases = None if expert is None else whole.biases(expert)
+        if biases is not None:
+            biases = (biases[0].to(device), biases[1].to(device))
+        gate_H = None if of_token is None else of_token.to(device)
+        return torch.cat([gate, up]).to(device), down.to(device), biases, gate_H
 
     return read

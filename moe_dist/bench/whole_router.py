@@ -22,11 +22,13 @@ def router_error(comm: Comm, case: Case, x_TH: Tensor, routing: Routing) -> floa
     source, work = case.source, case.workload
     if source.checkpoint is None or source.layer is None or work.skew != "router":
         return 0.0
-    gate_EH, bias_E = WholeExperts(source.checkpoint, source.layer).router()
+    gate_EH, bias_E, logit_bias_E = WholeExperts(source.checkpoint, source.layer).router()
     stream = Stream("tokens compared with the router", work.seed, work.tokens)
     tokens = stream.permutation(work.tokens)[:TOKENS]
     here = tokens.to(x_TH.device)
     logits_nE = x_TH[here].cpu().double() @ gate_EH.double().T
+    if logit_bias_E is not None:
+        logits_nE = logits_nE + logit_bias_E.double()
     nudge_nE = NUDGE * logits_nE.abs().amax(1, keepdim=True) * (2 * stream.uniform(*logits_nE.shape) - 1)
     wanted, *nudged = (
         _by_expert(route(logits.float(), case.model, bias_E), case.model.num_experts)

@@ -16,6 +16,7 @@ from moe_dist.checkpoint.keys import Keys
 from moe_dist.checkpoint.names import Names
 from moe_dist.checkpoint.neutral import refuse_unread
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
+from moe_dist.checkpoint.scheme import MXFP4
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
 from moe_dist.model.spec import MoESpec
 
@@ -57,7 +58,7 @@ class ModelConfig:
         if found is None:
             return _with_format(self.spec, "none", self.dtype or "bf16")
         if self.dtype == "fp32":
-            reason = "FP8 experts work on bf16 activations, and its dtype is float32"
+            reason = "quantized experts work on bf16 activations, and its dtype is float32"
             raise UnsupportedError(f"the model in {self.path}", [reason])
         return _with_format(self.spec, found.scheme.kind, "bf16")
 
@@ -199,7 +200,11 @@ class _Model:
 
     def quantizations(self) -> tuple[Quantization, ...]:
         every = (self.keys, self.outer) if self.outer else (self.keys,)
-        return tuple(found for keys in every for found in read_quantizations(keys.raw, keys.path))
+        said = tuple(found for keys in every for found in read_quantizations(keys.raw, keys.path))
+        if self.family.names.fused == "interleaved":
+            return said
+        reason = "quant_method is 'mxfp4', which is read as gpt-oss stores it"
+        return tuple(replace(found, reasons=(reason,)) if found.scheme == MXFP4 else found for found in said)
 
     def spec(self, name: str) -> MoESpec:
         """The layer without its quantization."""

@@ -15,6 +15,7 @@ from moe_dist.checkpoint.family_rules import (
     ernie,
     ernie_layers,
     every_layer,
+    gpt_oss,
     minimax_m2,
     mixtral,
     nemotron_h,
@@ -61,6 +62,10 @@ FAMILIES = {
     "qwen3_next": Family(("Qwen3Next",), qwen2_moe, qwen_layers, OF_QWEN2),
     "mixtral": Family(("Mixtral",), mixtral, every_layer, OF_MIXTRAL),
     "olmoe": Family(("Olmoe",), olmoe, every_layer),
+    "gpt_oss": Family(
+        ("GptOss",), gpt_oss, every_layer, Names(router="router.weight", fused="interleaved"),
+        activations={"silu": "swigluoai"},
+    ),
     "minimax_m2": Family(
         ("MiniMaxM2",), minimax_m2, every_layer,
         Names(block="block_sparse_moe", gate="w1", up="w3", down="w2", bias="e_score_correction_bias", fused=None),
@@ -117,6 +122,5 @@ ON_INPUT = (
 REFUSED = {
     "llama4": ON_INPUT,
     "llama4_text": ON_INPUT,
-    "gpt_oss": "its experts have biases, and an activation that is clamped (swiglu_limit); no backend computes either",
     "deepseek_v4": "its experts' activation is clamped (swiglu_limit), and no backend computes that",
 }

@@ -17,6 +17,7 @@ from moe_dist.checkpoint.folder import shown
 from moe_dist.checkpoint.keys import MOST, Keys
 from moe_dist.errors import CheckpointError, UnsupportedError
 from moe_dist.model.spec import LEAST_SCALING, MOST_SCALING
+from moe_dist.model.weights import OAI_ALPHA, OAI_LIMIT
 
 Fields = dict[str, Any]
 
@@ -149,6 +150,20 @@ def mixtral(keys: Keys) -> Fields:
 def olmoe(keys: Keys) -> Fields:
     sizes = _sizes(keys, ("num_experts", "num_local_experts"), "intermediate_size")
     return sizes | {"scoring": "softmax", "renormalize": keys.get("norm_topk_prob", bool)}
+
+
+def gpt_oss(keys: Keys) -> Fields:
+    """The softmax of the top k logits, which have a bias, as experts do. Its activation, which config.json calls silu,
+    is known with one limit and one alpha."""
+    for key, value in (("swiglu_limit", OAI_LIMIT), ("swiglu_alpha", OAI_ALPHA)):
+        keys.must(key, value, "this family's activation is computed with one value only")
+    top_k = ("num_experts_per_tok", "experts_per_token")
+    return _sizes(keys, ("num_local_experts", "num_experts"), "intermediate_size", top_k) | {
+        "scoring": "softmax",
+        "renormalize": True,
+        "expert_bias": True,
+        "router_bias": True,
+    }
 
 
 def minimax_m2(keys: Keys) -> Fields:

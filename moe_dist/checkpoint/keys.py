@@ -70,8 +70,9 @@ class Keys:
             raise UnsupportedError(f"{key} {shown(value)} in {self.path}", ["nothing here computes it"], supported)
         return value
 
-    def must(self, key: str, value: bool | int, reason: str) -> None:
+    def must(self, key: str, value: bool | float, reason: str) -> None:
         """UnsupportedError unless the key is absent or has this value."""
-        found = self.get(key, type(value), value)
+        whole = isinstance(value, float) and type(self.raw.get(key)) is int  # 7 is 7.0
+        found = self.get(key, int if whole else type(value), value)
         if found != value:
             raise UnsupportedError(f"{key} {shown(found)} in {self.path}", [reason], [str(value), f"no key {key}"])

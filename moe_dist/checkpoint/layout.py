@@ -15,10 +15,11 @@ from pathlib import Path
 
 from moe_dist.checkpoint.config import ModelConfig
 from moe_dist.checkpoint.folder import plain
+from moe_dist.checkpoint.mxfp4 import BLOCKS, GROUP, SCALES
 from moe_dist.checkpoint.names import FUSED, Names
-from moe_dist.checkpoint.pieces import FP8_DTYPE, WEIGHT_DTYPES, Piece, alone, fused, input_scale
+from moe_dist.checkpoint.pieces import BIAS, FP8_DTYPE, WEIGHT_DTYPES, Piece, alone, fused, input_scale, interleaved
 from moe_dist.checkpoint.reader import Checkpoint, TensorFormat
-from moe_dist.checkpoint.scheme import Scheme
+from moe_dist.checkpoint.scheme import MXFP4, Scheme
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.model.spec import BLOCK, MoESpec, QuantKind
 
@@ -49,6 +50,8 @@ class Layer:
     def _first(self) -> str:
         """The weight that tells how experts are stored."""
         prefix, matrix = self.names.experts(self.number), next(iter(self.names.matrices))
+        if self.packed:
+            return f"{prefix}.{FUSED[matrix]}{BLOCKS}"
         return f"{prefix}.{FUSED[matrix]}" if self.fused else f"{prefix}.0.{self.names.matrices[matrix]}.weight"
 
     def _concerned(self, name: str) -> bool:
@@ -65,12 +68,23 @@ class Layer:
     def fused(self) -> bool:
         """CheckpointError if some experts are fused and others are not."""
         names, prefix = self.checkpoint.files, self.names.experts(self.number)
+        if self.interleaved:
+            return True
         fused = self.names.fused is not None and f"{prefix}.gate_up_proj" in names
         by_itself = f"{prefix}.0.{self.names.up}.weight"
         if fused and by_itself in names:
             problem = f"tensors {prefix}.gate_up_proj and {by_itself} are both there: which of them counts is not said"
             raise CheckpointError(self.checkpoint.directory, problem)
         return fused
+
+    @property
+    def interleaved(self) -> bool:
+        return self.names.fused == "interleaved"
+
+    @property
+    def packed(self) -> bool:
+        """Whether its experts are MXFP4."""
+        return self.scheme == MXFP4
 
     @cached_property
     def transposed(self) -> bool:
@@ -99,6 +113,10 @@ class Layer:
         self.checkpoint.require([name])
         dtype, _ = self.checkpoint.header(name)
         path = self.checkpoint.path_of(name)
+        if self.packed:  # its headers are compared with what pieces say
+            self._check_groups(said)
+            self._refuse_strangers(said)
+            return said
         if dtype not in FORMATS:
             raise UnsupportedError(
                 f"dtype {dtype} of tensor {name} in {path}", ["nothing here computes it"], tuple(FORMATS)
@@ -112,8 +130,17 @@ class Layer:
         self._refuse_strangers(said)
         return said if said.quantized else said.with_changes(dtype=found)
 
+    def _check_groups(self, spec: MoESpec) -> None:
+        sizes = {name: getattr(spec, name) for name in ("hidden", "intermediate")}
+        reasons = [f"{name} {size} is no multiple of {GROUP}" for name, size in sizes.items() if size % GROUP]
+        if reasons:
+            raise UnsupportedError(f"MXFP4 experts in {self.checkpoint.path_of(self._first)}", reasons)
+
     def _check_fused_scales(self, spec: MoESpec, scheme: Scheme) -> None:
         what = f"fused experts {self._first} in {self.checkpoint.path_of(self._first)}"
+        if self.interleaved:
+            reason = "experts whose gate and up lie in turns are read as bf16, float32 or MXFP4"
+            raise UnsupportedError(what, [reason], ["no quantization_config", "quant_method mxfp4"])
         if scheme.grain != "block" or self.transposed:
             reason = "fused experts are read with a scale for each 128×128 block, as [E, 2I, H]"
             raise UnsupportedError(what, [reason], ["experts one by one"])
@@ -137,9 +164,13 @@ class Layer:
         scale = f"({scheme.suffix})?" if scheme else ""
         of_expert = rf"weight{scale}" + ("|input_scale" if scheme and scheme.static else "")
         by_itself = rf"experts\.(?P<expert>0|[1-9][0-9]*)\.({matrix})\.({of_expert})"
-        known = [rf"experts\.(gate_up|down)_proj{scale}" if self.fused else by_itself, re.escape(names.router)]
+        of_fused = f"{BLOCKS}|{SCALES}" if self.packed else scale
+        of_fused += f"|{BIAS}" if spec.expert_bias else ""
+        known = [rf"experts\.(gate_up|down)_proj({of_fused})" if self.fused else by_itself, re.escape(names.router)]
         if spec.correction_bias:
             known.append(re.escape(names.bias))
+        if spec.router_bias:
+            known.append(re.escape(names.logit_bias))
         if spec.shared_intermediate:
             known.append(rf"{names.shared}\.({matrix})\.(weight(_scale(_inv)?)?|input_scale)")
         if spec.shared_gate and names.shared_gate:
@@ -174,17 +205,21 @@ class Layer:
         return f"{config.path} has no quantization_config and says {said.quant_label}"
 
     def router(self) -> list[TensorFormat]:
-        """Its weight and, if it has one, its correction bias."""
+        """Its weight and, if it has them, its correction bias and the bias of its logits, in this order."""
         spec = self.checkpoint.config.spec
         E = spec.num_experts
         tensors = [TensorFormat(f"{self._mlp}.{self.names.router}", (E, spec.hidden), ROUTER_DTYPES)]
         if spec.correction_bias:
             tensors.append(TensorFormat(f"{self._mlp}.{self.names.bias}", (E,), ROUTER_DTYPES, ((1, E),)))
+        if spec.router_bias:
+            tensors.append(TensorFormat(f"{self._mlp}.{self.names.logit_bias}", (E,), ROUTER_DTYPES))
         return tensors
 
     def expert(self, expert: int) -> list[Piece]:
-        """gate, up and down, each followed by its scales if there are any."""
+        """gate, up and down, each followed by its scales or its bias if there are any."""
         prefix = self.names.experts(self.number)
+        if self.interleaved:
+            return interleaved(prefix, self.spec, expert, self.packed)
         if self.fused:
             return fused(prefix, self.names, self.spec, expert, self.scheme, self.transposed)
         return alone(f"{prefix}.{expert}", self.names, self.spec, self.spec.intermediate, self.scheme)
@@ -238,6 +273,10 @@ class Layer:
             self.checkpoint.expect(tensor)
 
 
+def tensors_of(pieces: Iterable[Piece]) -> list[TensorFormat]:
+    return [tensor for piece in pieces for tensor in piece.tensors]
+
+
 def open_layer(source: Source, layer: int) -> Layer:
     """Raises ConfigError for a layer without experts."""
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
@@ -270,7 +309,7 @@ def layer_spec(source: Source, layer: int, quant: QuantKind | None = None) -> Mo
     if not found.checkpoint.holds_weights:
         return spec_as(found.checkpoint.config.layer_spec(layer), quant)
     ends = [*found.expert(0), *found.expert(found.spec.num_experts - 1)]
-    found.check([*found.router(), *found.inputs(), *(piece.tensor for piece in ends)])
+    found.check([*found.router(), *found.inputs(), *tensors_of(ends)])
     found.refuse_strays()
     return spec_as(found.spec, quant)
 
@@ -288,6 +327,6 @@ def check_layer(source: Source, layer: int, shared: bool = False) -> ModelConfig
     inputs, gate = found.inputs(), found.token_gate() if shared else []
     if inputs:
         inputs += [found.second_input(expert) for expert in experts]
-    found.check([*found.router(), *inputs, *gate, *(piece.tensor for piece in pieces)])
+    found.check([*found.router(), *inputs, *gate, *tensors_of(pieces)])
     found.refuse_strays()
     return with_fields(found.checkpoint.config, spec=found.spec)

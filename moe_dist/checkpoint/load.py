@@ -22,10 +22,12 @@ from moe_dist.model.weights import LARGEST_SCALE, LARGEST_WEIGHT, ExpertWeights,
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """gate_EH in the dtype it is stored in (bf16 or float32); bias_E float32, None for routers without it."""
+    """gate_EH in the dtype it is stored in (bf16 or float32); bias_E, which corrects scores, and logit_bias_E float32,
+    None for routers without it."""
 
     gate_EH: Tensor
     bias_E: Tensor | None
+    logit_bias_E: Tensor | None = None
 
 
 def load_shard(
@@ -89,8 +91,13 @@ def load_router(source: Source, layer: int, device: torch.device | str = "cpu") 
         values = found.checkpoint.read(tensor.name)
         _check_values(found.checkpoint, tensor.name, values, bias=tensor is not wanted[0])
         loaded.append(values.to(device))
-    gate, *bias = loaded
-    return RouterWeights(gate, bias[0].float().reshape(-1) if bias else None)
+    gate, *biases = loaded
+    spec, of_scores, of_logits = found.checkpoint.config.spec, None, None
+    if spec.correction_bias:
+        of_scores = biases.pop(0).float().reshape(-1)
+    if spec.router_bias:
+        of_logits = biases.pop(0).float().reshape(-1)
+    return RouterWeights(gate, of_scores, of_logits)
 
 
 def _check_placement(spec: MoESpec, placement: Placement, rank: int) -> None:
@@ -122,10 +129,13 @@ def _load(
     """These experts, stacked. The stack is allocated once and filled, so that no second copy ever exists."""
     start, stop = bounds
     weights = ExpertWeights.empty(layer.spec, len(experts), stop - start, device)
-    layer.check(piece.tensor for pieces in experts for piece in pieces)
+    layer.check(tensor for pieces in experts for piece in pieces for tensor in piece.tensors)
     for slot, pieces in enumerate(experts):
-        for piece, target in zip(pieces, _targets(weights, slot), strict=True):
-            if target.numel():
+        for piece in pieces:
+            target = _target(weights, slot, piece)
+            if piece.bias and piece.matrix == "down" and start:  # it is in the slice that begins at column 0
+                target.zero_()
+            elif target.numel():
                 _fill(layer.checkpoint, piece, target, start, stop)
         if progress:
             progress()
@@ -147,7 +157,7 @@ def _load_quantized(
     within = spec.quant == "fp8_block"
     for slot, pieces in enumerate(experts):
         dense = _load(layer, [pieces], bounds if within else (0, pieces[0].width), device, None)
-        made = quantize_weights(dense.w13_eFH, dense.w2_eHi, spec)
+        made = quantize_weights(dense.w13_eFH, dense.w2_eHi, spec).with_tensors(**dense.biases)
         made = made if within else slice_width(made, start, stop)
         for name, tensor in weights.tensors().items():
             tensor[slot].copy_(made.tensors()[name][0])
@@ -179,24 +189,25 @@ def _number(checkpoint: Checkpoint, tensors: list[TensorFormat]) -> float:
     return max(found)
 
 
-def _targets(weights: ExpertWeights, slot: int) -> list[Tensor]:
-    """Where the pieces of one expert go, in the order of `Layer.expert`: the rows of w13 are [gate; up], or those of up
-    alone."""
-    halves = 2 if weights.gated else 1
-    parts = [*weights.w13_eFH[slot].chunk(halves), weights.w2_eHi[slot]]
-    if weights.s13 is None or weights.s2 is None:
-        return parts
-    scales = [*weights.s13[slot].chunk(halves), weights.s2[slot]]
-    return [tensor for pair in zip(parts, scales, strict=True) for tensor in pair]
+def _target(weights: ExpertWeights, slot: int, piece: Piece) -> Tensor:
+    """Where a piece of one expert goes: the rows of w13 are [gate; up], or those of up alone."""
+    first, second = ("b13_eF", "b2_eH") if piece.bias else ("s13", "s2") if piece.scale else ("w13_eFH", "w2_eHi")
+    target: Tensor = getattr(weights, second if piece.matrix == "down" else first)[slot]
+    if piece.matrix in ("both", "down"):
+        return target
+    halves = target.chunk(2 if weights.gated else 1)
+    return halves[0 if piece.matrix == "gate" else -1]
 
 
 def _fill(checkpoint: Checkpoint, piece: Piece, target: Tensor, start: int, stop: int) -> None:
     """Read columns [start, stop) of the expert's width into `target`, and check them where they now lie."""
-    values = checkpoint.read(piece.tensor.name, *piece.part(start, stop))
-    target.copy_(piece.canonical(values, tuple(target.shape)).to(target.dtype))
-    if not piece.scale and not _any(target):  # padding may fill a rank's whole slice, but not the expert
-        target = checkpoint.read(piece.tensor.name, *piece.whole())
-    _check_values(checkpoint, piece.tensor.name, target, piece.scale is not None, piece.expert)
+    name, shape = piece.tensor.name, tuple(target.shape)
+    target.copy_(piece.canonical(piece.values(checkpoint.read, start, stop), shape).to(target.dtype))
+    for number, half in enumerate(piece.halves(target)):
+        values = half
+        if not piece.scale and not piece.bias and not _any(half):  # padding may fill a rank's whole slice, but not more
+            values = piece.halves(piece.canonical(piece.values(checkpoint.read, 0, piece.width), shape))[number]
+        _check_values(checkpoint, name, values, piece.scale is not None, piece.expert, zeros=piece.bias)
 
 
 def _check_values(
@@ -206,9 +217,11 @@ def _check_values(
     scale: bool = False,
     expert: int | None = None,
     bias: bool = False,
+    zeros: bool = False,
 ) -> None:
     """CheckpointError for NaN or infinity, for a scale that is not positive, for weights so large that what they are
-    multiplied by overflows, and, but for a `bias`, for all zeros: what of a file was never written reads as zeros."""
+    multiplied by overflows, and, unless they may be `zeros`, for all zeros: what of a file was never written reads so.
+    A `bias` of a router may be as large as it likes, and zeros."""
     limit = LARGEST_SCALE if scale else LARGEST_WEIGHT
     if values.dtype == FP8:
         # E4M3 has two NaN codes, 0x7F and 0xFF, and no infinity; float8 tensors have no max() of their own.
@@ -225,7 +238,7 @@ def _check_values(
     if huge:
         problem = f"holds {largest:.3g}, and beyond {limit:.3g} the results overflow"
         raise CheckpointError(checkpoint.path_of(name), f"{what} {problem}")
-    if largest == 0 and not bias:
+    if largest == 0 and not bias and not zeros:
         raise CheckpointError(checkpoint.path_of(name), f"{what} is all zeros")
 
 

@@ -1,5 +1,5 @@
 """How the sections of the quantization methods say what is stored, as a scheme or as reasons why it is not read: `fp8`
-(DeepSeek's and transformers' own), `compressed-tensors` (llm-compressor) and ModelOpt.
+(DeepSeek's and transformers' own), `compressed-tensors` (llm-compressor), ModelOpt and `mxfp4` (gpt-oss).
 
 A key or a value that is not known to change nothing is a reason. Sources: quantizer_finegrained_fp8.py of transformers,
 quant_args.py of compressed-tensors, hf_quant_config.json of ModelOpt, and what vLLM's loaders make of them
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_dist.checkpoint.folder import shown
-from moe_dist.checkpoint.scheme import FP8_BLOCKS, Scheme
+from moe_dist.checkpoint.scheme import FP8_BLOCKS, MXFP4, Scheme
 from moe_dist.model.spec import BLOCK
 
 EXCEPTIONS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
@@ -73,6 +73,11 @@ def fp8(found: Mapping[str, Any]) -> Method:
     known = OF_FP8 | ({"activation_scheme": ("static",)} if static else {})
     reasons += _strange(found, known, ("quant_method", "weight_block_size", *EXCEPTIONS))
     return Method(tuple(reasons), STATIC if static else FP8_BLOCKS)
+
+
+def mxfp4(found: Mapping[str, Any]) -> Method:
+    """gpt-oss's own; which modules it takes in is all that it says."""
+    return Method(tuple(_strange(found, {"dequantize": (False,)}, ("quant_method", *EXCEPTIONS))), MXFP4)
 
 
 def modelopt(keys: Mapping[str, Any]) -> Method:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Matrix = Literal["gate", "up", "down"]
+Part = Literal["gate", "up", "both", "down"]  # of an expert, as one tensor may hold it
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Names:
 
     `fused`: how all experts of a layer may lie in one tensor, experts.gate_up_proj and experts.down_proj. `rows` is
     [E, 2I, H] and [E, H, I]; `either` is that or transposed, [E, H, 2I] and [E, I, H]. Gate comes before up.
+    `interleaved` is always transposed and fused: even columns are gate's and odd ones up's, as in gpt-oss.
+    `bias` is the router's correction bias and `logit_bias` that of its logits, where the model has them.
     `shared_gate` is the weight [1, H] of a sigmoid that multiplies the shared expert's output.
     """
 
@@ -25,9 +28,10 @@ class Names:
     down: str = "down_proj"
     router: str = "gate.weight"
     bias: str = "gate.e_score_correction_bias"
+    logit_bias: str = "router.bias"
     shared: str = "shared_experts"
     shared_gate: str | None = None
-    fused: Literal["rows", "either"] | None = "rows"
+    fused: Literal["rows", "either", "interleaved"] | None = "rows"
 
     def module(self, layer: int) -> str:
         return f"{self.root}.layers.{layer}.{self.block}"

@@ -73,14 +73,13 @@ def _of_layer(spec: MoESpec) -> dict[str, tuple[Any, ...]]:
             *("router_scaling_factor", "route_scale"),
         ): (spec.routed_scaling,),
         ("moe_k", "moe_topk", "moe_top_k", "num_experts_per_token"): (spec.top_k,),
-        ("router_bias", "apply_router_weight_on_input", "moe_apply_router_weight_on_input", "moe_drop_tokens"): (
-            False,
-        ),
+        ("router_bias",): (spec.router_bias,),
+        ("apply_router_weight_on_input", "moe_apply_router_weight_on_input", "moe_drop_tokens"): (False,),
         ("router_logit_softcapping",): (),
         # the experts
         ("hidden_activation", "mlp_hidden_act", "moe_hidden_act", "activation_function"): ("silu",),
         ("moe_ffn_hidden_size", "expert_intermediate_size"): (spec.intermediate,),
-        ("mlp_bias", "moe_bias", "expert_bias"): (False,),
+        ("mlp_bias", "moe_bias", "expert_bias"): (spec.expert_bias,),
         ("zero_expert_num",): (0,),
         # how many there are
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): (spec.num_experts,),

@@ -42,6 +42,7 @@ READ = (
     "quant_method fp8 without weight_block_size, activation_scheme static",
     "compressed-tensors float-quantized by tensor, channel or block",
     "ModelOpt's FP8",
+    "quant_method mxfp4 of model_type gpt_oss",
     "no quantization_config (bf16, fp32)",
 )
 MOST_PATTERNS = 1_000  # ModelOpt has one for each layer and module at most
@@ -161,7 +162,7 @@ def read_quantizations(raw: Mapping[str, Any], path: Path | str) -> tuple[Quanti
     method = found.get("quant_method")
     if method != "fp8" and "quant_algo" in _flat(found):
         return _modelopt(found, where, path)
-    known = {"fp8": methods.fp8, "compressed-tensors": methods.compressed_tensors}
+    known = {"fp8": methods.fp8, "compressed-tensors": methods.compressed_tensors, "mxfp4": methods.mxfp4}
     read = known[method](found) if isinstance(method, str) and method in known else Method((methods.said_of(found),))
     return (Quantization(where, read.reasons, _exceptions(found, path), scheme=read.scheme),)
 

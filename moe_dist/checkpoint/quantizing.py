@@ -57,6 +57,7 @@ def quantize_checkpoint(source: Path | str, directory: Path | str) -> Path:
 def _check(layer: int, source: Path) -> None:
     spec = layer_spec(source, layer)
     reasons = [f"its format is {spec.quant} already"] * spec.quantized
+    reasons += ["its experts have biases, with which no FP8 checkpoint is read"] * spec.expert_bias
     for name in ("hidden", "intermediate"):
         if getattr(spec, name) % BLOCK:
             reasons.append(f"{name} is {getattr(spec, name)}, no multiple of {BLOCK}")

@@ -18,6 +18,7 @@ from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, read_json
 from moe_dist.checkpoint.layout import check_layer
 from moe_dist.checkpoint.names import FUSED, Names
 from moe_dist.checkpoint.neutral import MARK
+from moe_dist.checkpoint.pieces import BIAS
 from moe_dist.checkpoint.quantization import CONFIG_FILE
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.checkpoint.synthetic_configs import DENSE_FIRST, MODEL_TYPES, SECTIONS, Sizes, family_config
@@ -74,6 +75,9 @@ def _checked(parameters: dict[str, Any]) -> Sizes:
         if parameters[name] not in supported:
             what = f"{name} {parameters[name]!r} of a synthetic checkpoint"
             raise UnsupportedError(what, ["it is not written here"], supported)
+    if parameters["model_type"] == "gpt_oss" and parameters["quant"] != "none":
+        what = f"quant {parameters['quant']!r} of a synthetic gpt_oss checkpoint"
+        raise UnsupportedError(what, ["experts with biases are read as bf16 and float32 only"], ("none",))
     if not LEAST_SEED <= parameters["seed"] <= MOST_SEED:
         raise ConfigError("seed", parameters["seed"], "has more than 64 bits", f"{LEAST_SEED} to {MOST_SEED}")
     dense = parameters["model_type"] in DENSE_FIRST
@@ -172,8 +176,8 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
             continue
         yield from _router(module, names, spec, Stream("router", seed, layer))
         experts = [random_expert(spec, expert, seed, layer=layer) for expert in range(spec.num_experts)]
-        if names.fused == "either" and not spec.quantized:
-            yield from _fused(f"{module}.experts", stack(experts))
+        if names.fused in ("either", "interleaved") and not spec.quantized:
+            yield from _fused(f"{module}.experts", names, stack(experts))
         else:
             for number, expert in enumerate(experts):
                 yield from stored_matrices(f"{module}.experts.{number}", names, expert)
@@ -201,9 +205,16 @@ def stored_matrices(prefix: str, names: Names, expert: ExpertWeights) -> Iterato
             yield f"{prefix}.{name}.input_scale", scale.clone()
 
 
-def _fused(prefix: str, experts: ExpertWeights) -> Iterator[tuple[str, Tensor]]:
-    yield f"{prefix}.{FUSED['gate']}", experts.w13_eFH.transpose(1, 2).contiguous()
+def _fused(prefix: str, names: Names, experts: ExpertWeights) -> Iterator[tuple[str, Tensor]]:
+    def laid(tensor: Tensor) -> Tensor:
+        """[e, 2I, ...] with gate and up as the family has them."""
+        return torch.stack(tensor.chunk(2, 1), 2).flatten(1, 2) if names.fused == "interleaved" else tensor
+
+    yield f"{prefix}.{FUSED['gate']}", laid(experts.w13_eFH).transpose(1, 2).contiguous()
     yield f"{prefix}.{FUSED['down']}", experts.w2_eHi.transpose(1, 2).contiguous()
+    if experts.b13_eF is not None and experts.b2_eH is not None:
+        yield f"{prefix}.{FUSED['gate']}{BIAS}", laid(experts.b13_eF).bfloat16()
+        yield f"{prefix}.{FUSED['down']}{BIAS}", experts.b2_eH.bfloat16()
 
 
 def _router(module: str, names: Names, spec: MoESpec, stream: Stream) -> Iterator[tuple[str, Tensor]]:
@@ -219,3 +230,5 @@ def _router(module: str, names: Names, spec: MoESpec, stream: Stream) -> Iterato
         # Beside the probabilities of a softmax, which are near 1/E, the bias of a sigmoid would decide alone.
         size = 0.1 if spec.scoring == "sigmoid" else 0.5 / E
         yield f"{module}.{names.bias}", size * stream.normal(E)
+    if spec.router_bias:
+        yield f"{module}.{names.logit_bias}", (0.5 * stream.normal(E)).bfloat16()

@@ -146,6 +146,11 @@ def _olmoe(sizes: Sizes) -> Config:
     return own | {"moe_intermediate_size": None}
 
 
+def _gpt_oss(sizes: Sizes) -> Config:
+    own = {"intermediate_size": sizes.intermediate, "num_local_experts": sizes.num_experts, "swiglu_limit": 7.0}
+    return own | {"experts_per_token": sizes.top_k, "moe_intermediate_size": None, "norm_topk_prob": None}
+
+
 def _ernie4_5_moe(sizes: Sizes) -> Config:
     return {
         "moe_num_experts": sizes.num_experts, "moe_k": sizes.top_k, "moe_num_shared_experts": 1, "use_bias": False,
@@ -179,6 +184,7 @@ _MADE: dict[str, tuple[str, Callable[[Sizes], Config]]] = {
     "mixtral": ("Mixtral", _mixtral),
     "minimax_m2": ("MiniMaxM2", _minimax_m2),
     "olmoe": ("Olmoe", _olmoe),
+    "gpt_oss": ("GptOss", _gpt_oss),
     "ernie4_5_moe": ("Ernie4_5_Moe", _ernie4_5_moe),
     "nemotron_h": ("NemotronH", _nemotron_h),
 }

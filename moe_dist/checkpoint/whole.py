@@ -24,14 +24,28 @@ class WholeExperts:
     def expert(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate [I, H], or [0, H] where experts have none, up [I, H] and down [H, I] in float32, on the CPU."""
         fused = f"{self._module}.experts.gate_up_proj"
+        if f"{fused}_blocks" in self._files:  # rows of gate and up in turns
+            both = self._of_four_bits(fused, number)
+            return both[0::2], both[1::2], self._of_four_bits(f"{self._module}.experts.down_proj", number)
         if fused not in self._files:
             return self._named(f"{self._module}.experts.{number}")
         both, down = self._matrix(fused, number), self._matrix(f"{self._module}.experts.down_proj", number)
+        if self._names.fused == "interleaved":  # [H, 2I] with gate and up in turns, and [I, H]
+            return both.T[0::2], both.T[1::2], down.T
         width = self._checkpoint.config.spec.intermediate
         if (both.shape[1], down.shape[0]) == (2 * width, width):  # transposed
             both, down = both.T, down.T
         middle = both.shape[0] // 2
         return both[:middle], both[middle:], down
+
+    def biases(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Of an expert: gate's and up's [2I] one behind the other, and down's [H], in float32, on the CPU; None where
+        experts have none."""
+        first, second = (f"{self._module}.experts.{name}_bias" for name in ("gate_up_proj", "down_proj"))
+        if first not in self._files:
+            return None
+        both = self._tensor(first, number)
+        return torch.cat([both[0::2], both[1::2]]), self._tensor(second, number)
 
     def shared(self) -> tuple[Tensor, Tensor, Tensor]:
         """The shared expert, likewise."""
@@ -42,11 +56,13 @@ class WholeExperts:
         name = f"{self._module}.{self._names.shared_gate}"
         return self._tensor(name, None).flatten() if name in self._files else None
 
-    def router(self) -> tuple[Tensor, Tensor | None]:
-        """The router's weight [E, H] and, where there is one, its correction bias [E], in float32, on the CPU."""
-        bias = f"{self._module}.{self._names.bias}"
+    def router(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The router's weight [E, H] and, where there are such, its correction bias [E] and that of its logits [E], in
+        float32, on the CPU."""
         gate = self._tensor(f"{self._module}.{self._names.router}", None)
-        return gate, self._tensor(bias, None).flatten() if bias in self._files else None
+        biases = [f"{self._module}.{name}" for name in (self._names.bias, self._names.logit_bias)]
+        of_scores, of_logits = (self._tensor(name, None).flatten() if name in self._files else None for name in biases)
+        return gate, of_scores, of_logits
 
     def _named(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
         up, down = (self._matrix(f"{prefix}.{name}.weight") for name in (self._names.up, self._names.down))
@@ -66,6 +82,16 @@ class WholeExperts:
             rows, columns = (torch.arange(size, device="cpu").div(128, rounding_mode="floor") for size in dense.shape)
             return dense * scales.index_select(0, rows).index_select(1, columns)
         return dense * (scales if scales.numel() == 1 else scales.reshape(-1, 1))
+
+    def _of_four_bits(self, name: str, number: int) -> Tensor:
+        """A matrix [N, K] in MXFP4: sign, two bits of exponent and one of mantissa; 32 have one power of two."""
+        pairs, powers = (self._tensor(f"{name}{end}", number) for end in ("_blocks", "_scales"))
+        high = pairs.div(16, rounding_mode="floor")
+        codes = torch.stack([pairs - 16 * high, high], -1).flatten(1)  # the lower half of a byte comes first
+        size = codes % 8
+        exponent, half = size.div(2, rounding_mode="floor"), size % 2 / 2
+        values = torch.where(exponent == 0, half, (1 + half) * 2.0 ** (exponent - 1))
+        return torch.where(codes < 8, values, -values) * (2.0 ** (powers - 127)).repeat_interleave(32, 1)
 
     @property
     def _files(self) -> dict[str, str]:

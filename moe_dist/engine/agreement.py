@@ -42,8 +42,8 @@ class Agreement:
         if self._shared is not None and self._plan.spec.shared_experts == "replicated":
             found["shared"] = f"an expert with the checksum {number_of(repr(self._shared.fingerprint())):x}"
         if self._router is not None:
-            bias = self._router.bias_E
-            sums = [position_sum(each) for each in (self._router.gate_EH, bias) if each is not None]
+            held = (self._router.gate_EH, self._router.bias_E, self._router.logit_bias_E)
+            sums = [position_sum(each) for each in held if each is not None]
             found["router.weight"] = f"values with the checksum {number_of(repr(sums)):x}"
         return found
 

@@ -10,8 +10,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.weights import ExpertWeights
 
 ROUTING_FIELDS = (
-    "hidden", "num_experts", "top_k", "scoring", "renormalize", "correction_bias", "num_groups", "top_groups",
-    "routed_scaling",
+    "hidden", "num_experts", "top_k", "scoring", "renormalize", "correction_bias", "router_bias", "num_groups",
+    "top_groups", "routed_scaling",
 )  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def load_layer(
             columns = shared_placement(plan.spec, plan.parallel).slice_of(comm.rank)
             shared = load_shared_shard(str(checkpoint), layer, *columns, comm.device, quant)
         stored = load_router(str(checkpoint), layer, comm.device)
-        return MoELayer(plan, shard, comm, router=Router(plan, stored.gate_EH, stored.bias_E), shared=shared)
+        router = Router(plan, stored.gate_EH, stored.bias_E, stored.logit_bias_E)
+        return MoELayer(plan, shard, comm, router=router, shared=shared)
 
     plan = comm.together("planning a layer", planned)
     check_alike(plan, comm, layer=layer)

@@ -14,11 +14,14 @@ from moe_dist.model.routing import Routing, check_bias, check_floats, route
 
 
 class Router(nn.Module):
-    """Logits in float32 from the router's weight [E, H], and the spec's top-k rule. Weight and bias stay float32
-    whatever dtype a model around it is moved to."""
+    """Logits in float32 from the router's weight [E, H] and, where the model's router has one, their bias [E]; then the
+    spec's top-k rule, with its correction bias `bias_E`. All of them stay float32 whatever dtype a model around it is
+    moved to."""
 
-    def __init__(self, plan: Plan, gate_EH: Tensor, bias_E: Tensor | None = None) -> None:
-        """Copies of both in float32 are kept. Raises ConfigError for what is no dense tensor of floats, for wrong
+    def __init__(
+        self, plan: Plan, gate_EH: Tensor, bias_E: Tensor | None = None, logit_bias_E: Tensor | None = None
+    ) -> None:
+        """Copies in float32 are kept. Raises ConfigError for what is no dense tensor of floats, for wrong
         shapes, and for a weight or bias that is NaN or infinite in float32: every token or none would go to such an
         expert."""
         super().__init__()
@@ -28,15 +31,20 @@ class Router(nn.Module):
         if spec.correction_bias != (bias_E is not None):
             given = None if bias_E is None else "given"
             raise ConfigError("router.bias", given, f"correction_bias of the model is {spec.correction_bias}")
+        if spec.router_bias != (logit_bias_E is not None):
+            given = None if logit_bias_E is None else "given"
+            raise ConfigError("router.logit_bias", given, f"router_bias of the model is {spec.router_bias}")
         self.spec = spec
         self.register_buffer("gate_EH", self._checked("gate_EH", gate_EH).clone())
-        self.register_buffer("bias_E", None if bias_E is None else self._checked("bias_E", bias_E).clone())
+        for name, given_E in (("bias_E", bias_E), ("logit_bias_E", logit_bias_E)):
+            self.register_buffer(name, None if given_E is None else self._checked(name, given_E).clone())
         self.gate_EH: Tensor
         self.bias_E: Tensor | None
+        self.logit_bias_E: Tensor | None
 
     def _checked(self, name: str, given: Tensor) -> Tensor:
-        """What becomes the weight or the bias, in float32."""
-        if name == "bias_E":
+        """What becomes the weight or a bias, in float32."""
+        if name != "gate_EH":
             check_bias(given, self.spec, values=True, masks=False)
             return given.detach().float()
         check_floats("router.weight", given)
@@ -70,4 +78,7 @@ class Router(nn.Module):
         if x_TH.ndim != 2 or x_TH.shape[1] != self.spec.hidden:
             raise ConfigError("x", tuple(x_TH.shape), "wrong shape", f"[tokens, {self.spec.hidden}]")
         with settled(x_TH.device):
-            return route(x_TH.float() @ self.gate_EH.T, self.spec, self.bias_E)
+            logits_TE = x_TH.float() @ self.gate_EH.T
+            if self.logit_bias_E is not None:
+                logits_TE = logits_TE + self.logit_bias_E
+            return route(logits_TE, self.spec, self.bias_E)

@@ -38,7 +38,8 @@ class Routing:
 def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Routing:
     """Router logits to top-k experts and their weights, in float32 as the models do it.
 
-    softmax (Qwen3-MoE, Mixtral): top-k of the probabilities, divided by their sum if `renormalize`.
+    softmax (Qwen3-MoE, Mixtral): top-k of the probabilities, divided by their sum if `renormalize`, which is the
+    softmax of the top k logits (gpt-oss).
     sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): likewise of the scores of each expert alone.
     With a correction bias (these, and ERNIE 4.5's softmax): top-k of score + `bias_E`, weights are the scores without
     the bias. With groups, only the `top_groups` best groups may be chosen. Under sigmoid a group is as good as the sum

@@ -15,8 +15,8 @@ from moe_dist.model.sizes import cdiv
 BLOCK = 128  # edge of a weight's scale block and length of an activation's scale group, as in DeepSeek-V3
 PARTIAL_GRANULARITY = 16  # TP slices of weights without blocks: 16 columns, what FP8 tensor cores can address
 
-ACTIVATIONS = ("swiglu", "geglu", "relu2")
-GATED_ACTIVATIONS = ("swiglu", "geglu")
+ACTIVATIONS = ("swiglu", "geglu", "relu2", "swigluoai")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "swigluoai")
 QUANT_KINDS = ("none", "fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")
 TOKEN_LAYOUTS = ("replicated", "sharded")
 TOKEN_SPLITS = ("even", "ragged", "one_rank")
@@ -81,6 +81,7 @@ class MoESpec(Section):
     activations in `dtype`; every fp8 kind quantizes both GEMM inputs to E4M3 and keeps `dtype` bf16 outside.
     `shared_gate`: the model multiplies its shared expert's output by a sigmoid of the token (Qwen2-MoE, Qwen3-Next).
     `token_gate`: this is such a shared expert by itself, as `shared_spec` makes it; no layer of routed experts has one.
+    `expert_bias`: both matrices of an expert have biases, and `router_bias`: the router's logits have one (gpt-oss).
     """
 
     section: ClassVar[str] = "model"
@@ -93,10 +94,12 @@ class MoESpec(Section):
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: Flag = True
     correction_bias: Flag = False
+    router_bias: Flag = False
     num_groups: Experts = 1
     top_groups: Experts = 1
     routed_scaling: float = Field(default=1.0, strict=True, ge=LEAST_SCALING, le=MOST_SCALING, allow_inf_nan=False)
     activation: Activation = "swiglu"
+    expert_bias: Flag = False
     quant: QuantKind = "fp8_block"
     dtype: Literal["bf16", "fp32"] = "bf16"
     shared_experts: Literal["none", "replicated", "tp"] = "none"
@@ -132,6 +135,9 @@ class MoESpec(Section):
         if self.shared_experts == "tp" and self.shared_gate:
             reason = "the model multiplies its shared expert by a sigmoid of the token, which its own rank computes"
             raise UnsupportedError("model.shared_experts = 'tp'", [reason], ("none", "replicated"))
+        if self.shared_experts != "none" and self.expert_bias:
+            reason = "no known model has one beside experts with biases (model.expert_bias)"
+            raise UnsupportedError(f"model.shared_experts = {self.shared_experts!r}", [reason], ("none",))
         if self.token_gate and (self.num_experts, self.top_k) != (1, 1):
             rule = "is of a shared expert by itself, and this layer has several experts"
             raise ConfigError("model.token_gate", True, rule, (False,))

@@ -26,11 +26,14 @@ MIXERS = (
     -0x61C8864680B583EB,
     0x2545F4914F6CDD1D,
 )  # odd, with bits all over: those of Weyl's and of xorshift* generators
+OF_HALVES = ("w13_eFH", "s13", "b13_eF")  # of gated experts, gate's half and up's
+OAI_ALPHA, OAI_LIMIT = 1.702, 7.0  # of swigluoai
 
 
 @dataclass
 class ExpertWeights:
-    """e experts, each y = w2 · act(w13 · x), with i columns of the intermediate size and F = 2i if gated else i.
+    """e experts, each y = w2 · act(w13 · x + b13) + b2, with i columns of the intermediate size and F = 2i if gated
+    else i.
 
     w13_eFH: rows are [gate; up], or [up; gate] after `turn`. w2_eHi. FP8 for every fp8 kind, else the spec's dtype.
     s13, s2 (float32; None without quantization):
@@ -40,6 +43,8 @@ class ExpertWeights:
     a13 (scalar), a2 [e] (float32): static activation scales of the two GEMMs, for fp8_tensor_static only. a13 is the
     maximum over all experts of the layer, so that every rank quantizes a row alike.
     token_gate_eH (float32), of a gated shared expert only: y is multiplied by sigmoid(token_gate · x).
+    b13_eF, b2_eH (float32), of experts with biases only: b13's values stand as the rows of w13 do. b2 is in the slice
+    that begins at column 0, and zeros are in all others, so that it counts once in the sum of an expert's slices.
     """
 
     kind: QuantKind
@@ -51,6 +56,8 @@ class ExpertWeights:
     a13: Tensor | None = None
     a2: Tensor | None = None
     token_gate_eH: Tensor | None = None
+    b13_eF: Tensor | None = None
+    b2_eH: Tensor | None = None
     gate_first: bool = True
 
     @staticmethod
@@ -71,11 +78,13 @@ class ExpertWeights:
             scales |= {"a13": (), "a2": (experts,)}
         if spec.token_gate:
             scales |= {"token_gate_eH": (experts, H)}
+        if spec.expert_bias:
+            scales |= {"b13_eF": (experts, F), "b2_eH": (experts, H)}
         return found | {name: (shape, torch.float32) for name, shape in scales.items()}
 
     @classmethod
     def bytes_of(cls, spec: MoESpec, experts: int, width: int, scales: bool = True) -> int:
-        """Bytes of these tensors, or without `scales` of the two matrices alone."""
+        """Bytes of these tensors, or without `scales` (and biases, which are as small) of the two matrices alone."""
         forms = cls.forms(spec, experts, width)
         counted = forms.values() if scales else (forms["w13_eFH"], forms["w2_eHi"])
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in counted)
@@ -106,6 +115,11 @@ class ExpertWeights:
     def device(self) -> torch.device:
         return self.w13_eFH.device
 
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: tensor for name, tensor in self.tensors().items() if name in ("b13_eF", "b2_eH")}
+
     def tensors(self) -> dict[str, Tensor]:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in named if isinstance(value, Tensor)}
@@ -119,7 +133,7 @@ class ExpertWeights:
         another order, apart. Plain data, the same on every device. A few passes over the weights."""
         found = {}
         for name, tensor in self.tensors().items():
-            turned = self.gated and not self.gate_first and name in ("w13_eFH", "s13")
+            turned = self.gated and not self.gate_first and name in OF_HALVES
             found[name] = [list(tensor.shape), position_sum(tensor, turned)]
         return found
 
@@ -146,7 +160,8 @@ class ExpertWeights:
             self._turn(gate_first)
 
     def _turn(self, gate_first: bool) -> None:
-        for tensor in (self.w13_eFH, self.s13):
+        for name in OF_HALVES:
+            tensor = getattr(self, name)
             if tensor is None:
                 continue
             for expert in tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor:
@@ -164,6 +179,10 @@ class ExpertWeights:
                 raise ConfigError(f"weights.{name}", "NaN, infinite or not positive", rule)
             if name[0] == "s" and tensor.numel() and (largest := float(tensor.max())) > LARGEST_SCALE:
                 raise ConfigError(f"weights.{name}", largest, "results overflow", f"scales up to {LARGEST_SCALE:.3g}")
+        for name, bias in self.biases.items():  # zeros are fine
+            if not bool((bias.abs() <= LARGEST_WEIGHT).all()):
+                rule = "a bias must be finite, and results overflow with a larger one"
+                raise ConfigError(f"weights.{name}", float(bias.abs().max()), rule, f"up to {LARGEST_WEIGHT:.3g}")
         for slot in range(self.num_experts):
             number = slot if experts is None else experts[slot]
             if self.token_gate_eH is not None:
@@ -177,6 +196,13 @@ class ExpertWeights:
         """One expert in float32: w13 [F, H] with [gate; up] rows whatever the stored order, w2 [H, i]."""
         w13, w2 = self._scaled(slot)
         return (w13 if self.gate_first else torch.cat(w13.chunk(2)[::-1])), w2
+
+    def first_bias(self, slot: int) -> Tensor | None:
+        """One expert's bias of w13 [F] in the order of `dequantized`; None where it has none."""
+        if self.b13_eF is None:
+            return None
+        bias_F = self.b13_eF[slot]
+        return bias_F if self.gate_first else torch.cat(bias_F.chunk(2)[::-1])
 
     def _scaled(self, slot: int) -> tuple[Tensor, Tensor]:
         w13, w2 = self.w13_eFH[slot].float(), self.w2_eHi[slot].float()
@@ -233,7 +259,8 @@ def _check_matrix(field: str, expert: int, matrix: Tensor) -> None:
 
 @unaffected
 def quantize_weights(w13_eFH: Tensor, w2_eHi: Tensor, spec: MoESpec) -> ExpertWeights:
-    """Dense weights to the spec's format, without static activation scales. Gate and up get scales of their own."""
+    """Dense weights to the spec's format, without static activation scales and biases. Gate and up get scales of their
+    own."""
     if not spec.quantized:
         dtype = spec.torch_dtype
         return ExpertWeights(spec.quant, spec.gated, w13_eFH.to(dtype), w2_eHi.to(dtype))
@@ -261,7 +288,7 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Columns [start, stop) of the intermediate size: rows of gate and of up, columns of w2, and their scales.
 
     `start` lies on a block boundary for fp8_block (the slice rules see to that). A per-tensor or per-channel scale is
-    the whole matrix's: a slice keeps it.
+    the whole matrix's: a slice keeps it. b2 goes to the slice that begins at column 0.
     """
     halves = 2 if weights.gated else 1
 
@@ -276,6 +303,9 @@ def slice_width(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
             changes |= {"s13": rows(weights.s13, first, last), "s2": weights.s2[:, :, first:last].contiguous()}
         elif weights.kind == "fp8_channel":
             changes |= {"s13": rows(weights.s13, start, stop)}
+    if weights.b13_eF is not None and weights.b2_eH is not None:
+        changes |= {"b13_eF": rows(weights.b13_eF, start, stop)}
+        changes |= {} if start == 0 else {"b2_eH": torch.zeros_like(weights.b2_eH)}
     return weights.with_tensors(**changes)
 
 
@@ -329,11 +359,15 @@ def activate(gate_up_RF: Tensor, activation: str) -> Tensor:
     """[R, F] with [gate, up] columns to [R, i], in the input's dtype.
 
     swiglu: silu(gate) · up (arXiv 2002.05202). geglu: gelu(gate) · up with the tanh form, as Gemma has it.
-    relu2: relu(x)², not gated (Nemotron-H; arXiv 2109.08668).
+    relu2: relu(x)², not gated (Nemotron-H; arXiv 2109.08668). swigluoai: gate · sigmoid(1.702 gate) · (up + 1), with
+    gate clamped to at most 7 and up to ±7 before (gpt-oss; modeling_gpt_oss.py of transformers, named as in vLLM).
     """
     if activation == "relu2":
         return gate_up_RF.relu().square()
     gate, up = gate_up_RF.chunk(2, dim=-1)
     if activation == "swiglu":
         return torch.nn.functional.silu(gate) * up
+    if activation == "swigluoai":
+        gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
+        return gate * torch.sigmoid(OAI_ALPHA * gate) * (up + 1)
     return torch.nn.functional.gelu(gate, approximate="tanh") * up

@@ -76,17 +76,22 @@ def oracle_partial(
             hidden[index] = _fake_quantize(hidden[index], spec.quant, static, whole_amax, turned, group)
     for (slot, token, weight), h in zip(work, hidden, strict=True):
         w2 = _weight(shard.w2_eHi[slot], None if shard.s2 is None else shard.s2[slot], spec.quant)
-        for_expert = weight[:, None] * (h @ w2.T)
+        y = h @ w2.T
+        if shard.b2_eH is not None:
+            y = y + shard.b2_eH[slot]
+        for_expert = weight[:, None] * y
         y_TH.index_add_(0, token, for_expert)
     return y_TH
 
 
 def _hidden(x: Tensor, shard: ExpertWeights, slot: int, spec: MoESpec, numerics: Numerics | None) -> Tensor:
-    """act(x · w13ᵀ) for one expert."""
+    """act(x · w13ᵀ + b13) for one expert."""
     i = shard.w2_eHi.shape[2]
+    rounded = numerics is not None and numerics.bf16_gemm1
     if not spec.gated:
         s13 = None if shard.s13 is None else shard.s13[slot]
-        a = _round(x @ _weight(shard.w13_eFH[slot], s13, spec.quant).T, numerics is not None and numerics.bf16_gemm1)
+        a = x @ _weight(shard.w13_eFH[slot], s13, spec.quant).T
+        a = _round(a if shard.b13_eF is None else a + shard.b13_eF[slot], rounded)
         h = torch.where(a > 0, a * a, torch.zeros_like(a))
     else:
         halves = []
@@ -97,10 +102,15 @@ def _hidden(x: Tensor, shard: ExpertWeights, slot: int, spec: MoESpec, numerics:
                 rows = shard.s13.shape[1] // 2
                 scale = shard.s13[slot, half * rows : (half + 1) * rows]
             product = x @ _weight(codes, scale, spec.quant).T
-            halves.append(_round(product, numerics is not None and numerics.bf16_gemm1))
+            if shard.b13_eF is not None:
+                product = product + shard.b13_eF[slot, half * i : (half + 1) * i]
+            halves.append(_round(product, rounded))
         gate, up = halves
         if spec.activation == "swiglu":
             h = gate / (1 + torch.exp(-gate)) * up
+        elif spec.activation == "swigluoai":  # g σ(1.702 g) (u + 1), g cut off above 7 and u beyond ±7
+            gate, up = torch.minimum(gate, gate.new_tensor(7.0)), torch.clip(up, -7.0, 7.0)
+            h = gate / (1 + torch.exp(-1.702 * gate)) * (1 + up)
         else:  # geglu: 0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g³)))
             h = 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
     return _round(h, numerics is not None and numerics.bf16_activation)

@@ -13,6 +13,7 @@ from moe_dist.model.weights import ExpertWeights, activate, quantize_weights, st
 from moe_dist.workloads.streams import Stream
 
 CALIBRATED = 1 << 14  # values that a static scale follows from, at the least
+BIAS = 0.25
 
 
 @unaffected
@@ -30,7 +31,7 @@ def random_expert(
     `up` is made `up_scale` times the size of `gate`, so that swapped halves can't go unseen. Numbers drawn on a GPU
     differ from those drawn on a CPU. Static scales are calibrated on 64 Gaussian rows, or more where an expert is
     narrow and rows hold few values, with a margin of 2.5: outliers must not saturate, and a floating-point format loses
-    next to nothing by it.
+    next to nothing by it. Biases are a quarter of what they are added to, and rounded to bf16, as they are stored.
     """
     H, I = spec.hidden, spec.intermediate
     stream = Stream("expert weights", seed, layer, expert, device=device)
@@ -41,11 +42,20 @@ def random_expert(
     if spec.token_gate:
         gate = Stream("gate of the shared expert", seed, layer, device=device).normal(1, H) / H**0.5
         weights = weights.with_tensors(token_gate_eH=gate.bfloat16().float())  # as it is stored
+    if spec.expert_bias:
+        biases = Stream("biases of an expert", seed, layer, expert, device=device)
+        b13_1F = BIAS * biases.normal(1, spec.w13_rows(I))
+        if spec.gated:
+            b13_1F[:, I:] *= up_scale
+        b13_1F, b2_1H = (bias.bfloat16().float() for bias in (b13_1F, BIAS * biases.normal(1, H)))
+        weights = weights.with_tensors(b13_eF=b13_1F, b2_eH=b2_1H)
     if spec.quant != "fp8_tensor_static":
         return weights
     rows = Stream("calibration rows", seed, layer, expert, device=device).normal(max(64, CALIBRATED // I), H)
     with settled(rows.device):
-        amax2 = activate(rows @ w13[0].T, spec.activation).abs().amax()
+        inner = rows @ w13[0].T
+        bias_F = weights.first_bias(0)
+        amax2 = activate(inner if bias_F is None else inner + bias_F, spec.activation).abs().amax()
     a13 = torch.tensor(5.5 / FP8_MAX, dtype=torch.float32, device=device)
     return weights.with_tensors(a13=a13, a2=(2.5 * amax2 / FP8_MAX).reshape(1))
 

@@ -244,6 +244,8 @@ def swap_halves(weights: ExpertWeights) -> ExpertWeights:
     if weights.s13 is not None:
         first, second = weights.s13.chunk(2, 1)
         changes["s13"] = torch.cat([second, first], 1)
+    if weights.b13_eF is not None:
+        changes["b13_eF"] = torch.cat(weights.b13_eF.chunk(2, 1)[::-1], 1)
     return weights.with_tensors(**changes)
 
 

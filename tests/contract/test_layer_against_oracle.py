@@ -151,10 +151,11 @@ def test_layer(pool: Pool, parallel: ParallelSpec, exchange: str, backend: str) 
         for quant in ("none", "fp8_block", "fp8_tensor_static")
         for activation in ("geglu", "relu2")
     ]
+    wanted.append(("fp8_block", "bf16", "swigluoai", "auto", None))  # as gpt-oss has it, with biases
     cases = []
     for quant, dtype, activation, payload, combine in wanted:
         sizes = {"intermediate": WIDTHS[parallel.tp], "num_experts": 10 if parallel.ep > 1 else 6}
-        spec = spec_of(quant, dtype, activation=activation, **sizes)
+        spec = spec_of(quant, dtype, activation=activation, expert_bias=activation == "swigluoai", **sizes)
         for layout in LAYOUTS:
             arguments = (spec, parallel, exchange, backend, layout, payload)
             travels = expected_payload(*arguments)
@@ -218,6 +219,10 @@ EDGES: dict[str, tuple[ParallelSpec, dict[str, Any], dict[str, Any]]] = {
     "slices of width zero": (
         ParallelSpec(tp=4, allow_empty_shards=True), {"intermediate": 256}, {"counts": (4, 1, 0, 6)},
     ),
+    "biases beside slices of width zero": (
+        ParallelSpec(tp=4, allow_empty_shards=True),
+        {"intermediate": 256, "activation": "swigluoai", "expert_bias": True}, {"counts": (4, 1, 0, 6)},
+    ),
     "width zero in a grid": (
         ParallelSpec(tp=2, ep=2, allow_empty_shards=True), {"intermediate": 96}, {"counts": (4, 1, 0, 6)},
     ),
@@ -258,6 +263,8 @@ def test_swapped_halves_are_seen(pool: Pool, parallel: ParallelSpec) -> None:
     """With up a thousandth of gate the layer is right, and with halves exchanged it is far off, in every format."""
     inputs = Inputs((5, 4), SEED)
     right = [c for quant, dtype in FORMATS for c in everywhere(spec_of(quant, dtype), parallel, inputs, up_scale=1e-3)]
+    biased = spec_of(activation="swigluoai", expert_bias=True)
+    right += everywhere(biased, parallel, inputs, "with biases", up_scale=1e-3)
     check(pool, right)
     wrong = [Case(case.name, case.plan, inputs, up_scale=1e-3, swap=True) for case in right]
     by_rank = pool.run(2, run_cases, wrong)

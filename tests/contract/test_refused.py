@@ -72,6 +72,12 @@ ON_HOPPER = [
     ("cutlass", "none", {}, "computes FP8 layers, not bf16"),
     ("cutlass", "fp8_block", {"hidden": 200}, "in multiples of 16"),
     ("cutlass", "fp8_block", {"num_experts": 1026}, "takes at most 512 experts on a rank, not 513"),
+    *((name, "fp8_block", {"activation": "swigluoai", "expert_bias": True},
+       "computes swiglu, geglu, relu2, not swigluoai") for name in ("cutlass", "deep_gemm")),
+    *((name, "fp8_block", {"expert_bias": True}, "computes experts without biases, and model.expert_bias is True")
+      for name in ("cutlass", "deep_gemm")),
+    *(("flashinfer_cutlass", "none", asked, "were never checked against the oracle on a GPU")
+      for asked in ({"activation": "swigluoai"}, {"expert_bias": True})),
     *(("deep_gemm", quant, {}, f"computes fp8_block, not {quant}") for quant in FP8_KINDS[1:]),
     ("deep_gemm", "fp8_block", {"hidden": 2880}, "in whole blocks of 128"),
     ("flashinfer_cutlass", "fp8_block", {"activation": "geglu"}, "computes swiglu, relu2, not geglu"),
@@ -90,7 +96,9 @@ ON_HOPPER = [
         ({"parallel": {"ep": 3}}, "whole experts in equal runs"),
         ({"parallel": {"ep": 2, "replicas": {0: [1]}}}, "whole experts in equal runs"),
         ({"parallel": {"ep": 2, "expert_map": (1, 1, 1, 1, 0, 0, 0, 0)}}, "whole experts in equal runs"),
-        ({"activation": "relu2"}, "computes fp8_block with swiglu, not fp8_block with relu2"),
+        ({"activation": "relu2"}, "computes swiglu, not relu2"),
+        ({"activation": "swigluoai"}, "computes swiglu, not swigluoai"),
+        ({"expert_bias": True}, "computes experts without biases"),
         ({"shared_experts": "replicated", "shared_intermediate": 256}, "computes no shared expert"),
         ({"combine_dtype": "fp32"}, "gives partial sums in bf16, not fp32"),
         ({"payload": "unquantized"}, "takes rows as fp8, not bf16"),

@@ -36,6 +36,7 @@ def output(comm: Comm, checkpoint: Path, options: dict[str, Any]) -> torch.Tenso
         ("ernie4_5_moe", "fp8_tensor_static", 4, {"tp": 2, "ep": 2}),
         ("deepseek_v2", "fp8_channel", 4, {"tp": 4}),
         ("qwen3_vl_moe", "none", 2, {"tp": 2}),
+        ("gpt_oss", "none", 4, {"tp": 2, "ep": 2}),
         ("qwen3_next", "none", 2, {"ep": 2}),
     ],
 )

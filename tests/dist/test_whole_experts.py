@@ -71,14 +71,33 @@ def first_slice_everywhere() -> tuple[object, str, Any]:
 
 
 def gate_for_up() -> tuple[object, str, Any]:
-    targets = load._targets
+    target, other = load._target, {"gate": "up", "up": "gate"}
 
-    def swapped(shard: weights.ExpertWeights, slot: int) -> list[torch.Tensor]:
-        found = targets(shard, slot)
-        half = len(found) // 3
-        return [*found[half : 2 * half], *found[:half], *found[2 * half :]]
+    def swapped(shard: weights.ExpertWeights, slot: int, piece: layout.Piece) -> torch.Tensor:
+        return target(shard, slot, replace(piece, matrix=other.get(piece.matrix, piece.matrix)))
 
-    return load, "_targets", swapped
+    return load, "_target", swapped
+
+
+def odd_before_even() -> tuple[object, str, Any]:
+    canonical = layout.Piece.canonical
+
+    def swapped(piece: layout.Piece, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        found = canonical(piece, values, shape)
+        return torch.cat(found.chunk(2)[::-1]) if piece.matrix == "both" else found
+
+    return layout.Piece, "canonical", swapped
+
+
+def bias_on_every_rank() -> tuple[object, str, Any]:
+    """As if each slice of an expert had the whole bias of its output."""
+    fill_all = load._load
+
+    def filled(layer: layout.Layer, experts: Any, bounds: Any, *others: Any) -> weights.ExpertWeights:
+        found, whole = fill_all(layer, experts, bounds, *others), fill_all(layer, experts, (0, WIDTH), *others)
+        return found.with_tensors(b2_eH=whole.b2_eH)
+
+    return load, "_load", filled
 
 
 def next_expert() -> tuple[object, str, Any]:
@@ -144,6 +163,7 @@ RANDOM = [
     case(SPEC.with_changes(quant="none", dtype="fp32"), tp=2),
     case(SPEC.with_changes(quant="fp8_channel", activation="relu2"), ep=2),
     case(SPEC.with_changes(quant="fp8_tensor_static", activation="geglu"), tp=2),
+    case(SPEC.with_changes(activation="swigluoai", expert_bias=True), tp=2),
     case(SPEC.with_changes(shared_experts="tp", **SHARED), ep=2),
     case(SPEC.with_changes(shared_experts="replicated", shared_gate=True, **SHARED), tp=2),
     case(SPEC, ep=2, replicas={0: [1], 7: [0]}),
@@ -165,6 +185,7 @@ def test_random_weights_agree_with_whole_experts(pool: Pool, chosen: Case) -> No
         ({"quant": "none"}, "none", {"ep": 2}),
         ({"model_type": "deepseek_v3"}, "tp", {"tp": 2}),
         ({"model_type": "qwen3_next"}, "replicated", {"ep": 2}),
+        ({"model_type": "gpt_oss", "quant": "none"}, "none", {"tp": 2}),
         ({"fused": True}, "none", {"tp": 2}),
         ({"fused": True, "quant": "none"}, "none", {"ep": 2}),
     ],
@@ -194,6 +215,14 @@ def test_a_checkpoint_loaded_wrong_does_not_pass(pool: Pool, tmp_path: Path, fau
     row = row_of(pool, of(checkpoint(tmp_path / "model", fused=fused), tp=2), fault)
     assert row.err_oracle < 1e-2  # the oracle has the same wrong weights
     assert row.err_whole > 0.1
+    assert row.ok is False
+
+
+@pytest.mark.parametrize("fault", [first_slice_everywhere, odd_before_even, next_expert, bias_on_every_rank])
+def test_experts_with_biases_loaded_wrong_do_not_pass(pool: Pool, tmp_path: Path, fault: Fault) -> None:
+    row = row_of(pool, of(checkpoint(tmp_path / "model", model_type="gpt_oss", quant="none"), tp=2), fault)
+    assert row.err_oracle < 1e-2
+    assert row.err_whole > 0.05
     assert row.ok is False
 
 
@@ -314,6 +343,8 @@ def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
             found.gate_EH[3] = found.gate_EH[4]
         if how == "bias" and found.bias_E is not None:
             return replace(found, bias_E=found.bias_E.flip(0))
+        if how == "bias" and found.logit_bias_E is not None:
+            return replace(found, logit_bias_E=found.logit_bias_E.flip(0))
         return found
 
     loading.load_router = wrong
@@ -323,10 +354,11 @@ def routed_wrong(comm: Comm, chosen: Case, how: str) -> Any:
         loading.load_router = right
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("how", ["right", "another layer's", "one row", "bias"])
 def test_a_checkpoint_s_router_is_compared(pool: Pool, tmp_path: Path, model_type: str, how: str) -> None:
-    directory = checkpoint(tmp_path / "model", model_type=model_type, layers=3)
+    quant = "none" if model_type == "gpt_oss" else "fp8_block"
+    directory = checkpoint(tmp_path / "model", model_type=model_type, layers=3, quant=quant)
     workload = WorkloadSpec(tokens=64, seed=3, skew="router")
     chosen = of(directory, ep=2).with_changes(workload=workload)
     row = make_row(chosen, chosen.plan(MACHINE), merge(pool.run(2, routed_wrong, chosen, how)), "torchrun")

@@ -43,13 +43,15 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 6}),
     "minimax_m2": ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {"num_local_experts": 6}),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 6}),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 6, "sliding_window": 8}),
     "ernie4_5_moe": ("Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", {
         "moe_num_experts": 6, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}),
     "nemotron_h": ("NemotronHConfig", "NemotronHForCausalLM", {
         **SOME_LAYERS, "layers_block_type": ["moe", "attention"], "moe_shared_expert_intermediate_size": 32,
         "n_group": 1, "topk_group": 1}),
 }  # fmt: skip
-BIASES = ("e_score_correction_bias", "expert_bias")
+COPIED = {"gpt_oss"}  # replace_experts lays their weights out anew; nothing takes them as they lie
+BIASES = ("e_score_correction_bias", "expert_bias", "router.bias")
 
 
 def tiny(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -20,6 +20,7 @@ from moe_dist import load_layer
 from moe_dist.checkpoint import (
     Checkpoint,
     check_layer,
+    layer_spec,
     load_router,
     load_shard,
     load_shared_shard,
@@ -27,9 +28,10 @@ from moe_dist.checkpoint import (
     read_config,
 )
 from moe_dist.checkpoint.config import MODEL_TYPES
+from moe_dist.checkpoint.quantizing import quantize_checkpoint
 from moe_dist.checkpoint.synthetic_configs import MODEL_TYPES as MADE
 from moe_dist.checkpoint.whole import WholeExperts
-from moe_dist.errors import CheckpointError, UnsupportedError
+from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing, route
 from moe_dist.model.spec import ParallelSpec
@@ -87,6 +89,12 @@ def ernie(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return best(logits.softmax(1), logits.softmax(1) + bias, normalize=True)
 
 
+def gpt_oss(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """GptOssTopKRouter: the softmax of the top k logits alone."""
+    values, ids = logits.topk(K)
+    return torch.zeros_like(logits).scatter_(1, ids, values.softmax(1))
+
+
 @dataclass(frozen=True)
 class Form:
     weigh: Weigh
@@ -98,6 +106,8 @@ class Form:
     shared: str | None = None
     gated_shared: bool = False
     transposed: bool = False  # and fused, where it isn't quantized
+    router: str = "gate"
+    interleaved: bool = False  # gate and up in turns, with biases of experts and of the router
 
 
 V3 = Form(deepseek_v3, bias="gate.e_score_correction_bias", shared="shared_experts")
@@ -122,11 +132,18 @@ FORMS = {
     "minimax_m2": replace(MIXTRAL, weigh=one_group(1.0), bias="e_score_correction_bias"),
     "olmoe": Form(softmax(False)),
     "ernie4_5_moe": Form(ernie, bias="moe_statics.e_score_correction_bias", shared="shared_experts"),
+    "gpt_oss": Form(gpt_oss, transposed=True, router="router", interleaved=True),
     "nemotron_h": Form(
         one_group(2.5), f"backbone.layers.{LAYER}.mixer", None, bias="gate.e_score_correction_bias",
         shared="shared_experts",
     ),
 }  # fmt: skip
+
+
+def stored(*formats: str) -> list[tuple[str, str]]:
+    """Each family with each format that it is made in."""
+    return [(family, quant) for family, form in FORMS.items() for quant in formats
+            if quant == "none" or not form.interleaved]  # fmt: skip
 
 
 def test_every_family_is_tested() -> None:
@@ -158,15 +175,28 @@ def expert(tensors: Tensors, form: Form, number: int | None) -> tuple[torch.Tens
     fused = tensors.get(f"{form.block}.experts.gate_up_proj")
     if number is not None and fused is not None:
         assert form.transposed
-        return fused[number].float().T, tensors[f"{form.block}.experts.down_proj"][number].float().T
+        first = fused[number].float().T
+        first = torch.cat([first[0::2], first[1::2]]) if form.interleaved else first
+        return first, tensors[f"{form.block}.experts.down_proj"][number].float().T
     first = [matrix(tensors, f"{prefix}.{name}.weight") for name in (form.gate, form.up) if name]
     return torch.cat(first), matrix(tensors, f"{prefix}.{form.down}.weight")
 
 
+def biases(tensors: Tensors, form: Form, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of w13 and of w2, for [gate; up]."""
+    first, second = (tensors[f"{form.block}.experts.{name}_proj_bias"][number].float() for name in ("gate_up", "down"))
+    return torch.cat([first[0::2], first[1::2]]), second
+
+
 def through(x: torch.Tensor, tensors: Tensors, form: Form, number: int | None) -> torch.Tensor:
-    """SwiGLU, or relu² where there is no gate (NemotronHExperts)."""
+    """SwiGLU, or relu² where there is no gate (NemotronHExperts), or clamped and with biases (GptOssExperts)."""
     w13, w2 = expert(tensors, form, number)
     inner = x @ w13.T
+    if form.interleaved and number is not None:
+        b13, b2 = biases(tensors, form, number)
+        gate, up = (inner + b13).chunk(2, 1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * (1.702 * gate).sigmoid() * (up + 1) @ w2.T + b2
     if form.gate is None:
         return inner.relu() ** 2 @ w2.T
     gate, up = inner[:, : len(w13) // 2], inner[:, len(w13) // 2 :]
@@ -175,7 +205,8 @@ def through(x: torch.Tensor, tensors: Tensors, form: Form, number: int | None) -
 
 def weights_of(x: torch.Tensor, tensors: Tensors, form: Form) -> torch.Tensor:
     bias = tensors[f"{form.block}.{form.bias}"].float().flatten() if form.bias else None
-    return form.weigh(x @ tensors[f"{form.block}.gate.weight"].float().T, bias)
+    logits = x @ tensors[f"{form.block}.{form.router}.weight"].float().T
+    return form.weigh(logits + tensors[f"{form.block}.router.bias"].float() if form.interleaved else logits, bias)
 
 
 def dense(routing: Routing) -> torch.Tensor:
@@ -220,8 +251,7 @@ def test_the_layer_is_the_family_s_formula(tmp_path: Path, family: str) -> None:
     assert output_error(directory, directory, FORMS[family]) < 1e-5
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8_block"])
-@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize(("family", "quant"), stored("none", "fp8_block"))
 def test_experts_and_router_are_what_the_files_hold(made: Any, family: str, quant: str) -> None:
     directory, form = made(family, quant), FORMS[family]
     tensors = load_file(directory / FILE)
@@ -233,14 +263,21 @@ def test_experts_and_router_are_what_the_files_hold(made: Any, family: str, quan
         gate, up, down = apart.expert(number)
         for found in (weights.dequantized(number), (torch.cat([gate, up]), down)):
             assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        if form.interleaved:
+            of_number = biases(tensors, form, number)
+            for found in ((weights.b13_eF[number], weights.b2_eH[number]), apart.biases(number)):
+                assert all(torch.equal(*pair) for pair in zip(found, of_number, strict=True))
     router = load_router(directory, LAYER)
-    found = route(X @ router.gate_EH.float().T, spec, router.bias_E)
+    logits = X @ router.gate_EH.float().T
+    found = route(logits if router.logit_bias_E is None else logits + router.logit_bias_E, spec, router.bias_E)
     assert torch.allclose(dense(found), weights_of(X, tensors, form), atol=1e-6)
     assert torch.equal(apart.router()[0], router.gate_EH.float())
+    for one, other in zip(apart.router()[1:], (router.bias_E, router.logit_bias_E), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8_block"])
-@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize(("family", "quant"), stored("none", "fp8_block"))
 def test_a_rank_reads_its_own_slices_and_no_more(made: Any, family: str, quant: str) -> None:
     directory, form = made(family, quant), FORMS[family]
     tensors, spec = load_file(directory / FILE), check_layer(directory, LAYER).spec
@@ -250,7 +287,9 @@ def test_a_rank_reads_its_own_slices_and_no_more(made: Any, family: str, quant: 
         shard = load_shard(source, LAYER, placement, rank, progress=lambda told=told: told.append(1))
         start, stop = placement.slice_of(rank)
         assert len(told) == len(placement.experts_of(rank)) == E // 2
-        assert source.bytes_read == shard.nbytes()
+        in_memory = sum(tensor.nbytes for tensor in shard.biases.values())  # in float32, and bf16 in the files
+        on_disk = 2 * sum(tensor.numel() for name, tensor in shard.biases.items() if name == "b13_eF" or not start)
+        assert source.bytes_read == shard.nbytes() - in_memory + on_disk
         for slot, number in enumerate(placement.experts_of(rank)):
             w13, w2 = expert(tensors, form, number)
             halves = w13.chunk(2 if form.gate else 1)
@@ -268,8 +307,7 @@ class Recorded(Checkpoint):
         return super().read(name, *index)
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8_block", "fp8_tensor_static"])
-@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize(("family", "quant"), stored("none", "fp8_block", "fp8_tensor_static"))
 def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str) -> None:
     """By all ranks together, but for the layer's static scales, which every rank reads."""
     directory, form = made(family, quant), FORMS[family]
@@ -287,7 +325,8 @@ def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str
         if name.endswith("input_scale") and form.down not in name:
             assert times == 2 + (form.shared is not None)
         else:
-            wanted = E * (2 if "gate_up" in name else 1) if fused and "experts." in name else 1
+            twice = "gate_up" in name and not form.interleaved
+            wanted = E * (2 if twice else 1) if fused and "experts." in name else 1
             assert times == wanted, name
 
 
@@ -296,6 +335,10 @@ def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str
 
 def swapped(form: Form) -> Callable[[Tensors], Tensors]:
     def change(tensors: Tensors) -> Tensors:
+        if form.interleaved:
+            turned = {name: value.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+                      for name, value in tensors.items() if "gate_up" in name}  # fmt: skip
+            return tensors | turned
         names = {f".{form.gate}.": f".{form.up}.", f".{form.up}.": f".{form.gate}."}
         return {
             next((name.replace(a, b) for a, b in names.items() if a in name), name): value
@@ -305,7 +348,7 @@ def swapped(form: Form) -> Callable[[Tensors], Tensors]:
     return change
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_swapped_gate_and_up_would_be_seen(tmp_path: Path, family: str) -> None:
     right, wrong = (in_float32(tmp_path / name, family) for name in ("right", "wrong"))
     edit(wrong, None, swapped(FORMS[family]))
@@ -349,6 +392,65 @@ def test_tensors_are_neither_left_over_nor_missing(tmp_path: Path, family: str) 
         edit(directory, None, lambda tensors, more=f"{form.block}.{name}": tensors | {more: torch.ones(2)})
         with pytest.raises(CheckpointError, match=rf"nothing here reads: {form.block}\.{name}"):
             check_layer(directory, LAYER)
+
+
+def test_biases_are_neither_left_over_nor_missing(tmp_path: Path) -> None:
+    block, sizes = FORMS["gpt_oss"].block, SIZES | {"model_type": "gpt_oss", "quant": "none"}
+    for number, name in enumerate(("experts.gate_up_proj_bias", "experts.down_proj_bias", "router.bias")):
+        directory = make_checkpoint(tmp_path / f"gap{number}", **sizes)
+        edit(directory, None, lambda tensors, gone=f"{block}.{name}": without(tensors, gone))
+        with pytest.raises(CheckpointError, match=rf"1 tensor is missing: {block}\.{name}"):
+            check_layer(directory, LAYER)
+    changes: list[tuple[str, Any, str]] = [
+        ("experts.up_proj_bias", lambda bias: torch.ones(2), "nothing here reads"),
+        ("experts.gate_up_proj_blocks", lambda bias: torch.ones(2), "nothing here reads"),
+        ("experts.down_proj_bias", lambda bias: bias[:, 1:], r"has shape \(8, 255\)"),
+        ("experts.gate_up_proj_bias", lambda bias: bias.half(), "has dtype F16"),
+        ("experts.gate_up_proj", lambda weight: weight.transpose(1, 2), r"has shape \(8, 512, 256\)"),
+    ]
+    for number, (name, change, said) in enumerate(changes):
+        directory, full = make_checkpoint(tmp_path / f"other{number}", **sizes), f"{block}.{name}"
+        edit(directory, None, lambda tensors, full=full, change=change: tensors | {full: change(tensors.get(full))})
+        with pytest.raises(CheckpointError, match=said):
+            check_layer(directory, LAYER)
+    directory, full = make_checkpoint(tmp_path / "values", **sizes), f"{block}.experts.down_proj_bias"
+    edit(directory, None, lambda tensors: tensors | {full: tensors[full] * 0})
+    assert not whole(directory, LAYER).b2_eH.any()  # zeros are biases too
+    edit(directory, None, lambda tensors: tensors | {full: tensors[full] + torch.nan})
+    with pytest.raises(CheckpointError, match=r"down_proj_bias, expert 0, holds NaN"):
+        whole(directory, LAYER)
+
+
+def test_what_can_not_be_made_of_experts_with_biases(made: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="its experts have biases, with which no FP8 checkpoint is read"):
+        quantize_checkpoint(made("gpt_oss"), tmp_path / "fp8")
+    with pytest.raises(UnsupportedError, match=r"quant 'fp8_block' of a synthetic gpt_oss.*supported: none"):
+        made("gpt_oss", "fp8_block")
+    with pytest.raises(
+        ConfigError, match="quant = 'fp8_tensor_static': a bf16 checkpoint has no scales of activations"
+    ):
+        layer_spec(made("gpt_oss"), LAYER, "fp8_tensor_static")
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    directory = make_checkpoint(tmp_path / "blocks", **SIZES, model_type="gpt_oss", quant="none")
+    in_fp8 = {"experts.gate_up_proj": torch.float8_e4m3fn, "experts.down_proj": torch.float8_e4m3fn}
+    edit(directory, {"quantization_config": blocks}, lambda tensors: {
+        name: tensor.to(next((dtype for end, dtype in in_fp8.items() if name.endswith(end)), tensor.dtype))
+        for name, tensor in tensors.items()})  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"gate and up lie in turns are read as bf16, float32 or MXFP4"):
+        layer_spec(directory, LAYER)
+
+
+def test_half_an_expert_of_zeros_was_not_written(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "made", **SIZES, model_type="gpt_oss", quant="none")
+    name = f"{FORMS['gpt_oss'].block}.experts.gate_up_proj"
+
+    def no_up(tensors: Tensors) -> Tensors:
+        tensors[name][3, :, 1::2] = 0
+        return tensors
+
+    edit(directory, None, no_up)
+    with pytest.raises(CheckpointError, match=r"gate_up_proj, expert 3, is all zeros"):
+        whole(directory, LAYER)
 
 
 def without(tensors: Tensors, name: str) -> Tensors:

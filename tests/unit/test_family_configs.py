@@ -80,6 +80,17 @@ MINIMAX_M2 = BF16 | {
     "router_jitter_noise": 0.0, "scoring_func": "sigmoid", "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
     "use_routing_bias": True,
 }  # fmt: skip
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "experts_per_token": 4, "hidden_act": "silu",
+    "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880, "model_type": "gpt_oss",
+    "num_experts_per_tok": 4, "num_hidden_layers": 36, "num_local_experts": 128, "output_router_logits": False,
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                                   "lm_head"],
+        "quant_method": "mxfp4",
+    },
+    "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+}  # fmt: skip
 TINY: dict[str, Any] = {"hidden": 128, "intermediate": 128, "num_experts": 8, "top_k": 2}
 # Keys that say a size, which may be another one.
 SIZES = ("hidden_size", "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -134,6 +145,9 @@ REAL = {
     "Nemotron-3-Nano": (NEMOTRON, MoESpec(
         hidden=2688, intermediate=1856, num_experts=128, top_k=6, routed_scaling=2.5, shared_intermediate=3712,
         activation="relu2", **NOAUX, **NONE), [layer for layer, block in enumerate(PATTERN) if block == "E"]),
+    "gpt-oss-120b": (GPT_OSS, MoESpec(
+        hidden=2880, intermediate=2880, num_experts=128, top_k=4, activation="swigluoai", expert_bias=True,
+        router_bias=True, **NONE), range(36)),
     "Qwen3-VL-30B-A3B": (QWEN3_VL, MoESpec(hidden=2048, intermediate=768, num_experts=128, top_k=8, **NONE), range(48)),
 }  # fmt: skip
 
@@ -176,7 +190,14 @@ def test_which_layers_hold_experts(tmp_path: Path) -> None:
 TEXT = QWEN3_VL["text_config"]
 REFUSALS = [
     ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "multiplies what goes into an expert"),
-    ({"model_type": "gpt_oss"}, "experts have biases, and an activation that is clamped"),
+    (GPT_OSS | {"swiglu_limit": 10.0}, r"swiglu_limit 10\.0.*one value only.*supported: 7\.0"),
+    (GPT_OSS | {"swiglu_alpha": 1}, r"swiglu_alpha 1 .*one value only.*supported: 1\.702"),
+    (GPT_OSS | {"hidden_act": "gelu"}, "hidden_act 'gelu'.*supported: silu"),
+    (GPT_OSS | {"mlp_bias": False}, "mlp_bias False"),
+    (GPT_OSS | {"norm_topk_prob": False}, "norm_topk_prob False"),
+    (GPT_OSS | {"dtype": "float32"}, "quantized experts work on bf16"),
+    (GPT_OSS | {"quantization_config": {"quant_method": "mxfp4", "group_size": 16}}, "group_size"),
+    (MIXTRAL | {"quantization_config": {"quant_method": "mxfp4"}}, "quant_method is 'mxfp4'.*as gpt-oss stores it"),
     (DEEPSEEK_V2 | {"norm_topk_prob": True}, "norm_topk_prob True.*libraries differ"),
     (DEEPSEEK_V2 | {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'.*greedy, group_limited_greedy"),
     (MIXTRAL | {"norm_topk_prob": False}, "norm_topk_prob False.*family does not read it"),
@@ -247,7 +268,9 @@ JUNK = [None, True, -1, 7, 10**400, float("nan"), "x", [[]], ["moe"], {"model_ty
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_any_value_of_any_key_is_read_or_refused(family: str, tmp_path: Path) -> None:
-    config = json.loads((make_checkpoint(tmp_path, **TINY, model_type=family) / "config.json").read_text())
+    quant: Any = "none" if family == "gpt_oss" else "fp8_block"
+    made = make_checkpoint(tmp_path, **TINY, model_type=family, quant=quant)
+    config = json.loads((made / "config.json").read_text())
     inner = config.get("text_config", config)
     said, read = [], 0
     for place in (config, inner) if inner is not config else (config,):

@@ -199,13 +199,27 @@ def test_shards_of_another_format_are_refused():
 
 
 @pytest.mark.parametrize("quant", QUANT_KINDS)
-@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2", "swigluoai"])
 def test_the_declared_forms_are_those_of_the_weights_that_are_made(quant, activation):
-    spec = spec_with(quant, activation=activation, intermediate=320)
+    spec = spec_with(quant, activation=activation, intermediate=320, expert_bias=activation == "swigluoai")
     whole = random_weights(spec, 0)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in whole.tensors().items()}
     assert found == ExpertWeights.forms(spec, 8, 320)
     assert plan_of(spec).weight_bytes(0) == whole.nbytes()
+
+
+def test_biases_are_there_exactly_if_the_spec_says_so():
+    biased = spec_with("fp8_block", activation="swigluoai", expert_bias=True)
+    whole = random_weights(biased, 0)
+    MoELayer(plan_of(biased), whole, Comm.single())
+    for spec, weights, field in (
+        (biased, whole.with_tensors(b2_eH=None), "shard.b2"),
+        (biased, whole.with_tensors(b13_eF=whole.b13_eF.bfloat16()), "shard.b13.dtype"),
+        (biased.with_changes(expert_bias=False), whole, "shard.b13_eF"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            MoELayer(plan_of(spec), weights, Comm.single())
+        assert raised.value.field == field
 
 
 def test_a_plan_for_another_kind_of_device_is_refused():

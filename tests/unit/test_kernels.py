@@ -36,7 +36,7 @@ def test_the_nvlink_exchange_in_the_interpreter():
 
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
-    in_the_interpreter("fused_moe_interpreted.py", passed=152, timeout_s=390)
+    in_the_interpreter("fused_moe_interpreted.py", passed=160, timeout_s=390)
 
 
 def kernels():
@@ -143,8 +143,13 @@ OF_MANY = ["_count", "_place", *ALWAYS[1:]]
 REQUANTIZED = ["_prepare", "_gemm1", "_row_maxima", "_requantize", "_gemm2", "_weighted_sum"]
 
 
-def launched(quant: str, rows: int, quantized: bool = False, **changes):
-    """What the fused MoE launches with its default config for a rank of DeepSeek-V3, compiled for sm_90: {kernel's
+DEEPSEEK_V3 = {"hidden": 7168, "intermediate": 2048, "num_experts": 256, "top_k": 8}
+GPT_OSS = {"hidden": 2880, "intermediate": 2880, "num_experts": 128, "top_k": 4, "activation": "swigluoai",
+           "expert_bias": True}  # fmt: skip
+
+
+def launched(quant: str, rows: int, quantized: bool = False, layer=DEEPSEEK_V3, **changes):
+    """What the fused MoE launches with its default config for a rank with all experts, compiled for sm_90: {kernel's
     name: compiled}, in order, and the config."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -156,17 +161,20 @@ def launched(quant: str, rows: int, quantized: bool = False, **changes):
     def record(kernel, grid, tensors, integers, constants=(), **options):
         calls.append((kernel, tensors, integers, constants, options))
 
-    spec = MoESpec(hidden=7168, intermediate=2048, num_experts=256, top_k=8, quant=quant)
-    problem = Problem(spec, 2048, 256, "cuda", (9, 0), "fp8" if quantized else "bf16")
+    spec = MoESpec(**layer, quant=quant)
+    width, experts = spec.intermediate, spec.num_experts
+    problem = Problem(spec, width, experts, "cuda", (9, 0), "fp8" if quantized else "bf16")
     config = TritonFused.default_config(problem, rows) | changes
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, quantize):
             patch.setattr(module, "launch", record)
-        precompile._compile(spec, 2048, 256, rows, quantized, config)
+        precompile._compile(spec, width, experts, rows, quantized, config)
     found = {}
     for kernel, tensors, integers, constants, options in calls:
         types = [
-            f"*{TYPES[tensor.dtype]}"
+            "constexpr"
+            if tensor is None
+            else f"*{TYPES[tensor.dtype]}"
             if isinstance(tensor, torch.Tensor)
             else f"tensordesc<{TYPES[tensor.base.dtype]}{tensor.block_shape}>"
             for tensor in tensors
@@ -179,7 +187,9 @@ def launched(quant: str, rows: int, quantized: bool = False, **changes):
             for name, value in zip(names[len(tensors) :], integers, strict=False)
         ]
         aligned = {(index,): [["tt.divisibility", 16]] for index, is_whole in enumerate(whole) if is_whole}
-        source = ASTSource(kernel, signature, dict(zip(names[len(types) :], constants, strict=True)), aligned)
+        fixed = {name: None for name, tensor in zip(names, tensors, strict=False) if tensor is None}
+        fixed |= dict(zip(names[len(types) :], constants, strict=True))
+        source = ASTSource(kernel, signature, fixed, aligned)
         found[kernel.fn.__name__] = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return found, config
 
@@ -223,6 +233,19 @@ def test_fused_moe_compiles_for_sm_90(quant, rows, quantized, changes, names):
         assert "mma.sync" not in code
         assert ("cp.async.bulk.tensor" in code) == config["tma"]
         assert found[name].metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("quant", "rows"), [("fp8_block", MANY), pytest.param("fp8_block", FEW, marks=pytest.mark.slow),
+                        pytest.param("none", MANY, marks=pytest.mark.slow),
+                        pytest.param("fp8_channel", FEW, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_biases_and_a_clamped_activation_compile_for_sm_90(quant, rows, tmp_path: Path):
+    found, _ = launched(quant, rows, layer=GPT_OSS)
+    for name in ("_gemm1", "_gemm2"):
+        assert "wgmma.mma_async" in found[name].asm["ptx"]
+        assert found[name].metadata.shared <= SHARED_MEMORY
+        assert resources(found[name], tmp_path)[1] == 0  # as there were when gate's bias was added before up's
 
 
 def test_what_many_rows_are_computed_by_spills_nothing(tmp_path: Path):

@@ -73,6 +73,9 @@ def act64(gate, up, activation):
         return torch.where(gate > 0, gate, 0) ** 2
     if activation == "swiglu":
         return gate * torch.sigmoid(gate) * up
+    if activation == "swigluoai":
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
 
 
@@ -85,8 +88,11 @@ def brute_force(layer):
             if expert < 0:
                 continue
             w13, w2 = dense[expert]
-            up = w13[spec.intermediate :] @ x if spec.gated else None
-            y[t] += weight * (w2 @ act64(w13[: spec.intermediate] @ x, up, spec.activation))
+            inner, bias2 = w13 @ x, 0.0
+            if spec.expert_bias:
+                inner, bias2 = inner + layer.weights.b13_eF[expert], layer.weights.b2_eH[expert]
+            up = inner[spec.intermediate :] if spec.gated else None
+            y[t] += weight * (w2 @ act64(inner[: spec.intermediate], up, spec.activation) + bias2)
     return y
 
 
@@ -100,9 +106,29 @@ def test_exact_oracle_against_brute_force(quant, activation):
 
 
 @pytest.mark.parametrize("quant", QUANT_KINDS)
+@pytest.mark.parametrize("activation", ["swigluoai", "relu2"])
+def test_biases_against_brute_force(quant, activation):
+    """Tokens are so large that much is clamped, and biases count once on any grid."""
+    layer = Layer.make(make_spec(quant, activation=activation, expert_bias=True))
+    layer.x *= 8 if quant != "fp8_tensor_static" else 1
+    expected = brute_force(layer)
+    for parallel in GRIDS:
+        assert relative_error(layer.oracle(parallel, None), expected) < 1e-5
+    if quant != "none":
+        assert 5e-3 < relative_error(layer.oracle(GRIDS[3], Numerics()), expected) < 6e-2
+    alone = Placement.build(layer.spec, ParallelSpec())
+    groups = torch.zeros(13, 3, dtype=torch.int64)
+    for name, values in layer.weights.biases.items():
+        missed = [layer.weights.with_tensors(**{name: 0 * values})]
+        y = oracle_layer(layer.x, layer.routing, missed, layer.spec, alone, [(0, 13)], groups, None)
+        assert relative_error(y, expected) > 1e-3
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("quant", QUANT_KINDS)
 @pytest.mark.parametrize("numerics", [None, Numerics()])
-def test_the_oracle_reads_turned_weights(quant, numerics):
-    layer = Layer.make(make_spec(quant))
+def test_the_oracle_reads_turned_weights(quant, numerics, biases):
+    layer = Layer.make(make_spec(quant, expert_bias=biases))
     placement = Placement.build(layer.spec, ParallelSpec())
     turned = random_weights(layer.spec, seed=1)
     turned.turn(gate_first=False)

@@ -96,6 +96,31 @@ class TestLoading:
             router.load_state_dict({"gate_EH": other})
 
 
+BIASED = SPEC.with_changes(router_bias=True)
+
+
+def test_a_bias_of_logits_decides_and_weighs():
+    """As GptOssTopKRouter of transformers: the softmax of the top k logits."""
+    bias = 3 * Stream("bias of a test").normal(8)
+    found = Router(plan_of(BIASED), GATE, logit_bias_E=bias.bfloat16())(X)
+    logits, ids = (X @ GATE.T + bias.bfloat16().float()).topk(SPEC.top_k, dim=-1)
+    assert torch.equal(found.ids_TK.long(), ids)
+    assert torch.allclose(found.weights_TK, logits.softmax(-1), atol=1e-6)
+    assert not torch.equal(found.ids_TK, router_of()(X).ids_TK)
+
+
+def test_a_bias_of_logits_is_there_exactly_if_the_model_has_one():
+    with pytest.raises(ConfigError, match=r"router\.logit_bias = None: router_bias of the model is True"):
+        Router(plan_of(BIASED), GATE)
+    with pytest.raises(ConfigError, match=r"router\.logit_bias = 'given': router_bias of the model is False"):
+        Router(plan_of(), GATE, logit_bias_E=torch.zeros(8))
+    for wrong in (torch.zeros(7), torch.full((8,), float("nan")), [0.0] * 8):
+        with pytest.raises(ConfigError, match=r"router\.bias"):
+            Router(plan_of(BIASED), GATE, logit_bias_E=wrong)
+    with pytest.raises(ConfigError, match=r"router\.router_bias"):
+        layer_of(router=Router(plan_of(BIASED), GATE, logit_bias_E=torch.zeros(8)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_token_that_can_t_be_routed_is_named(value):
     layer = layer_of(router=router_of())

@@ -49,7 +49,7 @@ def spec(**changes):
         ({"routed_scaling": math.nan}, "model.routed_scaling", "finite"),
         ({"scoring": "argmax"}, "model.scoring", "is no legal value (legal: softmax, sigmoid)"),
         ({"quant": "int4"}, "model.quant", "fp8_channel"),
-        ({"activation": 3}, "model.activation", "is no text (legal: swiglu, geglu, relu2)"),
+        ({"activation": 3}, "model.activation", "is no text (legal: swiglu, geglu, relu2, swigluoai)"),
         ({"dtype": "fp32"}, "model.dtype", "fp8_block works on bf16"),
         ({"shared_experts": "tp"}, "model.shared_intermediate", "1 and more"),
         ({"shared_experts": "some"}, "model.shared_experts", "replicated"),
@@ -182,7 +182,7 @@ def test_with_changes_validates_and_leaves_the_original():
 
 
 @pytest.mark.parametrize("quant", QUANT_KINDS)
-@pytest.mark.parametrize(("activation", "rows"), [("swiglu", 512), ("geglu", 512), ("relu2", 256)])
+@pytest.mark.parametrize(("activation", "rows"), [("swiglu", 512), ("geglu", 512), ("swigluoai", 512), ("relu2", 256)])
 def test_derived_properties(quant, activation, rows):
     one = spec(quant=quant, activation=activation)
     assert one.gated == (rows == 512)
@@ -196,6 +196,13 @@ def test_derived_properties(quant, activation, rows):
 def test_dtype(dtype, torch_dtype):
     one = spec(quant="none", dtype=dtype)
     assert (one.torch_dtype, one.quant_label) == (torch_dtype, dtype)
+
+
+@pytest.mark.parametrize("how", ["replicated", "tp"])
+def test_no_shared_expert_beside_experts_with_biases(how):
+    with pytest.raises(UnsupportedError, match=rf"model\.shared_experts = '{how}'.*biases.*supported: none"):
+        spec(shared_experts=how, shared_intermediate=512, expert_bias=True)
+    assert spec(expert_bias=True, shared_intermediate=512).expert_bias
 
 
 def test_the_shared_expert_is_a_layer_of_one_expert():

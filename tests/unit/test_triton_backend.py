@@ -38,7 +38,8 @@ class TestSupports:
         "asked",
         [
             *(problem(quant=quant) for quant in QUANT_KINDS),
-            *(problem(activation=activation) for activation in ("swiglu", "geglu", "relu2")),
+            *(problem(activation=activation) for activation in ("swiglu", "geglu", "relu2", "swigluoai")),
+            problem(activation="swigluoai", expert_bias=True),
             problem(hidden=2880, width=720),  # whole sixteens, not whole blocks
             problem(payload="fp8"),
             problem(width=0),  # an empty shard is skipped, not computed

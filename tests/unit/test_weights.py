@@ -265,13 +265,16 @@ def one_element(gate, up, activation):
         return max(gate, 0.0) ** 2
     if activation == "swiglu":
         return gate / (1 + math.exp(-gate)) * up
+    if activation == "swigluoai":
+        gate, up = min(gate, 7.0), min(max(up, -7.0), 7.0)
+        return gate / (1 + math.exp(-1.702 * gate)) * (up + 1)
     return 0.5 * gate * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2", "swigluoai"])
 def test_activations_are_their_formulas(activation):
     gate = torch.linspace(-9, 9, 40, dtype=torch.float64)
-    up = torch.linspace(3, -2, 40, dtype=torch.float64)
+    up = torch.linspace(9, -8, 40, dtype=torch.float64)  # beyond what is clamped, on both sides
     rows = gate[None] if activation == "relu2" else torch.cat([gate, up])[None]
     expected = [one_element(g, u, activation) for g, u in zip(gate.tolist(), up.tolist(), strict=True)]
     assert activate(rows, activation)[0].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
@@ -280,11 +283,71 @@ def test_activations_are_their_formulas(activation):
     assert low[0].tolist() == pytest.approx(expected, rel=0.05, abs=0.01)
 
 
+def with_biases(quant, **changes):
+    return make_spec(quant, expert_bias=True, **{"activation": "swigluoai"} | changes)
+
+
+@pytest.mark.parametrize("quant", QUANT_KINDS)
+@pytest.mark.parametrize("activation", ["swigluoai", "relu2"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_slices_of_biases(quant, activation, tp):
+    """Those of w13 go with its rows; that of w2 is in one slice, and no other, and every copy of an expert has it."""
+    spec = with_biases(quant, activation=activation)
+    whole = random_weights(spec, seed=1)
+    assert (whole.b13_eF.shape, whole.b2_eH.shape) == ((5, spec.w13_rows(320)), (5, 160))
+    assert whole.b13_eF.dtype == whole.b2_eH.dtype == torch.float32
+    parallel = ParallelSpec(tp=tp, ep=2, replicas={4: [0]}, allow_empty_shards=True)
+    placement = Placement.build(spec, parallel)
+    for group in range(2):
+        parts = [shard(whole, placement, group * tp + member) for member in range(tp)]
+        forms = [type(whole).forms(spec, part.num_experts, part.width) for part in parts]
+        for part, form in zip(parts, forms, strict=True):
+            assert {name: (tuple(t.shape), t.dtype) for name, t in part.tensors().items()} == form
+        halves = [part.b13_eF.chunk(2, 1) if spec.gated else (part.b13_eF,) for part in parts]
+        experts = list(placement.homes[group])
+        assert torch.equal(torch.cat([torch.cat(each, 1) for each in zip(*halves, strict=True)], 1),
+                           whole.b13_eF[experts])  # fmt: skip
+        assert torch.equal(parts[0].b2_eH, whole.b2_eH[experts])
+        assert not any(part.b2_eH.any() for part in parts[1:])
+
+
+def test_biases_are_turned_stacked_and_checked():
+    spec = with_biases("fp8_block")
+    weights, canonical = random_weights(spec, seed=0), random_weights(spec, seed=0)
+    weights.turn(gate_first=False)
+    assert torch.equal(weights.b13_eF, torch.cat(canonical.b13_eF.chunk(2, 1)[::-1], 1))
+    assert torch.equal(weights.first_bias(3), canonical.first_bias(3))
+    assert torch.equal(canonical.first_bias(3), canonical.b13_eF[3])
+    assert weights.fingerprint() == canonical.fingerprint()
+    assert_same(stack([random_weights(spec, 0, experts=[0, 1]), random_weights(spec, 0, experts=[2, 3, 4])]), canonical)
+    assert empty_like(canonical).b2_eH.shape == (0, 160)
+    assert canonical.nbytes() == type(canonical).bytes_of(spec, 5, 320)
+    canonical.with_tensors(b2_eH=0 * canonical.b2_eH).check_finite()  # what a slice holds
+    for name, bad in (("b13_eF", math.nan), ("b2_eH", math.inf), ("b2_eH", 1e11)):
+        broken = canonical.biases[name].clone()
+        broken[4, 7] = bad
+        with pytest.raises(ConfigError, match=rf"weights\.{name}"):
+            canonical.with_tensors(**{name: broken}).check_finite()
+
+
+def test_weights_without_biases_are_drawn_as_ever():
+    """Biases have a stream of their own."""
+    plain, biased = random_expert(make_spec("fp8_block"), 2, 3), random_expert(with_biases("fp8_block"), 2, 3)
+    assert not plain.biases
+    assert_same(plain, biased.with_tensors(b13_eF=None, b2_eH=None))
+    gate, up = biased.first_bias(0).chunk(2)
+    assert float(gate.std()) == pytest.approx(0.25, rel=0.1)
+    assert float(up.std()) == pytest.approx(0.0625, rel=0.1)
+
+
 class TestFingerprint:
     @pytest.mark.parametrize("quant", QUANT_KINDS)
-    @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+    @pytest.mark.parametrize("activation", ["swiglu", "relu2", "swigluoai"])
     def test_tells_another_order_apart(self, quant, activation):
-        spec = MoESpec(hidden=256, intermediate=256, num_experts=4, top_k=2, quant=quant, activation=activation)
+        spec = MoESpec(
+            hidden=256, intermediate=256, num_experts=4, top_k=2, quant=quant, activation=activation,
+            expert_bias=activation == "swigluoai",
+        )  # fmt: skip
         whole = random_weights(spec, 0)
         own = whole.fingerprint()
         assert own == random_weights(spec, 0).fingerprint()

@@ -15,6 +15,7 @@ from moe_dist.integrations.transformers.version import FP8 as FP8_MODULE
 from moe_dist.integrations.transformers.version import MOE, lacking, needed, optional
 from moe_dist.model.quantization import FP8
 from moe_dist.model.spec import BLOCK, MoESpec, QuantKind
+from moe_dist.model.weights import activate
 
 # Each flag, the value that it must have, and what another one means. `has_gate` may have either.
 FLAGS = (
@@ -29,11 +30,15 @@ PROBES = (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0)
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 SUPPORTED = "bf16, float32 and FP8 experts with silu or tanh-gelu gates, or relu² without a gate"
 FIRST, SECOND, SCALE, INPUT = ("gate_up_proj", "up_proj"), "down_proj", "_scale_inv", "_activation_scale"
+BIAS = "_bias"
+GPT_OSS = {"has_gate": True, "has_bias": True, "is_transposed": True, "is_concatenated": False}
+FAR_PROBES = (-30.0, -8.0, -7.0, -1.0, 0.0, 2.0, 7.0, 8.0, 30.0)  # beyond every clamp
 
 
 @dataclass(frozen=True)
 class Form:
-    """Of the experts that a module holds: `num_experts` of them, with `first` the name of gate_up_proj or up_proj."""
+    """Of the experts that a module holds: `num_experts` of them, with `first` the name of gate_up_proj or up_proj.
+    `in_turns`: as gpt-oss has them, transposed, with columns of gate and up in turns, and with biases."""
 
     first: str
     hidden: int
@@ -42,6 +47,7 @@ class Form:
     activation: str
     quant: QuantKind
     dtype: str
+    in_turns: bool = False
 
     def spec(self, name: str, top_k: int, num_experts: int | None = None, quant: QuantKind | None = None) -> MoESpec:
         """The layer of these experts, or of `num_experts` of which these are some. Its router is not looked at: what
@@ -49,7 +55,7 @@ class Form:
         return MoESpec(
             name=name[:300] or "experts", hidden=self.hidden, intermediate=self.intermediate, top_k=top_k,
             num_experts=num_experts or self.num_experts, activation=self.activation, quant=quant or self.quant,
-            dtype="fp32" if self.dtype == "fp32" else "bf16",
+            dtype="fp32" if self.dtype == "fp32" else "bf16", expert_bias=self.in_turns,
         )  # fmt: skip
 
 
@@ -63,34 +69,56 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
 
 
-def check_structure(module: Any, name: str = "") -> None:
+def is_in_turns(module: Any) -> bool:
+    """Whether its weights lie as gpt-oss's and its gate computes what that one's does."""
+    if any(getattr(module, flag, None) is not value for flag, value in GPT_OSS.items()):
+        return False
+    probes = torch.tensor(FAR_PROBES, dtype=torch.float32, device="cpu")
+    gate, up = (values.flatten() for values in torch.meshgrid(probes, probes, indexing="ij"))
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = module._apply_gate(torch.stack([gate, up], -1).flatten())
+    except Exception:  # another family's, which may want what it likes
+        return False
+    wanted = activate(torch.cat([gate, up]), "swigluoai")
+    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-6)
+
+
+def check_structure(module: Any, name: str = "", copied: bool = False) -> None:
     """Raise UnsupportedError, with every reason, for a module that computes something else, and InstallationError where
-    this transformers lacks a flag. Values and dtypes are not looked at, so they may be on meta."""
+    this transformers lacks a flag. Values and dtypes are not looked at, so they may be on meta. `copied`: weights are
+    not taken as they lie, so those of gpt-oss will do."""
     for flag in ("has_gate", *(each[0] for each in FLAGS)):
         if not hasattr(module, flag) and flag != NEWEST:
             raise lacking(f"flag {flag} on {type(module).__name__}")
-    reasons = [why for flag, wanted, why in FLAGS if getattr(module, flag, wanted) is not wanted]
+    in_turns = copied and is_in_turns(module)
+    as_gpt_oss = GPT_OSS if in_turns else {}
+    reasons = [why for flag, wanted, why in FLAGS if getattr(module, flag, wanted) is not as_gpt_oss.get(flag, wanted)]
     fp8 = optional(FP8_MODULE, "FP8Experts")
     if fp8 is not None and isinstance(module, fp8):
         set_ = [each for each in CLAMPS if getattr(module, each, None) is not None]
         reasons += [f"its activation is clamped ({', '.join(set_)})"] * bool(set_)
-    elif module.has_gate and type(module)._apply_gate is not needed(MOE, "_default_apply_gate"):
+    elif module.has_gate and not in_turns and type(module)._apply_gate is not needed(MOE, "_default_apply_gate"):
         reasons.append("it has an _apply_gate of its own")
-    if not hasattr(module, "act_fn"):
+    if in_turns:
+        pass
+    elif not hasattr(module, "act_fn"):
         reasons.append("it has no act_fn")
     elif activation_of(module) is None:
         name_of = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
         reasons.append(f"its activation {name_of} {'with' if module.has_gate else 'without'} a gate")
     first = FIRST[0] if module.has_gate else FIRST[1]
-    known = {each + end for each in (first, SECOND) for end in ("", SCALE, INPUT)}
+    known = {each + end for each in (first, SECOND) for end in (("", BIAS) if in_turns else ("", SCALE, INPUT))}
     strange = sorted(set(tensors_of(module)) - known) + sorted(dict(module.named_buffers(recurse=False)))
     reasons += [f"its tensor {each} is not known here" for each in strange]
-    missing = [each for each in (first, SECOND) if each not in tensors_of(module)]
+    needed_ones = [each + end for each in (first, SECOND) for end in ("", BIAS)[: 1 + in_turns]]
+    missing = [each for each in needed_ones if each not in tensors_of(module)]
     reasons += [f"it has no {each}" for each in missing]
     inner = [each for each, child in module.named_children() if any(True for _ in child.parameters())]
     reasons += [f"its part {each} has weights of its own" for each in inner]
     if reasons:
-        raise UnsupportedError(_titled(module, name), reasons, SUPPORTED)
+        other = "replace_experts, which lays weights out anew" if not copied and is_in_turns(module) else SUPPORTED
+        raise UnsupportedError(_titled(module, name), reasons, other)
 
 
 def activation_of(module: Any) -> str | None:
@@ -109,6 +137,9 @@ def form_of(module: Any, tensors: Mapping[str, Tensor], name: str = "") -> Form:
     """Of a module that `check_structure` has passed, with these tensors of it. Raises UnsupportedError."""
     first = FIRST[0] if module.has_gate else FIRST[1]
     one, two = tensors[first], tensors[SECOND]
+    in_turns = is_in_turns(module)
+    if in_turns:
+        one, two = one.transpose(1, 2), two.transpose(1, 2)
     (experts, rows, hidden), width = one.shape, two.shape[-1]
     reasons = []
     if two.shape[:2] != (experts, hidden) or rows != (2 * width if module.has_gate else width):
@@ -123,8 +154,8 @@ def form_of(module: Any, tensors: Mapping[str, Tensor], name: str = "") -> Form:
         reasons.append(f"its weights are {one.dtype} and {two.dtype}")
     if reasons:
         raise UnsupportedError(_titled(module, name), reasons, SUPPORTED)
-    dtype, activation = DTYPES.get(one.dtype, "bf16"), activation_of(module) or ""
-    return Form(first, hidden, width, experts, activation, quant, dtype)
+    activation = "swigluoai" if in_turns else activation_of(module) or ""
+    return Form(first, hidden, width, experts, activation, quant, DTYPES.get(one.dtype, "bf16"), in_turns)
 
 
 def _fp8_kind(module: Any, tensors: Mapping[str, Tensor], first: str, width: int) -> tuple[QuantKind, str]:

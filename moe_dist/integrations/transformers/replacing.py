@@ -135,7 +135,7 @@ def replace_experts(
 
 def _check_values(name: str, form: Form, tensors: Mapping[str, Tensor], held: Sequence[int]) -> None:
     try:
-        check_values(as_they_lie(form, tensors), held)
+        check_values(form, as_they_lie(form, tensors), held)
     except ConfigError as error:
         raise error.of(f"{name}: {error.field}") from None
 
@@ -151,7 +151,7 @@ def _experts_of(model: nn.Module) -> dict[str, Any]:
         reason = "no module of it has the flags of transformers' experts (has_gate, is_transposed)"
         raise UnsupportedError(f"replacing the experts of a {type(model).__name__}", [reason])
     for name, module in found.items():
-        check_structure(module, name)
+        check_structure(module, name, copied=True)
         reasons = []
         if any(hasattr(tensor, "device_mesh") for tensor in module._parameters.values()):
             reasons.append("it was loaded with a DistributedConfig, so a rank has its own experts only")
@@ -197,7 +197,7 @@ def _top_k(module: Any, asked: int | None) -> int:
 
 def _shard(model: nn.Module, name: str, form: Form, plan: Plan, comm: Comm) -> ExpertWeights:
     whole = as_they_lie(form, tensors_of(model.get_submodule(name)))
-    return shard_of(whole, plan.spec, plan.placement, comm.rank, comm.device)
+    return shard_of(form, whole, plan.spec, plan.placement, comm.rank, comm.device)
 
 
 def _replace(model: nn.Module, name: str, layer: MoELayer, settings: Settings) -> None:

@@ -7,17 +7,21 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from moe_dist.integrations.transformers.forms import INPUT, SCALE, SECOND, Form
+from moe_dist.integrations.transformers.forms import BIAS, INPUT, SCALE, SECOND, Form
 from moe_dist.machine.surroundings import unaffected
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec
-from moe_dist.model.weights import ExpertWeights, quantize_weights, slice_width
+from moe_dist.model.weights import OF_HALVES, ExpertWeights, quantize_weights, slice_width
 
 
 @unaffected
 def as_they_lie(form: Form, tensors: Mapping[str, Tensor]) -> ExpertWeights:
-    """All experts of `tensors`. The matrices are views; scales are copied where their dtype or shape differs."""
+    """All experts of `tensors`. The matrices are views; scales and biases are copied where their dtype or shape is
+    another. Rows of gate and up that lie in turns still do (`expert_of`)."""
     one, two = tensors[form.first], tensors[SECOND]
+    if form.in_turns:
+        b13, b2 = (tensors[each + BIAS].float() for each in (form.first, SECOND))
+        return ExpertWeights("none", True, one.transpose(1, 2), two.transpose(1, 2), b13_eF=b13, b2_eH=b2)
     gated = form.activation != "relu2"
     if form.quant == "none":
         return ExpertWeights("none", gated, one, two)
@@ -32,9 +36,19 @@ def as_they_lie(form: Form, tensors: Mapping[str, Tensor]) -> ExpertWeights:
     return ExpertWeights(form.quant, gated, one, two, s13, s2, a13.amax(), a2.clone())
 
 
+def expert_of(form: Form, whole: ExpertWeights, expert: int) -> ExpertWeights:
+    """One of them, with gate before up: views, or copies where those lie in turns."""
+    one = whole.one(expert)
+    if not form.in_turns:
+        return one
+    laid = {name: tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+            for name, tensor in one.tensors().items() if name in OF_HALVES}  # fmt: skip
+    return one.with_tensors(**laid)
+
+
 @unaffected
 def shard_of(
-    whole: ExpertWeights, spec: MoESpec, placement: Placement, rank: int, device: torch.device
+    form: Form, whole: ExpertWeights, spec: MoESpec, placement: Placement, rank: int, device: torch.device
 ) -> ExpertWeights:
     """What `rank` holds of `whole`, in the format of `spec`, as tensors of its own on `device`; it shares none with
     `whole`. Expert by expert, so that little memory is needed beside the two. A bf16 expert is quantized whole, which
@@ -43,9 +57,10 @@ def shard_of(
     held = placement.experts_of(rank)
     shard = ExpertWeights.empty(spec, len(held), stop - start, device)
     for slot, expert in enumerate(held):
-        made = whole.one(expert)
+        made = expert_of(form, whole, expert)
         if whole.kind != spec.quant:
-            made = quantize_weights(made.w13_eFH.to(device), made.w2_eHi.to(device), spec)
+            biases = {name: bias.to(device) for name, bias in made.biases.items()}
+            made = quantize_weights(made.w13_eFH.to(device), made.w2_eHi.to(device), spec).with_tensors(**biases)
         made = slice_width(made, start, stop)
         for name, target in shard.tensors().items():
             if target.ndim:
@@ -55,7 +70,7 @@ def shard_of(
     return shard
 
 
-def check_values(whole: ExpertWeights, experts: Iterable[int]) -> None:
+def check_values(form: Form, whole: ExpertWeights, experts: Iterable[int]) -> None:
     """Raise ConfigError for values of these experts that no layer can have. One pass over them."""
     for expert in experts:
-        whole.one(expert).check_finite([expert])
+        expert_of(form, whole, expert).check_finite([expert])

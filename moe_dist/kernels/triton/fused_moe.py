@@ -18,12 +18,16 @@ from moe_dist.kernels.triton.quantize import divided, quantized
 from moe_dist.model.quantization import FP8_MAX, TINY, Activations
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import BLOCK, QuantKind
-from moe_dist.model.weights import ExpertWeights
+from moe_dist.model.weights import OAI_ALPHA, OAI_LIMIT, ExpertWeights
 from moe_dist.step import Step, TokenRows, Whole, Workspace
 
 # What is a name in a kernel must be a constexpr.
 _BLOCK_SCALES, _ROW_SCALES, _STATIC = map(tl.constexpr, (BLOCK_SCALES, ROW_SCALES, STATIC))
-_SWIGLU, _GEGLU, _RELU2 = (tl.constexpr(ACTIVATIONS[name]) for name in ("swiglu", "geglu", "relu2"))
+_SWIGLU, _GEGLU, _RELU2, _SWIGLUOAI = (
+    tl.constexpr(ACTIVATIONS[name]) for name in ("swiglu", "geglu", "relu2", "swigluoai")
+)
+_ALPHA, _LIMIT = tl.constexpr(OAI_ALPHA), tl.constexpr(OAI_LIMIT)
+_NAN = tl.constexpr(tl.PropagateNan.ALL)  # NaN stays NaN, so that the output shows it
 FENCE = not triton.knobs.runtime.interpret  # the interpreter has no assembler
 
 
@@ -34,6 +38,10 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
     elif ACTIVATION == _GEGLU:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate * tl.sigmoid(2 * inner) * up  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    elif ACTIVATION == _SWIGLUOAI:
+        gate = tl.minimum(gate, _LIMIT, propagate_nan=_NAN)
+        up = tl.clamp(up, -_LIMIT, _LIMIT, propagate_nan=_NAN)
+        return gate * tl.sigmoid(gate * _ALPHA) * (up + 1)
     else:
         positive = tl.maximum(gate, 0.0)
         return positive * positive
@@ -89,14 +97,15 @@ def _added(total, a, b, scale, SWAP: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["ENTRIES"])
 def _gemm1(
-    x, xs, w, ws, a13, a2, table, starts, stops, order, h, hs, descriptor,
+    x, xs, w, ws, a13, a2, bias, table, starts, stops, order, h, hs, descriptor,
     ENTRIES,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, SWAP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FP8_MAX: tl.constexpr, TINY: tl.constexpr,
     FENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h = act(x · w13ᵀ), as codes where its scales are known, for BM pairs of one expert, BN columns of gate and up."""
+    """h = act(x · w13ᵀ + bias), as codes where its scales are known, for BM pairs of one expert, BN columns of gate and
+    up. `bias` is None where there is none, and the kernel then has no such parameter."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -157,6 +166,11 @@ def _gemm1(
         gate *= of_row[:, None] * _weight_scale(ws, expert, GATE, n, I, F, 2 if GATED else 1, PER_TENSOR)[None, :]
         if GATED:
             up *= of_row[:, None] * _weight_scale(ws, expert, 1 - GATE, n, I, F, 2, PER_TENSOR)[None, :]
+    if bias is not None:
+        of_expert = bias + expert * F + n
+        if GATED:  # after gate's, registers would spill (tests/unit/test_kernels.py)
+            up += tl.load(of_expert + (1 - GATE) * I, mask=n < I, other=0.0)[None, :]
+        gate += tl.load(of_expert + GATE * I, mask=n < I, other=0.0)[None, :]
     out = activated(gate, up, ACTIVATION)
     if not WHOLE:
         out = tl.where((n < I)[None, :], out, 0.0)  # columns read beyond the half must not count in the scale
@@ -182,17 +196,18 @@ def _weight_scale(
 
 @triton.jit(do_not_specialize=["ENTRIES", "P"])
 def _gemm2(
-    h, hs, w, ws, a2, table, starts, stops, order, out, descriptor,
+    h, hs, w, ws, a2, bias, table, starts, stops, order, out, descriptor,
     ENTRIES, P, START,
     H: tl.constexpr, I: tl.constexpr, LENGTH: tl.constexpr, KIND: tl.constexpr, PER_TENSOR: tl.constexpr,
     SWAP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TWICE: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr, FENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[part, pair] = h · w2ᵀ over one of SPLIT_K parts of the sum, for BM pairs of one expert, SPLIT of which make
-    one of GEMM1's tiles, and BN of the LENGTH columns from START on, or twice as many in two products that share their
-    rows: one product so wide would need two of its accumulators. SPAN such tiles follow each other in one loop, so that
-    short ones don't wait for their first loads and last stores."""
+    """out[part, pair] = h · w2ᵀ over one of SPLIT_K parts of the sum, plus `bias` (None where there is none) in the
+    first of them, for BM pairs of one expert, SPLIT of which make one of GEMM1's tiles, and BN of the LENGTH columns
+    from START on, or twice as many in two products that share their rows: one product so wide would need two of its
+    accumulators. SPAN such tiles follow each other in one loop, so that short ones don't wait for their first loads and
+    last stores."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -252,23 +267,28 @@ def _gemm2(
                 right = _added(right, a, b, 0.0, SWAP, False)
         if SPAN > 1:  # noqa: SIM102  # known when it is compiled
             if step % STEPS == STEPS - 1:
-                _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, END, H, KIND, PER_TENSOR, SWAP)
+                _store_rows(
+                    out, left, hs, a2, ws, bias, part, expert, pair, at_row, real, n, END, H, KIND, PER_TENSOR, SWAP
+                )
                 left = tl.zeros_like(left)
                 if TWICE:
                     _store_rows(
-                        out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, END, H, KIND, PER_TENSOR, SWAP
-                    )
+                        out, right, hs, a2, ws, bias, part, expert, pair, at_row, real, n + BN, END, H, KIND,
+                        PER_TENSOR, SWAP,
+                    )  # fmt: skip
                     right = tl.zeros_like(right)
     if SPAN == 1:
         n = START + column * WIDTH + tl.arange(0, BN)
-        _store_rows(out, left, hs, a2, ws, expert, pair, at_row, real, n, END, H, KIND, PER_TENSOR, SWAP)
+        _store_rows(out, left, hs, a2, ws, bias, part, expert, pair, at_row, real, n, END, H, KIND, PER_TENSOR, SWAP)
         if TWICE:
-            _store_rows(out, right, hs, a2, ws, expert, pair, at_row, real, n + BN, END, H, KIND, PER_TENSOR, SWAP)
+            _store_rows(
+                out, right, hs, a2, ws, bias, part, expert, pair, at_row, real, n + BN, END, H, KIND, PER_TENSOR, SWAP
+            )
 
 
 @triton.jit
 def _store_rows(
-    out, y, hs, a2, ws, expert, pair, at_row, real, n, end, H: tl.constexpr, KIND: tl.constexpr,
+    out, y, hs, a2, ws, bias, part, expert, pair, at_row, real, n, end, H: tl.constexpr, KIND: tl.constexpr,
     PER_TENSOR: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     if SWAP:
@@ -279,6 +299,8 @@ def _store_rows(
         else:
             of_row = tl.load(a2 + expert) + tl.zeros_like(at_row).to(tl.float32)
         y *= of_row[:, None] * _weight_scale(ws, expert, 0, n, H, H, 1, PER_TENSOR)[None, :]
+    if bias is not None:
+        y += tl.load(bias + expert * H + n, mask=(n < end) & (part == 0), other=0.0)[None, :]
     tl.store(out + pair[:, None] * H + n[None, :], y.to(out.dtype.element_ty), mask=real[:, None] & (n < end)[None, :])
 
 
@@ -370,7 +392,8 @@ class TritonPipeline(Pipeline):
             (self.entries * cdiv(experts.width, config.bn1), 1, 1),
             (
                 *(values, scales, experts.w13_eFH, *map(self.or_nothing, (experts.s13, experts.a13, experts.a2))),
-                *(*self.lists, self.h, self.hs, self._tiles(1, experts.w13_eFH, config.bn1, config.bk1)),
+                *(experts.b13_eF, *self.lists, self.h, self.hs),
+                self._tiles(1, experts.w13_eFH, config.bn1, config.bk1),
             ),
             (self.entries,),
             (
@@ -389,7 +412,7 @@ class TritonPipeline(Pipeline):
             (self.entries * config.split2 * columns, config.split_k, 1),
             (
                 *(self.h, self.hs, experts.w2_eHi, *map(self.or_nothing, (experts.s2, experts.a2))),
-                *(*self.lists, self.out, self._tiles(2, experts.w2_eHi, config.bn2, config.bk2)),
+                *(experts.b2_eH, *self.lists, self.out, self._tiles(2, experts.w2_eHi, config.bn2, config.bk2)),
             ),
             (self.entries, self.pairs, start),
             (

@@ -61,7 +61,8 @@ def launch(
     **options: Any,
 ) -> None:
     """kernel[grid](*tensors, *integers, *constants, **options), for kernels whose parameters come in that order. The
-    last tensor may be a TMA descriptor.
+    last tensor may be a TMA descriptor, and one between the first and the last None, which Triton compiles as a
+    constant.
 
     The key holds all that Triton compiles differently for: constants, options by name, dtypes, whether an address or
     integer is a multiple of 16, whether an integer is 1 or needs 64 bits.
@@ -85,8 +86,8 @@ def launch(
         plain[0].device.index,
         constants,
         *options.items(),
-        *[tensor.dtype for tensor in plain],
-        *[tensor.data_ptr() & 15 == 0 for tensor in plain],
+        *[None if tensor is None else tensor.dtype for tensor in plain],
+        *[tensor is None or tensor.data_ptr() & 15 == 0 for tensor in plain],
         *described,
         *[-1 if value >> 31 else 1 if value == 1 else 16 * (value & 15 == 0) for value in integers],
     )
