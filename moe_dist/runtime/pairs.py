@@ -63,7 +63,9 @@ class Doors:
                     self._listeners.append(listener)
                     doors.append((each.name, address, listener.getsockname()[1]))
                     loopbacks |= {each.name} if each.loopback else set()
-                    threading.Thread(target=self._serve, args=(listener,), name=f"moe-dist-door-{address}", daemon=True).start()
+                    threading.Thread(
+                        target=self._serve, args=(listener,), name=f"moe-dist-door-{address}", daemon=True
+                    ).start()
         self.place = Place(member, socket.gethostname(), self._token, tuple(doors), frozenset(loopbacks))
 
     def close(self) -> None:
