@@ -13,8 +13,8 @@ from moe_dist.errors import InstallationError
 
 @dataclass(frozen=True)
 class Package:
-    """`name`: as it is installed. `checked`: the versions that its interfaces were read and tried in. `extras`: of ours,
-    which bring it."""
+    """`name`: as it is installed. `checked`: the versions that its interfaces were read and tried in. `extras`: our own
+    ones that bring it."""
 
     name: str
     checked: tuple[str, ...]
