@@ -4,7 +4,8 @@
 #   launch/submit.sh compare --model Qwen3-30B-A3B worlds=[4] --out results/qwen3.json
 #   launch/submit.sh --fetch JOB --out FILE    the results of a job that went on when this was interrupted
 #
-# The file of --out is written here: the job's log carries it home (launch/carry.py).
+# The file of --out is written here: the job's log carries it home (launch/carry.py). Other files that a command writes
+# stay on the cluster.
 #
 # RAY_ADDRESS          the dashboard's URL (default http://127.0.0.1:8265)
 # RAY_AUTH_TOKEN_PATH  the file with the cluster's token (default ~/.ray/auth_token); or RAY_AUTH_TOKEN, the token itself
@@ -24,12 +25,28 @@ fail() {
 [ $# -gt 0 ] || fail "give a moe-dist command, such as: launch/submit.sh run --ep 2"
 
 # --out names a file here, from where this was started; everything else is the job's.
-arguments=() out='' fetch='' resume=''
+arguments=() out='' fetch='' resume='' profile='' traces=''
 value() { # of the flag $1, which follows it
     [ -n "${2:-}" ] || fail "$1: give $3"
     echo "$2"
 }
+lasting() { # the flag or key $1 names $2, which is to be there when the job has ended
+    case $2 in
+        /*) ;;
+        *) fail "$1 ${2:-''}: would lie in the job's own folder, which ends with it; give an absolute path of the cluster's" ;;
+    esac
+}
 while [ $# -gt 0 ]; do
+    case $1 in
+        --lines | --record-routing | --result-filename | --profile-output-dir) lasting "$1" "${2:-}" ;;
+        --lines=* | --record-routing=* | --result-filename=* | --profile-output-dir=* | record_routing=*)
+            lasting "${1%%=*}" "${1#*=}"
+            ;;
+    esac
+    case $1 in
+        --profile) profile=1 ;;
+        --profile-output-dir*) traces=1 ;;
+    esac
     case $1 in
         --out | --out=*)
             [ -z "$out" ] || fail "--out is given twice"
@@ -45,6 +62,7 @@ done
 case $out in '' | /*) ;; *) out=$started_in/$out ;; esac
 [ -z "$resume" ] || fail "--resume: the job can't read a results file of this machine; submit what is missing anew"
 case ${arguments[0]:-} in tune) [ -z "$out" ] || fail "--out: of tune it is a folder, and one file comes home" ;; esac
+[ -z "$profile" ] || [ -n "$traces" ] || fail "--profile: give --profile-output-dir too, an absolute path of the cluster's"
 [ -z "$fetch" ] || [ -n "$out" ] || fail "--fetch $fetch: give --out FILE too"
 [ -z "$fetch" ] || [ ${#arguments[@]} -eq 0 ] || fail "--fetch $fetch: takes no command (${arguments[*]})"
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from math import log2
@@ -140,10 +141,15 @@ def read_table(path: Path) -> TuningTable:
 
 def cache_folder() -> Path:
     """What this user's machine keeps: MOE_DIST_CACHE, else $XDG_CACHE_HOME/moe_dist, else ~/.cache/moe_dist. Raises
-    ConfigError where none of them is."""
+    ConfigError where none of them is, and for a relative MOE_DIST_CACHE; a relative XDG_CACHE_HOME is passed over, as
+    its specification has it."""
     if given := os.environ.get("MOE_DIST_CACHE"):
-        return Path(given)
-    if given := os.environ.get("XDG_CACHE_HOME"):
+        with suppress(RuntimeError):  # ~ of a user that there is not
+            if (folder := Path(given).expanduser()).is_absolute():  # only a shell at the right place expands a ~
+                return folder
+        rule = "would be another folder in each working directory, and ranks may have one of their own"
+        raise ConfigError("MOE_DIST_CACHE", given, rule, "an absolute path, or one that begins with ~/")
+    if (given := os.environ.get("XDG_CACHE_HOME", "")) and Path(given).is_absolute():
         return Path(given) / "moe_dist"
     try:
         return Path.home() / ".cache" / "moe_dist"

@@ -16,9 +16,9 @@ from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import HOPPER, Machine
-from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
+from moe_dist.workloads.token_splits import most_tokens
 
 OURS = ("triton", "cutlass")  # what `compare` without a file takes on a Hopper GPU
 WHOLE = ("fused", "deep_gemm_mega")  # beside them, on several: another package's kernel of the whole layer
@@ -94,9 +94,11 @@ def settle_placements(
     graph = machine.device == "cuda" if experiment.modes is None else "graph" in experiment.modes
     taken: dict[str, None] = {}
     lines: dict[str, None] = {}
-    steps = product(experiment.models, experiment.worlds, experiment.token_layouts, experiment.tokens)
-    for model, world, layout, tokens in steps:
-        share = cdiv(tokens, world) if layout == "sharded" else tokens
+    steps = product(
+        experiment.models, experiment.worlds, experiment.token_layouts, experiment.token_splits, experiment.tokens
+    )
+    for model, world, layout, split, tokens in steps:
+        share = most_tokens(tokens, world, split, experiment.seed) if layout == "sharded" else tokens
         named = None if backends is None or AUTO in backends else backends
         placed = choose_placement(model, world, layout, graph, machine, share, exchanges, named)
         taken[f"tp{placed.parallel.tp}xep{placed.parallel.ep}"] = None

@@ -33,18 +33,22 @@ OLDER = {"token_split": "even"}  # what rows are that were written before there 
 @dataclass(frozen=True)
 class Change:
     """One row of both files. `explained_us`: what scatter explains of the difference; None where a row has none, as
-    with fewer than three rounds. `alike`: the ranks computed the same numbers of pairs, as far as the files say."""
+    with fewer than three rounds. `alike`: the ranks computed the same numbers of pairs, as far as the files say.
+    `wrong`: of old and new those whose row is out of tolerance: its time is that of something else."""
 
     label: str
     old_us: float
     new_us: float
     explained_us: float | None
     alike: bool
+    wrong: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """`slower`, `faster`, `same` where scatter explains the difference, `unknown` without scatter, and `other
-        routing` where one name stands for another draw of the routing."""
+        """`slower`, `faster`, `same` where scatter explains the difference, `unknown` without scatter, `other routing`
+        where one name stands for another draw of the routing, and `wrong numbers` where a row failed its check."""
+        if self.wrong:
+            return "wrong numbers"
         if not self.alike:
             return "other routing"
         if self.explained_us is None:
@@ -84,6 +88,11 @@ class Diff:
     @property
     def slower(self) -> int:
         return sum(change.verdict == "slower" for change in self.changes)
+
+    @property
+    def wrong(self) -> int:
+        """Rows of the new file that are out of tolerance."""
+        return sum("new" in change.wrong for change in self.changes)
 
 
 def read_results(path: str) -> dict[str, Any]:
@@ -149,7 +158,8 @@ def _change(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> Chang
     explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(times)) if len(scatters) == 2 else None
     pairs = [row.get("rows_per_rank") for row in (old, new)]
     alike = None in pairs or pairs[0] == pairs[1]
-    return Change(" ".join(_shown(name, old[name]) for name in names), *times, explained, alike)
+    wrong = tuple(name for name, row in (("old", old), ("new", new)) if row.get("ok") is False)
+    return Change(" ".join(_shown(name, old[name]) for name in names), *times, explained, alike, wrong)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -172,7 +182,7 @@ def diff_table(diff: Diff, everything: bool = False) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for change in sorted(shown, key=lambda each: each.old_us / each.new_us):
-        style = {"slower": "bold red", "faster": "green"}.get(change.verdict, "")
+        style = {"slower": "bold red", "wrong numbers": "bold red", "faster": "green"}.get(change.verdict, "")
         ratio = f"{change.new_us / change.old_us:.3f}"
         table.add_row(change.label, number(change.old_us), number(change.new_us), ratio, Text(change.verdict, style))
     return table

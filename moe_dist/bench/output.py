@@ -103,7 +103,7 @@ class File(Output):
 
     def write(self, text: str) -> None:
         with self.partial() as (partial, descriptor):
-            with open(descriptor, "w") as file:
+            with open(descriptor, "w", encoding="utf-8") as file:  # a page says that it is; the locale may be another's
                 file.write(text)
                 file.flush()
                 os.fsync(descriptor)  # a full disk or quota shows here at the latest
@@ -138,7 +138,7 @@ class File(Output):
                     raise
                 self._in_place = True  # a mount point of its own, as containers have them
         if self._in_place:
-            self.target.write_text(text)
+            self.target.write_text(text, encoding="utf-8")
 
     @contextlib.contextmanager
     def partial(self) -> Iterator[tuple[Path, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -46,10 +47,14 @@ def _ends_in_a_line(end: bytes) -> bool:
 
 
 def append_lines(path: str, results: Iterable[BenchResult]) -> None:
-    """All of them in one write, so that lines of two runs don't mix. Raises OutputError."""
+    """All of them in one write, so that lines of two runs don't mix. What a full disk has cut is taken back: half a
+    line would forbid to append another one. Raises OutputError."""
     text = "".join(json.dumps(result.model_dump(mode="json"), allow_nan=False) + "\n" for result in results)
     try:
         with open(path, "ab", buffering=0) as file:
-            file.write(text.encode())
+            before, data = file.seek(0, os.SEEK_END), text.encode()
+            if file.write(data) < len(data):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise OutputError(path, said(error)) from None

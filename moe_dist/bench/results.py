@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,7 @@ class Outcome:
 
 Layer = tuple[list[int], list[int]]  # rows and active experts by rank
 
+ABSOLUTE = re.compile(r"""(?:^|(?<=[=:,\['" ]))/(?!/)(?:[^/,'"\]]*/)*(?=[^/]+$|[^/]+[,'"\]])""")  # up to a file's name
 FEWEST_FOR_P99 = 100
 FEWEST_ROUNDS = 3  # whose medians say how far the median over all of them would scatter
 
@@ -263,9 +265,12 @@ def _program() -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """An absolute path says more about one machine than about the measurement; it may stand behind a key."""
+    """An absolute path says more about one machine than about the measurement; it may stand behind a key, behind
+    `file:` or `map:`, and in a list."""
     before, equals, value = argument.rpartition("=")
-    return before + equals + (Path(value).name if Path(value).is_absolute() else value)
+    if Path(value).is_absolute():
+        return before + equals + Path(value).name
+    return ABSOLUTE.sub("", argument)
 
 
 def commit() -> str:

@@ -236,7 +236,7 @@ class Provenance(Result):
     date: str = Field(description="UTC, 2026-11-27T21:13:12Z")
     commit: str = Field(description="of moe_dist, with `+changes` if files differed from it; `unknown` without git")
     code: str = Field(description="the first 32 digits of a SHA-256 over all files of the package")
-    command: str = Field(description="as it was typed, without folders")
+    command: str = Field(description="as it was typed, but absolute paths without their folders")
     machine: Hardware = Field(description="see below")
 
 

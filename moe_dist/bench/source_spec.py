@@ -28,7 +28,7 @@ class SourceSpec(Section):
         if self.checkpoint is None:
             if self.layer is not None:
                 rule = "is a layer of a checkpoint, and none is given"
-                raise ConfigError("source.layer", self.layer, rule, "source.checkpoint beside it")
+                raise ConfigError("source.layer", self.layer, rule, "--checkpoint or source.checkpoint beside it")
             return self
         folder(self.checkpoint)
         if self.layer is None:

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.folder import CONFIG_LIMIT, folder, read_json
@@ -16,6 +15,7 @@ from moe_dist.checkpoint.quantization import CONFIG_FILE, SECTION
 from moe_dist.checkpoint.reader import SINGLE_FILE, WEIGHT_FILES, Checkpoint
 from moe_dist.checkpoint.synthetic import stored_matrices
 from moe_dist.checkpoint.synthetic_configs import FP8_BLOCK
+from moe_dist.checkpoint.writing import write_tensors
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import BLOCK, ParallelSpec
@@ -50,7 +50,7 @@ def quantize_checkpoint(source: Path | str, directory: Path | str) -> Path:
         if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name != CONFIG_FILE:
             shutil.copyfile(path, target / path.name)
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, target / SINGLE_FILE, metadata={"format": "pt"})
+    write_tensors(tensors, target / SINGLE_FILE)
     return target
 
 

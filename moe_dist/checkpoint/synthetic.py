@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.config import ModelConfig, read_config
@@ -22,6 +21,7 @@ from moe_dist.checkpoint.pieces import BIAS
 from moe_dist.checkpoint.quantization import CONFIG_FILE
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.checkpoint.synthetic_configs import DENSE_FIRST, MODEL_TYPES, SECTIONS, Sizes, family_config
+from moe_dist.checkpoint.writing import write_tensors
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from moe_dist.model.spec import LEAST_SEED, MOST_SEED, MoESpec, QuantKind
 from moe_dist.model.weights import ExpertWeights, stack
@@ -50,7 +50,8 @@ def make_checkpoint(
     It holds config.json and the MLPs (router, experts, and what the family has of dense layers and shared experts), no
     attention, no embedding. The router loads experts unequally on Gaussian inputs. One shard is written as
     model.safetensors, more of them with an index. It is complete or not there at all: it is written beside `directory`
-    and renamed. Raises ConfigError (a size that can't work, a directory with other content) or UnsupportedError.
+    and renamed. Raises ConfigError (a size that can't work, a directory with other content), UnsupportedError, and
+    OSError where nothing can be written.
     """
     directory = folder(directory, "directory")
     parameters = {
@@ -145,7 +146,7 @@ def _write(directory: Path, config: dict[str, Any], seed: int, shards: int) -> N
     if not 1 <= shards <= len(tensors):
         raise ConfigError("shards", shards, f"there are {len(tensors)} tensors to share out", f"1 to {len(tensors)}")
     if shards == 1:
-        save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
+        write_tensors(tensors, directory / SINGLE_FILE)
         return
     files = {
         name: f"model-{number * shards // len(tensors) + 1:05d}-of-{shards:05d}.safetensors"
@@ -153,7 +154,7 @@ def _write(directory: Path, config: dict[str, Any], seed: int, shards: int) -> N
     }
     for file in dict.fromkeys(files.values()):
         held = {name: tensor for name, tensor in tensors.items() if files[name] == file}
-        save_file(held, directory / file, metadata={"format": "pt"})
+        write_tensors(held, directory / file)
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": files}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from moe_dist.bench.diff import Side, compare_results, diff_table, read_results
 from moe_dist.commands.flags import Json
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import say, show, to_standard_output
-from moe_dist.exits.exit_codes import OK, SLOWER
+from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE, SLOWER
 
 Old = Annotated[str, Parameter(help="Results file of --out, the earlier one.")]
 New = Annotated[str, Parameter(help="The later one.")]
@@ -42,7 +42,9 @@ def diff(old: Old, new: New, /, *, wide: Wide = False, json: Json = False) -> in
                 said.append(f"{counts['unknown']} have no scatter, so nothing is claimed")
             if counts["other routing"]:
                 said.append(f"{counts['other routing']} have another draw of the routing")
+            if counts["wrong numbers"]:
+                said.append(f"{counts['wrong numbers']} have wrong numbers, out of tolerance in one file at least")
             if found.alone:
                 said.append(f"{found.alone} are in one file only")
             console().print("; ".join(said) + ".")
-    return SLOWER if found.slower else OK
+    return OUT_OF_TOLERANCE if found.wrong else SLOWER if found.slower else OK

@@ -129,7 +129,9 @@ class Source:
         str | None, Parameter(help="Folder of a Hugging Face checkpoint; its own experts and router.")
     ] = None
     layer: Annotated[int | None, NUMBER, Parameter(help="Which layer of the checkpoint (default 0).")] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"] | None, Parameter(help="Default: auto.")] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, Parameter(help="auto, the default, takes GPUs where there are any.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.model is not None and self.checkpoint is not None:
@@ -154,7 +156,9 @@ class Configuration:
         Parameter(choices=TOKEN_SPLITS, help="Shares of sharded tokens: equal, drawn at random, or all on one rank."),
     ] = "even"
     skew: Annotated[str, Parameter(help=SKEWS_HELP)] = "uniform"
-    payload: Annotated[str, Parameter(help=f"How rows travel: {', '.join(PAYLOADS)}.")] = "auto"
+    payload: Annotated[
+        str, Parameter(help=f"How rows travel: {', '.join(PAYLOADS)}. auto is fp8 where model and backend take it.")
+    ] = "auto"
 
 
 @Parameter(name="*")

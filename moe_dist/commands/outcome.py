@@ -55,7 +55,7 @@ def print_next(console: Terminal, found: list[Answer]) -> None:
     """How to use the fastest of the largest step, and of the smallest where that is another placement."""
     if not found:
         return
-    if found[0].best[0].floor_us is None:
+    if _on_a_cpu(found[0].best[0]):
         console.print("CPU times say nothing about GPUs: run this on your GPUs.")
         return
     winners = {found[number].best[0].placement: found[number].best[0] for number in (0, -1)}
@@ -66,6 +66,11 @@ def print_next(console: Terminal, found: list[Answer]) -> None:
             for text in filter(None, lines):
                 console.print(f"  {name:<7} {printable(text)}", soft_wrap=True)
                 name = ""
+
+
+def _on_a_cpu(row: Row) -> bool:
+    """A GPU's rows have no floor where none of its kind was measured, but always memory."""
+    return row.max_memory is None and row.floor_us is None
 
 
 def print_rows(console: Terminal, outcome: Outcome, wide: bool = False) -> None:

@@ -19,7 +19,9 @@ from moe_dist.messages.printable import one_line, printable
 
 WIDTH = 80  # of tables where neither a terminal nor COLUMNS says how wide they may be
 LEVEL_OF = {"red": "error", "yellow": "warning"}  # of a line, by its colour
-NARROWEST, WIDEST = 20, 1000  # beyond, COLUMNS is a slip: with 0 rich prints nothing, with 1 it takes minutes
+# Beyond, COLUMNS is a slip, or the 0 of a terminal whose size nobody has set: with that rich prints nothing, with 1 it
+# takes minutes.
+NARROWEST, WIDEST = 20, 1000
 
 
 class Terminal(Console):
@@ -29,7 +31,7 @@ class Terminal(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
         if not NARROWEST <= self.width <= WIDEST:
-            self.width = min(max(self.width, NARROWEST), WIDEST)
+            self.width = WIDTH if self.width < NARROWEST else WIDEST
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

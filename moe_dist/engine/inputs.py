@@ -13,7 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from moe_dist.errors import ConfigError
-from moe_dist.model.routing import Routing
+from moe_dist.model.routing import Routing, check_own_memory
 from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.model.weights import ExpertWeights
 
@@ -106,8 +106,11 @@ def check_values(routing: Routing, spec: MoESpec, x_TH: Tensor | None = None) ->
     ):
         if count:
             token = int(places.nonzero()[0, 0])
-            if x_TH is not None and not bool(x_TH[token].isfinite().all()):
-                raise ConfigError("x", "NaN or infinite", f"of token {token}, which no router can route", FINITE)
+            if x_TH is not None:  # the layer's own router made it: the caller knows of no routing
+                finite = bool(x_TH[token].isfinite().all())
+                found = "finite, but too large" if finite else "NaN or infinite"
+                legal = "values whose products with the router's weight float32 holds" if finite else FINITE
+                raise ConfigError("x", found, f"of token {token}, which no router can route", legal)
             _refuse_first(name, values, places, legal)
 
 
@@ -168,6 +171,7 @@ def _check_dense(name: str, tensor: Tensor) -> None:
     if tensor.is_nested or tensor.layout != torch.strided:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise ConfigError(f"{name}.layout", layout, "must be a dense tensor", torch.strided)
+    check_own_memory(name, tensor)
 
 
 def plain_rows(x_TH: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Recorder:
         Raises ConfigError for what is no Routing, and for a number beyond that."""
         if not isinstance(routing, Routing):
             raise ConfigError("routing", type(routing).__name__, "is no Routing", "Routing(ids_TK, weights_TK)")
-        if not 0 <= layer <= len(self._layers):
+        if type(layer) is not int or not 0 <= layer <= len(self._layers):
             raise ConfigError("layer", layer, "layers are numbered without gaps", f"0 to {len(self._layers)}")
         if layer == len(self._layers):
             self._layers.append([])

@@ -13,17 +13,21 @@ from moe_dist.errors import InstallationError
 
 @dataclass(frozen=True)
 class Package:
-    """`name`: as it is installed. `checked`: the versions that its interfaces were read and tried in."""
+    """`name`: as it is installed. `checked`: the versions that its interfaces were read and tried in. `extras`: our own
+    ones that bring it."""
 
     name: str
     checked: tuple[str, ...]
+    extras: tuple[str, ...] = ()
 
     def installed(self) -> str:
         """Its version. Raises InstallationError where it is not installed."""
         try:
             return version(self.name)
         except PackageNotFoundError:
-            raise InstallationError(f"the package {self.name} is not installed; {self._against()}") from None
+            ways = " or ".join(f"pip install 'moe_dist[{extra}]'" for extra in self.extras)
+            how = f" ({ways})" if ways else ""
+            raise InstallationError(f"the package {self.name} is not installed{how}; {self._against()}") from None
 
     def optional(self, module: str, name: str) -> Any:
         """`name` of a module, or None where this version lacks one of both, or there is none."""

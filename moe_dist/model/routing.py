@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.model.spec import MoESpec
 
+OF_PLAIN_TENSORS: Any = Tensor.__torch_dispatch__  # nn.Parameter has it too
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,11 +92,21 @@ def check_bias(bias_E: Tensor, spec: MoESpec, values: bool, masks: bool = True) 
         raise ConfigError("router.bias", float(bias_E[expert]), rule, "finite values")
 
 
+def check_own_memory(field: str, tensor: Tensor) -> None:
+    """Raise ConfigError for a tensor that only stands for others, as a DTensor, a collective's result that has not come
+    and what a trace is made with do: a kernel would be given the address 0."""
+    kind: Any = type(tensor)
+    if kind.__torch_dispatch__ is not OF_PLAIN_TENSORS:
+        legal = "a plain torch.Tensor: to_local() of a DTensor, wait() of an AsyncCollectiveTensor"
+        raise ConfigError(field, kind.__name__, "stands for other tensors and has no memory of its own", legal)
+
+
 def check_floats(field: str, tensor: Tensor, device: torch.device | None = None) -> None:
     """Raise ConfigError unless it is a dense tensor of floats of two bytes or more, on a device where values lie, which
     is `device` if given."""
     if not isinstance(tensor, Tensor):
         raise ConfigError(field, type(tensor).__name__, "is no tensor", "a torch.Tensor")
+    check_own_memory(field, tensor)
     if tensor.dtype not in WEIGHT_DTYPES:
         legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
         raise ConfigError(f"{field}.dtype", tensor.dtype, "wrong dtype", legal)

@@ -111,6 +111,8 @@ def _start(spec: RaySpec) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     _reread_authentication()
     folder = _short_folder()
+    # Called before Ray's own, which was registered when Ray was imported; a signal may come while Ray starts, too.
+    atexit.register(_end_after_signal)
     try:
         with _limit(spec.start_timeout_s), _loopback_only():
             ray.init(
@@ -127,7 +129,6 @@ def _start(spec: RaySpec) -> None:
             ray.shutdown()
         found = f"none that starts ({first_line(error)})"
         raise ResourceError("Ray", "a cluster on this machine", found, f"Ray's logs are in {folder}.") from error
-    atexit.register(_end_after_signal)  # before Ray's own, which was registered when Ray was imported
     if places := _open_to_the_network():
         say(f"this release of Ray listens beyond 127.0.0.1 ({', '.join(places)}); its token is what guards it")
 
@@ -319,8 +320,8 @@ def _leave(code: int = CLUSTER_LOST) -> None:
 
 def _end_after_signal() -> None:
     """Where a signal has ended the command, its private cluster goes with it at once: Ray's shutdown takes five seconds
-    for that. All of its processes are children of this one."""
-    if (code := code_after_signal()) is None or not ray.is_initialized():
+    for that, and may crash on one that is half started. All of its processes are children of this one."""
+    if (code := code_after_signal()) is None:
         return
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

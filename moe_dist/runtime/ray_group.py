@@ -99,7 +99,8 @@ class RayGroup:
             self._actors.append(options.remote(number, self.world, self.device, os.environ.get(logs.VARIABLE)))
 
     def _rendezvous(self) -> None:
-        found = self._ask("where", self.spec.interface, timeout_s=self.spec.start_timeout_s)
+        asked = [actor.where.remote(self.spec.interface) for actor in self._actors]
+        found = self._get(asked, "first sign of life", self.spec.start_timeout_s)
         order = in_order(found)
         self._actors[:], self.places = [self._actors[n] for n in order], [found[n] for n in order]
         self._lookout.meet(self.places)
@@ -108,13 +109,13 @@ class RayGroup:
         named = self.spec.interface is not None
         addresses = [LOOPBACK if len(on_nodes) == 1 and not named else place["address"] for place in self.places]
         timeout_s = self.spec.collective_timeout_s
-        port = self._get([self._actors[0].serve.remote(addresses[0], timeout_s)], "serve", timeout_s)[0]
+        port = self._get([self._actors[0].serve.remote(addresses[0], timeout_s)], "opening the meeting", timeout_s)[0]
         given = addresses[0], port, self.nodes, timeout_s
         joining = [
             actor.join.remote(rank, own, named, *given)
             for rank, (actor, own) in enumerate(zip(self._actors, addresses, strict=True))
         ]
-        self._get(joining, "join", self.spec.start_timeout_s + timeout_s)
+        self._get(joining, "meeting the others", self.spec.start_timeout_s + timeout_s)
 
     def _patiently(self, wait: Callable[[float], Any], timeout_s: float, what: str) -> Any:
         """`wait(seconds)` again and again until it finds something or time is up; raises ClusterLost in between."""
@@ -127,12 +128,8 @@ class RayGroup:
             self._lookout.check_cluster("starting ranks")
             self._shown(f"waiting for {what}, {time.monotonic() - begin:.0f} of {timeout_s:.0f} s")
 
-    def _ask(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-        """Call a method on all ranks and wait for all."""
-        futures = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return self._get(futures, method, timeout_s)
-
     def _get(self, futures: Sequence[Any], op: str, timeout_s: float) -> list[Any]:
+        """Of all ranks; `op` says in words what they do."""
         pending = list(futures)
 
         stopped_at: dict[int, float] = {}

@@ -9,7 +9,7 @@ from itertools import product
 from moe_dist.balance.loads import RankLoads, rank_loads
 from moe_dist.bench.case import check_step, parse_placement
 from moe_dist.engine.plan import Plan
-from moe_dist.engine.planning import make_plan
+from moe_dist.engine.planning import AUTO, make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange.fused import pair_bytes
 from moe_dist.model.placement import Placement
@@ -56,6 +56,9 @@ def predictions(model: CostModel, cluster: Cluster, wanted: Wanted) -> tuple[lis
     if cluster.machine.name != model.gpu:
         rule = f"nothing is known of its GPUs: the rows were measured on {model.gpu}"
         raise ConfigError("machine", cluster.text, rule, f"GPUs of the kind {model.gpu}")
+    if AUTO in wanted.placements:
+        rule = "is what was fastest when measured, and of a machine that is not at hand nothing was"
+        raise ConfigError("experiment.placements", AUTO, rule, "tp, ep, and grids such as tp8xep4")
     found: list[Prediction] = []
     refused: dict[str, str] = {}
     for name, tokens in product(wanted.placements, sorted(set(wanted.tokens_per_rank))):

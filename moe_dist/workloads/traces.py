@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.errors import ConfigError, shown
+from moe_dist.errors import ConfigError, OutputError, shown
 from moe_dist.model.routing import WEIGHT_DTYPES, Routing
 from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.workloads.skew_names import LARGEST_TRACE, SKEWS, check_skew
@@ -170,8 +173,8 @@ def _steps(given: Tensor | None, rows: int, refuse: Callable[[str, str], ConfigE
 
 def save_trace(path: Path | str, layers: Sequence[Sequence[Routing]], over: bool = False) -> None:
     """What `file:PATH` reads, of each layer's routing in each step. `over`: a file that is there is replaced.
-    Raises ConfigError where layers differ in their numbers of rows, where no step was recorded, and for a file that is
-    there already or can't be written."""
+    Raises ConfigError where layers differ in their numbers of rows or in top_k, where no step was recorded, and for a
+    file that is there already; OutputError for one that can't be written."""
     steps = [[routing.tokens for routing in each] for each in layers]
     if not steps or not steps[0]:
         raise ConfigError("recording", "no step", "holds nothing that could be saved", "one step of a layer at least")
@@ -179,6 +182,10 @@ def save_trace(path: Path | str, layers: Sequence[Sequence[Routing]], over: bool
         if each != steps[0]:
             rule = f"layer {number} was recorded in steps of other numbers of rows than layer 0: {shown(steps[0])}"
             raise ConfigError("recording", shown(each), rule, "layers that run in the same steps")
+    widths = sorted({routing.ids_TK.shape[1] for each in layers for routing in each})
+    if len(widths) > 1:
+        rule = "experts a token: layers or steps of different top_k were recorded, and a file has one"
+        raise ConfigError("recording", widths, rule, "a recording of each")
     _save(path, {
         "ids": _rows([[routing.ids_TK for routing in each] for each in layers]).to(torch.int32),
         "weights": _rows([[routing.weights_TK for routing in each] for each in layers]).to(torch.float32),
@@ -200,13 +207,20 @@ def check_new(field: str, path: Path | str) -> None:
 
 
 def _save(path: Path | str, content: dict[str, Tensor], over: bool = False) -> None:
+    """Whole, or not at all: a half of it would be refused as a trace, and stand in the way of the next recording."""
     if not over:
         check_new("recording", path)
+    held = io.BytesIO()  # torch.save has errors of its own for a disk that is full
+    torch.save(content, held)
+    partial = Path(path).with_name(f".moe-dist-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with open(path, "wb" if over else "xb") as file:
-            torch.save(content, file)
+        partial.write_bytes(held.getbuffer())
+        partial.replace(path)
     except OSError as error:
-        raise ConfigError("recording", str(path), f"can't be written: {error.strerror}", "a new name") from None
+        raise OutputError(path, error.strerror or str(error)) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def join_traces(paths: Sequence[Path | str], into: Path | str) -> None:

@@ -271,7 +271,7 @@ class TestWithoutRanks:
         for other in COMMANDS if name is None else ():
             assert other in found.out
 
-    @pytest.mark.parametrize(("columns", "widest"), [("0", 20), ("1", 20), ("9" * 20, 1000)])
+    @pytest.mark.parametrize(("columns", "widest"), [("0", 80), ("1", 80), ("9" * 20, 1000)])
     def test_columns_that_are_a_slip(self, command, monkeypatch, columns, widest):
         monkeypatch.setenv("COLUMNS", columns)
         for arguments in (["diff", "--help"], ["plan"]):

@@ -18,6 +18,7 @@ import pytest
 
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime import cluster
+from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.probe import probe
 
 RAY_VARIABLES = ("RAY_", "TMPDIR")
@@ -182,6 +183,33 @@ def test_a_folder_that_sockets_do_not_fit_in(
         f"moe-dist: {name} = {base!r} can't hold Ray's sockets (at most 36 bytes of ASCII): using {chosen}\n"
     )
     chosen.rmdir()
+
+
+def test_a_signal_that_comes_while_ray_starts_ends_the_command_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own shutdown of a cluster that is half started took five seconds, and crashed now and then."""
+    happened: list[Any] = []
+
+    def interrupted(**_: Any) -> None:
+        happened.append("ray.init")
+        raise KeyboardInterrupt
+
+    for name in cluster.AUTHENTICATION:
+        monkeypatch.setenv(name, "before")  # which is there again afterwards, or not at all
+    monkeypatch.setattr(cluster, "_users_own", {})
+    monkeypatch.setattr(cluster, "_reread_authentication", lambda: None)
+    monkeypatch.setattr(cluster, "_short_folder", lambda: "/nowhere")
+    monkeypatch.setattr(cluster.ray, "init", interrupted)
+    monkeypatch.setattr(cluster.atexit, "register", happened.append)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._start(RaySpec())
+    end, *later = happened
+    assert later == ["ray.init"]
+    monkeypatch.setattr(cluster.psutil.Process, "children", lambda *_, **__: [])
+    monkeypatch.setattr(cluster, "_leave", happened.append)
+    end()  # no signal has come
+    monkeypatch.setattr(cluster, "code_after_signal", lambda: 130)
+    end()
+    assert happened[2:] == [130]
 
 
 def test_a_folder_that_can_not_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from dist.pool import Pool, group_of
 from tiny_models import FAMILIES, outputs, prompts, tiny
 
 from moe_dist import Comm
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.integrations.transformers import replace_experts
 from moe_dist.model.weights import quantize_weights, shard
 
@@ -144,3 +144,26 @@ def wrong_layout(comm: Comm) -> str:
 def test_batches_that_differ_where_they_are_said_to_be_one(ranks: Pool) -> None:
     """On a CPU ranks compare them. On a GPU they do so in the debug mode only."""
     assert all("must be the same on all ranks" in said for said in ranks.run(2, wrong_layout))
+
+
+def with_one_rank_s_expert_broken(comm: Comm) -> tuple[str, str, bool]:
+    model = tiny("deepseek_v3")
+    if comm.rank == 1:
+        experts = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+        experts[-1].down_proj.data[-1, 0, 0] = float("nan")
+    try:
+        replace_experts(model, token_layout="replicated", ep=comm.world, group=group_of(comm.world), timeout_s=20)
+    except (ConfigError, RankFailure) as error:
+        replaced = any(type(module).__name__ == "DistributedExperts" for module in model.modules())
+        return type(error).__name__, str(error), replaced
+    return "nothing", "", True
+
+
+def test_what_one_rank_refuses_is_known_to_all_before_anything_is_replaced(ranks: Pool) -> None:
+    """The others would wait for it in the model's first step."""
+    first, second = ranks.run(2, with_one_rank_s_expert_broken)
+    assert first[0] == "RankFailure"
+    assert "rank 1 failed in checking a model's experts" in first[1]
+    assert second[0] == "ConfigError"
+    assert "experts" in second[1]
+    assert (first[2], second[2]) == (False, False)

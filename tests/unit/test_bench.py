@@ -653,6 +653,24 @@ class TestFile:
         monkeypatch.setenv("MOE_DIST_COMMIT", "abc+changes")
         assert commit() == "abc+changes"
 
+    @pytest.mark.parametrize(
+        ("argument", "kept"),
+        [
+            ("/home/me/a.yaml", "a.yaml"),
+            ("--out=/home/me/a.json", "--out=a.json"),
+            ("file:/home/me/r.pt", "file:r.pt"),
+            ("skews=[uniform, file:/home/me/r.pt]", "skews=[uniform, file:r.pt]"),
+            ('placements=["map:/home/me/a.json","/b/c"]', 'placements=["map:a.json","c"]'),
+            ("ray.address=http://head:8265/api/x", "ray.address=http://head:8265/api/x"),
+            ("results/a.json", "results/a.json"),
+            ("/home/me/", "me"),
+            ("/models/my, odd/x", "x"),
+        ],
+    )
+    def test_a_command_is_kept_without_folders_of_this_machine(self, monkeypatch, argument, kept):
+        monkeypatch.setattr("sys.argv", ["moe-dist", argument])
+        assert provenance(CPU).command == f"moe-dist {kept}"
+
     def test_commit_of_a_checkout_and_of_something_else(self, monkeypatch):
         monkeypatch.delenv("MOE_DIST_COMMIT", raising=False)
         answers = {"rev-parse": "abc", "status": " M file"}

@@ -53,6 +53,18 @@ def test_another_draw_of_the_routing_is_no_regression():
     assert verdicts(compare_results(old, document({"p50_us": 200.0}))) == ["slower"]  # which does not say
 
 
+def test_a_row_out_of_tolerance_is_neither_faster_nor_slower(tmp_path, capsys):
+    for name, ok in (("right", True), ("unchecked", None), ("wrong", False)):
+        (tmp_path / name).write_text(json.dumps(document({"ok": ok, "p50_us": 100.0 if ok else 50.0})))
+    assert main(["diff", str(tmp_path / "right"), str(tmp_path / "unchecked")]) == 0
+    assert "1 faster" in capsys.readouterr().out
+    assert main(["diff", str(tmp_path / "right"), str(tmp_path / "wrong")]) == 1
+    assert "0 faster, 0 same; 1 have wrong numbers" in " ".join(capsys.readouterr().out.split())
+    assert main(["diff", str(tmp_path / "wrong"), str(tmp_path / "right"), "--json"]) == 0
+    (change,) = json.loads(capsys.readouterr().out)["changes"]
+    assert (change["wrong"], change["verdict"]) == (["old"], "wrong numbers")
+
+
 def test_rows_of_other_splits_are_never_compared():
     """Older files say nothing of splits; all of their rows are even."""
     ragged = {"token_split": "ragged", "p50_us": 200.0}

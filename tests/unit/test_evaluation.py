@@ -243,7 +243,9 @@ def test_without_transformers(said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_dist.integrations.package.version", _nowhere)
     make_checkpoint("made", hidden=128, intermediate=128, num_experts=4, top_k=2, layers=1)
     for words in (["eval", "made", "--logits", "9"], ["train-tiny", "new"]):
-        assert "the package transformers is not installed" in said(*words, code=TOO_SMALL)
+        told = said(*words, code=TOO_SMALL)
+        assert "the package transformers is not installed (pip install 'moe_dist[stacks]' or " in told
+        assert "pip install 'moe_dist[eval]'); this was checked against" in told
 
 
 def _nowhere(name: str) -> str:

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from moe_dist.comm import Comm
 from moe_dist.engine.layer import MoELayer
@@ -94,6 +95,32 @@ def test_wrong_routing_is_refused_by_name(message):
     with pytest.raises(ConfigError) as raised:
         layer_of()(x, WRONG_ROUTINGS[message](routing))
     assert str(raised.value).startswith(message)
+
+
+def test_a_tensor_without_memory_of_its_own_is_refused_wherever_it_is_given():
+    """As a DTensor is: on a GPU a kernel would read from the address 0. A Parameter is a plain one."""
+    x, routing = inputs()
+    layer = layer_of(router=Router(plan_of(), torch.randn(8, 128)))
+    ids, weights = AsyncCollectiveTensor(routing.ids_TK), AsyncCollectiveTensor(routing.weights_TK)
+    for field, call in (
+        ("x", lambda: layer(AsyncCollectiveTensor(x), routing)),
+        ("x", lambda: layer(AsyncCollectiveTensor(x))),
+        ("x", lambda: layer.router(AsyncCollectiveTensor(x))),
+        ("routing.ids", lambda: layer(x, Routing(ids, routing.weights_TK))),
+        ("routing.weights", lambda: layer(x, Routing(routing.ids_TK, weights))),
+    ):
+        with pytest.raises(ConfigError, match=rf"{field} = 'AsyncCollectiveTensor': .* \(legal: .*to_local\(\)"):
+            call()
+    layer(torch.nn.Parameter(x, requires_grad=False), routing)
+
+
+def test_a_token_that_the_own_router_can_t_weigh_is_the_token_s_fault():
+    layer = layer_of(router=Router(plan_of(), torch.ones(8, 128)))
+    x, _ = inputs()
+    for value, said in ((float("nan"), "NaN or infinite"), (3e38, "finite, but too large")):
+        x[3] = value
+        with pytest.raises(ConfigError, match=f"x = '{said}': of token 3, which no router can route"):
+            layer(x)
 
 
 @pytest.mark.parametrize("expert", [-2, -100, 8, 9, 2**31 - 1, -(2**31)])

@@ -238,6 +238,17 @@ class TestFullDisk:
         assert json.loads((tmp_path / "o.json").read_text()) == {"rows": [1]}
         assert names(tmp_path) == ["o.json"]
 
+    def test_a_page_is_utf_8_in_any_locale(self, tmp_path):
+        code = (
+            "import sys; from pathlib import Path; from moe_dist.bench.output import open_output\n"
+            "open_output(Path(sys.argv[1]), print).write('\\u00b5s \\u2500')"
+        )
+        environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+        command = [sys.executable, "-c", code, tmp_path / "o.html"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "o.html").read_bytes() == "\u00b5s \u2500".encode()
+
     def test_a_device_that_is_full(self, written, said):
         before = os.stat("/dev/full")
         output = written("/dev/full")

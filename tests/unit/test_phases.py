@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from unit.test_bench import CPU, row
+from unit.test_lines import no_more_than
 
 from moe_dist.bench.case import Case, Experiment
 from moe_dist.bench.diff import read_results
@@ -212,6 +213,16 @@ def test_a_file_that_can_t_be_written_costs_no_results(without_ranks, monkeypatc
     assert "throughput" in out
     assert "results:" not in out
     assert "r.jsonl can't be written: No space left on device" in err
+
+
+def test_a_disk_that_is_full_cuts_no_line(without_ranks, capsys):
+    """Without a word the system writes as much of it as there is room for."""
+    assert main([*SIZES, "--result-filename", "r.jsonl"]) == 1
+    before = Path("r.jsonl").read_bytes()
+    with no_more_than(len(before) + 100):
+        assert main([*SIZES, "--result-filename", "r.jsonl"]) == 6
+    assert "r.jsonl can't be written: No space left on device" in capsys.readouterr().err
+    assert Path("r.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("there", ["{}\n", '{"run_name": "a"}\n', "no JSON\n", "[" * 9999 + "\n", '{"run_name": 1'])

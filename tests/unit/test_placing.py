@@ -110,6 +110,14 @@ def test_an_experiment_gets_those_of_all_its_sizes() -> None:
         list(made.cases("cuda"))
 
 
+def test_a_step_is_as_large_as_its_busiest_rank_s_share() -> None:
+    write(records.user_folder(), "mine.json", *MINE)
+    made = Experiment(models=(SPEC,), worlds=(4,), placements=("auto",), tokens=(2048,), token_splits=("one_rank",))
+    found, (line,) = settle_placements(made, H200X4, ["triton"])
+    assert found.placements == ("tp1xep4",)
+    assert line.startswith("placement EP4 of 4 ranks, 2,048 tokens a rank: ")
+
+
 class TestPlan:
     def said(self, capsys: pytest.CaptureFixture[str], *words: str) -> str:
         assert cli.main(["plan", "--model", "DeepSeek-V3", "--machine", "h200x4", *words]) == OK

@@ -6,6 +6,7 @@ import pytest
 
 from moe_dist.commands import progress
 from moe_dist.commands.progress import Reporter
+from moe_dist.commands.terminal import terminal
 
 
 @pytest.fixture
@@ -42,3 +43,10 @@ def test_of_others_it_is_told_and_time_goes_on(reported):
 
 def test_steps_may_have_to_be_done_again(reported):
     assert reported((9, None), (12, None)) == "[2/14] measuring"
+
+
+@pytest.mark.parametrize(("columns", "width"), [("0", 80), ("1", 80), ("40", 40), ("99999", 1000)])
+def test_a_width_that_is_none_is_the_usual_one(columns, width, monkeypatch):
+    """As containers have it, whose terminal has no size yet."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert terminal().width == width

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from unit.test_lines import no_more_than
 
 from moe_dist import Recorder
 from moe_dist.bench.case import Case, Experiment
@@ -18,7 +19,7 @@ from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.planning import make_plan
 from moe_dist.engine.router import Router
 from moe_dist.engine.stack import MoEStack
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, OutputError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
@@ -119,6 +120,8 @@ def test_what_can_not_be_recorded_is_refused() -> None:
         layer(tokens(3), captured=True)
     with pytest.raises(ConfigError, match="layer = 2: layers are numbered without gaps"):
         Recorder().add(routing_of(1, 0), layer=2)
+    with pytest.raises(ConfigError, match="layer = '0': layers are numbered without gaps"):
+        Recorder().add(routing_of(1, 0), layer="0")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="routing = 'tuple'"):
         Recorder().add((1, 2))  # type: ignore[arg-type]
 
@@ -140,6 +143,25 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its folder is not there"):
         recorder.save(tmp_path / "none" / "r.pt")
     assert path.read_text() == "mine"
+
+
+def test_a_recording_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
+    """Half of one would be no trace, and would be in the way of the next."""
+    path, recorder = tmp_path / "r.pt", Recorder()
+    recorder.add(routing_of(500, 0))
+    with no_more_than(1000), pytest.raises(OutputError, match=r"r\.pt can't be written: File too large"):
+        recorder.save(path)
+    assert list(tmp_path.iterdir()) == []
+    recorder.save(path)
+    assert read_trace(SPEC, f"file:{path}").rows == 500
+
+
+def test_routings_of_two_models_are_no_one_recording(tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.add(routing := routing_of(3, 0))
+    recorder.add(Routing(routing.ids_TK[:, :1], routing.weights_TK[:, :1]))
+    with pytest.raises(ConfigError, match=r"recording = \[1, 2\]: experts a token"):
+        recorder.save(tmp_path / "r.pt")
 
 
 def test_ranks_recordings_become_one_in_the_order_of_their_tokens(tmp_path: Path) -> None:

@@ -66,3 +66,8 @@ def test_each_placement_that_wins_at_an_end_is_told_once():
 
 def test_a_cpu_does_not_answer_for_gpus():
     assert "your GPUs" in " ".join(" ".join(said([row(tp=2), row(ep=2)])).split())
+
+
+def test_a_gpu_without_recorded_peaks_is_no_cpu():
+    rows = [row(tp=2, p50=50.0, max_memory=1 << 30), row(ep=2, p50=90.0, max_memory=1 << 30)]
+    assert said(rows)[0] == "To use TP2, the fastest at 64 tokens:"

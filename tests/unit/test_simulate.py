@@ -287,6 +287,8 @@ class TestPredictions:
         wanted = Wanted(find_model("DeepSeek-V3"), ("ep",), ("ag_rs",), ("cutlass",), (8,))
         with pytest.raises(ConfigError, match="nothing is known of its GPUs"):
             predictions(recorded, Cluster.named("h100x8", None), wanted)
+        with pytest.raises(ConfigError, match=r"placements = 'auto': .*nothing was \(legal: tp, ep, and grids"):
+            predictions(recorded, Cluster.named("h200x8", None), replace(wanted, placements=("auto",)))
         found, refused = predictions(
             recorded, Cluster.named("h200x8", None), replace(wanted, spec=find_model("Mixtral-8x7B"))
         )

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.test_lines import no_more_than
 
 from moe_dist.checkpoint import make_checkpoint
 from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError
+from moe_dist.exits.exit_codes import NOT_WRITTEN
 
 SIZES: dict[str, Any] = {"hidden": 128, "intermediate": 128, "num_experts": 8, "top_k": 2}
 
@@ -23,6 +26,13 @@ def cut(path: Path) -> None:
 def emptied(path: Path) -> None:
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"weight_map": {}}))
+
+
+def test_one_that_finds_no_room_is_said_to_be_no_fault_of_ours(tmp_path, capsys):
+    with no_more_than(100_000):
+        assert main(["demo-checkpoint", str(tmp_path / "made")]) == NOT_WRITTEN
+    assert "made can't be written: File too large" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])

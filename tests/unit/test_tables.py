@@ -226,6 +226,16 @@ class TestFind:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", "/home/me")
         assert user_folder() == Path("/home/me/.cache/moe_dist/tables")
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # to be passed over, says its specification
+        assert user_folder() == Path("/home/me/.cache/moe_dist/tables")
+        monkeypatch.setenv("MOE_DIST_CACHE", "~/own")  # as it comes from a file that no shell has read
+        assert user_folder() == Path("/home/me/own/tables")
+
+    @pytest.mark.parametrize("given", ["cache", "./cache", "~no-such-user/cache"])
+    def test_a_folder_that_depends_on_where_one_stands_is_refused(self, monkeypatch, given):
+        monkeypatch.setenv("MOE_DIST_CACHE", given)
+        with pytest.raises(ConfigError, match=r"MOE_DIST_CACHE = .*working directory.* \(legal: an absolute path"):
+            user_folder()
 
 
 class TestChoice:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.folder import folder
 from moe_dist.checkpoint.quantizing import quantize_checkpoint
+from moe_dist.checkpoint.writing import system_errors
 from moe_dist.errors import ConfigError
 from moe_dist.integrations.evaluation.sums import (
     END,
@@ -141,7 +142,8 @@ def _accuracy(model: Any, rows: Tensor) -> float:
 def _save(model: Any, into: Path) -> None:
     model.config.output_router_logits = False  # of use in training only
     needed("transformers.utils.logging", "disable_progress_bar")()
-    model.to(torch.bfloat16).save_pretrained(into)
+    with system_errors():
+        model.to(torch.bfloat16).save_pretrained(into)
     tokenizer().save_pretrained(into)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.integrations.transformers.comms import comm_of
 from moe_dist.integrations.transformers.forms import Form, check_structure, form_of, is_experts, tensors_of
-from moe_dist.integrations.transformers.settings import Settings
+from moe_dist.integrations.transformers.settings import AUTO, Settings
 from moe_dist.integrations.transformers.steps import Steps, check_inference, plan_of, routing_of
 from moe_dist.integrations.transformers.stored import StoredExperts
 from moe_dist.integrations.transformers.version import installed
@@ -27,6 +27,7 @@ from moe_dist.integrations.transformers.weights import as_they_lie, check_values
 from moe_dist.model.spec import TOKEN_LAYOUTS, ParallelSpec, QuantKind, TokenLayout
 from moe_dist.model.weights import ExpertWeights
 
+T = TypeVar("T")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 NO_CHECKPOINT = (
     "its experts are this rank's slices in moe_dist's own form, and no checkpoint has that form",
@@ -100,9 +101,10 @@ def replace_experts(
     `device`: of this rank's experts (default: its GPU under NCCL, else where they are). `progress` is called after each
     module.
 
-    Nothing is replaced unless all of it can be, on this rank. Raises ConfigError for an argument that can't be and for
-    weights that are not finite or all zeros, UnsupportedError for experts that moe_dist does not compute or a model
-    that is distributed already, InstallationError without transformers.
+    Nothing is replaced on any rank unless all of it can be, on all of them. Raises ConfigError for an argument that
+    can't be and for weights that are not finite or all zeros, UnsupportedError for experts that moe_dist does not
+    compute or a model that is distributed already, InstallationError without transformers. Where weights or what is
+    planned are refused on some ranks only, the others raise a RankFailure that says so.
     """
     installed()
     settings = Settings(exchange, backend, graph_buckets, timeout_s)
@@ -120,15 +122,25 @@ def replace_experts(
         spec = stored.spec(name, form, experts) if stored else spec_as(form.spec(name, experts), quant)
         return form, plan_of(spec, parallel, token_layout, settings, comm)
 
-    plans = {name: planned(name) for name in found}
-    for name, (form, plan) in plans.items():
-        _check_values(name, form, tensors_of(found[name]), plan.placement.experts_of(comm.rank))
+    def checked() -> None:
+        for name, (form, plan) in plans.items():
+            _check_values(name, form, tensors_of(found[name]), plan.placement.experts_of(comm.rank))
+
+    def replaced() -> None:
+        for name, (form, plan) in plans.items():
+            if stored:
+                shard = stored.shard(name, plan, comm.rank, comm.device)
+            else:
+                shard = _shard(model, name, form, plan, comm)
+            _replace(model, name, MoELayer(plan, shard, comm), settings)
+            if progress:
+                progress()
+
+    # What one rank alone refuses would leave the others waiting for it in the model's first step, for up to two hours.
+    plans = _together(comm, settings, lambda: {name: planned(name) for name in found})
+    comm.together("checking a model's experts", checked)
     found.clear()  # so that each is freed as it is replaced
-    for name, (form, plan) in plans.items():
-        shard = stored.shard(name, plan, comm.rank, comm.device) if stored else _shard(model, name, form, plan, comm)
-        _replace(model, name, MoELayer(plan, shard, comm), settings)
-        if progress:
-            progress()
+    comm.together("replacing a model's experts", replaced)
     _settle(model)
     return tuple(plans)
 
@@ -138,6 +150,11 @@ def _check_values(name: str, form: Form, tensors: Mapping[str, Tensor], held: Se
         check_values(form, as_they_lie(form, tensors), held)
     except ConfigError as error:
         raise error.of(f"{name}: {error.field}") from None
+
+
+def _together(comm: Comm, settings: Settings, plan: Callable[[], T]) -> T:
+    """Of all ranks, unless planning is collective by itself, as `auto` is."""
+    return plan() if AUTO in (settings.exchange, settings.backend) else comm.together("planning experts", plan)
 
 
 def _experts_of(model: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_dist.integrations.package import Package
 
-TRANSFORMERS = Package("transformers", ("5.24.0",))  # docs/integration.md says what with
+TRANSFORMERS = Package("transformers", ("5.24.0",), ("stacks", "eval"))  # docs/integration.md says what with
 MOE, FP8, EXPERT_PARALLEL = (
     "transformers.integrations.moe",
     "transformers.integrations.finegrained_fp8",

@@ -157,7 +157,7 @@ def library_path() -> Path:
     ResourceError where one of them is missing or too old, and ConfigError where there is no cache folder."""
     nvcc, (_, version) = find_nvcc(), find_headers()
     parts = [*FLAGS, _nvcc_says(nvcc), *map(str, version)]
-    parts += [source.read_text() for source in sorted(SOURCES.glob("*.cu*"))]
+    parts += [source.read_text(encoding="utf-8") for source in sorted(SOURCES.glob("*.cu*"))]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / "cutlass" / key / "moe_dist_gemm.so"
 
