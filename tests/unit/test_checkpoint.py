@@ -602,13 +602,15 @@ def test_synthetic_keeps_what_others_put_there(tmp_path: Path) -> None:
 def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def interrupted(*arguments: Any, **options: Any) -> None:
+    write = synthetic_module.write_tensors
+
+    def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        save_file(*arguments, **options)
+        write(*arguments)
 
-    monkeypatch.setattr(synthetic_module, "save_file", interrupted)
+    monkeypatch.setattr(synthetic_module, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_checkpoint(tmp_path / "model", hidden=128, intermediate=128)
     assert len(calls) == 2

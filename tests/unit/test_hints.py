@@ -24,7 +24,7 @@ SECTIONS = {"model": MoESpec, "ray": RaySpec, "source": SourceSpec}
 # Of the stacks that a plug-in is loaded by, which its errors name.
 OF_OTHERS = {
     "--moe-runner-backend", "--speculative-moe-runner-backend", "--moe-a2a-backend", "--enable-pdmux",
-    "--all2all-backend",
+    "--all2all-backend", "--max-restarts",
 }  # fmt: skip
 NOT_KEYS = ("experiment", "parallel", "workload", "case")  # sections of the code, not of the command
 
