@@ -85,7 +85,8 @@ def run(variant: Variant, ranks: int, arguments: list[str]) -> dict[str, Any] | 
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__,
             AS_RANK, json.dumps(variant.settings), "compare", "--runtime", "torchrun", "--out", str(out), *arguments,
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(variant.tree)}
+        path = os.pathsep.join([str(variant.tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
         done = subprocess.run(command, env=environment, cwd=variant.tree, stdout=subprocess.PIPE)
         if done.returncode or not out.exists():
             sys.stderr.buffer.write(done.stdout)
