@@ -42,7 +42,8 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
 
     softmax (Qwen3-MoE, Mixtral): top-k of the probabilities, divided by their sum if `renormalize`, which is the
     softmax of the top k logits (gpt-oss).
-    sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): likewise of the scores of each expert alone.
+    sigmoid (DeepSeek-V3 `noaux_tc`, Kimi-K2, GLM-4.x): likewise of the scores of each expert alone. Where nothing is
+    added to these, the top-k is that of the logits (Llama 4): from 17 on float32 has one sigmoid for all of them.
     With a correction bias (these, and ERNIE 4.5's softmax): top-k of score + `bias_E`, weights are the scores without
     the bias. With groups, only the `top_groups` best groups may be chosen. Under sigmoid a group is as good as the sum
     of its two best biased scores (DeepSeek-V3 technical report, arXiv 2412.19437, section 2.1.2), under softmax as its
@@ -66,6 +67,8 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
     logits = logits_TE.float()
     scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
     choice = scores if bias_E is None else scores + bias_E.float()
+    if spec.scoring == "sigmoid" and bias_E is None and spec.num_groups == 1:
+        choice = logits
     choice = choice.masked_fill(logits == float("-inf"), float("-inf"))
     if spec.num_groups > 1:
         choice = _mask_groups(choice, spec.num_groups, spec.top_groups, best=2 if spec.scoring == "sigmoid" else 1)
