@@ -33,6 +33,8 @@ def peer_plan(case: Case, machine: Machine) -> Plan:
     available = peer.available(machine.device)
     if not available.ok:
         raise UnsupportedError(what, [available.reason])
+    if case.model.weights_on_input:
+        raise UnsupportedError(what, ["weighs what comes out of experts, and model.weights_on_input is True"])
     if case.layers > 1:
         raise UnsupportedError(what, ["is measured as one layer, and this is a stack"])
     if case.graph and not peer.capturable:

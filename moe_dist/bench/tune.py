@@ -174,8 +174,8 @@ def draw_sample(plan: Plan, part: Part, shard: ExpertWeights, backend: Backend, 
     token_rows = tuple(TokenRows(x, slots, routing.weights_TK) for routing, slots in drawn)
     if seed == 0:
         scaled_by: ScaledBy = "all" if plan.payload == "fp8" else "computed"
-        whole = [(0, rows)]
-        expected_RH = oracle_partial(x_RH, first, shard, spec, placement, rank, whole, groups_RK, numerics, scaled_by)
+        whole, alone = [(0, rows)], spec.with_changes(weights_on_input=False)  # rows as a layer hands them to a backend
+        expected_RH = oracle_partial(x_RH, first, shard, alone, placement, rank, whole, groups_RK, numerics, scaled_by)
     else:
         backend.use_config(backend.default_config(part.problem, rows))
         expected_RH = backend.forward_alone(token_rows[0], plan.out_dtype).float()

@@ -151,7 +151,11 @@ def _outputs(context: RankContext, case: Case, x_nH: Tensor, routing: Routing, s
     for done, expert in enumerate(experts[comm.rank :: comm.world]):
         context.progress(f"{case.label}: whole expert {done + 1} of {cdiv(len(experts), comm.world)}")
         row, place = (ids == expert).nonzero(as_tuple=True)
-        y.index_add_(0, row, weights[row, place, None] * _through(x[row], make(expert), case))
+        weight_n1 = weights[row, place, None]
+        if case.model.weights_on_input:
+            y.index_add_(0, row, _through(weight_n1 * x[row], make(expert), case))
+        else:
+            y.index_add_(0, row, weight_n1 * _through(x[row], make(expert), case))
     if shared and comm.rank == 0:
         y += _through(x, make(None), case)
     return summed(comm, y)

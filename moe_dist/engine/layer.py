@@ -206,6 +206,8 @@ class MoELayer(nn.Module):
 
     def _dispatched(self, step: Step, path: Path, x_TH: Tensor, routing: Routing) -> tuple[TokenRows, Any]:
         exchange = path.exchange
+        if self.plan.spec.weights_on_input:
+            x_TH, routing = _on_input(step, x_TH, routing)
         rows, handle = exchange.dispatch(step, exchange.to_payload(step, x_TH, routing), routing)
         if exchange.form == "expert":
             with step.stages("dispatch"):
@@ -321,6 +323,16 @@ def _prepared(name: str, problem: Problem, weights: ExpertWeights) -> Backend:
     backend = BACKENDS.get(name)(problem)
     backend.prepare(weights)
     return backend
+
+
+def _on_input(step: Step, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+    """The tokens times their weights, of which each has one, and a routing with weights of 1. The product is made in
+    float32 and rounded once. A row without an expert may hold anything, as before."""
+    with step.stages("dispatch"):
+        scaled_TH = step.workspace.take(tuple(x_TH.shape), x_TH.dtype)
+        torch.mul(x_TH, routing.weights_TK, out=scaled_TH)
+        ones_TK = step.workspace.take(tuple(routing.weights_TK.shape), torch.float32).fill_(1.0)
+    return scaled_TH, Routing(routing.ids_TK, ones_TK)
 
 
 def _every_row(step: Step, rows: TokenRows, gate_1H: Tensor | None) -> TokenRows:

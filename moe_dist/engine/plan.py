@@ -175,6 +175,8 @@ class Plan:
         exchange, backend, bucket = self.exchange_class, BACKENDS.get(self.backend), max_tokens_per_rank
         given = self.spec, self.placement, self.payload, self.out_dtype
         forms: list[TensorSpec] = []
+        if self.spec.weights_on_input:  # the scaled tokens and weights of 1
+            forms += [((bucket, self.spec.hidden), self.spec.torch_dtype), ((bucket, 1), torch.float32)]
         change = change_of(self.token_layout, exchange, self.placement.world)
         if change is not None:
             forms += change.scratch(*given, bucket)

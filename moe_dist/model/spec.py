@@ -82,6 +82,9 @@ class MoESpec(Section):
     `shared_gate`: the model multiplies its shared expert's output by a sigmoid of the token (Qwen2-MoE, Qwen3-Next).
     `token_gate`: this is such a shared expert by itself, as `shared_spec` makes it; no layer of routed experts has one.
     `expert_bias`: both matrices of an expert have biases, and `router_bias`: the router's logits have one (gpt-oss).
+    `weights_on_input`: a token's weight multiplies what goes into its expert instead of what comes out, and a shared
+    expert gets the token as it came (Llama 4; Llama4TextMoe in modeling_llama4.py of transformers, vLLM's
+    apply_router_weight_on_input).
     """
 
     section: ClassVar[str] = "model"
@@ -100,6 +103,7 @@ class MoESpec(Section):
     routed_scaling: float = Field(default=1.0, strict=True, ge=LEAST_SCALING, le=MOST_SCALING, allow_inf_nan=False)
     activation: Activation = "swiglu"
     expert_bias: Flag = False
+    weights_on_input: Flag = False
     quant: QuantKind = "fp8_block"
     dtype: Literal["bf16", "fp32"] = "bf16"
     shared_experts: Literal["none", "replicated", "tp"] = "none"
@@ -134,6 +138,12 @@ class MoESpec(Section):
             )  # fmt: skip
         if self.shared_experts == "tp" and self.shared_gate:
             reason = "the model multiplies its shared expert by a sigmoid of the token, which its own rank computes"
+            raise UnsupportedError("model.shared_experts = 'tp'", [reason], ("none", "replicated"))
+        if self.weights_on_input and self.top_k != 1:
+            rule = f"a token goes into its expert times its weight, and with top_k {self.top_k} it has several of both"
+            raise ConfigError("model.weights_on_input", True, rule, (False,))
+        if self.shared_experts == "tp" and self.weights_on_input:
+            reason = "the rows that cross ranks are tokens times their weights, and a shared expert takes them without"
             raise UnsupportedError("model.shared_experts = 'tp'", [reason], ("none", "replicated"))
         if self.shared_experts != "none" and self.expert_bias:
             reason = "no known model has one beside experts with biases (model.expert_bias)"

@@ -42,11 +42,16 @@ def oracle_partial(
     `sources`: the runs of tokens that were quantized together (a dynamic per-tensor scale belongs to one of them, and
     is made from the rows that `scaled_by` names). Ids that are no expert's add nothing, whatever their weights hold.
     `groups_TK`: which expert group serves each pair. `numerics` None means exact: dequantized weights, float32
-    everywhere, no activation is quantized.
+    everywhere, no activation is quantized, and a token times its weight, where that is an expert's input, is not
+    rounded to the layer's dtype.
     """
     y_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
     exact = numerics is None or spec.quant == "none"
-    x = x_TH.float()
+    x, weights_TK = x_TH.float(), routing.weights_TK
+    if spec.weights_on_input:  # one expert a token: w2 · act(w13 · (weight x)), and nothing is left to weigh
+        x = x * weights_TK[:, 0].float().reshape(-1, 1)
+        x = x if numerics is None else x.to(spec.torch_dtype).float()
+        weights_TK = weights_TK.new_full(weights_TK.shape, 1.0)
     if not exact:
         turned = numerics is not None and numerics.reciprocal
         legal = (routing.ids_TK >= 0) & (routing.ids_TK < spec.num_experts)
@@ -65,7 +70,7 @@ def oracle_partial(
         here = (routing.ids_TK == expert) & (groups_TK == rank // placement.tp)
         token, place = here.nonzero(as_tuple=True)
         if len(token):
-            work.append((slot, token, routing.weights_TK[token, place]))
+            work.append((slot, token, weights_TK[token, place]))
 
     hidden = [_hidden(x[token], shard, slot, spec, numerics) for slot, token, _ in work]
     if not exact:

@@ -86,7 +86,9 @@ def _drawn(spec: MoESpec, tokens: int, skew: str, seed: int, number: int, step: 
     if kind == "single":
         ids[:, 1:] = -1
         logits[:, 1:] = float("-inf")
-    return Routing(ids.to(torch.int32), logits.softmax(-1) * spec.routed_scaling)
+    # A softmax over one place is 1, and where weights are an expert's inputs' a weight of 1 would hide that.
+    weights = logits.sigmoid() if spec.weights_on_input else logits.softmax(-1)
+    return Routing(ids.to(torch.int32), weights * spec.routed_scaling)
 
 
 def _draw(E: int, K: int, tokens: int, kind: str, argument: str, stream: Stream) -> Tensor:

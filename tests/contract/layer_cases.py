@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -58,14 +58,15 @@ class Inputs:
 @dataclass(frozen=True)
 class Case:
     """`bucket` is the caller's max_tokens_per_rank. `swap` gives the layer weights whose gate and up are exchanged,
-    `up_scale` is the factor between them. `exact`: all_to_all pads nothing. `nodes`: the ranks are told that so many of
-    them are on each node."""
+    `up_scale` is the factor between them. `turned`: the layer weighs the other side of an expert than its spec says.
+    `exact`: all_to_all pads nothing. `nodes`: the ranks are told that so many of them are on each node."""
 
     name: str
     plan: Plan
     inputs: Inputs
     bucket: int | None = None
     swap: bool = False
+    turned: bool = False
     up_scale: float = 0.25
     routed_by_layer: bool = False
     exact: bool = False
@@ -100,7 +101,7 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
     """This rank's output, its layer, and all tokens with their routing."""
     plan, spec, seed = case.plan, case.plan.spec, case.inputs.seed
     comm.nodes = case.nodes
-    x, routing = inputs_of(spec.hidden, spec.num_experts, spec.top_k, case.inputs)
+    x, routing = inputs_of(spec.hidden, spec.num_experts, spec.top_k, case.inputs, spec.weights_on_input)
     x = x.to(spec.torch_dtype)
     weights = _weights(spec, seed, case.up_scale)
     own = shard(swap_halves(weights) if case.swap else weights, plan.placement, comm.rank)
@@ -110,6 +111,8 @@ def _output(comm: Comm, case: Case) -> tuple[Tensor, MoELayer, Tensor, Routing]:
         router = Router(plan, gate)
         routing = router(x)
     layer = MoELayer(plan, own, comm, router=router, shared=_shared_part(case, comm.rank))
+    if case.turned:
+        layer.plan = replace(plan, spec=spec.with_changes(weights_on_input=not spec.weights_on_input))
     inner = getattr(layer.exchange, "inner", layer.exchange)
     if case.exact and isinstance(inner, AllToAll):
         inner.padding_up_to = -1
@@ -250,12 +253,14 @@ def swap_halves(weights: ExpertWeights) -> ExpertWeights:
 
 
 @lru_cache(maxsize=16)
-def inputs_of(hidden: int, num_experts: int, top_k: int, inputs: Inputs) -> tuple[Tensor, Routing]:
-    """All tokens, and who goes where: the same on every rank."""
+def inputs_of(
+    hidden: int, num_experts: int, top_k: int, inputs: Inputs, on_input: bool = False
+) -> tuple[Tensor, Routing]:
+    """All tokens, and who goes where: the same on every rank. `on_input`: weights differ though a token has one."""
     generator = torch.Generator().manual_seed(inputs.seed)
     tokens = sum(inputs.counts)
     x = torch.randn(tokens, hidden, generator=generator)
-    sizes = MoESpec(hidden=hidden, intermediate=16, num_experts=num_experts, top_k=top_k)
+    sizes = MoESpec(hidden=hidden, intermediate=16, num_experts=num_experts, top_k=top_k, weights_on_input=on_input)
     routing = synthetic_routing(sizes, tokens, inputs.skew, inputs.seed)
     hole = torch.rand(routing.ids_TK.shape, generator=generator) < inputs.holes
     if inputs.wild:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -48,6 +49,7 @@ SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4),
 FORMATS = [("none", "bf16"), ("none", "fp32")]
 FORMATS += [(quant, "bf16") for quant in ("fp8_block", "fp8_tensor_static", "fp8_tensor_dynamic", "fp8_channel")]
 LAYOUTS = ("sharded", "replicated")
+LLAMA4, ON_INPUT = "as Llama 4 has it", {"top_k": 1, "weights_on_input": True}
 SPREADING = [name for name in exchanges_here() if name != "local"]
 
 PLACEMENTS = [
@@ -153,9 +155,12 @@ def test_layer(pool: Pool, parallel: ParallelSpec, exchange: str, backend: str) 
         for activation in ("geglu", "relu2")
     ]
     wanted.append(("fp8_block", "bf16", "swigluoai", "auto", None))  # as gpt-oss has it, with biases
+    wanted.append(("fp8_block", "bf16", LLAMA4, "auto", None))
     cases = []
     for quant, dtype, activation, payload, combine in wanted:
-        sizes = {"intermediate": WIDTHS[parallel.tp], "num_experts": 10 if parallel.ep > 1 else 6}
+        sizes: dict[str, Any] = {"intermediate": WIDTHS[parallel.tp], "num_experts": 10 if parallel.ep > 1 else 6}
+        if activation == LLAMA4:
+            activation, sizes = "swiglu", sizes | ON_INPUT
         spec = spec_of(quant, dtype, activation=activation, expert_bias=activation == "swigluoai", **sizes)
         for layout in LAYOUTS:
             arguments = (spec, parallel, exchange, backend, layout, payload)
@@ -165,7 +170,7 @@ def test_layer(pool: Pool, parallel: ParallelSpec, exchange: str, backend: str) 
             plan = planned(*arguments, combine)
             assert (plan.payload, plan.exchange, plan.backend) == (travels, exchange, backend)
             assert plan.out_dtype == (torch.float32 if (combine or dtype) == "fp32" else torch.bfloat16)
-            name = f"{spec.quant_label} {activation} {layout} payload={payload} combine={combine}"
+            name = f"{spec.quant_label} {activation} top {spec.top_k} {layout} payload={payload} combine={combine}"
             # all_to_all takes each of its ways, the other exchanges pad.
             bucket = 40 if layout == "sharded" and combine == "fp32" else None
             exact = exchange == "all_to_all" and combine == "fp32"
@@ -208,6 +213,9 @@ EDGES: dict[str, tuple[ParallelSpec, dict[str, Any], dict[str, Any]]] = {
     "most ids are -1": (ParallelSpec(ep=4), {}, {"counts": (6, 0, 7, 3), "holes": 0.7}),
     "all ids are -1": (ParallelSpec(ep=2), {}, {"counts": (4, 3), "holes": 1.0}),
     "top_k 1": (ParallelSpec(ep=4), {"top_k": 1}, {"counts": (6, 0, 1, 3), "holes": 0.0}),
+    "weights on inputs": (ParallelSpec(ep=4), ON_INPUT, {"counts": (6, 0, 1, 3), "holes": 0.4}),
+    "weights on inputs of slices": (ParallelSpec(tp=2, ep=2), ON_INPUT, {"counts": (6, 0, 1, 3)}),
+    "weights on inputs, one token in all": (ParallelSpec(tp=2), ON_INPUT, {"counts": (0, 1), "holes": 0.0}),
     "top_k all experts": (ParallelSpec(ep=3), {"top_k": 6, "num_experts": 6}, {"counts": (4, 0, 3), "holes": 0.0}),
     "7 experts over 4": (ParallelSpec(ep=4), {"num_experts": 7}, {"counts": (4, 1, 0, 6)}),
     "5 experts over 8": (
@@ -273,6 +281,17 @@ def test_swapped_halves_are_seen(pool: Pool, parallel: ParallelSpec) -> None:
     assert not unseen, f"MOE_DIST_TEST_SEED={SEED}: {unseen}"
 
 
+@pytest.mark.parametrize("parallel", [ParallelSpec(tp=2), ParallelSpec(ep=2)], ids=lambda parallel: parallel.label)
+def test_a_weight_on_the_other_side_is_seen(pool: Pool, parallel: ParallelSpec) -> None:
+    """Of an expert whose input is weighed, and of one whose output is."""
+    inputs = Inputs((9, 7), SEED, holes=0.0)
+    right = [c for quant, dtype in FORMATS for c in everywhere(spec_of(quant, dtype, **ON_INPUT), parallel, inputs)]
+    wrong = [replace(case, turned=True) for case in right]
+    by_rank = pool.run(2, run_cases, wrong)
+    unseen = [case.name for case in wrong if not exact_error(case, by_rank) > 0.1]
+    assert not unseen, f"MOE_DIST_TEST_SEED={SEED}: {unseen}"
+
+
 @pytest.mark.parametrize("bucket", [11, PACKED_UP_TO, PACKED_UP_TO + 1])
 def test_bucket_given_by_the_caller(pool: Pool, bucket: int) -> None:
     """Every bucket gives what the oracle says, with replicas too: padding does not move a token to another copy."""
@@ -311,8 +330,10 @@ def test_every_pair_of_forms(pool: Pool, parallel: ParallelSpec) -> None:
 
 
 def test_layer_with_its_own_router(pool: Pool) -> None:
-    inputs = Inputs((4, 1, 0, 6), SEED)
-    check(pool, everywhere(spec_of(), ParallelSpec(tp=2, ep=2), inputs, routed_by_layer=True))
+    inputs, parallel = Inputs((4, 1, 0, 6), SEED), ParallelSpec(tp=2, ep=2)
+    check(pool, everywhere(spec_of(), parallel, inputs, routed_by_layer=True))
+    llama4 = spec_of(scoring="sigmoid", renormalize=False, **ON_INPUT)
+    check(pool, everywhere(llama4, parallel, inputs, routed_by_layer=True))
 
 
 @pytest.mark.parametrize(
@@ -333,6 +354,12 @@ def test_shared_experts(pool: Pool, parallel: ParallelSpec, how: str) -> None:
             continue
         plan = planned(spec, parallel, exchange, backend, layout, "auto", None)
         cases.append(Case(f"{how} {spec.quant_label} {exchange} {backend} {layout}", plan, inputs))
+        if how == "replicated" and (quant == "fp8_tensor_dynamic" or dtype == "fp32"):  # it gets tokens as they came
+            spec = spec_of(quant, dtype, shared_experts=how, shared_intermediate=448, **ON_INPUT)
+            plan = planned(spec, parallel, exchange, backend, layout, "auto", None)
+            cases.append(
+                Case(f"beside weights on inputs {spec.quant_label} {exchange} {backend} {layout}", plan, inputs)
+            )
     assert not EXCHANGES.get("all_to_all").every_token
     check(pool, cases)
 

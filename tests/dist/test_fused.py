@@ -28,8 +28,8 @@ SPEC = MoESpec(hidden=512, intermediate=256, num_experts=8, top_k=3)
 PAIR = {"exchange": "fused", "backend": "deep_gemm_mega"}
 
 
-def plan_of(world: int = 2, **changes: Any) -> Plan:
-    return make_plan(SPEC, ParallelSpec(ep=world), machine=CPU, **PAIR | changes)
+def plan_of(world: int = 2, spec: MoESpec = SPEC, **changes: Any) -> Plan:
+    return make_plan(spec, ParallelSpec(ep=world), machine=CPU, **PAIR | changes)
 
 
 def with_package(comm: Comm, newest: bool, function: Any, *given: Any) -> Any:
@@ -50,6 +50,9 @@ def test_it_computes_what_the_oracle_does(pool: Pool, newest: bool) -> None:
             Case("a bucket that is larger", plan_of(), Inputs((3, 4), 4), bucket=11),
             Case("nobody has any", plan_of(), Inputs((0, 0), 5)),
             Case("replicated", plan_of(token_layout="replicated"), Inputs((4, 3), 7)),
+            Case(
+                "weights on inputs", plan_of(spec=SPEC.with_changes(top_k=1, weights_on_input=True)), Inputs((4, 3), 9)
+            ),
         ]
     by_rank = pool.run(2, with_package, newest, run_cases, cases)
     assert failures(cases, by_rank) == []

@@ -95,6 +95,10 @@ class TestMeasured:
             ({"layout": "replicated"}, "equally many sharded tokens"),
             ({"tokens": 25}, "equally many sharded tokens"),
             ({"layers": 2}, "measured as one layer"),
+            (
+                {"model": SPEC.with_changes(top_k=1, weights_on_input=True)},
+                "weighs what comes out of experts, and model.weights_on_input is True",
+            ),
             ({"graph": True}, "CUDA graphs need CUDA"),
         ],
     )

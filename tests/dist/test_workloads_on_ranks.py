@@ -127,6 +127,20 @@ def test_rows_of_each_routing_agree_with_the_oracle(pool: Pool, chosen: Case) ->
     assert len(row.routing_p50_us) == (2 if "rotating" in row.skew else 0)  # so many iterations were there
 
 
+@pytest.mark.parametrize("exchange", ["ag_rs", "all_to_all", "all_reduce"])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_rows_of_a_layer_with_weights_on_inputs(pool: Pool, exchange: str, in_graph: bool) -> None:
+    """A stack of two, whose layers take their scratch one after the other, with ranks that have few tokens or none."""
+    model = SPEC.with_changes(
+        top_k=1, weights_on_input=True, shared_experts="replicated", shared_intermediate=128, quant="fp8_block"
+    )
+    chosen = case("zipf:1.2", "one_rank", model=model, exchange=exchange, grid={"tp": 2, "ep": 2}, layers=2)
+    row = row_of(pool, chosen, 2, in_graph)
+    assert (row.ok, row.graph, row.err_repeat) == (True, in_graph, 0.0), (row.err_oracle, row.err_whole, row.err_again)
+    assert row.err_whole is not None
+    assert row.err_whole < 1e-5
+
+
 def test_a_hot_rank_is_that_on_ranks_and_spreading_takes_it_away(pool: Pool) -> None:
     unchecked: Any = {"iters": 0, "check": False}
     assert row_of(pool, case("hot_rank:2x1.75", **unchecked)).imbalance == 1.75

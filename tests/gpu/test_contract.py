@@ -58,11 +58,13 @@ def experiments(world: int, shared: bool = False) -> dict[str, Experiment]:
     relu2 = find_model("Nemotron-H")
     biased = [small.with_changes(quant=kind, name=f"{kind} with biases", activation="swigluoai", expert_bias=True)
               for kind in ("fp8_block", "none")]  # fmt: skip
+    on_input = small.with_changes(name="weights on inputs", top_k=1, weights_on_input=True,
+                                  shared_experts="replicated", shared_intermediate=512)  # fmt: skip
     wanted = (
         Experiment(models=large, tokens=large_tokens, skews=("zipf:1.2",), **common),
         Experiment(models=[small], tokens=tokens, skews=("uniform", "single"), **fewer),
         Experiment(models=[small], tokens=(130,), skews=("hot:3",), token_layouts=("replicated",), **fewer),
-        Experiment(models=[*kinds, relu2, *biased], tokens=tokens, skews=("zipf:1.2",), **fewer),
+        Experiment(models=[*kinds, relu2, *biased, on_input], tokens=tokens, skews=("zipf:1.2",), **fewer),
     )
     return dict(zip(PARTS, wanted, strict=True))
 

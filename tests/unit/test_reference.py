@@ -1,7 +1,7 @@
 """The oracle against one token at a time in float64, and against itself under every placement."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -88,6 +88,8 @@ def brute_force(layer):
             if expert < 0:
                 continue
             w13, w2 = dense[expert]
+            if spec.weights_on_input:
+                x, weight = weight * x, 1.0
             inner, bias2 = w13 @ x, 0.0
             if spec.expert_bias:
                 inner, bias2 = inner + layer.weights.b13_eF[expert], layer.weights.b2_eH[expert]
@@ -122,6 +124,27 @@ def test_biases_against_brute_force(quant, activation):
         missed = [layer.weights.with_tensors(**{name: 0 * values})]
         y = oracle_layer(layer.x, layer.routing, missed, layer.spec, alone, [(0, 13)], groups, None)
         assert relative_error(y, expected) > 1e-3
+
+
+@pytest.mark.parametrize("quant", QUANT_KINDS)
+def test_weights_on_inputs_against_brute_force(quant):
+    """The exact one rounds nothing; the other one rounds the product to bf16 where tokens are bf16."""
+    layer = Layer.make(make_spec(quant, top_k=1, weights_on_input=True))
+    assert len(layer.routing.weights_TK.unique()) == 13
+    expected = brute_force(layer)
+    for parallel in GRIDS:
+        assert relative_error(layer.oracle(parallel, None), expected) < 1e-5
+        if quant != "none":
+            assert 5e-3 < relative_error(layer.oracle(parallel, Numerics()), expected) < 8e-2
+    layer.spec = layer.spec.with_changes(weights_on_input=False)
+    assert relative_error(layer.oracle(ParallelSpec(), None), expected) > 0.1
+    if quant != "none":
+        return
+    layer.spec = layer.spec.with_changes(weights_on_input=True, dtype="bf16")
+    layer.x = layer.x.bfloat16().float()
+    rounded = replace(layer, x=(layer.routing.weights_TK * layer.x).bfloat16().float())
+    rounded.routing = replace(layer.routing, weights_TK=torch.ones(13, 1))
+    assert torch.equal(layer.oracle(ParallelSpec(), Numerics()), rounded.oracle(ParallelSpec(), Numerics()))
 
 
 @pytest.mark.parametrize("biases", [False, True])

@@ -79,6 +79,15 @@ def test_a_gated_shared_expert_is_whole_on_every_rank():
         spec.with_changes(shared_experts="tp")
 
 
+def test_weights_on_inputs_go_with_one_expert_a_token():
+    one = MoESpec(**SIZES | {"top_k": 1}, shared_intermediate=16, weights_on_input=True)
+    assert not one.with_changes(shared_experts="replicated").shared_spec().weights_on_input
+    with pytest.raises(ConfigError, match=r"model\.weights_on_input = True: .*top_k 2.*legal: False"):
+        one.with_changes(top_k=2)
+    with pytest.raises(UnsupportedError, match=r"model\.shared_experts = 'tp'.*times their weights.*none, replicated"):
+        one.with_changes(shared_experts="tp")
+
+
 def test_a_gate_by_itself_is_of_a_shared_expert_only():
     with pytest.raises(ConfigError, match=r"model\.token_gate = True.*several experts"):
         MoESpec(**SIZES, token_gate=True)
