@@ -16,6 +16,8 @@ from moe_dist.checkpoint.family_rules import (
     ernie_layers,
     every_layer,
     gpt_oss,
+    llama4,
+    llama4_layers,
     minimax_m2,
     mixtral,
     nemotron_h,
@@ -48,6 +50,7 @@ class Family:
 
 
 OF_MIXTRAL = Names(block="block_sparse_moe", gate="w1", up="w3", down="w2", fused=None)
+OF_LLAMA4 = Names(block="feed_forward", router="router.weight", shared="shared_expert", fused="transposed")
 OF_QWEN2 = Names(shared="shared_expert", shared_gate="shared_expert_gate.weight")
 LANGUAGE = "model.language_model"
 FAMILIES = {
@@ -66,6 +69,7 @@ FAMILIES = {
         ("GptOss",), gpt_oss, every_layer, Names(router="router.weight", fused="interleaved"),
         activations={"silu": "swigluoai"},
     ),
+    "llama4_text": Family(("Llama4",), llama4, llama4_layers, OF_LLAMA4, neutral={"intermediate_size_mlp": ANY}),
     "minimax_m2": Family(
         ("MiniMaxM2",), minimax_m2, every_layer,
         Names(block="block_sparse_moe", gate="w1", up="w3", down="w2", bias="e_score_correction_bias", fused=None),
@@ -101,6 +105,7 @@ WRAPPERS = {
     "kimi_k25": Wrapper(
         ("KimiK25",), {name: FAMILIES[name] for name in ("kimi_k2", "deepseek_v3")}, "language_model.model"
     ),
+    "llama4": Wrapper(("Llama4",), {"llama4_text": FAMILIES["llama4_text"]}, "language_model.model"),
     "qwen3_vl_moe": Wrapper(
         ("Qwen3VLMoe",),
         {"qwen3_vl_moe_text": Family(("Qwen3VLMoe",), always_normalized, qwen_layers, Names(fused="either"))},
@@ -114,13 +119,5 @@ WRAPPERS = {
 }  # fmt: skip
 MODEL_TYPES = (*FAMILIES, *WRAPPERS)
 
-ON_INPUT = (
-    "its router's score multiplies what goes into an expert, not what comes out, which is not the same behind an"
-    " activation, and no backend computes it"
-)
 # Known, and not computed by any backend.
-REFUSED = {
-    "llama4": ON_INPUT,
-    "llama4_text": ON_INPUT,
-    "deepseek_v4": "its experts' activation is clamped (swiglu_limit), and no backend computes that",
-}
+REFUSED = {"deepseek_v4": "its experts' activation is clamped (swiglu_limit), and no backend computes that"}

@@ -41,6 +41,14 @@ def _numbered(keys: Keys, moe: Callable[[int], bool]) -> list[bool]:
     return [moe(layer) for layer in range(count)]
 
 
+def _layer_numbers(keys: Keys, key: str) -> frozenset[int]:
+    """Those that a list holds; none where it is absent."""
+    listed = keys.get(key, list, [])
+    if not all(type(layer) is int for layer in listed):
+        raise CheckpointError(keys.path, f"key {key} = {shown(listed)} must hold layer numbers")
+    return frozenset(listed)
+
+
 def every_layer(keys: Keys) -> list[bool]:
     return _numbered(keys, lambda layer: True)
 
@@ -135,10 +143,7 @@ def qwen3_5(keys: Keys) -> Fields:
 
 
 def qwen_layers(keys: Keys) -> list[bool]:
-    listed, every = keys.get("mlp_only_layers", list, []), keys.integer("decoder_sparse_step", 1, least=1)
-    if not all(type(layer) is int for layer in listed):
-        raise CheckpointError(keys.path, f"key mlp_only_layers = {shown(listed)} must hold layer numbers")
-    dense = frozenset(listed)
+    dense, every = _layer_numbers(keys, "mlp_only_layers"), keys.integer("decoder_sparse_step", 1, least=1)
     return _numbered(keys, lambda layer: layer not in dense and (layer + 1) % every == 0)
 
 
@@ -171,6 +176,32 @@ def minimax_m2(keys: Keys) -> Fields:
     keys.must("use_routing_bias", True, "this family's router has a correction bias")
     sizes = _sizes(keys, ("num_local_experts", "num_experts"), "intermediate_size")
     return sizes | {"scoring": "sigmoid", "renormalize": True, "correction_bias": True}
+
+
+# Llama 4
+
+
+def llama4(keys: Keys) -> Fields:
+    """A sigmoid of the one best logit, by which the token is multiplied before it goes into its expert. The shared
+    expert is as wide as a routed one; the dense layers are intermediate_size_mlp wide."""
+    sizes = _sizes(keys, ("num_local_experts", "num_local_experts"), "intermediate_size")
+    keys.must("num_experts_per_tok", 1, "experts' inputs are weighed, which is computed for one expert a token only")
+    return sizes | {
+        "scoring": "sigmoid",
+        "renormalize": False,
+        "weights_on_input": True,
+        "shared_intermediate": sizes["intermediate"],
+    }
+
+
+def llama4_layers(keys: Keys) -> list[bool]:
+    """Those that moe_layers lists, whatever interleave_moe_layer_step says beside it. Without a list the last one of
+    each interleave_moe_layer_step layers."""
+    every = keys.integer("interleave_moe_layer_step", 1, least=1)
+    listed = _layer_numbers(keys, "moe_layers")
+    if keys.raw.get("moe_layers") is not None:
+        return _numbered(keys, lambda layer: layer in listed)
+    return _numbered(keys, lambda layer: (layer + 1) % every == 0)
 
 
 # ERNIE

@@ -90,7 +90,7 @@ class Layer:
     def transposed(self) -> bool:
         """Whether fused experts lie as [E, H, 2I] and [E, I, H]. Of the two shapes at least one tells."""
         if self.names.fused != "either":
-            return False
+            return self.names.fused == "transposed"
         spec = self.checkpoint.config.spec
         tensors = [f"{self.names.experts(self.number)}.{name}" for name in dict.fromkeys(FUSED.values())]
         self.checkpoint.require(tensors)

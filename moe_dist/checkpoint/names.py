@@ -15,7 +15,8 @@ class Names:
     with the matrices `gate` (None where experts have none) and `up` [I, H] and `down` [H, I].
 
     `fused`: how all experts of a layer may lie in one tensor, experts.gate_up_proj and experts.down_proj. `rows` is
-    [E, 2I, H] and [E, H, I]; `either` is that or transposed, [E, H, 2I] and [E, I, H]. Gate comes before up.
+    [E, 2I, H] and [E, H, I]; `transposed` is [E, H, 2I] and [E, I, H], as in Llama 4, and `either` one of both. Gate
+    comes before up.
     `interleaved` is always transposed and fused: even columns are gate's and odd ones up's, as in gpt-oss.
     `bias` is the router's correction bias and `logit_bias` that of its logits, where the model has them.
     `shared_gate` is the weight [1, H] of a sigmoid that multiplies the shared expert's output.
@@ -31,7 +32,7 @@ class Names:
     logit_bias: str = "router.bias"
     shared: str = "shared_experts"
     shared_gate: str | None = None
-    fused: Literal["rows", "either", "interleaved"] | None = "rows"
+    fused: Literal["rows", "transposed", "either", "interleaved"] | None = "rows"
 
     def module(self, layer: int) -> str:
         return f"{self.root}.layers.{layer}.{self.block}"

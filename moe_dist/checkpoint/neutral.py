@@ -74,7 +74,8 @@ def _of_layer(spec: MoESpec) -> dict[str, tuple[Any, ...]]:
         ): (spec.routed_scaling,),
         ("moe_k", "moe_topk", "moe_top_k", "num_experts_per_token"): (spec.top_k,),
         ("router_bias",): (spec.router_bias,),
-        ("apply_router_weight_on_input", "moe_apply_router_weight_on_input", "moe_drop_tokens"): (False,),
+        ("apply_router_weight_on_input", "moe_apply_router_weight_on_input"): (spec.weights_on_input,),
+        ("moe_drop_tokens",): (False,),
         ("router_logit_softcapping",): (),
         # the experts
         ("hidden_activation", "mlp_hidden_act", "moe_hidden_act", "activation_function"): ("silu",),

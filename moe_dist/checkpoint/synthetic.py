@@ -79,6 +79,8 @@ def _checked(parameters: dict[str, Any]) -> Sizes:
     if parameters["model_type"] == "gpt_oss" and parameters["quant"] != "none":
         what = f"quant {parameters['quant']!r} of a synthetic gpt_oss checkpoint"
         raise UnsupportedError(what, ["experts with biases are read as bf16 and float32 only"], ("none",))
+    if parameters["model_type"].startswith("llama4") and parameters["top_k"] != 1:
+        raise ConfigError("top_k", parameters["top_k"], "a token of Llama 4 goes to one expert", (1,))
     if not LEAST_SEED <= parameters["seed"] <= MOST_SEED:
         raise ConfigError("seed", parameters["seed"], "has more than 64 bits", f"{LEAST_SEED} to {MOST_SEED}")
     dense = parameters["model_type"] in DENSE_FIRST
@@ -177,7 +179,7 @@ def _tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
             continue
         yield from _router(module, names, spec, Stream("router", seed, layer))
         experts = [random_expert(spec, expert, seed, layer=layer) for expert in range(spec.num_experts)]
-        if names.fused in ("either", "interleaved") and not spec.quantized:
+        if names.fused in ("transposed", "either", "interleaved") and not spec.quantized:
             yield from _fused(f"{module}.experts", names, stack(experts))
         else:
             for number, expert in enumerate(experts):

@@ -151,6 +151,12 @@ def _gpt_oss(sizes: Sizes) -> Config:
     return own | {"experts_per_token": sizes.top_k, "moe_intermediate_size": None, "norm_topk_prob": None}
 
 
+def _llama4(sizes: Sizes) -> Config:
+    own: Config = {"intermediate_size": sizes.intermediate, "intermediate_size_mlp": sizes.dense_width}
+    own |= {"num_local_experts": sizes.num_experts, "moe_layers": list(range(1, sizes.layers))}
+    return own | {"moe_intermediate_size": None, "norm_topk_prob": None}
+
+
 def _ernie4_5_moe(sizes: Sizes) -> Config:
     return {
         "moe_num_experts": sizes.num_experts, "moe_k": sizes.top_k, "moe_num_shared_experts": 1, "use_bias": False,
@@ -182,6 +188,8 @@ _MADE: dict[str, tuple[str, Callable[[Sizes], Config]]] = {
     "qwen3_vl_moe": ("Qwen3VLMoe", _qwen3_vl_moe),
     "qwen3_5_moe": ("Qwen3_5Moe", _qwen3_5_moe),
     "mixtral": ("Mixtral", _mixtral),
+    "llama4": ("Llama4", _llama4),
+    "llama4_text": ("Llama4", _llama4),
     "minimax_m2": ("MiniMaxM2", _minimax_m2),
     "olmoe": ("Olmoe", _olmoe),
     "gpt_oss": ("GptOss", _gpt_oss),
@@ -189,4 +197,6 @@ _MADE: dict[str, tuple[str, Callable[[Sizes], Config]]] = {
     "nemotron_h": ("NemotronH", _nemotron_h),
 }
 MODEL_TYPES = tuple(_MADE)
-DENSE_FIRST = tuple(name for name in _MADE if name.startswith(("deepseek", "kimi", "glm4", "ernie", "nemotron")))
+DENSE_FIRST = tuple(
+    name for name in _MADE if name.startswith(("deepseek", "kimi", "glm4", "ernie", "nemotron", "llama4"))
+)

@@ -38,12 +38,15 @@ def output(comm: Comm, checkpoint: Path, options: dict[str, Any]) -> torch.Tenso
         ("qwen3_vl_moe", "none", 2, {"tp": 2}),
         ("gpt_oss", "none", 4, {"tp": 2, "ep": 2}),
         ("qwen3_next", "none", 2, {"ep": 2}),
+        ("llama4", "none", 4, {"tp": 2, "ep": 2}),
+        ("llama4_text", "fp8_channel", 2, {"ep": 2}),
     ],
 )
 def test_every_grid_gives_what_one_rank_gives(
     pool: Pool, tmp_path: Path, family: str, quant: Any, world: int, options: dict[str, Any]
 ) -> None:
-    directory = make_checkpoint(tmp_path / family, model_type=family, quant=quant, **SIZES)
+    sizes = SIZES | {"top_k": 1} if family.startswith("llama4") else SIZES
+    directory = make_checkpoint(tmp_path / family, model_type=family, quant=quant, **sizes)
     found = torch.cat(pool.run(world, output, directory, options))
     shared = "none" if options.get("shared_experts") == "none" else None
     alone = load_layer(directory, LAYER, shared_experts=shared)(tokens(0, 1))

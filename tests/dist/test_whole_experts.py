@@ -137,6 +137,25 @@ def another_seed() -> tuple[object, str, Any]:
     return moe_dist.bench.loading, "random_expert", drawn
 
 
+def weights_on_outputs() -> tuple[object, str, Any]:
+    """As if the oracle, and the exact layer with it, knew nothing of weights on inputs."""
+    import moe_dist.bench.check
+
+    partial = moe_dist.bench.check.oracle_partial
+
+    def other(x: Any, routing: Any, shard: Any, spec: MoESpec, *others: Any) -> torch.Tensor:
+        return partial(x, routing, shard, spec.with_changes(weights_on_input=False), *others)
+
+    return moe_dist.bench.check, "oracle_partial", other
+
+
+def tokens_as_they_came() -> tuple[object, str, Any]:
+    """As if the layer left the scaling of tokens out."""
+    import moe_dist.engine.layer
+
+    return moe_dist.engine.layer, "_on_input", lambda step, x, routing: (x, routing)
+
+
 Fault = Callable[[], tuple[object, str, Any]]
 
 
@@ -157,6 +176,7 @@ def row_of(pool: Pool, chosen: Case, fault: Fault | None = None) -> Row:
     return make_row(chosen, chosen.plan(MACHINE), merge(results), "torchrun")
 
 
+LLAMA4 = SPEC.with_changes(top_k=1, weights_on_input=True, shared_experts="replicated", **SHARED)
 RANDOM = [
     case(SPEC, tp=2),
     case(SPEC, exchange="local"),
@@ -167,6 +187,7 @@ RANDOM = [
     case(SPEC.with_changes(shared_experts="tp", **SHARED), ep=2),
     case(SPEC.with_changes(shared_experts="replicated", shared_gate=True, **SHARED), tp=2),
     case(SPEC, ep=2, replicas={0: [1], 7: [0]}),
+    case(LLAMA4, tp=2),
 ]
 
 
@@ -186,6 +207,7 @@ def test_random_weights_agree_with_whole_experts(pool: Pool, chosen: Case) -> No
         ({"model_type": "deepseek_v3"}, "tp", {"tp": 2}),
         ({"model_type": "qwen3_next"}, "replicated", {"ep": 2}),
         ({"model_type": "gpt_oss", "quant": "none"}, "none", {"tp": 2}),
+        ({"model_type": "llama4", "quant": "none", "top_k": 1}, "replicated", {"tp": 2}),
         ({"fused": True}, "none", {"tp": 2}),
         ({"fused": True, "quant": "none"}, "none", {"ep": 2}),
     ],
@@ -248,6 +270,16 @@ def test_random_shards_made_wrong_do_not_pass(pool: Pool, fault: Fault, chosen: 
     assert row.err_oracle < 1e-2
     assert row.err_whole > 10 * WHOLE_TOLERANCE
     assert row.ok is False
+
+
+def test_a_scaling_of_tokens_that_is_left_out_does_not_pass(pool: Pool) -> None:
+    of_oracle, of_layer = (
+        row_of(pool, case(LLAMA4, ep=2), fault) for fault in (weights_on_outputs, tokens_as_they_came)
+    )
+    assert of_oracle.err_whole > 0.05
+    assert of_layer.err_whole < WHOLE_TOLERANCE / 10
+    assert of_layer.err_oracle > 0.05
+    assert (of_oracle.ok, of_layer.ok) == (False, False)
 
 
 def test_every_copy_of_every_expert_is_compared_once() -> None:

@@ -95,6 +95,12 @@ def gpt_oss(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros_like(logits).scatter_(1, ids, values.softmax(1))
 
 
+def llama4(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Llama4Router: the sigmoid of the largest logit."""
+    values, ids = logits.max(1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(1, ids, 1 / (1 + (-values).exp()))
+
+
 @dataclass(frozen=True)
 class Form:
     weigh: Weigh
@@ -108,12 +114,18 @@ class Form:
     transposed: bool = False  # and fused, where it isn't quantized
     router: str = "gate"
     interleaved: bool = False  # gate and up in turns, with biases of experts and of the router
+    on_input: bool = False  # the router's weight multiplies what goes into an expert
+    top_k: int = K
 
 
 V3 = Form(deepseek_v3, bias="gate.e_score_correction_bias", shared="shared_experts")
 QWEN2 = Form(softmax(False), shared="shared_expert", gated_shared=True)
 MIXTRAL = Form(softmax(True), f"model.layers.{LAYER}.block_sparse_moe", "w1", "w3", "w2")
 INSIDE = f"model.language_model.layers.{LAYER}.mlp"
+LLAMA4 = Form(
+    llama4, f"language_model.model.layers.{LAYER}.feed_forward", shared="shared_expert", transposed=True,
+    router="router", on_input=True, top_k=1,
+)  # fmt: skip
 FORMS = {
     "deepseek_v2": Form(deepseek_v2, shared="shared_experts"),
     "deepseek_v3": V3,
@@ -133,6 +145,8 @@ FORMS = {
     "olmoe": Form(softmax(False)),
     "ernie4_5_moe": Form(ernie, bias="moe_statics.e_score_correction_bias", shared="shared_experts"),
     "gpt_oss": Form(gpt_oss, transposed=True, router="router", interleaved=True),
+    "llama4": LLAMA4,
+    "llama4_text": replace(LLAMA4, block=f"model.layers.{LAYER}.feed_forward"),
     "nemotron_h": Form(
         one_group(2.5), f"backbone.layers.{LAYER}.mixer", None, bias="gate.e_score_correction_bias",
         shared="shared_experts",
@@ -146,6 +160,10 @@ def stored(*formats: str) -> list[tuple[str, str]]:
             if quant == "none" or not form.interleaved]  # fmt: skip
 
 
+def sizes_of(model_type: str) -> dict[str, Any]:
+    return SIZES | {"top_k": FORMS[model_type].top_k}
+
+
 def test_every_family_is_tested() -> None:
     assert set(FORMS) == set(MODEL_TYPES) == set(MADE)
 
@@ -156,7 +174,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(model_type: str, quant: str = "none", **options: Any) -> Path:
         name = "-".join(map(str, (model_type, quant, *options.values())))
-        return make_checkpoint(root / name, model_type=model_type, quant=quant, **SIZES | options)
+        return make_checkpoint(root / name, model_type=model_type, quant=quant, **sizes_of(model_type) | options)
 
     return make
 
@@ -215,7 +233,7 @@ def dense(routing: Routing) -> torch.Tensor:
 
 def in_float32(directory: Path, model_type: str, **sizes: Any) -> Path:
     """A made checkpoint whose tensors are float32; config.json does not say which dtype they have."""
-    make_checkpoint(directory, model_type=model_type, quant="none", **SIZES | sizes)
+    make_checkpoint(directory, model_type=model_type, quant="none", **sizes_of(model_type) | sizes)
     config = json.loads((directory / "config.json").read_text())
     config.get("text_config", config).pop("torch_dtype")
     return edit(directory, config | ({} if "text_config" in config else {"torch_dtype": ...}), as_float)
@@ -237,7 +255,10 @@ def output_error(loaded: Path, written: Path, form: Form) -> float:
     tensors = load_file(written / FILE)
     layer = load_layer(loaded, LAYER)
     weights = weights_of(X, tensors, form)
-    wanted = sum(weights[:, [number]] * through(X, tensors, form, number) for number in range(E))
+    if form.on_input:
+        wanted = sum(through(weights[:, [number]] * X, tensors, form, number) for number in range(E))
+    else:
+        wanted = sum(weights[:, [number]] * through(X, tensors, form, number) for number in range(E))
     if form.shared:
         gate = tensors[f"{form.block}.shared_expert_gate.weight"].float() if form.gated_shared else None
         wanted = wanted + through(X, tensors, form, None) * (1.0 if gate is None else (X @ gate.T).sigmoid())
@@ -335,6 +356,10 @@ def test_every_tensor_of_a_layer_is_read_once(made: Any, family: str, quant: str
 
 def swapped(form: Form) -> Callable[[Tensors], Tensors]:
     def change(tensors: Tensors) -> Tensors:
+        if form.transposed and not form.interleaved:
+            turned = {name: torch.cat(value.chunk(2, -1)[::-1], -1)
+                      for name, value in tensors.items() if "gate_up" in name}  # fmt: skip
+            return tensors | turned
         if form.interleaved:
             turned = {name: value.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
                       for name, value in tensors.items() if "gate_up" in name}  # fmt: skip
@@ -348,7 +373,7 @@ def swapped(form: Form) -> Callable[[Tensors], Tensors]:
     return change
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_swapped_gate_and_up_would_be_seen(tmp_path: Path, family: str) -> None:
     right, wrong = (in_float32(tmp_path / name, family) for name in ("right", "wrong"))
     edit(wrong, None, swapped(FORMS[family]))
@@ -419,6 +444,67 @@ def test_biases_are_neither_left_over_nor_missing(tmp_path: Path) -> None:
     edit(directory, None, lambda tensors: tensors | {full: tensors[full] + torch.nan})
     with pytest.raises(CheckpointError, match=r"down_proj_bias, expert 0, holds NaN"):
         whole(directory, LAYER)
+
+
+@pytest.mark.parametrize("family", ["llama4", "llama4_text"])
+def test_a_weight_on_the_other_side_of_an_expert_would_be_seen(tmp_path: Path, family: str) -> None:
+    directory = in_float32(tmp_path / "model", family)
+    assert output_error(directory, directory, replace(FORMS[family], on_input=False)) > 0.03
+    assert output_error(directory, directory, replace(FORMS[family], weigh=softmax(False))) > 0.03
+
+
+def test_the_best_logit_is_chosen_where_sigmoids_are_1(tmp_path: Path) -> None:
+    """From 17 on float32 has one sigmoid for all logits."""
+    directory = in_float32(tmp_path / "model", "llama4")
+    router = f"{LLAMA4.block}.router.weight"
+    edit(directory, None, lambda tensors: tensors | {router: 200 * tensors[router]})
+    weights = weights_of(X, load_file(directory / FILE), LLAMA4)
+    assert int((weights == 1).sum()) > T / 2
+    assert output_error(directory, directory, LLAMA4) < 1e-5
+
+
+def test_what_is_left_over_missing_or_turned_in_llama4(tmp_path: Path) -> None:
+    block, sizes = LLAMA4.block, SIZES | {"model_type": "llama4", "quant": "none", "top_k": 1, "intermediate": 384}
+    for number, name in enumerate(("experts.down_proj", "router.weight", "shared_expert.up_proj.weight")):
+        directory = make_checkpoint(tmp_path / f"gap{number}", **sizes)
+        edit(directory, None, lambda tensors, gone=f"{block}.{name}": without(tensors, gone))
+        with pytest.raises(CheckpointError, match=rf"1 tensor is missing: {block}\.{name}"):
+            check_layer(directory, LAYER, shared=True)
+    directory = make_checkpoint(tmp_path / "no first", **sizes)
+    edit(directory, None, lambda tensors: without(tensors, f"{block}.experts.gate_up_proj"))
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing: .*experts\.0\.gate_proj\.weight"):
+        check_layer(directory, LAYER)
+    changes: list[tuple[str, Any, str]] = [
+        ("experts.gate_up_proj_bias", lambda bias: torch.ones(2), "nothing here reads"),
+        ("experts.0.up_proj.weight", lambda weight: torch.ones(2), "which of them counts is not said"),
+        ("router.bias", lambda bias: torch.ones(2), "nothing here reads"),
+        ("shared_expert_gate.weight", lambda gate: torch.ones(2), "nothing here reads"),
+        ("shared_experts.up_proj.weight", lambda weight: torch.ones(2), "nothing here reads"),
+        ("experts.gate_up_proj", lambda weight: weight.transpose(1, 2), r"has shape \(8, 768, 256\)"),
+        ("experts.down_proj", lambda weight: weight.transpose(1, 2), r"has shape \(8, 256, 384\)"),
+        ("router.weight", lambda weight: weight[1:], r"has shape \(7, 256\)"),
+    ]
+    for number, (name, change, said) in enumerate(changes):
+        directory, full = make_checkpoint(tmp_path / f"other{number}", **sizes), f"{block}.{name}"
+        edit(directory, None, lambda tensors, full=full, change=change: tensors | {full: change(tensors.get(full))})
+        with pytest.raises(CheckpointError, match=said):
+            check_layer(directory, LAYER, shared=True)
+    with pytest.raises(ConfigError, match=r"top_k = 2: a token of Llama 4 goes to one expert \(legal: 1\)"):
+        make_checkpoint(tmp_path / "two", **sizes | {"top_k": 2})
+    with pytest.raises(UnsupportedError, match=r"shared_experts.*times their weights.*supported: none, replicated"):
+        load_layer(make_checkpoint(tmp_path / "whole", **sizes), LAYER, shared_experts="tp")
+
+
+def test_llama4_is_quantized_when_it_is_loaded_and_written_anew(made: Any, tmp_path: Path) -> None:
+    bf16 = made("llama4")
+    wanted = load_layer(bf16, LAYER)(X.bfloat16()).float()
+    for quant in ("fp8_block", "fp8_channel", "fp8_tensor_dynamic"):
+        found = load_layer(bf16, LAYER, quant=quant)(X.bfloat16()).float()
+        assert 5e-3 < difference(found, wanted) < 8e-2, quant
+    written = quantize_checkpoint(bf16, tmp_path / "fp8")
+    assert layer_spec(written, LAYER) == layer_spec(bf16, LAYER, "fp8_block").with_changes(name="fp8")
+    again = load_layer(written, LAYER, shared_experts="none")(X.bfloat16())
+    assert torch.equal(again, load_layer(bf16, LAYER, shared_experts="none", quant="fp8_block")(X.bfloat16()))
 
 
 def test_what_can_not_be_made_of_experts_with_biases(made: Any, tmp_path: Path) -> None:

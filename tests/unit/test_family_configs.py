@@ -114,8 +114,33 @@ QWEN3_VL = {
     "vision_config": {"hidden_act": "gelu_pytorch_tanh", "model_type": "qwen3_vl_moe"},
 }  # fmt: skip
 
+SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200080, "eoi_token_index": 200081,
+    "image_token_index": 200092, "model_type": "llama4",
+    "text_config": {
+        "attention_bias": False, "attention_chunk_size": 8192, "attn_scale": 0.1, "attn_temperature_tuning": 4,
+        "floor_scale": 8192, "for_llm_compressor": False, "hidden_act": "silu", "hidden_size": 5120,
+        "interleave_moe_layer_step": 1, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+        "model_type": "llama4_text", "moe_layers": list(range(48)), "no_rope_layers": [1, 1, 1, 0] * 12,
+        "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_local_experts": 16,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+        "torch_dtype": "bfloat16", "use_qk_norm": True,
+    },
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vision_config": {"model_type": "llama4_vision_model"},
+}  # fmt: skip
+SCOUT_TEXT: dict[str, Any] = SCOUT["text_config"]  # type: ignore[assignment]
+
+
+def scout(**changes: Any) -> dict[str, Any]:
+    return SCOUT | {"text_config": {k: v for k, v in (SCOUT_TEXT | changes).items() if v is not ...}}
+
+
 NOAUX = {"scoring": "sigmoid", "correction_bias": True}
 NONE: dict[str, Any] = {"quant": "none"}
+OF_SCOUT: dict[str, Any] = {
+    "hidden": 5120, "intermediate": 8192, "num_experts": 16, "top_k": 1, "scoring": "sigmoid", "renormalize": False,
+    "weights_on_input": True, "shared_intermediate": 8192, **NONE,
+}  # fmt: skip
 REAL = {
     "DeepSeek-V2": (DEEPSEEK_V2, MoESpec(
         hidden=5120, intermediate=1536, num_experts=160, top_k=6, renormalize=False, num_groups=8, top_groups=3,
@@ -148,6 +173,14 @@ REAL = {
     "gpt-oss-120b": (GPT_OSS, MoESpec(
         hidden=2880, intermediate=2880, num_experts=128, top_k=4, activation="swigluoai", expert_bias=True,
         router_bias=True, **NONE), range(36)),
+    "Llama-4-Scout": (SCOUT, MoESpec(**OF_SCOUT), range(48)),
+    "Llama-4-Maverick": (
+        scout(num_local_experts=128, moe_layers=..., interleave_moe_layer_step=2),
+        MoESpec(**OF_SCOUT | {"num_experts": 128}), range(1, 48, 2),
+    ),
+    "Llama-4-Scout, the text model alone": (
+        SCOUT_TEXT | {"architectures": ["Llama4ForCausalLM"]}, MoESpec(**OF_SCOUT), range(48),
+    ),
     "Qwen3-VL-30B-A3B": (QWEN3_VL, MoESpec(hidden=2048, intermediate=768, num_experts=128, top_k=8, **NONE), range(48)),
 }  # fmt: skip
 
@@ -185,11 +218,29 @@ def test_which_layers_hold_experts(tmp_path: Path) -> None:
     lite = GLM_4_7 | {"model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]}
     lite |= {"num_hidden_layers": 4, "first_k_dense_replace": ..., "mlp_layer_types": ["dense"] + ["sparse"] * 3}
     assert layers_of(tmp_path, lite) == (1, 2, 3)
+    listed = {"num_hidden_layers": 6, "moe_layers": [4, 2, 9]}
+    assert layers_of(tmp_path, scout(**listed)) == (2, 4)  # whatever interleave_moe_layer_step says
+    assert layers_of(tmp_path, scout(**listed, interleave_moe_layer_step=5)) == (2, 4)
+    assert layers_of(tmp_path, scout(**listed | {"moe_layers": None}, interleave_moe_layer_step=3)) == (2, 5)
+    assert layers_of(tmp_path, scout(**listed | {"moe_layers": ...}, interleave_moe_layer_step=...)) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    )
 
 
 TEXT = QWEN3_VL["text_config"]
 REFUSALS = [
-    ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "multiplies what goes into an expert"),
+    (scout(num_experts_per_tok=2), "num_experts_per_tok 2 .*one expert a token.*supported: 1"),
+    (scout(hidden_act="gelu"), "hidden_act 'gelu'.*supported: silu"),
+    (scout(norm_topk_prob=True), "norm_topk_prob True"),
+    (scout(num_experts=8), "num_experts 8"),
+    (scout(apply_router_weight_on_input=False), "apply_router_weight_on_input False"),
+    (SCOUT | {"quantization_config": {"quant_method": "fbgemm_fp8"}}, "fbgemm_fp8"),
+    (SCOUT | {"text_config": TEXT}, "model_type 'qwen3_vl_moe_text'.*not known inside of llama4"),
     (GPT_OSS | {"swiglu_limit": 10.0}, r"swiglu_limit 10\.0.*one value only.*supported: 7\.0"),
     (GPT_OSS | {"swiglu_alpha": 1}, r"swiglu_alpha 1 .*one value only.*supported: 1\.702"),
     (GPT_OSS | {"hidden_act": "gelu"}, "hidden_act 'gelu'.*supported: silu"),
@@ -239,6 +290,11 @@ CONTRADICTIONS = [
     (QWEN3_VL | {"torch_dtype": "float32"}, "dtype bf16 contradicts fp32"),
     (QWEN3_VL | {"text_config": ...}, "text_config is missing"),
     (ERNIE | {"moe_num_experts": [64, 64]}, "moe_num_experts = .* is no int"),
+    (scout(num_experts_per_tok=...), "num_experts_per_tok is missing"),
+    (scout(num_local_experts=...), "num_local_experts is missing"),
+    (scout(moe_layers=[]), "none of its 48 layers has experts"),
+    (scout(moe_layers=[1.0]), r"moe_layers = \[1\.0\] must hold layer numbers"),
+    (scout(interleave_moe_layer_step=0), "interleave_moe_layer_step = 0 must be 1 or more"),
     (MIXTRAL | {"num_experts": 16}, "num_local_experts = 8 contradicts num_experts = 16"),
 ]
 
@@ -263,13 +319,17 @@ def test_exceptions_know_the_family_s_names(tmp_path: Path) -> None:
     assert layer_spec(written(directory, config | {"quantization_config": section}), 1).quant == "fp8_block"
 
 
+def tiny_sizes(family: str) -> dict[str, Any]:
+    return TINY | {"top_k": 1 if family.startswith("llama4") else 2}
+
+
 JUNK = [None, True, -1, 7, 10**400, float("nan"), "x", [[]], ["moe"], {"model_type": 1}]
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_any_value_of_any_key_is_read_or_refused(family: str, tmp_path: Path) -> None:
     quant: Any = "none" if family == "gpt_oss" else "fp8_block"
-    made = make_checkpoint(tmp_path, **TINY, model_type=family, quant=quant)
+    made = make_checkpoint(tmp_path, **tiny_sizes(family), model_type=family, quant=quant)
     config = json.loads((made / "config.json").read_text())
     inner = config.get("text_config", config)
     said, read = [], 0
