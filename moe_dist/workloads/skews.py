@@ -22,6 +22,7 @@ def synthetic_routing(
 ) -> Routing:
     """Routing of `tokens` rows over the whole group, drawn on the CPU: the same whatever the number of ranks. One seed
     has as many of them as there are values of `number`. Which experts are hot is the same for any number of tokens.
+    A token's weights are a softmax over its K places, or, with weights_on_input, where that is 1, a sigmoid.
 
     balanced: every expert gets the same number of rows (± 1). uniform: K distinct experts at random.
     zipf:S: expert of popularity rank r is drawn with odds r^-S, popularity being a random order of the experts.

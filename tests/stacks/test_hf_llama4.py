@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "num_local_experts": 6, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
 }  # fmt: skip
 LAYER, TOKENS = 3, 33
+FAR = 0.03  # most of what comes out is the shared expert's
 X = torch.randn(TOKENS, 128, generator=torch.Generator().manual_seed(2))
 
 
@@ -79,12 +80,12 @@ def test_a_block_that_is_computed_otherwise_would_be_seen(tmp_path: Path) -> Non
         scores, _ = block.router(X)
         tokens = X.repeat(6, 1)
         outside = (scores.T.reshape(-1, 1) * block.experts(tokens)).view(6, TOKENS, -1).sum(0) + block.shared_expert(X)
-        assert relative_error(outside, y) > 0.05
+        assert relative_error(outside, y) > FAR
         block.experts.gate_up_proj.copy_(block.experts.gate_up_proj.roll(256, -1))
-        assert relative_error(computed(block, X), y) > 0.1
+        assert relative_error(computed(block, X), y) > FAR
         block.experts.gate_up_proj.copy_(block.experts.gate_up_proj.roll(256, -1))
         block.router.weight.copy_(block.router.weight.flip(0))
-        assert relative_error(computed(block, X), y) > 0.1
+        assert relative_error(computed(block, X), y) > FAR
 
 
 @pytest.fixture(scope="module")
