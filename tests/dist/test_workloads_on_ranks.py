@@ -127,8 +127,7 @@ def test_rows_of_each_routing_agree_with_the_oracle(pool: Pool, chosen: Case) ->
     assert len(row.routing_p50_us) == (2 if "rotating" in row.skew else 0)  # so many iterations were there
 
 
-@pytest.mark.parametrize("exchange", ["ag_rs", "all_to_all", "all_reduce"])
-@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(("exchange", "in_graph"), [("ag_rs", True), ("all_to_all", False), ("all_reduce", True)])
 def test_rows_of_a_layer_with_weights_on_inputs(pool: Pool, exchange: str, in_graph: bool) -> None:
     """A stack of two, whose layers take their scratch one after the other, with ranks that have few tokens or none."""
     model = SPEC.with_changes(
