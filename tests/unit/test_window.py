@@ -59,6 +59,15 @@ def test_who_waits_for_its_device_says_so(monkeypatch, comes):
     assert noted == [("to_host", 6), ("", 6)]
 
 
+def test_memory_of_a_kernel_is_made_between_two_meetings(monkeypatch):
+    """A rank that has refused the step is found before anybody waits for it in the package's own rendezvous."""
+    comm, order = Comm.single(), []
+    monkeypatch.setattr(comm, "barrier", lambda: order.append("met"))
+    for _ in range(2):
+        comm.keep("key", lambda: order.append("made"))
+    assert order == ["met", "made", "met"]
+
+
 def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
     comm = Comm.single()
     comm.shared = SimpleNamespace(problem=lambda: None, sizes=(1 << 20, 1 << 21))
