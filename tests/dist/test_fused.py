@@ -145,6 +145,45 @@ def test_a_row_is_labelled_from_what_ran(pool: Pool, in_graph: bool) -> None:
     assert 0 < row.bytes_sent <= plan.wire_bytes(26)
 
 
+def counted(comm: Comm) -> dict[str, Any]:
+    """What leaves this rank, counted pair by pair: rows of its tokens, and sums of the others' tokens."""
+    (layer,) = layers_of(comm, 1)
+    x, routing = inputs_of(SPEC.hidden, SPEC.num_experts, SPEC.top_k, Inputs((7,) * comm.world, 5, "zipf:1.2"))
+    routing.ids_TK[comm.rank * 7, 0] = -1
+    mine = slice(comm.rank * 7, comm.rank * 7 + 7)
+    layer(x[mine].bfloat16(), routing.rows(mine.start, mine.stop))
+    everyone = comm.all_gather([routing.ids_TK[mine]])[0]
+    local, leaving, coming = SPEC.num_experts // comm.world, 0, 0
+    for token, ids in enumerate(everyone.view(-1, SPEC.top_k).tolist()):
+        for expert in ids:
+            home, source = expert // local, token // 7
+            if expert >= 0 and home != source:
+                leaving, coming = leaving + (source == comm.rank), coming + (home == comm.rank)
+    row = SPEC.hidden + 4 * SPEC.hidden // 128 + 8  # and where the pair came from, with its weight
+    return {"found": layer.exchange.stored_bytes(), "by hand": leaving * row + coming * 2 * SPEC.hidden}
+
+
+def test_stored_bytes_are_those_of_pairs_that_leave(pool: Pool) -> None:
+    for found in pool.run(2, with_package, False, counted):
+        assert found["found"] == found["by hand"] > 0
+
+
+def two_shapes(comm: Comm) -> int:
+    """Layers that differ in top_k alone can't share memory."""
+    for top_k in (3, 2):
+        spec = SPEC.with_changes(top_k=top_k)
+        plan = make_plan(spec, ParallelSpec(ep=comm.world), machine=CPU, **PAIR)
+        own = shard_from(lambda expert, spec=spec: random_expert(spec, expert, 0), plan.placement, comm.rank)
+        x, routing = inputs_of(spec.hidden, spec.num_experts, top_k, Inputs((4,) * comm.world, 1))
+        mine = slice(comm.rank * 4, comm.rank * 4 + 4)
+        MoELayer(plan, own, comm)(x[mine].bfloat16(), routing.rows(mine.start, mine.stop))
+    return len(fake_deep_gemm.made)
+
+
+def test_layers_of_two_shapes_have_memory_of_their_own(pool: Pool) -> None:
+    assert pool.run(2, with_package, False, two_shapes) == [2, 2]
+
+
 def refused_in_a_capture(comm: Comm) -> str:
     kept = type(comm).captures
     type(comm).captures = property(lambda self: True)  # type: ignore[assignment]
