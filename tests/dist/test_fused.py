@@ -11,6 +11,7 @@ from contract.layer_cases import CPU, Case, Inputs, failures, inputs_of, run_cas
 from dist import fake_deep_gemm
 from dist.pool import Pool
 from dist.test_workloads_on_ranks import MACHINE, as_graph, case, measured
+from prometheus_client import CollectorRegistry
 
 from moe_dist.bench.findings import merge
 from moe_dist.bench.results import make_row
@@ -23,6 +24,7 @@ from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard_from
+from moe_dist.runtime.metrics import Metrics
 from moe_dist.workloads.random_weights import random_expert
 
 SPEC = MoESpec(hidden=512, intermediate=256, num_experts=8, top_k=3)
@@ -166,6 +168,20 @@ def counted(comm: Comm) -> dict[str, Any]:
 def test_stored_bytes_are_those_of_pairs_that_leave(pool: Pool) -> None:
     for found in pool.run(2, with_package, False, counted):
         assert found["found"] == found["by hand"] > 0
+
+
+def watched(comm: Comm) -> dict[str, float | None]:
+    (layer,), registry = layers_of(comm, 1), CollectorRegistry()
+    labels = {"rank": str(comm.rank), "layer": "0", **PAIR}
+    names = {"steps_total": {}, "stage_seconds_count": {"stage": "layer"}, "rows": {}, "expert_imbalance_ratio": {}}
+    with Metrics(layer, registry=registry):
+        layer(*given(comm, 4, 1))
+        return {name: registry.get_sample_value(f"moe_dist_{name}", labels | more) for name, more in names.items()}
+
+
+def test_metrics_claim_no_rows_that_nobody_has_counted(pool: Pool) -> None:
+    for found in pool.run(2, with_package, False, watched):
+        assert found == {"steps_total": 1, "stage_seconds_count": 1, "rows": None, "expert_imbalance_ratio": None}
 
 
 def two_shapes(comm: Comm) -> int:

@@ -172,7 +172,7 @@ def test_a_watched_step_counts_no_rows_of_it() -> None:
     watched._counts = None
     rows = LayerRows(torch.zeros(1, 8), torch.full((1, 2), 15, dtype=torch.int32), torch.zeros(1, 2), 1, None)  # type: ignore[arg-type]
     watched.saw("path", rows)
-    assert (watched.path, watched.counts()) == ("path", [])
+    assert (watched.path, watched.counts()) == ("path", None)
 
 
 def test_put_pairs() -> None:
