@@ -77,6 +77,12 @@ def test_every_code_and_exponent() -> None:
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.double(), values_of(blocks, scales).double())
     assert unpacked(blocks, scales.clone().fill_(255)).isnan().all()
+    for exponent in (253, 254):
+        wanted = values_of(blocks, scales.clone().fill_(exponent).double()).double()
+        beyond = wanted.abs() >= 2.0**128
+        large = unpacked(blocks, scales.clone().fill_(exponent)).double()
+        assert bool(beyond.any())
+        assert torch.equal(large, torch.where(beyond, wanted.sign() * torch.inf, wanted))
 
 
 def test_experts_are_what_the_files_hold(published: Path) -> None:
