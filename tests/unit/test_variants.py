@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +42,23 @@ def test_variants_take_turns_forwards_and_backwards(tmp_path, monkeypatch, capsy
     assert "102.0 µs" in printed
     assert "-11.0 µs  -10.8%" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_variant_that_fails_ends_the_comparison(tmp_path, monkeypatch, capfd):
+    """Also where it has written its rows, as with one out of tolerance."""
+
+    def ended(command: list[str], **_: Any) -> SimpleNamespace:
+        Path(command[command.index("--out") + 1]).write_text('{"rows": []}')
+        return SimpleNamespace(returncode=1, stdout=b"a row is out of tolerance")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["variants.py", str(out), f"--variant=old={ROOT}"])
+    assert SCRIPT["main"]() == 1
+    said = capfd.readouterr().err
+    assert "a row is out of tolerance" in said
+    assert "old failed; see above" in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("text", ["new", "new=/nowhere", f"={ROOT}", f"new={ROOT},engine.layer.X=word"])

@@ -29,6 +29,7 @@ from moe_dist.machine.nodes import Nodes
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.runtime.metrics import _Watched
+from moe_dist.simulate.predict import sent_bytes
 from moe_dist.step import LayerRows, TokenRows
 
 SPEC = MoESpec(hidden=512, intermediate=256, num_experts=16, top_k=2)
@@ -85,6 +86,11 @@ class TestPlan:
     def test_wire_bytes(self) -> None:
         """Both pairs of a token leave, and two sums of each of three others' tokens go back."""
         assert planned().wire_bytes(32) == 8 * (2 * (512 + 4 * 4 + 8) + 3 * 2 * 512 * 2)
+
+
+def test_what_a_prediction_lets_it_send() -> None:
+    """By hand: three of four pairs leave, each with its row in FP8, scales and origin, and each has a sum come back."""
+    assert sent_bytes(planned(), 32) == 2 * 32 * 3 / 4 * (512 + 4 * 4 + 8 + 2 * 512)
 
 
 class TestAuto:
