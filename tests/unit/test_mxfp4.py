@@ -144,8 +144,11 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=said):
             check_layer(made(tmp_path / str(number), change), LAYER)
     no_number = made(tmp_path / "nan", lambda t: t | {f"{name}_scales": t[f"{name}_scales"].clone().fill_(255)})
-    with pytest.raises(CheckpointError, match=r"down_proj_blocks, expert 0, holds NaN"):
+    with pytest.raises(CheckpointError, match=r"down_proj_scales, expert 0, holds NaN"):
         whole(no_number, LAYER)
+    nothing = made(tmp_path / "zeros", lambda t: t | {f"{name}_blocks": t[f"{name}_blocks"].clone().fill_(0x80)})
+    with pytest.raises(CheckpointError, match=r"down_proj_blocks, expert 0, is all zeros"):
+        whole(nothing, LAYER)
     with pytest.raises(UnsupportedError, match=r"hidden 80 is no multiple of 32"):
         layer_spec(edit(made(tmp_path / "odd"), {"hidden_size": 80}), LAYER)
 
