@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from moe_dist.machine.nodes import Nodes
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.runtime.metrics import _Watched
-from moe_dist.simulate.predict import sent_bytes
+from moe_dist.simulate.predict import _planned, sent_bytes
 from moe_dist.step import LayerRows, TokenRows
 
 SPEC = MoESpec(hidden=512, intermediate=256, num_experts=16, top_k=2)
@@ -91,6 +92,12 @@ class TestPlan:
 def test_what_a_prediction_lets_it_send() -> None:
     """By hand: three of four pairs leave, each with its row in FP8, scales and origin, and each has a sum come back."""
     assert sent_bytes(planned(), 32) == 2 * 32 * 3 / 4 * (512 + 4 * 4 + 8 + 2 * 512)
+
+
+def test_nothing_is_predicted_for_it_on_several_nodes() -> None:
+    cluster: Any = SimpleNamespace(nodes=2)
+    with pytest.raises(UnsupportedError, match=r"exchange fused .*GPUs of one host"):
+        _planned(None, cluster, SPEC, ParallelSpec(ep=4), "fused", "deep_gemm_mega")  # type: ignore[arg-type]
 
 
 class TestAuto:
