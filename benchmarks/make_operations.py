@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -41,8 +42,8 @@ def record(parts: Path) -> None:
     document = {
         "date": date.today().isoformat(), "what": "faults", "command": "make test-faults",
         "commit": commit.stdout.strip(), "note": before.get("note", ""),
-        "machine": {"cores": 2, "python": platform.python_version(), "linux": platform.release(),
-                    "torch": version("torch"), "ray": version("ray")},
+        "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+                    "linux": platform.release(), "torch": version("torch"), "ray": version("ray")},
     }  # fmt: skip
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items()]
     lines += [f"{json.dumps(name)}: {_part(part)}" for name, part in found.items()]

@@ -4,8 +4,9 @@
         -- ARGUMENTS OF COMPARE
 
 TREE is a folder with the package in it, such as a work tree of git or `.` for this one. A constant of a module, a
-number named as in `exchange.nvlink.engines.AHEAD_FROM=0`, is set in every rank before anything starts; one that is not
-there is refused. Variants run forwards, then backwards, and so on, so that a machine which drifts harms none of them:
+number named as in `exchange.nvlink.engines.AHEAD_FROM=0`, is set in every rank before anything starts. One that is not
+there is refused, and so is one of which another module has a copy by then, imported by name: it would keep the old
+number. Variants run forwards, then backwards, and so on, so that a machine which drifts harms none of them:
 
     python benchmarks/variants.py before-after.json --ranks 2 --variant old=../old --variant new=. \\
         -- models=[Qwen3-30B-A3B] placements=[tp,ep] backends=[cutlass] tokens=[16,4096] modes=[graph]
@@ -18,6 +19,7 @@ code 1.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -30,7 +32,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-CASE = ("model", "placement", "exchange", "backend", "graph", "tokens_per_rank", "skew")
+CASE = ("model", "placement", "exchange", "backend", "graph", "skew", "tokens_per_rank")
+# What else tells cases apart. It is printed only where it differs within what was compared.
+BESIDE = (
+    "source", "quant", "activation", "shared_experts", "token_layout", "token_split", "layer", "form", "payload_dtype",
+    "combine_dtype", "splits", "seed",
+)  # fmt: skip
 AS_RANK = "--as-rank"
 
 
@@ -47,6 +54,8 @@ class Variant(NamedTuple):
             raise argparse.ArgumentTypeError(f"{text!r}: NAME=TREE, where TREE is a folder with moe_dist in it")
         try:
             settings = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+            if not all(isinstance(value, int | float) for value in settings.values()):  # true and false are numbers too
+                raise ValueError
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: MODULE.CONSTANT=VALUE, where VALUE is a number") from None
         return cls(name, Path(tree).resolve(), settings)
@@ -62,6 +71,11 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=2)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, compared = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    names = [variant.name for variant in given.variant]
+    if len(set(names)) < len(names):
+        parser.error(f"--variant: {', '.join(names)}: each needs a name of its own")
+    if given.turns < 1:
+        parser.error(f"--turns {given.turns}: at least 1")
     runs: list[dict[str, Any]] = []
     for turn in range(given.turns):
         for variant in given.variant[:: -1 if turn % 2 else 1]:
@@ -73,7 +87,7 @@ def main() -> int:
             runs.append({"variant": variant.name, "settings": variant.settings, "turn": turn, "results": results})
             print(f"turn {turn + 1} of {given.turns}, {variant.name}: {time.monotonic() - began:.0f} s", flush=True)
             given.out.write_text(json.dumps({"what": "variants", "command": sys.argv[1:], "runs": runs}, indent=1))
-    print("\n".join(table(runs, [variant.name for variant in given.variant])))
+    print("\n".join(table(runs, names)))
     return 0
 
 
@@ -102,23 +116,41 @@ def as_rank(settings: dict[str, Any], arguments: list[str]) -> int:
         module = importlib.import_module(f"moe_dist.{place}")
         if not hasattr(module, constant):
             raise SystemExit(f"moe_dist.{place} has no {constant}")
+        if kept := [each for each in holders(module.__name__, constant) if each not in settings]:
+            raise SystemExit(f"moe_dist.{name} has a copy in each of these, to be set beside it: {', '.join(kept)}")
         setattr(module, constant, value)
     sys.argv = ["moe-dist", *arguments]
     runpy.run_module("moe_dist", run_name="__main__")
     return 0
 
 
+def holders(place: str, constant: str) -> list[str]:
+    """Where modules that are loaded already have imported a constant of `place` by name, and so have a copy of it."""
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        if not name.startswith("moe_dist.") or not (file := getattr(module, "__file__", None)):
+            continue
+        for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module == place:
+                imported = (alias.asname or alias.name for alias in node.names if alias.name == constant)
+                found += [f"{name.removeprefix('moe_dist.')}.{each}" for each in imported]
+    return found
+
+
 def table(runs: list[dict[str, Any]], names: list[str]) -> list[str]:
     """One line for each case and variant, as wide as 80 columns."""
+    rows = [(each["variant"], row) for each in runs for row in each["results"]["rows"]]
+    telling = [key for key in BESIDE if len({row.get(key) for _, row in rows}) > 1]
     times: dict[tuple[Any, ...], dict[str, list[float]]] = {}
-    for each in runs:
-        for row in each["results"]["rows"]:
-            found = times.setdefault(tuple(row[key] for key in CASE), {})
-            found.setdefault(each["variant"], []).append(row["p50_us"])
+    for variant, row in rows:
+        found = times.setdefault(tuple(row.get(key) for key in (*CASE, *telling)), {})
+        found.setdefault(variant, []).append(row["p50_us"])
     lines = []
-    for (model, placement, exchange, backend, graph, tokens, skew), found in times.items():
+    for (model, placement, exchange, backend, graph, skew, tokens, *beside), found in times.items():
         mode = "graph" if graph else "eager"
         lines.append(f"{model} {placement} {exchange} {backend} {mode} {skew}, {tokens} tokens a rank")
+        if beside:
+            lines.append("  " + ", ".join(f"{key} {value}" for key, value in zip(telling, beside, strict=True)))
         first = median(found[names[0]]) if names[0] in found else None
         for name in names:
             if name in found:

@@ -1,6 +1,7 @@
 """MXFP4, as gpt-oss is published: two numbers of four bits (E2M1) in a byte, the lower one first, and one power of two
 (E8M0) for each 32 of a row. Open Compute Project, Microscaling Formats (MX) 1.0, section 5; which half comes first is
-as in integrations/mxfp4.py of transformers. bf16 holds every such number exactly, so a layer is read as bf16."""
+as in integrations/mxfp4.py of transformers. bf16 holds every such number below 2^128 exactly, so a layer is read as
+bf16; larger ones, which no layer can have, become infinite."""
 
 from __future__ import annotations
 

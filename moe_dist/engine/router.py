@@ -45,7 +45,8 @@ class Router(nn.Module):
     def _checked(self, name: str, given: Tensor) -> Tensor:
         """What becomes the weight or a bias, in float32."""
         if name != "gate_EH":
-            check_bias(given, self.spec, values=True, masks=False)
+            field = f"router.{name.removesuffix('_E')}"
+            check_bias(given, self.spec, values=True, masks=False, field=field)
             return given.detach().float()
         check_floats("router.weight", given)
         expected = (self.spec.num_experts, self.spec.hidden)

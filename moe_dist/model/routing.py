@@ -80,19 +80,19 @@ def route(logits_TE: Tensor, spec: MoESpec, bias_E: Tensor | None = None) -> Rou
     return Routing(ids.to(torch.int32).masked_fill(empty, -1), weights * spec.routed_scaling)
 
 
-def check_bias(bias_E: Tensor, spec: MoESpec, values: bool, masks: bool = True) -> None:
-    """Raise ConfigError for a correction bias that is no dense tensor of floats [E] and, if `values`, for one that is
-    NaN, +inf or, unless it `masks`, -inf in float32. Looking at values makes the host wait for a GPU."""
-    check_floats("router.bias", bias_E)
+def check_bias(bias_E: Tensor, spec: MoESpec, values: bool, masks: bool = True, field: str = "router.bias") -> None:
+    """Raise ConfigError, which names `field`, for a bias that is no dense tensor of floats [E] and, if `values`, for
+    one that is NaN, +inf or, unless it `masks`, -inf in float32. Looking at values makes the host wait for a GPU."""
+    check_floats(field, bias_E)
     if tuple(bias_E.shape) != (spec.num_experts,):
-        raise ConfigError("router.bias", tuple(bias_E.shape), "one value per expert", f"[{spec.num_experts}]")
+        raise ConfigError(field, tuple(bias_E.shape), "one value per expert", f"[{spec.num_experts}]")
     if not values:
         return
     bad = ~bias_E.float().isfinite() & ~((bias_E == float("-inf")) & masks)
     if bool(bad.any()):
         expert = int(bad.nonzero()[0, 0])
         rule = f"is the bias of expert {expert}, which every token or none would go to"
-        raise ConfigError("router.bias", float(bias_E[expert]), rule, "finite values")
+        raise ConfigError(field, float(bias_E[expert]), rule, "finite values")
 
 
 def check_own_memory(field: str, tensor: Tensor) -> None:

@@ -138,7 +138,8 @@ class Metrics:
             for stage, microseconds in totals_us(watched.marks).items():
                 if microseconds:
                     self._sink.observe("stage_seconds", labels | {"stage": stage}, microseconds * 1e-6)
-            counts = watched.counts()
+            if (counts := watched.counts()) is None:
+                continue
             self._sink.set("rows", labels, sum(counts))
             if sum(counts):
                 self._sink.set("expert_imbalance_ratio", labels, max(counts) * len(counts) / sum(counts))
@@ -212,8 +213,9 @@ class _Watched(Stages):
         events: list[Any] = [event for event in (last, self._copied) if hasattr(event, "query")]
         return all(event.query() for event in events)
 
-    def counts(self) -> list[int]:
-        return [] if self._counts is None else [int(count) for count in self._counts.tolist()]
+    def counts(self) -> list[int] | None:
+        """By local expert; None where nobody has counted."""
+        return None if self._counts is None else [int(count) for count in self._counts.tolist()]
 
 
 def _layers_of(module: Any) -> list[MoELayer]:

@@ -74,7 +74,7 @@ def newer(
     num_tokens_bound: int | None = None,
 ) -> None:  # fmt: skip
     assert num_tokens_bound is not None, "the schedule would be that of the memory's size"
-    assert len(y) <= num_tokens_bound <= sym_buffer.num_max_tokens_per_rank
+    assert num_tokens_bound == len(y), "all ranks launch for so many: with another bound the schedule is another's"
     named = recipe, activation, activation_clamp, fast_math
     older(y, l1_weights, l2_weights, sym_buffer, cumulative_local_expert_recv_stats, *named)
 

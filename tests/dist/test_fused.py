@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from contract.layer_cases import CPU, Case, Inputs, failures, inputs_of, run_cas
 from dist import fake_deep_gemm
 from dist.pool import Pool
 from dist.test_workloads_on_ranks import MACHINE, as_graph, case, measured
+from prometheus_client import CollectorRegistry
 
 from moe_dist.bench.findings import merge
 from moe_dist.bench.results import make_row
@@ -22,6 +24,7 @@ from moe_dist.engine.stack import MoEStack
 from moe_dist.errors import ConfigError
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import shard_from
+from moe_dist.runtime.metrics import Metrics
 from moe_dist.workloads.random_weights import random_expert
 
 SPEC = MoESpec(hidden=512, intermediate=256, num_experts=8, top_k=3)
@@ -97,12 +100,16 @@ def stack_in_graphs(comm: Comm) -> dict[str, Any]:
     finally:
         undo()
     differ = [size for size, y in found if not torch.equal(y, eager[size])]
-    return {"differ": differ, "fewer": torch.equal(fewer, eager[4]), "made": len(fake_deep_gemm.made)}
+    count, memory = len(fake_deep_gemm.made), weakref.ref(fake_deep_gemm.made[0])
+    fake_deep_gemm.made.clear()
+    comm.kept.clear()
+    held = memory() is not None  # real replays go on in it
+    return {"differ": differ, "fewer": torch.equal(fewer, eager[4]), "made": count, "held": held}
 
 
 def test_layers_of_one_shape_share_memory_and_graphs_give_the_same_bits(pool: Pool) -> None:
     for found in pool.run(2, with_package, False, stack_in_graphs):
-        assert found == {"differ": [], "fewer": True, "made": 1}
+        assert found == {"differ": [], "fewer": True, "made": 1, "held": True}
 
 
 def growing(comm: Comm) -> dict[str, Any]:
@@ -141,6 +148,59 @@ def test_a_row_is_labelled_from_what_ran(pool: Pool, in_graph: bool) -> None:
     assert row.stages_us["layer"] > 0
     assert row.stages_us["gemm1"] == 0
     assert 0 < row.bytes_sent <= plan.wire_bytes(26)
+
+
+def counted(comm: Comm) -> dict[str, Any]:
+    """What leaves this rank, counted pair by pair: rows of its tokens, and sums of the others' tokens."""
+    (layer,) = layers_of(comm, 1)
+    x, routing = inputs_of(SPEC.hidden, SPEC.num_experts, SPEC.top_k, Inputs((7,) * comm.world, 5, "zipf:1.2"))
+    routing.ids_TK[comm.rank * 7, 0] = -1
+    mine = slice(comm.rank * 7, comm.rank * 7 + 7)
+    layer(x[mine].bfloat16(), routing.rows(mine.start, mine.stop))
+    everyone = comm.all_gather([routing.ids_TK[mine]])[0]
+    local, leaving, coming = SPEC.num_experts // comm.world, 0, 0
+    for token, ids in enumerate(everyone.view(-1, SPEC.top_k).tolist()):
+        for expert in ids:
+            home, source = expert // local, token // 7
+            if expert >= 0 and home != source:
+                leaving, coming = leaving + (source == comm.rank), coming + (home == comm.rank)
+    row = SPEC.hidden + 4 * SPEC.hidden // 128 + 8  # and where the pair came from, with its weight
+    return {"found": layer.exchange.stored_bytes(), "by hand": leaving * row + coming * 2 * SPEC.hidden}
+
+
+def test_stored_bytes_are_those_of_pairs_that_leave(pool: Pool) -> None:
+    for found in pool.run(2, with_package, False, counted):
+        assert found["found"] == found["by hand"] > 0
+
+
+def watched(comm: Comm) -> dict[str, float | None]:
+    (layer,), registry = layers_of(comm, 1), CollectorRegistry()
+    labels = {"rank": str(comm.rank), "layer": "0", **PAIR}
+    names = {"steps_total": {}, "stage_seconds_count": {"stage": "layer"}, "rows": {}, "expert_imbalance_ratio": {}}
+    with Metrics(layer, registry=registry):
+        layer(*given(comm, 4, 1))
+        return {name: registry.get_sample_value(f"moe_dist_{name}", labels | more) for name, more in names.items()}
+
+
+def test_metrics_claim_no_rows_that_nobody_has_counted(pool: Pool) -> None:
+    for found in pool.run(2, with_package, False, watched):
+        assert found == {"steps_total": 1, "stage_seconds_count": 1, "rows": None, "expert_imbalance_ratio": None}
+
+
+def two_shapes(comm: Comm) -> int:
+    """Layers that differ in top_k alone can't share memory."""
+    for top_k in (3, 2):
+        spec = SPEC.with_changes(top_k=top_k)
+        plan = make_plan(spec, ParallelSpec(ep=comm.world), machine=CPU, **PAIR)
+        own = shard_from(lambda expert, spec=spec: random_expert(spec, expert, 0), plan.placement, comm.rank)
+        x, routing = inputs_of(spec.hidden, spec.num_experts, top_k, Inputs((4,) * comm.world, 1))
+        mine = slice(comm.rank * 4, comm.rank * 4 + 4)
+        MoELayer(plan, own, comm)(x[mine].bfloat16(), routing.rows(mine.start, mine.stop))
+    return len(fake_deep_gemm.made)
+
+
+def test_layers_of_two_shapes_have_memory_of_their_own(pool: Pool) -> None:
+    assert pool.run(2, with_package, False, two_shapes) == [2, 2]
 
 
 def refused_in_a_capture(comm: Comm) -> str:

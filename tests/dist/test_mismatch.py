@@ -100,7 +100,7 @@ def strange_layer(comm: Comm, what: str) -> tuple[str, str]:
     """Rank 1's layer differs. On a GPU only a first step meets, so that is what runs here."""
     kind = "fp8_tensor_static" if what == "shard.a13" else "fp8_block"
     shared = {"shared_experts": "replicated", "shared_intermediate": 128} if what == "shared" else {}
-    spec, odd = SPEC.with_changes(quant=kind, **shared), comm.rank == 1
+    spec, odd = SPEC.with_changes(quant=kind, router_bias=what == "router.weight, bias", **shared), comm.rank == 1
     machine = Machine.detect("cpu")
     plan = make_plan(spec, ParallelSpec(ep=comm.world), exchange="all_to_all", backend="torch", machine=machine)
     own = shard(random_weights(spec, 0), plan.placement, comm.rank)
@@ -111,6 +111,8 @@ def strange_layer(comm: Comm, what: str) -> tuple[str, str]:
         given["shared"] = random_expert(spec.shared_spec(), spec.num_experts, int(odd))
     if what == "router.weight":
         given["router"] = Router(plan, Stream("gate", 0).normal(8, 128) + float(odd))
+    if what == "router.weight, bias":
+        given["router"] = Router(plan, Stream("gate", 0).normal(8, 128), logit_bias_E=torch.full((8,), float(odd)))
     layer = MoELayer(plan, own, comm, debug=what == "debug" and odd, **given)
     x, routing = Stream("tokens", comm.rank).normal(4, 128).bfloat16(), synthetic_routing(spec, 4, "uniform", 0)
     before, MoELayer.meets = MoELayer.meets, False
@@ -128,10 +130,12 @@ def strange_layer(comm: Comm, what: str) -> tuple[str, str]:
         assert not comm._user.guarded
 
 
-@pytest.mark.parametrize("what", ["", "shard.a13", "shared", "router.weight", "debug", "captured"])
+@pytest.mark.parametrize(
+    "what", ["", "shard.a13", "shared", "router.weight", "router.weight, bias", "debug", "captured"]
+)
 def test_a_layer_that_is_not_as_the_others_is_refused_in_its_first_step(pool: Pool, what: str) -> None:
     for field, rule in pool.run(3, strange_layer, what):
-        assert field == what
+        assert field == what.partition(",")[0]
         if what == "debug":
             assert rule == "must be the same on all ranks (ranks 0, 2: False; rank 1: True)"
         elif what == "captured":

@@ -134,6 +134,19 @@ def test_compiles_for_sm_90(index):
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
+    if constants.get("EARLY"):
+        begin_early(kernel.__name__, compiled.asm["ptx"])
+
+
+def begin_early(name: str, ptx: str) -> None:
+    """What began while the launch before still ran touches no memory before its wait; rows are sent by a launch that
+    began as any other and lets the next one begin."""
+    waits, memory = ptx.find("griddepcontrol.wait"), re.search(r"\s(ld|st|atom|red)\.(?!param)", ptx)
+    assert memory is not None
+    if name == "_send_rows":
+        assert (waits, ptx.count("griddepcontrol.launch_dependents")) == (-1, 1)
+    else:
+        assert 0 < waits < memory.start()
 
 
 TYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.float32: "fp32", torch.int32: "i32"}

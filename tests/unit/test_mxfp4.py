@@ -77,6 +77,12 @@ def test_every_code_and_exponent() -> None:
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.double(), values_of(blocks, scales).double())
     assert unpacked(blocks, scales.clone().fill_(255)).isnan().all()
+    for exponent in (253, 254):
+        wanted = values_of(blocks, scales.clone().fill_(exponent).double()).double()
+        beyond = wanted.abs() >= 2.0**128
+        large = unpacked(blocks, scales.clone().fill_(exponent)).double()
+        assert bool(beyond.any())
+        assert torch.equal(large, torch.where(beyond, wanted.sign() * torch.inf, wanted))
 
 
 def test_experts_are_what_the_files_hold(published: Path) -> None:
@@ -138,8 +144,11 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=said):
             check_layer(made(tmp_path / str(number), change), LAYER)
     no_number = made(tmp_path / "nan", lambda t: t | {f"{name}_scales": t[f"{name}_scales"].clone().fill_(255)})
-    with pytest.raises(CheckpointError, match=r"down_proj_blocks, expert 0, holds NaN"):
+    with pytest.raises(CheckpointError, match=r"down_proj_scales, expert 0, holds NaN"):
         whole(no_number, LAYER)
+    nothing = made(tmp_path / "zeros", lambda t: t | {f"{name}_blocks": t[f"{name}_blocks"].clone().fill_(0x80)})
+    with pytest.raises(CheckpointError, match=r"down_proj_blocks, expert 0, is all zeros"):
+        whole(nothing, LAYER)
     with pytest.raises(UnsupportedError, match=r"hidden 80 is no multiple of 32"):
         layer_spec(edit(made(tmp_path / "odd"), {"hidden_size": 80}), LAYER)
 

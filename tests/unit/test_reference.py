@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,18 @@ def test_weights_on_inputs_against_brute_force(quant):
     rounded = replace(layer, x=(layer.routing.weights_TK * layer.x).bfloat16().float())
     rounded.routing = replace(layer.routing, weights_TK=torch.ones(13, 1))
     assert torch.equal(layer.oracle(ParallelSpec(), Numerics()), rounded.oracle(ParallelSpec(), Numerics()))
+
+
+def test_a_gate_of_swigluoai_is_cut_off_above_only():
+    """Beside larger values nobody would see what is left of a gate far below -7."""
+    layer = Layer.make(make_spec("none", activation="swigluoai", expert_bias=True))
+    b13_eF, b2_eH = (values.clone() for values in layer.weights.biases.values())
+    b13_eF[:, : layer.spec.intermediate] -= 14
+    weights = layer.weights.with_tensors(b13_eF=b13_eF, b2_eH=0 * b2_eH)
+    expected = brute_force(SimpleNamespace(spec=layer.spec, x=layer.x, routing=layer.routing, weights=weights))
+    placement, groups = Placement.build(layer.spec, ParallelSpec()), torch.zeros(13, 3, dtype=torch.int64)
+    y = oracle_layer(layer.x, layer.routing, [weights], layer.spec, placement, [(0, 13)], groups, None)
+    assert relative_error(y, expected) < 1e-4
 
 
 @pytest.mark.parametrize("biases", [False, True])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from moe_dist.machine.nodes import Nodes
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.runtime.metrics import _Watched
+from moe_dist.simulate.predict import _planned, sent_bytes
 from moe_dist.step import LayerRows, TokenRows
 
 SPEC = MoESpec(hidden=512, intermediate=256, num_experts=16, top_k=2)
@@ -85,6 +87,17 @@ class TestPlan:
     def test_wire_bytes(self) -> None:
         """Both pairs of a token leave, and two sums of each of three others' tokens go back."""
         assert planned().wire_bytes(32) == 8 * (2 * (512 + 4 * 4 + 8) + 3 * 2 * 512 * 2)
+
+
+def test_what_a_prediction_lets_it_send() -> None:
+    """By hand: three of four pairs leave, each with its row in FP8, scales and origin, and each has a sum come back."""
+    assert sent_bytes(planned(), 32) == 2 * 32 * 3 / 4 * (512 + 4 * 4 + 8 + 2 * 512)
+
+
+def test_nothing_is_predicted_for_it_on_several_nodes() -> None:
+    cluster: Any = SimpleNamespace(nodes=2)
+    with pytest.raises(UnsupportedError, match=r"exchange fused .*GPUs of one host"):
+        _planned(None, cluster, SPEC, ParallelSpec(ep=4), "fused", "deep_gemm_mega")  # type: ignore[arg-type]
 
 
 class TestAuto:
@@ -172,7 +185,7 @@ def test_a_watched_step_counts_no_rows_of_it() -> None:
     watched._counts = None
     rows = LayerRows(torch.zeros(1, 8), torch.full((1, 2), 15, dtype=torch.int32), torch.zeros(1, 2), 1, None)  # type: ignore[arg-type]
     watched.saw("path", rows)
-    assert (watched.path, watched.counts()) == ("path", [])
+    assert (watched.path, watched.counts()) == ("path", None)
 
 
 def test_put_pairs() -> None:

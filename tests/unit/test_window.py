@@ -9,6 +9,8 @@ import torch
 
 from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.exchange.nvlink import window
+from moe_dist.exchange.nvlink.window import Ends
 
 
 def lost(phase: int, peer: int, step: int) -> SimpleNamespace:
@@ -57,6 +59,43 @@ def test_who_waits_for_its_device_says_so(monkeypatch, comes):
         with pytest.raises(RankFailure, match=r"rank 1 failed in to_host .*did not get this far in 0\.05 s"):
             arrived()
     assert noted == [("to_host", 6), ("", 6)]
+
+
+@pytest.mark.parametrize(("tokens", "ahead", "early"), [(4, 0, True), (4, 128, False), (1000, 0, False)])
+def test_sums_are_added_early_where_one_launch_is_all_that_comes_before(monkeypatch, tokens, ahead, early):
+    from moe_dist.exchange.nvlink import sum_kernels
+
+    launched, y = [], torch.empty(tokens, 256)
+    monkeypatch.setattr(sum_kernels, "launch", lambda *given, **options: launched.append((given[-1][-1], options)))
+    monkeypatch.setattr(sum_kernels, "end_phase", lambda *_: None)
+    memory = SimpleNamespace(view=lambda *_: y, words=None, failed=None, addresses_W=None)
+    regions = SimpleNamespace(sums=((), y.dtype))
+    visit = SimpleNamespace(window=memory, regions=regions, ahead=ahead, sums_at=0, served_TW=None, bucket=tokens)
+    sum_kernels.add_sums(visit, None, 0, y, Ends(0, 2, 1, early=True))
+    assert launched == [(early, {"launch_pdl": True} if early else {})]
+    launched.clear()
+    sum_kernels.add_sums(visit, None, 0, y, Ends(0, 2, 1))
+    assert launched == [(False, {})]
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "early"), [(True, (9, 0), True), (True, (8, 0), False), (False, (9, 0), False)]
+)
+def test_launches_are_early_where_that_is_asked_for_and_gpus_can(monkeypatch, asked, capability, early):
+    monkeypatch.setattr(window, "EARLY", asked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    comm = SimpleNamespace(device=torch.device("cuda", 0), rank=0, world=2, timeout_s=1.0)
+    assert Ends.of(comm).early is early
+    assert not Ends.of(Comm.single()).early
+
+
+def test_memory_of_a_kernel_is_made_between_two_meetings(monkeypatch):
+    """A rank that has refused the step is found before anybody waits for it in the package's own rendezvous."""
+    comm, order = Comm.single(), []
+    monkeypatch.setattr(comm, "barrier", lambda: order.append("met"))
+    for _ in range(2):
+        comm.keep("key", lambda: order.append("made"))
+    assert order == ["met", "made", "met"]
 
 
 def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):

@@ -34,7 +34,7 @@ def add_sums(visit: Visit, own: Tensor | None, apart: int, y_TH: Tensor, ends: E
     block, programs = _blocks(hidden, visit.ahead, VALUES)
     grid = max(1, tokens), programs, 1
     at_once = few(grid)
-    early = at_once and ends.early and not visit.ahead
+    early = at_once and ends.early and not visit.ahead  # which has copies to wait for too, not one launch alone
     if not at_once:
         end_phase(visit.window, SUMS.value, ends)
     came = visit.window.view(visit.sums_at, *visit.regions.sums)
