@@ -109,8 +109,8 @@ class Backend(ABC):
 
     @classmethod
     def window_bytes(cls, spec: MoESpec, placement: Placement, bucket: int) -> int:
-        """Of the memory that ranks share in a step of so many tokens a rank, where the backend reaches others by
-        itself; for plans."""
+        """Of the memory that ranks share after steps of up to so many tokens a rank, where the backend reaches others
+        by itself; for plans."""
         return 0
 
     @classmethod

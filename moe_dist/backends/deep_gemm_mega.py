@@ -128,18 +128,11 @@ class DeepGemmMega(Backend):
 
     @classmethod
     def window_bytes(cls, spec: MoESpec, placement: Placement, bucket: int) -> int:
-        """The most that either release asks for at this bucket's capacity: every rank's pairs in this one's experts,
-        each expert's in whole tiles, as inputs of both GEMMs, whose scales lie in tiles of 128 for every 8 rows in the
-        older one; its own tokens as they come in and the sums of their pairs; and who sent which pair."""
-        if bucket == 0:
-            return 0
-        world, local, top_k = placement.world, len(placement.experts_of(0)), spec.top_k
-        tokens = cdiv(_capacity(bucket), ROWS) * ROWS
-        rows = world * tokens * min(top_k, local) + local * ROWS
-        scales = 4 * (cdiv(spec.hidden, BLOCK) + cdiv(spec.intermediate, GRAIN))
-        pooled = spec.hidden + spec.intermediate + 16 * scales + 32
-        own = spec.hidden + cdiv(spec.hidden, BLOCK) * 4 + 12 * top_k + 2 * top_k * spec.hidden
-        return rows * pooled + tokens * own + 4 * local * world * world * tokens
+        """Of all capacities up to this bucket's, since each has memory of its own that stays."""
+        capacities = [FEWEST]
+        while bucket > capacities[-1]:
+            capacities.append(2 * capacities[-1])
+        return sum(_memory_bytes(spec, placement, capacity) for capacity in capacities) if bucket else 0
 
     @classmethod
     def copied_bytes(cls, problem: Problem) -> int:
@@ -235,6 +228,19 @@ def _gate_first(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
         return w13, s13.clone()
     gate_first, scales = (torch.cat(each.chunk(2, dim=1)[::-1], dim=1) for each in (w13, s13))
     return gate_first, scales
+
+
+def _memory_bytes(spec: MoESpec, placement: Placement, capacity: int) -> int:
+    """The most that either release asks for at this capacity: every rank's pairs in this one's experts, each expert's
+    in whole tiles, as inputs of both GEMMs, whose scales lie in tiles of 128 for every 8 rows in the older one; its own
+    tokens as they come in and the sums of their pairs; and who sent which pair."""
+    world, local, top_k = placement.world, len(placement.experts_of(0)), spec.top_k
+    tokens = cdiv(capacity, ROWS) * ROWS
+    rows = world * tokens * min(top_k, local) + local * ROWS
+    scales = 4 * (cdiv(spec.hidden, BLOCK) + cdiv(spec.intermediate, GRAIN))
+    pooled = spec.hidden + spec.intermediate + 16 * scales + 32
+    own = spec.hidden + cdiv(spec.hidden, BLOCK) * 4 + 12 * top_k + 2 * top_k * spec.hidden
+    return rows * pooled + tokens * own + 4 * local * world * world * tokens
 
 
 def _capacity(bucket: int) -> int:

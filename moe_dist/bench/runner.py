@@ -37,15 +37,19 @@ def plan_cases(cases: Iterable[Case], machine: Machine) -> tuple[list[tuple[Case
 
 def _check_memory(planned: list[tuple[Case, Plan]], machine: Machine) -> None:
     """What will be there must fit before any of it is made: every layer's weights, a step's scratch, which they share,
-    and tokens and routings, which every rank draws whole; on a CPU the whole group's in one memory."""
+    and tokens and routings, which every rank draws whole; on a CPU the whole group's in one memory. What ranks share
+    stays when the next case begins."""
     held = []
+    shared: dict[int, dict[str, int]] = {}  # by ranks of the group and exchange
     for case, plan in planned:
         work, world = case.workload, plan.placement.world
         routings = case.layers * (ROUTINGS if several_routings(work.skew) else 1)
         tokens = work.tokens * (4 * plan.spec.hidden + 8 * plan.spec.top_k * routings)
         sharded = work.token_layout == "sharded"
         share = most_tokens(work.tokens, world, work.token_split, work.seed) if sharded else work.tokens
-        beside = tokens + plan.scratch_bytes(share) + plan.window_bytes(share)
+        windows = shared.setdefault(world, {})
+        windows[plan.exchange] = max(windows.get(plan.exchange, 0), plan.window_bytes(share))
+        beside = tokens + plan.scratch_bytes(share) + sum(windows.values())
         ranks = [case.layers * plan.weight_bytes(rank) + beside for rank in range(world)]
         held.append((max(ranks) if machine.device == "cuda" else sum(ranks), beside))
     largest, beside = max(held)

@@ -192,16 +192,23 @@ class Plan:
         return bytes_of(forms) + backends
 
     def window_bytes(self, max_tokens_per_rank: int) -> int:
-        """The most that a rank shares with the others in a step of so many tokens or fewer, beside its scratch; it
-        stays as long as the group."""
-        return max(plan._window(size) for plan, size in self.parted(max_tokens_per_rank))
+        """The most that a rank shares with the others in steps of so many tokens or fewer, beside its scratch; it stays
+        as long as the group. Exchanges share one window; what a backend has lies beside it."""
+        parts = self.parted(max_tokens_per_rank)
+        of_backends: dict[str, int] = {}
+        for plan, size in parts:
+            bytes_of_it = BACKENDS.get(plan.backend).window_bytes(plan.spec, plan.placement, plan._inner_bucket(size))
+            of_backends[plan.backend] = max(of_backends.get(plan.backend, 0), bytes_of_it)
+        return max(plan._window(size) for plan, size in parts) + sum(of_backends.values())
 
     def _window(self, max_tokens_per_rank: int) -> int:
-        exchange, bucket = self.exchange_class, max_tokens_per_rank
-        if change_of(self.token_layout, exchange, self.placement.world) is not None:
-            bucket = cdiv(bucket, self.placement.world)
-        of_exchange = exchange.window_bytes(self.spec, self.placement, self.payload, self.out_dtype, bucket)
-        return of_exchange + BACKENDS.get(self.backend).window_bytes(self.spec, self.placement, bucket)
+        bucket = self._inner_bucket(max_tokens_per_rank)
+        return self.exchange_class.window_bytes(self.spec, self.placement, self.payload, self.out_dtype, bucket)
+
+    def _inner_bucket(self, tokens_per_rank: int) -> int:
+        """Of the exchange, inside of a change of layout where there is one."""
+        changes = change_of(self.token_layout, self.exchange_class, self.placement.world) is not None
+        return cdiv(tokens_per_rank, self.placement.world) if changes else tokens_per_rank
 
     def wire_bytes(self, tokens: int) -> int:
         """Most bytes that one rank sends in a step of `tokens` global tokens (worst case of `all_to_all`), a change of

@@ -74,13 +74,15 @@ class TestPlan:
 
     def test_bytes(self) -> None:
         """By hand: w13 is there twice. 300 tokens have the room of 512, in whole 384s, of which top-2 on four ranks are
-        6,144 rows, 384 more for each of four experts, with inputs of both GEMMs, scales and origins."""
+        6,144 rows, 384 more for each of four experts, with inputs of both GEMMs, scales and origins. What steps of 256
+        had stays beside it."""
         plan, other = planned(), planned(exchange="nvlink", backend="triton")
         assert plan.weight_bytes(0) - other.weight_bytes(0) == 4 * 2 * 256 * 512
         rows = 4 * 768 * 2 + 4 * 384
         pooled = rows * (512 + 256 + 16 * 4 * (4 + 4) + 32)
         own = 768 * (512 + 4 * 4 + 2 * 12 + 2 * 2 * 512)
-        assert plan.window_bytes(300) == pooled + own + 4 * 4 * 4 * 4 * 768
+        assert plan.window_bytes(300) - plan.window_bytes(256) == pooled + own + 4 * 4 * 4 * 4 * 768
+        assert plan.window_bytes(1) == plan.window_bytes(256)
         assert plan.window_bytes(300) == plan.window_bytes(512) < plan.window_bytes(513)
         assert plan.window_bytes(0) == plan.scratch_bytes(300) == 0
 
