@@ -6,16 +6,15 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import hypot
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from moe_dist.bench.answer import ANOTHER_START, SCATTERS
 from moe_dist.bench.lines import read_document
 from moe_dist.bench.table import number, plain_table
+from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.files import read_small_text
 from moe_dist.messages.printable import printable
@@ -217,7 +216,7 @@ def _key(row: dict[str, Any], keys: list[str]) -> tuple[str, ...]:
 def _change(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> Change:
     times = float(old["p50_us"]), float(new["p50_us"])
     scatters = [float(us) for row in (old, new) if (us := row.get("scatter_us")) is not None]
-    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(times)) if len(scatters) == 2 else None
+    explained = explained_us(times, (scatters[0], scatters[1])) if len(scatters) == 2 else None
     pairs = [row.get("rows_per_rank") for row in (old, new)]
     alike = None in pairs or pairs[0] == pairs[1]
     wrong = tuple(name for name, row in (("old", old), ("new", new)) if row.get("ok") is False)

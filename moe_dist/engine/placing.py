@@ -7,7 +7,7 @@ from math import log
 from typing import NamedTuple
 
 from moe_dist.engine.planning import make_plan
-from moe_dist.engine.records import Record, Setting, Timed, noise, records
+from moe_dist.engine.records import Record, Setting, Timed, records, tied
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.placement import Placement
@@ -103,9 +103,9 @@ def _fastest(record: Record, found: dict[ParallelSpec, list[Timed]], tokens_per_
     (parallel, first), *others = compared[size]
     parts = [f"{first.p50_us:,.0f} µs with {first.exchange} and {first.backend}"]
     for other, row in others:
-        tied = " (within the noise)" if row.p50_us - first.p50_us <= noise(first, row) else ""
+        tie = " (a tie)" if tied(first, row) else ""
         more = row.p50_us / first.p50_us - 1
-        parts.append(f"{other.label} {more:.0%} more{tied} with {row.exchange} and {row.backend}")
+        parts.append(f"{other.label} {more:.0%} more{tie} with {row.exchange} and {row.backend}")
     where = f"at {size:,} tokens a rank, even routing"
     return Placed(parallel, f"{', '.join(parts)}, {where}; {record.source} record {record.name}")
 
