@@ -50,7 +50,8 @@ LISTS = (
     "modes", "peers",
 )  # fmt: skip
 
-Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
+MOST_ITERATIONS = 1_000_000
+Iterations = Annotated[int, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=LARGEST_STACK)]
 Mode = Literal["eager", "graph"]
 ChosenBy = Literal["name", "default", "auto"]  # who chose the backend, or with auto the exchange

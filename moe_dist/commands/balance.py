@@ -34,7 +34,7 @@ from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.simulate.calibration import Calibration, calibration
 from moe_dist.simulate.gain import EXCHANGE, Change, Gain, Sweep, steps_to_pay
-from moe_dist.workloads.skew_names import canonical_skew
+from moe_dist.workloads.skew_names import drawn_skew
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.traces import read_trace, trace_of
 
@@ -88,7 +88,7 @@ def balance(
     if ep == 1:
         rule = "is one group of ranks, which has nothing to even out"
         raise ConfigError("parallel.ep", ep, rule, f"2 to {spec.num_experts}")
-    known = canonical_skew(skew)
+    known = drawn_skew(skew)
     work = WorkloadSpec(tokens=tokens, skew=known, trace=trace_of(known))
     check_step(tokens, spec)
     Placement.build(spec, before)
