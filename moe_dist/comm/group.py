@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -120,6 +120,16 @@ class Comm(Collectives, Agreements):
     def __deepcopy__(self, memo: dict[int, Any]) -> Comm:
         """A copy of what holds it talks to the same ranks through the same group."""
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raise ConfigError for what holds it too, as layers and stacks do: another process has other groups."""
+        rule = "belongs to this process and its ranks, as does the layer that holds it: neither can be pickled"
+        raise ConfigError(
+            "comm",
+            f"that of rank {self.rank} of {self.world}",
+            rule,
+            "the layer's state_dict(), and load_layer in each process",
+        )
 
     def leave(self) -> None:
         """Destroy the groups that were made here; ranks that wait in a collective of one get an error at once."""

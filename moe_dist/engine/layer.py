@@ -19,8 +19,10 @@ from moe_dist.engine.agreement import Agreement
 from moe_dist.engine.debugging import check_repeats, check_result
 from moe_dist.engine.fitting import check_fit
 from moe_dist.engine.inputs import (
+    NOT_TRACED,
     check_bucket,
     check_gradient,
+    check_not_exported,
     check_routing,
     check_tokens,
     check_values,
@@ -53,9 +55,10 @@ class MoELayer(nn.Module):
 
     `shard` is what `plan.placement` gives this rank (weights.shard, checkpoint.load_shard). `shared` is the shared
     expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective, it is not
-    differentiated, and torch.compile leaves it as it is. `debug` (default: whether MOE_DIST_DEBUG is set) is the
-    debug mode of docs/failures.md, which all ranks have or none. Values of the weights are the caller's to check, with
-    ExpertWeights.check_finite: that is a pass over all of them.
+    differentiated, torch.compile leaves it as it is, and torch.export and pickle are refused: the layer holds its
+    process's communicator. `debug` (default: whether MOE_DIST_DEBUG is set) is the debug mode of docs/failures.md,
+    which all ranks have or none. Values of the weights are the caller's to check, with ExpertWeights.check_finite: that
+    is a pass over all of them.
 
     The layer stays on its communicator's device and in its plan's dtypes: `to`, `half` and the like change nothing, and
     raise ConfigError for another device.
@@ -149,11 +152,12 @@ class MoELayer(nn.Module):
 
         `captured`: run as in a CUDA graph, with static shapes; set by graphs. `stages`: a clock for the parts.
         """
+        check_not_exported()
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is None:
             return self._checked_forward(x_TH, routing, max_tokens_per_rank, captured, stages)
         if self._uncompiled is None:  # only somebody who compiles has imported it; this layer is no part of that
-            self._uncompiled = dynamo.disable(self._checked_forward)
+            self._uncompiled = dynamo.disable(self._checked_forward, reason=NOT_TRACED)
         y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank, captured, stages)
         return y_TH
 
@@ -287,7 +291,7 @@ class MoELayer(nn.Module):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what torch.compile made of it, which can't be pickled and is made anew."""
+        """Of a shallow copy: without what torch.compile made of the original. A pickle is refused by `comm`."""
         return {**self.__dict__, "_uncompiled": None}
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from moe_dist.comm import Comm
 from moe_dist.engine.agreement import of_stack, stack_facts
-from moe_dist.engine.inputs import check_bucket, check_gradient, check_routing, check_tokens
+from moe_dist.engine.inputs import (
+    NOT_TRACED,
+    check_bucket,
+    check_gradient,
+    check_not_exported,
+    check_routing,
+    check_tokens,
+)
 from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import ConfigError
 from moe_dist.machine.surroundings import settled
@@ -58,8 +65,9 @@ class MoEStack(nn.Module):
         rest is as for MoELayer.forward, with the layer's number in the field of a ConfigError about a routing. In a
         `captured` step the routers send rows of zeros nowhere: those are a graph's padding, and their sums are zeros.
         """
+        check_not_exported()
         dynamo = sys.modules.get("torch._dynamo")  # see MoELayer.forward
-        forward = self._forward if dynamo is None else dynamo.disable(self._forward)
+        forward = self._forward if dynamo is None else dynamo.disable(self._forward, reason=NOT_TRACED)
         y_TH: Tensor = forward(x_TH, routings, max_tokens_per_rank, captured, stages)
         return y_TH
 
