@@ -12,6 +12,7 @@ from rich.text import Text
 from moe_dist.bench.row import Row
 from moe_dist.bench.table import Column, fitting, groups, number, speed, stack_of, times_floor
 from moe_dist.engine.ties import explained_us
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 from moe_dist.model.spec import MAPPED
 
@@ -112,7 +113,7 @@ def title_of(rows: list[Row]) -> str:
     models = {row.model for row in rows}
     parts = [printable(first.model) + f" {first.quant}"] if len(models) == 1 else []
     if len({row.world for row in rows}) == 1:
-        parts.append(f"{first.world} ranks")
+        parts.append(count_of(first.world, "rank"))
     for key, text in (("backend", f"backend {printable(first.backend)}"),
                       ("graph", "in a CUDA graph" if first.graph else "eager")):  # fmt: skip
         if len({getattr(row, key) for row in rows}) == 1:
@@ -132,4 +133,4 @@ def last_line(found: list[Answer]) -> str:
     for answer in found:
         wins[answer.family] = wins.get(answer.family, 0) + 1
     parts = [f"{name}{' fastest' * (name != 'a tie')} in {count}" for name, count in sorted(wins.items())]
-    return f"Verdict: {len(found)} comparisons: " + ", ".join(parts) + "."
+    return f"Verdict: {count_of(len(found), 'comparison')}: " + ", ".join(parts) + "."

@@ -17,6 +17,7 @@ from moe_dist.bench.table import number, plain_table
 from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.files import read_small_text
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 
 LARGEST_FILE = 256 << 20  # bytes
@@ -199,7 +200,7 @@ def _case(row: dict[str, Any]) -> re.Pattern[str]:
     skew = "file:.*" if str(row.get("skew")).startswith("file:") else text("skew")
     parts = (
         f"{text('model')} {text('placement')} ({text('exchange', 'auto')}) ({text('backend', 'auto')})",
-        f"{text('global_tokens')} {text('token_layout')} tokens{split}",
+        f"{text('global_tokens')} {text('token_layout')} tokens?{split}",
         f"{skew} {'graph' if row.get('graph') else 'eager'}",
     )
     return re.compile(" ".join(parts) + (f" × {layers} layers" if layers.isdecimal() else ""))
@@ -230,7 +231,7 @@ def _label(row: dict[str, Any], names: list[str]) -> str:
 def _shown(name: str, value: Any) -> str:
     if name == "graph":
         return "graph" if value else "eager"
-    return f"{value:,} tokens" if name == "global_tokens" and isinstance(value, int) else printable(str(value))
+    return count_of(value, "token") if name == "global_tokens" and isinstance(value, int) else printable(str(value))
 
 
 def _machine(document: dict[str, Any]) -> str:

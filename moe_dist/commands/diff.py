@@ -13,7 +13,7 @@ from moe_dist.commands.flags import Json
 from moe_dist.commands.printing import console, print_json
 from moe_dist.commands.terminal import say, show, to_standard_output
 from moe_dist.exits.exit_codes import GONE, OK, OUT_OF_TOLERANCE, SLOWER
-from moe_dist.messages.counts import are, count_of, have
+from moe_dist.messages.counts import count_of, verb
 
 Old = Annotated[str, Parameter(help="Results file of --out, the earlier one.")]
 New = Annotated[str, Parameter(help="The later one.")]
@@ -49,16 +49,18 @@ def _said(found: Diff) -> list[str]:
     known = [f"{counts[verdict]} {verdict}" for verdict in ("slower", "faster", "same")]
     said = [f"{count_of(len(found.changes), 'row')} of both: {', '.join(known)}"]
     if some := counts["unknown"]:
-        said.append(f"{some} {have(some)} no scatter, so nothing is claimed")
+        said.append(f"{some} {verb(some, 'have')} no scatter, so nothing is claimed")
     if some := counts["other routing"]:
-        said.append(f"{some} {have(some)} another draw of the routing")
+        said.append(f"{some} {verb(some, 'have')} another draw of the routing")
     if some := counts["wrong numbers"]:
-        said.append(f"{some} {have(some)} wrong numbers, out of tolerance in one file at least")
+        said.append(f"{some} {verb(some, 'have')} wrong numbers, out of tolerance in one file at least")
     if some := len(found.missing):
         of_old = count_of(len(found.changes) + some, "row")
         listed = Counter(row.listed for row in found.missing if row.listed)
         what = ", ".join(f"{count} {kind}" for kind, count in listed.items())
-        said.append(f"{some} of old's {of_old} {are(some)} missing in new" + (f" ({what} there)" if what else ""))
+        said.append(
+            f"{some} of old's {of_old} {verb(some, 'are')} missing in new" + (f" ({what} there)" if what else "")
+        )
     if found.added:
-        said.append(f"{found.added} {are(found.added)} in new only")
+        said.append(f"{found.added} {verb(found.added, 'are')} in new only")
     return said

@@ -247,8 +247,9 @@ def _world(runtime: str, variants: Sequence[Variant]) -> int:
     world = launched().world
     for each in variants:
         if each.parallel.world != world:
-            rule = f"has {each.parallel.world} ranks, and torchrun started {world}"
-            raise ConfigError("placements", each.placement, rule, f"placements of {world} ranks, or --runtime ray")
+            rule = f"has {count_of(each.parallel.world, 'rank')}, and torchrun started {world}"
+            legal = f"placements of {count_of(world, 'rank')}, or --runtime ray"
+            raise ConfigError("placements", each.placement, rule, legal)
     return world
 
 

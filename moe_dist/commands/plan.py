@@ -18,6 +18,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import GPUS, Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 from moe_dist.model.spec import MOST_RANKS, MoESpec, WorkloadSpec
 from moe_dist.workloads.token_splits import most_tokens
@@ -78,7 +79,7 @@ def _none_or_several(experiment: Experiment) -> NoReturn:
             names = [each.name if isinstance(each, MoESpec) else each for each in values]
             raise ConfigError(f"experiment.{key}", names, rule, "one value")
     if not any(parse_placement(each, experiment.worlds[0]) for each in experiment.placements):
-        rule = f"has not the {experiment.worlds[0]} ranks of worlds"
+        rule = f"has not the {count_of(experiment.worlds[0], 'rank')} of worlds"
         raise ConfigError("experiment.placements", list(experiment.placements), rule, "one world of tp·ep ranks")
     raise ConfigError("experiment", experiment.name, rule, "one value a key")
 
@@ -121,7 +122,7 @@ def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, l
     )
     for choice in made.choices:
         if choice.why:
-            sizes = "all sizes" if choice.up_to is None else f"up to {choice.up_to} tokens a rank"
+            sizes = "all sizes" if choice.up_to is None else f"up to {count_of(choice.up_to, 'token')} a rank"
             last = "larger steps" if choice.up_to is None and len(made.choices) > 1 else sizes
             console.print(f"auto, {last}: {choice.exchange} with {choice.backend}: {printable(choice.why)}")
     ranks = plain_table(columns=("rank", "experts", "slice of intermediate", "weights"))
@@ -134,7 +135,7 @@ def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, l
     window = made.window_bytes(share)
     shared_memory = f" and {size(window)} that ranks share" if window else ""
     console.print(
-        f"{work.tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
+        f"{count_of(work.tokens, 'token')}: at most {made.most_rows(share)} (token, expert) pairs and about"
         f" {size(made.scratch_bytes(share))} of scratch{shared_memory} on a rank, at most"
         f" {size(_wire_bytes(made, work))} sent by one;"
         " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),

@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import Routing, check_own_memory
 from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.model.weights import ExpertWeights
@@ -66,7 +67,7 @@ def check_bucket(bucket: int | None, tokens: int) -> None:
     if type(bucket) is not int:
         raise ConfigError("max_tokens_per_rank", bucket, "must be an integer", f"an integer, {tokens} to {MOST_TOKENS}")
     if not tokens <= bucket <= MOST_TOKENS:
-        rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
+        rule = f"this rank has {count_of(tokens, 'token')} and all ranks step at one agreed size"
         raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {tokens} to {MOST_TOKENS}")
 
 

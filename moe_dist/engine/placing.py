@@ -10,6 +10,7 @@ from moe_dist.engine.planning import make_plan
 from moe_dist.engine.records import Record, Setting, Timed, records, tied
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 
@@ -106,7 +107,7 @@ def _fastest(record: Record, found: dict[ParallelSpec, list[Timed]], tokens_per_
         tie = " (a tie)" if tied(first, row) else ""
         more = row.p50_us / first.p50_us - 1
         parts.append(f"{other.label} {more:.0%} more{tie} with {row.exchange} and {row.backend}")
-    where = f"at {size:,} tokens a rank, even routing"
+    where = f"at {count_of(size, 'token')} a rank, even routing"
     return Placed(parallel, f"{', '.join(parts)}, {where}; {record.source} record {record.name}")
 
 

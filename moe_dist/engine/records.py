@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.messages.counts import count_of
 from moe_dist.model.refused import as_config_error
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.tables import cache_folder
@@ -198,7 +199,7 @@ def _why(record: Record, size: int, taken: Timed, ordered: list[Timed]) -> str:
         gain = rest[0].p50_us / taken.p50_us - 1
         over = f", {rest[0].exchange} with {rest[0].backend} {abs(gain):.0%} {'more' if gain >= 0 else 'less'}"
         over += " (a tie)" if tied(taken, rest[0]) else ""
-    where = f"at {size:,} tokens a rank, even routing"
+    where = f"at {count_of(size, 'token')} a rank, even routing"
     return f"{taken.p50_us:,.0f} µs {where}{over}; {record.source} record {record.name}"
 
 

@@ -21,6 +21,7 @@ from moe_dist.engine.inputs import (
 from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import ConfigError
 from moe_dist.machine.surroundings import settled
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import Routing
 from moe_dist.step import NO_STAGES, Stages, Support
 
@@ -168,7 +169,9 @@ class MoEStack(nn.Module):
         if not isinstance(routings, (list, tuple)):
             raise ConfigError("routings", type(routings).__name__, "is no list of them", FORM)
         if len(routings) != len(self.layers):
-            raise ConfigError("routings", f"{len(routings)} of them", f"the stack has {len(self.layers)} layers", FORM)
+            raise ConfigError(
+                "routings", f"{len(routings)} of them", f"the stack has {count_of(len(self.layers), 'layer')}", FORM
+            )
         for number, routing in enumerate(routings):
             if not isinstance(routing, Routing):
                 raise ConfigError(f"routings[{number}]", type(routing).__name__, "is no Routing", FORM)

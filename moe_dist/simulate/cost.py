@@ -11,6 +11,7 @@ import numpy as np
 from moe_dist.bench.peaks import PEAKS, Peaks
 from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.messages.counts import count_of
 from moe_dist.simulate.measured import Measured
 from moe_dist.simulate.work import Work
 
@@ -93,7 +94,9 @@ def calibrated(rows: Sequence[Measured]) -> CostModel:
     gpus = sorted({row.gpu for row in rows})
     if len(gpus) != 1 or len(rows) < FEWEST_ROWS:
         rule = f"a model takes {FEWEST_ROWS} rows of whole layers in a CUDA graph on one kind of GPU with known peaks"
-        raise ConfigError("calibrate", f"{len(rows)} rows on {gpus or 'none'}", rule, f"rows on {', '.join(PEAKS)}")
+        raise ConfigError(
+            "calibrate", f"{count_of(len(rows), 'row')} on {gpus or 'none'}", rule, f"rows on {', '.join(PEAKS)}"
+        )
     peaks = PEAKS[gpus[0]]
     backends, exchanges = (sorted({getattr(row, name) for row in rows}) for name in ("backend", "exchange"))
     A = np.array([_columns(row, backends, exchanges, peaks) for row in rows])

@@ -319,7 +319,7 @@ class TestWithRanks:
         found = command("run", "--tokens", "4", "--iters", "1", *SMALL)
         assert found.code == 1
         assert next(line for line in found.out.splitlines() if "single" in line).rstrip(" │").endswith("NO")
-        assert "1 of 1 rows are out of tolerance." in found.out
+        assert "1 of 1 row is out of tolerance." in found.out
 
     def test_a_placement_that_balance_made(self, command, tmp_path: Path):
         workload = ["--model", "tiny", "--device", "cpu", "worlds=[2]", "exchanges=[ag_rs]", "tokens=[64]"]

@@ -17,6 +17,7 @@ from moe_dist.integrations.evaluation.scores import Logits, mean_of_rows
 from moe_dist.integrations.evaluation.setup import Setup, Variant
 from moe_dist.integrations.transformers import replace_experts
 from moe_dist.integrations.transformers.version import needed
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.streams import Stream
 
@@ -50,7 +51,8 @@ def open_model(folder: str, device: torch.device) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(folder, f"transformers can't load it: {' '.join(str(error).split())[:300]}") from None
     if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
-        problem = f"{len(missing)} weights of the model are missing: {', '.join(missing[:3])}"
+        lost = f"{count_of(len(missing), 'weight')} of the model {verb(len(missing), 'are')} missing"
+        problem = f"{lost}: {', '.join(missing[:3])}"
         raise CheckpointError(folder, problem + ", ..." * (len(missing) > 3))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
