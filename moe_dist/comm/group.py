@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -121,15 +121,14 @@ class Comm(Collectives, Agreements):
         """A copy of what holds it talks to the same ranks through the same group."""
         return self
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Raise ConfigError for what holds it too, as layers and stacks do: another process has other groups."""
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Of one rank alone, as of anything. Raises ConfigError for several, whose group is this process's own: so does
+        what holds it, as layers and stacks do."""
+        if self.world == 1:
+            return super().__reduce_ex__(protocol)
+        given = f"that of rank {self.rank} of {self.world}"
         rule = "belongs to this process and its ranks, as does the layer that holds it: neither can be pickled"
-        raise ConfigError(
-            "comm",
-            f"that of rank {self.rank} of {self.world}",
-            rule,
-            "the layer's state_dict(), and load_layer in each process",
-        )
+        raise ConfigError("comm", given, rule, "the layer's state_dict(), and load_layer in each process")
 
     def leave(self) -> None:
         """Destroy the groups that were made here; ranks that wait in a collective of one get an error at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from collections.abc import Callable
@@ -176,10 +177,14 @@ class Around(torch.nn.Module):
 def test_what_would_leave_the_process_of_its_communicator(checkpoint: Path, stacked: bool) -> None:
     layer = load_layer(checkpoint, 1)
     module = Around(MoEStack([layer]) if stacked else layer)
+    read = pickle.loads(pickle.dumps(module))  # of one rank
+    assert torch.equal(read(X), module(X))
+    assert copy.copy(layer).paths is layer.paths
+    layer.comm = Comm(0, 2, torch.device("cpu"))
     for written in (pickle.dumps, lambda whole: torch.save(whole, io.BytesIO())):
-        with pytest.raises(ConfigError, match=r"^comm = 'that of rank 0 of 1': belongs .* can be pickled \(legal: "):
+        with pytest.raises(ConfigError, match=r"^comm = 'that of rank 0 of 2': belongs .* can be pickled \(legal: "):
             written(module)
-    pickle.dumps(module.state_dict())
+    layer.comm = Comm.single()
     with pytest.raises(ConfigError, match=r"^layer = 'inside of torch\.export': it works with its process's ranks"):
         torch.export.export(module, (X,))
     with pytest.raises(ConfigError, match=r"^layer = 'inside of torch\.jit\.trace': it works"):
