@@ -21,6 +21,7 @@ from moe_dist.comm.network import network_said
 from moe_dist.comm.others import backends_of, device_of, known_elsewhere, rank_in, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.messages.counts import count_of
 
 T = TypeVar("T")
 
@@ -78,7 +79,8 @@ class Comm(Collectives, Agreements):
                 device_id=device if device.type == "cuda" else None,
             )
         except Exception as error:
-            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, short(error) + network_said()) from error
+            doing = f"rendezvous of {count_of(world, 'rank')}"
+            raise RankFailure(rank, doing, 0, short(error) + network_said()) from error
         comm = cls.from_group(device, timeout_s=timeout_s)
         comm._owned = [None]  # whose end is that of all others too
         return comm

@@ -169,7 +169,7 @@ def _steps(given: Tensor | None, rows: int, refuse: Callable[[str, str], ConfigE
         raise refuse(f"holds steps {tuple(given.shape)}", legal)
     steps = tuple(given.tolist())
     if min(steps) < 0 or sum(steps) != rows:
-        raise refuse(f"holds steps of {sum(steps)} rows, the least of them {min(steps)}", legal)
+        raise refuse(f"holds steps of {count_of(sum(steps), 'row')}, the least of them {min(steps)}", legal)
     return steps
 
 

@@ -222,7 +222,7 @@ def _build(path: Path) -> None:
     ]
     wanted.append(("weights_map.o", "weights_map.cu", ()))
     workers = min(len(wanted), cores())
-    say(f"compiling {len(wanted)} sources of the cutlass backend, {workers} at a time; this happens once")
+    say(f"compiling {count_of(len(wanted), 'source')} of the cutlass backend, {workers} at a time; this happens once")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(compile_object, source, Path(folder) / name, defines) for name, source, defines in wanted]
         try:
