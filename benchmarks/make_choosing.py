@@ -1,6 +1,6 @@
 """docs/choosing.md from the recorded files: python benchmarks/make_choosing.py. A test compares the two.
 
-Every line of a table is a claim and names its rows: their numbers in the file, as `moe-dist report` counts them. Of
+Every line of a table names its rows: their numbers in the file, as `moe-dist report` counts them. Of
 each question (which placement, exchange or backend), case and size the latest file that can answer it is taken, and an
 older one where that knows more of the choices.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from math import hypot
 from typing import Any, NamedTuple
 
 from make_tables import FOLDER
 from score_auto import RULES, by_records, scores, summary
 
-from moe_dist.engine.records import NOISE, read_record
+from moe_dist.engine.records import read_record
+from moe_dist.engine.ties import explained_us
 from moe_dist.report.formats import markdown_table
 
 TARGET = FOLDER.parent / "docs" / "choosing.md"
@@ -26,11 +26,13 @@ Row = dict[str, Any]
 HEAD = """# Choosing: TP or EP, which exchange, which backend
 
 Made from the files in [benchmarks/](../benchmarks) by `python benchmarks/make_choosing.py`; nothing in its tables is
-written by hand. Each line is a claim: the fastest choice for so many tokens a rank, what the others take longer, and
+written by hand. Each line has the fastest choice for so many tokens a rank, what the others take longer, and
 the rows that say so, by their numbers in the file. Steps are those of one layer without its shared expert, exchange
-included, in a CUDA graph, with sharded tokens. "Tie" is a difference within two standard errors of both rows or within
-2 %, which another start of the ranks moves too. `moe-dist plan --placement auto --exchange auto --backend auto` takes
-these rows for you, and `moe-dist compare --remember` adds yours, which then count before them.
+included, in a CUDA graph, with sharded tokens. "Tie" is what it is everywhere ([measuring.md](measuring.md)): a
+difference within three standard errors or within the 2 % that another start of the ranks moves. Files from before 27
+November 2026 have no standard errors: their tables show differences and claim none. `moe-dist plan --placement auto
+--exchange auto --backend auto` takes these rows for you, and `moe-dist compare --remember` adds yours, which then count
+before them.
 """
 
 OF_LOCAL = """## A rank's share alone
@@ -170,7 +172,9 @@ def is_step(row: Row) -> bool:
 def heading(case: Case, name: str, document: dict[str, Any]) -> str:
     machine = document["machine"]
     about = f"{document['date'][:10]}, commit {document['commit'][:7]}, [file](../benchmarks/{name})"
-    return f"**{case.model}**, {case.world} × {machine['gpu']}, routing {case.skew}\n({about})"
+    known = all(map(scatters, filter(is_step, document["rows"])))
+    claim = "" if known else "\nwithout standard errors: no difference is claimed"
+    return f"**{case.model}**, {case.world} × {machine['gpu']}, routing {case.skew}\n({about}){claim}"
 
 
 def line(tokens: int, best: dict[str, tuple[int, Row]]) -> list[str]:
@@ -186,9 +190,17 @@ def line(tokens: int, best: dict[str, tuple[int, Row]]) -> list[str]:
 
 
 def is_tie(first: Row, second: Row) -> bool:
-    """As engine.records has it."""
-    scatter = 2 * hypot(first.get("scatter_us") or 0.0, second.get("scatter_us") or 0.0)
-    return bool(abs(second["p50_us"] - first["p50_us"]) <= max(scatter, NOISE * first["p50_us"]))
+    """As `moe_dist.bench.answer.tied` has it. Of rows without scatter nothing is claimed, which their heading says."""
+    if not (scatters(first) and scatters(second)):
+        return False
+    starts = [(row.get("run"), row.get("start")) for row in (first, second)]
+    times = first["p50_us"], second["p50_us"]
+    explained = explained_us(times, (first["scatter_us"], second["scatter_us"]), starts[0] == starts[1])
+    return bool(abs(times[1] - times[0]) <= explained)
+
+
+def scatters(row: Row) -> bool:
+    return row.get("scatter_us") is not None
 
 
 def of_rules() -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.model.spec import ParallelSpec, split_bounds
 
 Homes = list[set[int]]
@@ -27,7 +28,12 @@ def balanced(loads: Sequence[float], parallel: ParallelSpec, redundant: int = 0)
     if any(not 0 <= load < float("inf") for load in loads):
         raise ConfigError("loads", list(loads), "a load is no finite number from 0 on", "0 and more")
     if experts < groups:
-        raise ConfigError("parallel.ep", groups, f"{experts} experts leave a rank with none", f"1 to {experts}")
+        raise ConfigError(
+            "parallel.ep",
+            groups,
+            f"{count_of(experts, 'expert')} {verb(experts, 'leave')} a rank with none",
+            f"1 to {experts}",
+        )
     if not 0 <= redundant <= experts * (groups - 1):
         rule = f"{groups} groups hold each of {experts} experts once at most"
         raise ConfigError("redundant", redundant, rule, f"0 to {experts * (groups - 1)}")

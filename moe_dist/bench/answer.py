@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import hypot
 
 from rich.console import Group
 from rich.table import Table
@@ -12,13 +11,10 @@ from rich.text import Text
 
 from moe_dist.bench.row import Row
 from moe_dist.bench.table import Column, fitting, groups, number, speed, stack_of, times_floor
+from moe_dist.engine.ties import explained_us
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 from moe_dist.model.spec import MAPPED
-
-SCATTERS = 3  # standard errors: where there is nothing but scatter, two differences in a hundred are larger
-# Another start of the ranks moves a median too, which no round sees: by 0.7 % in the middle and by more than this for 3
-# of the 16 rows that benchmarks/2026-11-22-h200x2-backends.json and 2026-11-23-h200x2.json have in common.
-ANOTHER_START = 0.02
 
 
 @dataclass(frozen=True)
@@ -64,15 +60,13 @@ def family(row: Row) -> str:
 
 
 def tied(first: Row, second: Row) -> bool:
-    """Whether two medians differ by no more than scatter explains: that of both rows' rounds, or that of another start
-    of the ranks; of rows that two starts have measured, both together. Of a row with too few rounds nothing is known,
-    so nothing is claimed."""
+    """Whether two medians differ by no more than scatter explains (`engine.ties`). Of a row with too few rounds nothing
+    is known, so nothing is claimed."""
     if first.scatter_us is None or second.scatter_us is None:
         return True
     times = speed(first), speed(second)
-    explained = SCATTERS * hypot(first.scatter_us, second.scatter_us), ANOTHER_START * min(times)
     together = (first.run, first.start) == (second.run, second.start)
-    return abs(times[1] - times[0]) <= (max(explained) if together else sum(explained))
+    return abs(times[1] - times[0]) <= explained_us(times, (first.scatter_us, second.scatter_us), together)
 
 
 def answer_table(found: list[Answer], width: int | None = None) -> Table | Group:
@@ -119,7 +113,7 @@ def title_of(rows: list[Row]) -> str:
     models = {row.model for row in rows}
     parts = [printable(first.model) + f" {first.quant}"] if len(models) == 1 else []
     if len({row.world for row in rows}) == 1:
-        parts.append(f"{first.world} ranks")
+        parts.append(count_of(first.world, "rank"))
     for key, text in (("backend", f"backend {printable(first.backend)}"),
                       ("graph", "in a CUDA graph" if first.graph else "eager")):  # fmt: skip
         if len({getattr(row, key) for row in rows}) == 1:
@@ -139,4 +133,4 @@ def last_line(found: list[Answer]) -> str:
     for answer in found:
         wins[answer.family] = wins.get(answer.family, 0) + 1
     parts = [f"{name}{' fastest' * (name != 'a tie')} in {count}" for name, count in sorted(wins.items())]
-    return f"Verdict: {len(found)} comparisons: " + ", ".join(parts) + "."
+    return f"Verdict: {count_of(len(found), 'comparison')}: " + ", ".join(parts) + "."

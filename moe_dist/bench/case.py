@@ -23,6 +23,7 @@ from moe_dist.engine.planning import AUTO, make_plan
 from moe_dist.engine.together import pairs_of
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import noun
 from moe_dist.model.spec import (
     Flag,
     MoESpec,
@@ -50,7 +51,8 @@ LISTS = (
     "modes", "peers",
 )  # fmt: skip
 
-Iterations = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
+MOST_ITERATIONS = 1_000_000
+Iterations = Annotated[int, Field(strict=True, ge=0, le=MOST_ITERATIONS)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=LARGEST_STACK)]
 Mode = Literal["eager", "graph"]
 ChosenBy = Literal["name", "default", "auto"]  # who chose the backend, or with auto the exchange
@@ -135,10 +137,11 @@ class Case(Section):
 
     @property
     def label(self) -> str:
-        work, stacked = self.workload, f" × {self.layers} layers" if self.layers > 1 else ""
+        work, split = self.workload, "" if self.workload.token_split == "even" else f" {self.workload.token_split}"
+        stacked = f" × {self.layers} layers" if self.layers > 1 else ""
         return (
             f"{self.model.name} {self.parallel.label} {self.exchange} {self.backend}"
-            f" {work.tokens} {work.token_layout} tokens{'' if work.token_split == 'even' else f' {work.token_split}'}"
+            f" {work.tokens} {work.token_layout} {noun(work.tokens, 'token')}{split}"
             f" {work.skew} {'graph' if self.graph else 'eager'}{stacked}"
         )
 

@@ -16,6 +16,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, MoeDistError, UnsupportedError
 from moe_dist.machine.machine import HOPPER, Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.workloads.token_splits import most_tokens
@@ -102,7 +103,8 @@ def settle_placements(
         named = None if backends is None or AUTO in backends else backends
         placed = choose_placement(model, world, layout, graph, machine, share, exchanges, named)
         taken[f"tp{placed.parallel.tp}xep{placed.parallel.ep}"] = None
-        lines[f"placement {placed.parallel.label} of {world} ranks, {share:,} tokens a rank: {placed.why}"] = None
+        where = f"{count_of(world, 'rank')}, {count_of(share, 'token')} a rank"
+        lines[f"placement {placed.parallel.label} of {where}: {placed.why}"] = None
     names = [name for each in experiment.placements for name in (taken if each == AUTO else (each,))]
     return experiment.with_changes(placements=tuple(names)), list(lines)
 

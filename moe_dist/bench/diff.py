@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import hypot
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from moe_dist.bench.answer import ANOTHER_START, SCATTERS
 from moe_dist.bench.lines import read_document
 from moe_dist.bench.table import number, plain_table
+from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError, NoRowsError
 from moe_dist.files import read_small_text
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 
 LARGEST_FILE = 256 << 20  # bytes
@@ -59,6 +61,16 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A row with a time of the old file that the new one has no time of. `listed`: what the new file says of it: it
+    failed, it was refused, its numbers were checked without a time; None where it is not mentioned at all."""
+
+    label: str
+    listed: Literal["failed", "refused", "not timed"] | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Side:
     """Where one of the two files comes from, as it says itself; `machine` such as `2 x NVIDIA H200`."""
 
@@ -78,11 +90,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Diff:
-    """`alone`: rows with times that only one of the files has. `machines`: what they were measured on, where it is not
-    one machine's kind: then a difference says little about moe_dist."""
+    """`missing`: rows with a time that only the old file has, `added`: how many only the new one has. `machines`: what
+    they were measured on, where it is not one machine's kind: then a difference says little about moe_dist."""
 
     changes: list[Change]
-    alone: int
+    missing: list[Missing]
+    added: int
     machines: tuple[str, ...]
 
     @property
@@ -127,7 +140,8 @@ def _check_times(place: str, row: dict[str, Any]) -> None:
 
 
 def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Diff:
-    """Rows of the same configuration. Raises ConfigError where a file has two rows of one, or both share none."""
+    """Rows of the same configuration. Raises ConfigError where a file has two rows of one, or both share none and the
+    new one does not say why."""
     both = [_timed(document) for document in (old, new)]
     keys = [key for key in KEYS if all(key in row for rows in both for row in rows)]
     before, after = ({_key(row, keys): row for row in rows} for rows in both)
@@ -135,13 +149,61 @@ def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Diff:
         if len(found) < len(rows):
             raise ConfigError("rows", len(rows), "a file has several rows of one configuration", len(found))
     shared = [key for key in before if key in after]
-    if not shared:
+    gone = [key for key in before if key not in after]
+    said = {key: _listed(before[key], key, keys, new) for key in gone}
+    if not shared and not any(listed in ("failed", "refused") for listed, _ in said.values()):
         raise ConfigError("rows", 0, "no configuration has times in both files", "one at least")
-    varying = [name for place, name in enumerate(keys) if len({key[place] for key in shared}) > 1]
-    usual: list[str] = [name for name in ("placement", "exchange", "backend") if name in keys]
-    changes = [_change(before[key], after[key], varying or usual) for key in shared]
+    names, all_names = _names(shared, keys), _names(before, keys)
+    changes = [_change(before[key], after[key], names) for key in shared]
+    missing = [Missing(_label(before[key], all_names), *said[key]) for key in gone]
     machines = dict.fromkeys(map(_machine, (old, new)))
-    return Diff(changes, len(before) + len(after) - 2 * len(shared), tuple(machines) if len(machines) > 1 else ())
+    return Diff(changes, missing, len(after) - len(shared), tuple(machines) if len(machines) > 1 else ())
+
+
+def _names(shown: Iterable[tuple[str, ...]], keys: list[str]) -> list[str]:
+    """Which of the keys name these rows: those in which they differ."""
+    columns = zip(*shown, strict=True)
+    varying = [name for name, values in zip(keys, columns, strict=False) if len(set(values)) > 1]
+    return varying or [name for name in ("placement", "exchange", "backend") if name in keys]
+
+
+def _listed(
+    row: dict[str, Any], key: tuple[str, ...], keys: list[str], document: dict[str, Any]
+) -> tuple[Literal["failed", "refused", "not timed"] | None, str | None]:
+    """What a document without a time of this row says of it."""
+    case = _case(row)
+    lists: tuple[Literal["failed", "refused"], ...] = ("failed", "refused")
+    for kind in lists:
+        entries = document.get(kind)
+        for entry in entries if isinstance(entries, list) else ():
+            if not isinstance(entry, dict):
+                continue
+            same = entry.get("key") is not None and entry["key"] == row.get("key")
+            if same or case.fullmatch(str(entry.get("case"))):
+                return kind, printable(str(entry.get("reason") or "for no reason that it names"))
+    for other in document["rows"]:
+        known = OLDER | other
+        if all(name in known for name in keys) and _key(known, keys) == key:
+            return "not timed", None
+    return None, None
+
+
+def _case(row: dict[str, Any]) -> re.Pattern[str]:
+    """The texts of `Case.label` that a case of this row may have: it may have left exchange and backend to `auto`, and
+    names a recorded routing by its file."""
+
+    def text(name: str, *others: str) -> str:
+        return "|".join(map(re.escape, (str(row.get(name)), *others)))
+
+    split = "" if row.get("token_split") == "even" else f" {text('token_split')}"
+    layers = str(row.get("layer")).removeprefix("stack:")
+    skew = "file:.*" if str(row.get("skew")).startswith("file:") else text("skew")
+    parts = (
+        f"{text('model')} {text('placement')} ({text('exchange', 'auto')}) ({text('backend', 'auto')})",
+        f"{text('global_tokens')} {text('token_layout')} tokens?{split}",
+        f"{skew} {'graph' if row.get('graph') else 'eager'}",
+    )
+    return re.compile(" ".join(parts) + (f" × {layers} layers" if layers.isdecimal() else ""))
 
 
 def _timed(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,17 +217,21 @@ def _key(row: dict[str, Any], keys: list[str]) -> tuple[str, ...]:
 def _change(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> Change:
     times = float(old["p50_us"]), float(new["p50_us"])
     scatters = [float(us) for row in (old, new) if (us := row.get("scatter_us")) is not None]
-    explained = max(SCATTERS * hypot(*scatters), ANOTHER_START * min(times)) if len(scatters) == 2 else None
+    explained = explained_us(times, (scatters[0], scatters[1])) if len(scatters) == 2 else None
     pairs = [row.get("rows_per_rank") for row in (old, new)]
     alike = None in pairs or pairs[0] == pairs[1]
     wrong = tuple(name for name, row in (("old", old), ("new", new)) if row.get("ok") is False)
-    return Change(" ".join(_shown(name, old[name]) for name in names), *times, explained, alike, wrong)
+    return Change(_label(old, names), *times, explained, alike, wrong)
+
+
+def _label(row: dict[str, Any], names: list[str]) -> str:
+    return " ".join(_shown(name, row[name]) for name in names)
 
 
 def _shown(name: str, value: Any) -> str:
     if name == "graph":
         return "graph" if value else "eager"
-    return f"{value:,} tokens" if name == "global_tokens" and isinstance(value, int) else printable(str(value))
+    return count_of(value, "token") if name == "global_tokens" and isinstance(value, int) else printable(str(value))
 
 
 def _machine(document: dict[str, Any]) -> str:
@@ -185,4 +251,15 @@ def diff_table(diff: Diff, everything: bool = False) -> Table:
         style = {"slower": "bold red", "wrong numbers": "bold red", "faster": "green"}.get(change.verdict, "")
         ratio = f"{change.new_us / change.old_us:.3f}"
         table.add_row(change.label, number(change.old_us), number(change.new_us), ratio, Text(change.verdict, style))
+    return table
+
+
+def missing_table(diff: Diff) -> Table:
+    """The rows that the new file has no time of, and what it says of them."""
+    table = plain_table()
+    table.add_column("only in old")
+    table.add_column("in new", no_wrap=True)
+    table.add_column("reason")
+    for row in sorted(diff.missing, key=lambda each: each.listed or "~"):
+        table.add_row(row.label, Text(row.listed or "not there", "bold red"), row.reason or "")
     return table

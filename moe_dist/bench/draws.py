@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, WorkloadSpec
 from moe_dist.workloads.skew_names import ROUTINGS
@@ -30,7 +31,7 @@ def recorded(trace: Trace, work: WorkloadSpec, layers: int) -> list[list[Routing
     recorded, with rows for all of their tokens, at most ROUTINGS and at least one. Raises ConfigError where the trace
     has fewer layers than the stack, and where it sends the rows of a layer nowhere."""
     if 1 < trace.layers < layers:
-        rule = f"holds {trace.layers} layers, and the stack has {layers}"
+        rule = f"holds {count_of(trace.layers, 'layer')}, and the stack has {layers}"
         raise ConfigError("workload.skew", work.skew, rule, f"layers 1 to {trace.layers}, or a trace of one layer")
     apart, taken = trace.layers > 1, _rows_taken(trace, work, layers)
     steps = _steps_taken(trace, taken)
@@ -61,9 +62,9 @@ def shortage(spec: MoESpec, work: WorkloadSpec, layers: int = 1, several: bool =
     trace = read_trace(spec, work.skew, work.trace)
     taken, recorded_steps, said = _rows_taken(trace, work, layers), len(trace.steps or (0,)), []
     if trace.rows < taken:
-        said.append(f"{trace.rows:,} recorded rows for the {taken:,} of a step: from the first one again")
+        said.append(f"{count_of(trace.rows, 'recorded row')} for the {taken:,} of a step: from the first one again")
     if layers > 1 and trace.layers == 1:
         said.append(f"one recorded layer for {layers}: each takes the rows that come next")
     if several and (steps := _steps_taken(trace, taken)) < min(ROUTINGS, recorded_steps):
-        said.append(f"rows for {steps} such step{'s' * (steps > 1)}, where {recorded_steps} were recorded")
+        said.append(f"rows for {count_of(steps, 'such step')}, where {recorded_steps} were recorded")
     return "; ".join(said) or None

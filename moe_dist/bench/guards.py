@@ -12,6 +12,7 @@ from pathlib import Path
 from moe_dist.bench.lines import read_document
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.messages.counts import count_of
 
 LARGEST_SEEN = 64 << 20  # bytes of an older results file that is looked into
 
@@ -55,7 +56,7 @@ def older_results(path: Path, field: str) -> str:
     try:
         document = read_document(read_small_text(path, LARGEST_SEEN))
         count = len(document["rows"])
-        return f"{count} row{'s' * (count != 1)} of {str(document['date'])[:40]}"
+        return f"{count_of(count, 'row')} of {str(document['date'])[:40]}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         rule = "is there already and holds no results of moe-dist; it is not overwritten"
         raise ConfigError(field, str(path), rule, "a new name, or a file of earlier results") from None

@@ -19,6 +19,7 @@ from typing import Any
 from moe_dist.bench.devices import STANDARD, descriptor_of, open_device
 from moe_dist.bench.guards import claimed, make_folder, older_results, refuse_inputs
 from moe_dist.errors import ConfigError, OutputError
+from moe_dist.messages.counts import count_of, verb
 
 Say = Callable[[str], None]
 Document = dict[str, Any]
@@ -204,7 +205,7 @@ def _changed() -> OSError:
 
 
 def rows_in(rows: int, place: str) -> str:
-    return f"{rows} rows are {place}" if rows > 1 else f"{('no row', '1 row')[rows]} is {place}"
+    return f"{count_of(rows, 'row') if rows else 'no row'} {verb(max(rows, 1), 'are')} {place}"
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from moe_dist.bench.row import Document, Failed, Hardware, Provenance, Row
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.messages.counts import count_of, noun
 from moe_dist.model.refused import as_config_error
 
 FLAG = "--resume"
@@ -38,9 +39,8 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
     cases = {case_key(case, plan, runtime): (case, plan) for case, plan in planned}
     measured: list[Row | Failed] = [*document.rows, *document.failed]
     if strangers := [each for each in measured if each.key not in cases]:
-        rule = (
-            f"holds {len(strangers)} of {len(measured)} cases that this experiment does not have: {_name(strangers[0])}"
-        )
+        some = f"{len(strangers)} of {count_of(len(measured), 'case')}"
+        rule = f"holds {some} that this experiment does not have: {_name(strangers[0])}"
         raise ConfigError(FLAG, path, rule, "the experiment of that file, or one with more cases")
     finished = {row.key for row in document.rows if _is_finished(row, cases[row.key][0].iters)}
     outcome = Outcome(
@@ -82,7 +82,8 @@ def _name(stranger: Row | Failed) -> str:
     if isinstance(stranger, Failed):
         return stranger.case
     row, mode = stranger, "graph" if stranger.graph else "eager"
+    tokens = f"{row.global_tokens} {row.token_layout} {noun(row.global_tokens, 'token')}"
     return (
-        f"{row.model} {row.placement} {row.exchange} {row.backend} {row.global_tokens} {row.token_layout} tokens"
-        f" {row.skew} {mode}, {row.source}, seed {row.seed}, {row.iters} iterations"
+        f"{row.model} {row.placement} {row.exchange} {row.backend} {tokens}"
+        f" {row.skew} {mode}, {row.source}, seed {row.seed}, {row.iters} {noun(row.iters, 'iteration')}"
     )

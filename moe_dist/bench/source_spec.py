@@ -30,7 +30,7 @@ class SourceSpec(Section):
                 rule = "is a layer of a checkpoint, and none is given"
                 raise ConfigError("source.layer", self.layer, rule, "--checkpoint or source.checkpoint beside it")
             return self
-        folder(self.checkpoint)
+        folder(self.checkpoint, "source.checkpoint")
         if self.layer is None:
             raise ConfigError("source.layer", None, "is needed beside source.checkpoint", "the number of an MoE layer")
         if self.seed:

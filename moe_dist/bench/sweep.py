@@ -21,6 +21,7 @@ from moe_dist.engine.on_nodes import check_placed
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, UnsupportedError
 from moe_dist.exits.exit_codes import code_of
+from moe_dist.messages.counts import count_of
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.restarts import Restarts
 
@@ -145,11 +146,11 @@ class _Sweep:
     def _started(self, world: int, attempts: int) -> Group:
         more = Restarts(attempts - 1, self.said, "further attempt")
         while True:
-            self.shown(f"starting {world} ranks")
+            self.shown(f"starting {count_of(world, 'rank')}")
             try:
                 return self._proven(self.start_group(world, self.shown))
             except MoeDistError as error:
-                failed = f"{world} ranks could not be started again: {error}"
+                failed = f"{count_of(world, 'rank')} could not be started again: {error}"
                 if isinstance(error, ClusterLost) or not more.take(failed):
                     raise
 

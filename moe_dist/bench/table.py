@@ -16,6 +16,7 @@ from rich.text import Text
 from moe_dist.bench.row import Failed, Refused, Row
 from moe_dist.bench.tolerance import WHOLE_TOLERANCE
 from moe_dist.bench.tune import Found, Tuned, config_text
+from moe_dist.messages.counts import count_of, noun
 from moe_dist.messages.printable import printable
 
 ROOMY = Console(width=1000)  # in which tables are as wide as they want
@@ -92,8 +93,8 @@ def plain_table(title: str | None = None, columns: Iterable[str] = ()) -> Table:
 def title_of(first: Row) -> str:
     title = (
         f"{first.model} {first.quant} (hidden {first.hidden}, intermediate {first.intermediate}, "
-        f"{first.num_experts} experts, top-{first.top_k}) · {first.world} ranks · "
-        f"{first.global_tokens} {first.token_layout} tokens · routing {first.skew}"
+        f"{count_of(first.num_experts, 'expert')}, top-{first.top_k}) · {count_of(first.world, 'rank')} · "
+        f"{first.global_tokens} {first.token_layout} {noun(first.global_tokens, 'token')} · routing {first.skew}"
     )
     if first.token_split != "even":
         title += f" · split {first.token_split}"
@@ -211,7 +212,7 @@ def tuned_table(tuned: Tuned) -> Table:
     shape = tuned.part.shape
     title = (
         f"{tuned.part.problem.spec.name} {shape.quant} {shape.activation} (hidden {shape.hidden}, slice {shape.width}, "
-        f"{shape.experts} experts, top-{shape.top_k}) · {shape.backend} on {shape.device}"
+        f"{count_of(shape.experts, 'expert')}, top-{shape.top_k}) · {shape.backend} on {shape.device}"
     )
     table = plain_table(printable(title))
     table.add_column("rows", justify="right")

@@ -27,6 +27,7 @@ from moe_dist.engine.plan import Part, Plan
 from moe_dist.errors import ResourceError, UnsupportedError
 from moe_dist.kernels import quantize_rows
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.weights import ExpertWeights, shard_from
@@ -216,7 +217,7 @@ class _Search:
     def __init__(self, backend: Backend, part: Part, rows: int, shown: Shown, step: Callable[[], None]) -> None:
         self._backend, self._shown, self._step = backend, shown, step
         self._configs = _configs(type(backend), part.problem, rows)
-        self.label = f"{part.problem.spec.name} I{part.shape.width} E{part.shape.experts}, {rows} rows"
+        self.label = f"{part.problem.spec.name} I{part.shape.width} E{part.shape.experts}, {count_of(rows, 'row')}"
         self.found = Found(rows, tried=len(self._configs))
 
     def run(self, first: Sample, others: Callable[[], list[Sample]]) -> None:

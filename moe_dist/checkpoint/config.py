@@ -18,6 +18,7 @@ from moe_dist.checkpoint.neutral import refuse_unread
 from moe_dist.checkpoint.quantization import CONFIG_FILE, Quantization, read_other_files, read_quantizations
 from moe_dist.checkpoint.scheme import MXFP4
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError, UnsupportedError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.spec import MoESpec
 
 DTYPES: dict[str, Literal["bf16", "fp32"]] = {"bfloat16": "bf16", "float32": "fp32"}
@@ -97,7 +98,7 @@ class ModelConfig:
         """Raise ConfigError unless `layer` holds experts."""
         if layer in self.moe_layers:
             return
-        rule = f"the model has {self.num_layers} layers, counted from 0"
+        rule = f"the model has {count_of(self.num_layers, 'layer')}, counted from 0"
         if 0 <= layer < self.num_layers:
             rule = "this layer is dense, it has no experts"
         raise ConfigError("checkpoint.layer", layer, rule, layer_ranges(self.moe_layers))
@@ -125,7 +126,7 @@ def read_config(directory: Path | str) -> ModelConfig:
     sparse = model.family.layers(model.keys)
     moe_layers = tuple(layer for layer, moe in enumerate(sparse) if moe)
     if not moe_layers:
-        raise CheckpointError(path, f"none of its {len(sparse)} layers has experts")
+        raise CheckpointError(path, f"none of its {count_of(len(sparse), 'layer')} has experts")
     quantizations = model.quantizations() + read_other_files(directory)
     spec = model.spec(model_name(directory))
     model.refuse_unread(spec, sparse)

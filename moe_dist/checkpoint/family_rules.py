@@ -16,6 +16,7 @@ from typing import Any
 from moe_dist.checkpoint.folder import shown
 from moe_dist.checkpoint.keys import MOST, Keys
 from moe_dist.errors import CheckpointError, UnsupportedError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.spec import LEAST_SCALING, MOST_SCALING
 from moe_dist.model.weights import OAI_ALPHA, OAI_LIMIT
 
@@ -253,6 +254,7 @@ def nemotron_layers(keys: Keys) -> list[bool]:
         raise CheckpointError(keys.path, f"its list of blocks {value} holds one that is not known")
     count = keys.integer("num_hidden_layers", len(said[0]), least=1, most=MOST["num_hidden_layers"])
     if said[0] != said[-1] or len(said[0]) != count:
-        problem = f"num_hidden_layers {count} and the lists of blocks, of {len(said[0])} layers, contradict each other"
+        blocks = count_of(len(said[0]), "layer")
+        problem = f"num_hidden_layers {count} and the lists of blocks, of {blocks}, contradict each other"
         raise CheckpointError(keys.path, problem)
     return [block == "moe" for block in said[0]]

@@ -31,7 +31,7 @@ def plain(name: str) -> str:
     return name if name.isprintable() and len(name) <= 200 else shown(name)
 
 
-def folder(directory: Path | str, field: str = "source.checkpoint") -> Path:
+def folder(directory: Path | str, field: str = "checkpoint") -> Path:
     """`directory` as a path. Raises ConfigError for an empty name, which would mean the working directory, and for one
     that is no UTF-8 text."""
     if not str(directory).strip():

@@ -16,6 +16,7 @@ from moe_dist.checkpoint.config import ModelConfig, read_config
 from moe_dist.checkpoint.folder import INDEX_LIMIT, exists, folder, inside, plain, read_json
 from moe_dist.checkpoint.header import check_header
 from moe_dist.errors import CheckpointError
+from moe_dist.messages.counts import count_of, verb
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,9 +89,11 @@ class Checkpoint:
         missing = [name for name in names if name not in self.files]
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            plural = "tensor is" if len(missing) == 1 else "tensors are"
             there = ", ".join(map(plain, nearest(missing[0], self.files))) or "nothing like it"
-            raise CheckpointError(self.directory, f"{len(missing)} {plural} missing: {shown}; there is {there}")
+            raise CheckpointError(
+                self.directory,
+                f"{count_of(len(missing), 'tensor')} {verb(len(missing), 'are')} missing: {shown}; there is {there}",
+            )
 
     def expect(self, wanted: TensorFormat) -> None:
         """Raise unless the header has this tensor in this shape and one of these dtypes. Reads no data."""

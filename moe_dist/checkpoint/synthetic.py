@@ -23,6 +23,7 @@ from moe_dist.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from moe_dist.checkpoint.synthetic_configs import DENSE_FIRST, MODEL_TYPES, SECTIONS, Sizes, family_config
 from moe_dist.checkpoint.writing import write_tensors
 from moe_dist.errors import CheckpointError, ConfigError, UnsupportedError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.spec import LEAST_SEED, MOST_SEED, MoESpec, QuantKind
 from moe_dist.model.weights import ExpertWeights, stack
 from moe_dist.workloads.random_weights import random_expert
@@ -126,7 +127,8 @@ def _require_whole(directory: Path, parameters: dict[str, Any]) -> None:
                     checkpoint.header(f"{config.names.module(layer)}.{module}.weight{found.scheme.suffix}")
         shards = len(set(checkpoint.files.values()))
         if shards != parameters["shards"]:
-            raise CheckpointError(directory, f"its tensors lie in {shards} files, not {parameters['shards']}")
+            problem = f"its tensors lie in {count_of(shards, 'file')}, not {parameters['shards']}"
+            raise CheckpointError(directory, problem)
     except (CheckpointError, UnsupportedError, ConfigError) as error:
         rule = f"holds a synthetic checkpoint that is not whole any more ({error}); name another directory or remove it"
         raise ConfigError("directory", str(directory), rule) from error

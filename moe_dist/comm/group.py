@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from moe_dist.comm.network import network_said
 from moe_dist.comm.others import backends_of, device_of, known_elsewhere, rank_in, timeout_of, with_index
 from moe_dist.comm.symmetric import Symmetric
 from moe_dist.errors import ConfigError, RankFailure
+from moe_dist.messages.counts import count_of
 
 T = TypeVar("T")
 
@@ -78,7 +79,8 @@ class Comm(Collectives, Agreements):
                 device_id=device if device.type == "cuda" else None,
             )
         except Exception as error:
-            raise RankFailure(rank, f"rendezvous of {world} ranks", 0, short(error) + network_said()) from error
+            doing = f"rendezvous of {count_of(world, 'rank')}"
+            raise RankFailure(rank, doing, 0, short(error) + network_said()) from error
         comm = cls.from_group(device, timeout_s=timeout_s)
         comm._owned = [None]  # whose end is that of all others too
         return comm
@@ -120,6 +122,15 @@ class Comm(Collectives, Agreements):
     def __deepcopy__(self, memo: dict[int, Any]) -> Comm:
         """A copy of what holds it talks to the same ranks through the same group."""
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Of one rank alone, as of anything. Raises ConfigError for several, whose group is this process's own: so does
+        what holds it, as layers and stacks do."""
+        if self.world == 1:
+            return super().__reduce_ex__(protocol)
+        given = f"that of rank {self.rank} of {self.world}"
+        rule = "belongs to this process and its ranks, as does the layer that holds it: neither can be pickled"
+        raise ConfigError("comm", given, rule, "the layer's state_dict(), and load_layer in each process")
 
     def leave(self) -> None:
         """Destroy the groups that were made here; ranks that wait in a collective of one get an error at once."""

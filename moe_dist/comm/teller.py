@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_dist.comm.others import known_elsewhere
 from moe_dist.comm.wires import gather_into
 from moe_dist.errors import ConfigError, shown
+from moe_dist.messages.counts import noun
 
 Facts = Mapping[str, str]  # a field's name to its value in words
 
@@ -95,4 +96,4 @@ def by_value(values: Sequence[str | None]) -> dict[str, list[int]]:
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return f"{noun(len(ranks), 'rank')} {', '.join(map(str, ranks))}"

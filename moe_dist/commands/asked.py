@@ -18,6 +18,8 @@ from moe_dist.commands.terminal import say
 from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import part_of
+from moe_dist.model.spec import MOST_RANKS
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.voice import speaks, together
 
@@ -71,7 +73,7 @@ def configuration(chosen: Configuration) -> dict[str, Any]:
 def one_placement(tp: int, ep: int, backend: str | None) -> dict[str, Any]:
     for flag, size in (("--tp", tp), ("--ep", ep)):
         if size < 1:
-            raise ConfigError(flag, size, "is a number of ranks", "1 and more")
+            raise ConfigError(flag, size, "is a number of ranks", f"1 to {MOST_RANKS:,}")
     world = tp * ep
     return {
         "worlds": [world],
@@ -107,7 +109,8 @@ def asked_for(
     for key in LISTS:
         given, taken = config.get(key), getattr(experiment, key)
         if isinstance(given, (list, tuple)) and len(taken) < len(given) and speaks():
-            say(f"{key}: {len(given) - len(taken)} of {len(given)} values stand there already; each is measured once")
+            twice = part_of(len(given) - len(taken), len(given), "value", "stand")
+            say(f"{key}: {twice} there already; each is measured once")
     chosen_by: ChosenBy = "name"
     why = mode_why = ""
     lines: list[str] = []

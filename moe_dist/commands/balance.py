@@ -28,13 +28,14 @@ from moe_dist.commands.printing import console, print_json, write_once
 from moe_dist.commands.terminal import Terminal, say, show, to_standard_output
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exits.exit_codes import OK
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.messages.printable import printable
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
 from moe_dist.simulate.calibration import Calibration, calibration
 from moe_dist.simulate.gain import EXCHANGE, Change, Gain, Sweep, steps_to_pay
-from moe_dist.workloads.skew_names import canonical_skew
+from moe_dist.workloads.skew_names import drawn_skew
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.traces import read_trace, trace_of
 
@@ -88,7 +89,7 @@ def balance(
     if ep == 1:
         rule = "is one group of ranks, which has nothing to even out"
         raise ConfigError("parallel.ep", ep, rule, f"2 to {spec.num_experts}")
-    known = canonical_skew(skew)
+    known = drawn_skew(skew)
     work = WorkloadSpec(tokens=tokens, skew=known, trace=trace_of(known))
     check_step(tokens, spec)
     Placement.build(spec, before)
@@ -203,7 +204,7 @@ def print_balance(
 ) -> None:
     first, second = loads = change.loads(routing)
     title = f"{change.spec.name} {change.spec.quant_label} as {change.before.label}"
-    title += f", {work.tokens:,} tokens, routing {work.skew}"
+    title += f", {count_of(work.tokens, 'token')}, routing {work.skew}"
     console.print(printable(title), style="bold", soft_wrap=True)
     if said := shortage(change.spec, work, several=False):
         console.print(f"The trace is short: {said}.")
@@ -253,7 +254,7 @@ def _print_predicted(console: Terminal, change: Change, found: Predicted) -> Non
     else:
         console.print(
             f"Break-even: {size(moved)} of weights come to a rank, at {found.move_gbps:,.0f} GB/s as long as"
-            f" {found.steps_to_pay:,} steps gain (predicted)."
+            f" {count_of(found.steps_to_pay, 'step')} {verb(found.steps_to_pay, 'gain')} (predicted)."
         )
     known = "up to zipf:2 no skew" if found.from_zipf is None else f"zipf:{found.from_zipf:g} and steeper"
     console.print(f"Break-even skew: {known} would gain more than scatter explains on later tokens (predicted).")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from moe_dist.bench.case import LARGEST_STACK, LISTS
+from moe_dist.bench.case import LARGEST_STACK, LISTS, MOST_ITERATIONS
 from moe_dist.bench.phases import (
     MEASURED,
     MOST_LAYERS,
@@ -160,7 +160,7 @@ def _one(asked: Asked, skip_warmup: bool) -> Asked:
         if key not in ("tokens", "modes") and len(values) > 1:
             raise ConfigError(f"experiment.{key}", list(values), "are several: bench times one configuration", "one")
     if not experiment.iters:
-        raise ConfigError("experiment.iters", 0, "steps would be timed", "1 and more")
+        raise ConfigError("experiment.iters", 0, "steps would be timed", f"1 to {MOST_ITERATIONS:,}")
     if skip_warmup and experiment.warmup:
         raise ConfigError("experiment.warmup", experiment.warmup, "contradicts --skip-warmup", "one of the two")
     return asked

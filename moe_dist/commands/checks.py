@@ -15,6 +15,7 @@ from moe_dist.machine.interfaces import Interface, own_addresses
 from moe_dist.machine.loaded import Nccl
 from moe_dist.machine.machine import SHARED_MEMORY, Driver, shared_memory
 from moe_dist.machine.network import gloos_choice, settings, wrong_settings
+from moe_dist.messages.counts import count_of
 
 NO_GPU = "no GPU here: nothing to look at"
 FREE_SHARE = 0.9  # of a GPU's memory; `run` and its like leave a tenth
@@ -52,17 +53,17 @@ def _torch(driver: Driver | None) -> Check:
     if not there:
         return Check("torch", True, f"{found}; no GPU here")
     if not torch.version.cuda:
-        return Check("torch", False, f"{found}; {there} GPUs", "install torch's build for CUDA")
+        return Check("torch", False, f"{found}; {count_of(there, 'GPU')}", "install torch's build for CUDA")
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen == there:
-        return Check("torch", True, f"{found}; {seen} GPUs")
+        return Check("torch", True, f"{found}; {count_of(seen, 'GPU')}")
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         shown = os.environ["CUDA_VISIBLE_DEVICES"]
-        told = f"{found}; it sees {seen} of {there} GPUs: CUDA_VISIBLE_DEVICES is {shown!r}"
+        told = f"{found}; it sees {seen} of {count_of(there, 'GPU')}: CUDA_VISIBLE_DEVICES is {shown!r}"
         return Check("torch", seen > 0, told, "" if seen else "unset CUDA_VISIBLE_DEVICES, or name GPUs in it")
     version = driver.version if driver else "?"
     remedy = f"a driver that knows CUDA {torch.version.cuda} (this one is {version}), or torch for an older CUDA"
-    return Check("torch", False, f"{found}; it sees {seen} of {there} GPUs", remedy)
+    return Check("torch", False, f"{found}; it sees {seen} of {count_of(there, 'GPU')}", remedy)
 
 
 def _packages() -> Iterator[Check]:

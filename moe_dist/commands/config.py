@@ -141,12 +141,17 @@ def _model_folders() -> list[Path]:
 
 
 def check_keys(config: dict[str, Any]) -> None:
-    """Raise ConfigError for the key of a section that stands where the experiment's are."""
+    """Raise ConfigError for a key that is none of the experiment's, such as the key of a section that stands where the
+    experiment's are. `model` is one: a section that `resolve_models` takes out."""
+    fields = list(Experiment.model_fields)
+    keys = (*fields[: fields.index("models") + 1], "model", *fields[fields.index("models") + 1 :])
     for key, value in config.items():
+        if key in keys:
+            continue
         section = next((name for name, cls in SECTIONS.items() if key in cls.model_fields), None)
-        if section and key not in Experiment.model_fields:
-            rule = f"{UNKNOWN_KEY}; did you mean {section}.{key}?"
-            raise ConfigError(f"experiment.{key}", value, rule, listed(list(Experiment.model_fields)))
+        if section is None:
+            raise ConfigError(f"experiment.{key}", value, UNKNOWN_KEY, keys)
+        raise ConfigError(f"experiment.{key}", value, f"{UNKNOWN_KEY}; did you mean {section}.{key}?", listed(keys))
 
 
 def resolve_models(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,19 @@ from moe_dist.exchange import EXCHANGES
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.integrations.evaluation.harness import require
 from moe_dist.integrations.evaluation.running import Evaluation, Harness, Row, Start, Work
-from moe_dist.integrations.evaluation.setup import Setup, Variant, planned, specs_of, weight_bytes
+from moe_dist.integrations.evaluation.setup import (
+    Setup,
+    Variant,
+    logits_bytes,
+    planned,
+    specs_of,
+    vocabulary,
+    weight_bytes,
+)
 from moe_dist.integrations.evaluation.task import Task, read_task
 from moe_dist.integrations.transformers.version import installed
-from moe_dist.machine.machine import Machine
+from moe_dist.machine.machine import Machine, available_memory
+from moe_dist.messages.counts import count_of
 from moe_dist.model.spec import LEAST_SEED, MOST_SEED, QUANT_KINDS, ParallelSpec, QuantKind
 from moe_dist.runtime.context import Group, RaySpec
 from moe_dist.runtime.voice import launched, speaks
@@ -114,7 +123,7 @@ def eval(
     found = [planned(checkpoint, grid, exchange, name, kind, machine)[0] for grid in grids for name in names]
     variants = list(dict.fromkeys(found))
     world = _world(runtime, variants)
-    _check_room(variants, baseline or checkpoint, checkpoint, machine, world)
+    _check_room(variants, baseline or checkpoint, checkpoint, machine, world, logits or 0)
     setup = Setup(checkpoint, baseline or checkpoint, batch_size, max_new_tokens, ray.collective_timeout_s)
     work = Work(setup, asked, logits or 0, seed, measured)
     largest = max(each.parallel.world for each in variants)
@@ -238,8 +247,9 @@ def _world(runtime: str, variants: Sequence[Variant]) -> int:
     world = launched().world
     for each in variants:
         if each.parallel.world != world:
-            rule = f"has {each.parallel.world} ranks, and torchrun started {world}"
-            raise ConfigError("placements", each.placement, rule, f"placements of {world} ranks, or --runtime ray")
+            rule = f"has {count_of(each.parallel.world, 'rank')}, and torchrun started {world}"
+            legal = f"placements of {count_of(world, 'rank')}, or --runtime ray"
+            raise ConfigError("placements", each.placement, rule, legal)
     return world
 
 
@@ -249,8 +259,22 @@ def _check_no_task(**given: object) -> None:
             raise ConfigError(field, value, "is of a task, and none is given", "--task FILE beside it")
 
 
-def _check_room(variants: list[Variant], baseline: str, checkpoint: str, machine: Machine, world: int) -> None:
-    """Whole models: on a CPU all ranks' lie in one memory. FP8 that transformers makes bf16 of takes twice as much."""
-    ranks = max(world, *(each.parallel.world for each in variants)) if machine.device == "cpu" else 1
+def _check_room(
+    variants: list[Variant], baseline: str, checkpoint: str, machine: Machine, world: int, logits: int
+) -> None:
+    """Whole models: on a CPU all ranks' lie in one memory. FP8 that transformers makes bf16 of takes twice as much.
+    What is kept for --logits lies in the host's memory, beside the models on a CPU."""
+    most = max(world, *(each.parallel.world for each in variants))
+    ranks = most if machine.device == "cpu" else 1
     size = 2 * max(weight_bytes(folder) for folder in {baseline, checkpoint})
     check_fits(size * ranks, machine, f"a whole model on each of {ranks} ranks" if ranks > 1 else "a whole model")
+    left = int(0.9 * available_memory()) - (size * ranks if machine.device == "cpu" else 0)
+    a_token = logits_bytes(baseline, 1) * most
+    if logits * a_token > left:
+        width, gib = vocabulary(baseline), logits * a_token / 2**30
+        rule = (
+            f"the baseline's logits over {width:,} tokens of vocabulary would take up to {gib:.1f} GiB on"
+            f" {count_of(most, 'rank')}, and {max(left, 0) / 2**30:.1f} GiB of memory are left for them"
+        )
+        fewest = "fewer ranks or a machine with more memory"
+        raise ConfigError("logits", logits, rule, f"1 to {left // a_token:,}" if left >= a_token else fewest)

@@ -13,6 +13,7 @@ from moe_dist.commands.terminal import Terminal, show
 from moe_dist.integrations.evaluation.running import Row, Work
 from moe_dist.integrations.evaluation.scores import LOST, Logits, Score
 from moe_dist.integrations.evaluation.setup import BASELINE, Setup
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.messages.printable import printable
 
 WHO = ("experts", "ranks", "format")
@@ -21,12 +22,13 @@ WHO = ("experts", "ranks", "format")
 def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
     setup = work.setup
     if work.task is not None:
-        title = f"{work.task.name}: {len(work.task.questions):,} questions, batches of {setup.batch_size}, greedy"
+        asked = count_of(len(work.task.questions), "question")
+        title = f"{work.task.name}: {asked}, batches of {setup.batch_size}, greedy"
         console.print(printable(title), style="bold", soft_wrap=True)
         show(console, answers_table(rows))
     if work.tokens:
         found = next(row.logits for row in rows if row.logits)
-        title = f"logits on {found.tokens:,} tokens of the baseline's own text"
+        title = f"logits on {count_of(found.tokens, 'token')} of the baseline's own text"
         console.print(title, style="bold", soft_wrap=True)
         show(console, logits_table(rows))
     if work.harness:
@@ -36,7 +38,10 @@ def print_rows(console: Terminal, rows: Sequence[Row], work: Work) -> None:
         console.print(printable(line), soft_wrap=True)
     if lost := [row for row in rows if row.lost]:
         rule = f"more than {LOST:g} standard errors below the baseline"
-        console.print(f"{len(lost)} of {len(rows) - 1} answer worse than chance explains: {rule}.", style="bold red")
+        console.print(
+            f"{len(lost)} of {len(rows) - 1} {verb(len(lost), 'answer')} worse than chance explains: {rule}.",
+            style="bold red",
+        )
 
 
 def answers_table(rows: Sequence[Row]) -> Table:

@@ -30,6 +30,7 @@ from moe_dist.engine.planning import AUTO
 from moe_dist.errors import ConfigError, OutputError, UnsupportedError, listed
 from moe_dist.exchange import EXCHANGES
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import count_of, part_of
 from moe_dist.peers import PEERS
 from moe_dist.runtime.context import Group
 from moe_dist.runtime.voice import launched, speaks
@@ -70,7 +71,8 @@ def measure(
         if resume:
             outcome, left = resumed(_resumable(measuring, experiment), about, planned, experiment.runtime)
             if speaks():
-                say(f"{len(planned) - len(left)} of {len(planned)} cases are finished in {measuring.out}")
+                done = part_of(len(planned) - len(left), len(planned), "case")
+                say(f"{done} finished in {measuring.out}")
         outcome.refused = refused
         kept = Kept(ending, measuring, output, lines, as_json, about, outcome)
         if not as_json and not measuring.csv and not kept.lines_alone:
@@ -147,7 +149,7 @@ def _remember(kept: Kept) -> None:
     for setting, timed in record.rows.items():
         mode = "graph" if setting.graph else "eager"
         for pick in records.merged(records.pick(record, timed)):
-            size = "larger steps" if pick.up_to is None else f"up to {pick.up_to:,} tokens a rank"
+            size = "larger steps" if pick.up_to is None else f"up to {count_of(pick.up_to, 'token')} a rank"
             where = f"TP{setting.tp} x EP{setting.ep}, {setting.token_layout} tokens, {mode}, {size}"
             say(f"auto, {where}: {pick.exchange} with {pick.backend}: {pick.why}")
     if not record.rows:
@@ -215,4 +217,4 @@ def _print_shortages(planned: list[tuple[Case, Plan]]) -> None:
     for case in traced.values():
         if said := shortage(case.model, case.workload, case.layers):
             work = case.workload
-            print_line(f"routing {skew_label(work.skew, work.trace)}, {work.tokens:,} tokens: {said}")
+            print_line(f"routing {skew_label(work.skew, work.trace)}, {count_of(work.tokens, 'token')}: {said}")

@@ -14,6 +14,7 @@ KEYS = {
     "world": "worlds", "exchange": "exchanges", "backend": "backends", "peer": "peers", "token_layout": "token_layouts",
     "token_split": "token_splits", "skew": "skews", "parallel.tp": "placements", "parallel.ep": "placements",
     "parallel.expert_map": "placements", "parallel.replicas": "placements", "checkpoint.layer": "source.layer",
+    "checkpoint": "source.checkpoint",
 }  # fmt: skip
 SECTIONS = re.compile(r"^(experiment|workload|case)\.")  # which the user's keys are not under
 

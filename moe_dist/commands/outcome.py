@@ -8,6 +8,7 @@ from moe_dist.bench.row import Row
 from moe_dist.bench.serving import python, sglang, vllm
 from moe_dist.bench.table import ROOMY, failed_table, number, refused_table, tables
 from moe_dist.commands.terminal import Terminal, show
+from moe_dist.messages.counts import count_of, part_of, verb
 from moe_dist.messages.printable import printable
 from moe_dist.model.spec import MAPPED
 
@@ -28,17 +29,20 @@ def print_outcome(console: Terminal, outcome: Outcome, out: str | None, sweep: b
             console.print(line)
     wrong = [row for row in outcome.rows if row.ok is False]
     if wrong:
-        console.print(f"{len(wrong)} of {len(outcome.rows)} rows are out of tolerance.", style="bold red")
+        console.print(
+            f"{len(wrong)} of {count_of(len(outcome.rows), 'row')} {verb(len(wrong), 'are')} out of tolerance.",
+            style="bold red",
+        )
     if out:
         console.print(f"results: {printable(out)}", soft_wrap=True)
     timed = [row for row in outcome.rows if row.p50_us is not None]
     if not timed:
         passed = sum(row.ok is True for row in outcome.rows)
-        console.print(f"{passed} of {len(outcome.rows)} cases agree with the oracle.")
+        console.print(f"{part_of(passed, len(outcome.rows), 'case', 'agree')} with the oracle.")
     elif sweep:
         if found and not wide:
             kept = "" if out else ", --out FILE keeps them"
-            console.print(f"{len(outcome.rows)} rows measured and checked; --wide shows all{kept}.")
+            console.print(f"{count_of(len(outcome.rows), 'row')} measured and checked; --wide shows all{kept}.")
         console.print(last_line(found), style="bold")
         print_next(console, found)
 
@@ -61,7 +65,7 @@ def print_next(console: Terminal, found: list[Answer]) -> None:
     winners = {found[number].best[0].placement: found[number].best[0] for number in (0, -1)}
     for row in winners.values():
         mapped = " (without its map of experts, for which there is no flag)" if MAPPED in row.placement else ""
-        console.print(f"To use {row.placement}, the fastest at {row.global_tokens:,} tokens{mapped}:")
+        console.print(f"To use {row.placement}, the fastest at {count_of(row.global_tokens, 'token')}{mapped}:")
         for name, lines in (("SGLang", [sglang(row)]), ("vLLM", [vllm(row)]), ("Python", python(row))):
             for text in filter(None, lines):
                 console.print(f"  {name:<7} {printable(text)}", soft_wrap=True)

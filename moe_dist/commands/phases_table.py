@@ -9,6 +9,7 @@ from rich.text import Text
 from moe_dist.bench.phases import BenchResult
 from moe_dist.bench.table import plain_table
 from moe_dist.commands.terminal import Terminal, show
+from moe_dist.messages.counts import count_of, noun, part_of, verb
 from moe_dist.messages.printable import printable
 from moe_dist.report.formats import escaped, markdown_table
 
@@ -43,7 +44,7 @@ def report(results: Sequence[BenchResult]) -> str:
 
 def title_of(first: BenchResult) -> str:
     named = "" if first.run_name == "default" else f" · {first.run_name}"
-    layers = f"{first.layers} MoE layer{'s' * (first.layers > 1)}"
+    layers = count_of(first.layers, "MoE layer")
     return printable(f"{first.model} {first.quant} · {first.placement} · {layers} · {first.device}{named}")
 
 
@@ -53,10 +54,12 @@ def notes(results: Sequence[BenchResult]) -> list[str]:
     found = [SCOPE]
     if first.measured_layers < first.layers:
         times = f"times are multiplied by {first.layers / first.measured_layers:.4g}"
-        found.append(f"{first.measured_layers} of {first.layers} layers were timed, as one stack; {times}.")
+        some = part_of(first.measured_layers, first.layers, "layer", "were")
+        found.append(f"{some} timed, as one stack; {times}.")
     timed = {each.timed for result in results for each in (*result.prefill, result.decode)}
     each = " or ".join(f"{count:,}" for count in sorted(timed))
-    found.append(f"{each} steps of each size were timed; their median counts for every step of that size.")
+    steps = f"{each} {noun(max(timed), 'step')} of each size {verb(max(timed), 'were')} timed"
+    found.append(f"{steps}; the median counts for every step of that size.")
     for phase, of_phase in (
         ("prefill", {each for result in results for each in result.prefill}),
         ("decode", {result.decode for result in results}),

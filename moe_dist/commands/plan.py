@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import Parameter
 
 from moe_dist import checkpoint
+from moe_dist.bench.case import LISTS, Experiment, parse_placement
 from moe_dist.bench.table import plain_table, size
 from moe_dist.commands.asked import machine_for, single
 from moe_dist.commands.config import override
@@ -17,8 +18,9 @@ from moe_dist.engine.plan import Plan
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.exits.exit_codes import OK
 from moe_dist.machine.machine import GPUS, Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
-from moe_dist.model.spec import MOST_RANKS, WorkloadSpec
+from moe_dist.model.spec import MOST_RANKS, MoESpec, WorkloadSpec
 from moe_dist.workloads.token_splits import most_tokens
 
 MACHINE_HELP = f"A machine that is not this one: {', '.join(f'{name}x4' for name in GPUS)} or other numbers of GPUs."
@@ -49,10 +51,7 @@ def plan(
     there = elsewhere or machine_for(override({}, overrides), source, runtime)
     asked = single(overrides, source, grid, runtime, machine=there, world=_ranks(placement, world, grid, there))
     cases = list(asked.experiment.cases("cpu" if asked.experiment.modes is None else asked.machine.device))
-    if len(cases) != 1:
-        rule = "plan is for one configuration; compare takes lists"
-        raise ConfigError("overrides", " ".join(overrides), rule, "one world of tp·ep ranks, one value a key")
-    (case,) = cases
+    (case,) = cases if len(cases) == 1 else _none_or_several(asked.experiment)
     made = case.plan(asked.machine)
     if elsewhere and made.placement.world > elsewhere.devices:
         raise ResourceError("GPUs", made.placement.world, elsewhere.devices, "Name a machine with more of them.")
@@ -70,6 +69,19 @@ def plan(
                 console().print(printable(line))
             print_plan(console(), made, case.workload, asked.why, case.layers)
     return OK
+
+
+def _none_or_several(experiment: Experiment) -> NoReturn:
+    """Raise ConfigError for the key that makes it so."""
+    rule = "plan is for one configuration; compare takes lists"
+    for key in LISTS:
+        if len(values := getattr(experiment, key) or ()) > 1:
+            names = [each.name if isinstance(each, MoESpec) else each for each in values]
+            raise ConfigError(f"experiment.{key}", names, rule, "one value")
+    if not any(parse_placement(each, experiment.worlds[0]) for each in experiment.placements):
+        rule = f"has not the {count_of(experiment.worlds[0], 'rank')} of worlds"
+        raise ConfigError("experiment.placements", list(experiment.placements), rule, "one world of tp·ep ranks")
+    raise ConfigError("experiment", experiment.name, rule, "one value a key")
 
 
 def _ranks(placement: str | None, world: int | None, grid: Grid, machine: Machine) -> int | None:
@@ -110,7 +122,7 @@ def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, l
     )
     for choice in made.choices:
         if choice.why:
-            sizes = "all sizes" if choice.up_to is None else f"up to {choice.up_to} tokens a rank"
+            sizes = "all sizes" if choice.up_to is None else f"up to {count_of(choice.up_to, 'token')} a rank"
             last = "larger steps" if choice.up_to is None and len(made.choices) > 1 else sizes
             console.print(f"auto, {last}: {choice.exchange} with {choice.backend}: {printable(choice.why)}")
     ranks = plain_table(columns=("rank", "experts", "slice of intermediate", "weights"))
@@ -123,7 +135,7 @@ def print_plan(console: Terminal, made: Plan, work: WorkloadSpec, chosen: str, l
     window = made.window_bytes(share)
     shared_memory = f" and {size(window)} that ranks share" if window else ""
     console.print(
-        f"{work.tokens} tokens: at most {made.most_rows(share)} (token, expert) pairs and about"
+        f"{count_of(work.tokens, 'token')}: at most {made.most_rows(share)} (token, expert) pairs and about"
         f" {size(made.scratch_bytes(share))} of scratch{shared_memory} on a rank, at most"
         f" {size(_wire_bytes(made, work))} sent by one;"
         " CUDA graph: " + ("yes" if made.capturable.ok else f"no ({made.capturable.reason})"),

@@ -14,6 +14,7 @@ from moe_dist.commands.printing import print_line, write_once
 from moe_dist.commands.terminal import say, to_standard_output
 from moe_dist.errors import ConfigError
 from moe_dist.exits.exit_codes import OK
+from moe_dist.messages.counts import count_of
 from moe_dist.report.formats import csv_text, is_report, markdown
 from moe_dist.report.page import page
 from moe_dist.report.recorded import read_files
@@ -39,7 +40,7 @@ def report(files: Files, /, *, out: Out = None, format: Format = "html", call: T
     write_once(output, text)
     if not output.on_standard_output:
         rows = sum(len(file.rows) for file in found)
-        print_line(f"report: {output.path}, {rows:,} rows of {len(found)} file{'s' * (len(found) != 1)}")
+        print_line(f"report: {output.path}, {count_of(rows, 'row')} of {count_of(len(found), 'file')}")
     return OK
 
 

@@ -25,6 +25,7 @@ from moe_dist.model.spec import MOST_TOKENS, MoESpec, WorkloadSpec
 from moe_dist.simulate.calibration import Calibration, calibration
 from moe_dist.simulate.cluster import FORM, Cluster, Network
 from moe_dist.simulate.predict import SAMPLE, Prediction, Wanted, predictions
+from moe_dist.workloads.skew_names import drawn_skew
 from moe_dist.workloads.traces import trace_of
 
 MOST_GBPS, MOST_US = 10_000.0, 1e6
@@ -68,6 +69,7 @@ def simulate(
     for tokens in tokens_per_rank:
         if not 1 <= tokens <= MOST_TOKENS:
             raise ConfigError("experiment.tokens", tokens, "is no number of tokens of a rank", f"1 to {MOST_TOKENS:,}")
+    skew = drawn_skew(skew)
     wanted = Wanted(find_model(model), placements, exchanges, backends, tokens_per_rank, skew)
     made = calibration(calibrate)
     found, reasons = predictions(made.model, cluster, wanted)

@@ -21,6 +21,7 @@ from moe_dist.commands.terminal import Terminal, say, to_standard_output
 from moe_dist.errors import ConfigError, OutputError, listed
 from moe_dist.exits.exit_codes import OK, OUT_OF_TOLERANCE
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.tables import user_folder
@@ -97,6 +98,7 @@ def _written(tuned: Tuned, folder: Path) -> Path | None:
 
 def print_tuned(console: Terminal, tuned: Tuned, path: Path | None) -> None:
     console.print(tuned_table(tuned))
-    passed_over = [f"{found.rows} rows: {found.reason}" for found in tuned.found if found.reason and found.entry]
+    passed = [found for found in tuned.found if found.reason and found.entry]
+    passed_over = [f"{count_of(found.rows, 'row')}: {found.reason}" for found in passed]
     for line in [*passed_over, f"table: {path}" if path else "no table: nothing was found"]:
         console.print(printable(line), soft_wrap=True)

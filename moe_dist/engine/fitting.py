@@ -7,6 +7,7 @@ from moe_dist.engine.inputs import check_shard
 from moe_dist.engine.plan import Plan, shared_placement
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.weights import ExpertWeights
 
 ROUTING_FIELDS = (
@@ -27,7 +28,8 @@ def check_fit(
         raise ConfigError("router", type(router).__name__, rule, "Router, or a Routing in each call")
     spec, placement, rank, device = plan.spec, plan.placement, comm.rank, comm.device
     if comm.world != placement.world:
-        raise ConfigError("parallel", plan.parallel.label, f"the process group has {comm.world} ranks", comm.world)
+        rule = f"the process group has {count_of(comm.world, 'rank')}"
+        raise ConfigError("parallel", plan.parallel.label, rule, comm.world)
     if plan.machine.device != device.type:
         raise ConfigError(
             "comm.device", str(device), "the plan was made for ranks on another kind", plan.machine.device

@@ -13,11 +13,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import Routing, check_own_memory
 from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.model.weights import ExpertWeights
 
 FINITE = "finite values"
+NOT_TRACED = "it works with its process's ranks through its communicator, which no traced or exported program holds"
 NO_EXPERT, LARGEST_ID = -2, 2**31 - 1  # the first is refused where values are looked at
 ALIGNMENT = 16  # bytes; rows are read so many at a time, and viewed as words
 
@@ -30,6 +32,18 @@ def check_tokens(x_TH: Tensor, spec: MoESpec, device: torch.device) -> None:
     if x_TH.ndim != 2 or x_TH.shape[1] != spec.hidden:
         raise ConfigError("x", tuple(x_TH.shape), "wrong shape", f"[tokens, {spec.hidden}]")
     _check_kind("x", x_TH, spec.torch_dtype, device)
+
+
+def check_not_exported() -> None:
+    """Raise ConfigError inside of torch.export and torch.jit.trace. Where Dynamo reads the code, as in a strict export,
+    it makes an error of its own of this one."""
+    if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_exporting():
+            raise RuntimeError(NOT_TRACED)
+        return
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        way = "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace"
+        raise ConfigError("layer", f"inside of {way}", NOT_TRACED, "the layer itself, in the process that made it")
 
 
 def check_gradient(name: str, tensor: Tensor) -> None:
@@ -53,7 +67,7 @@ def check_bucket(bucket: int | None, tokens: int) -> None:
     if type(bucket) is not int:
         raise ConfigError("max_tokens_per_rank", bucket, "must be an integer", f"an integer, {tokens} to {MOST_TOKENS}")
     if not tokens <= bucket <= MOST_TOKENS:
-        rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
+        rule = f"this rank has {count_of(tokens, 'token')} and all ranks step at one agreed size"
         raise ConfigError("max_tokens_per_rank", bucket, rule, f"an integer, {tokens} to {MOST_TOKENS}")
 
 

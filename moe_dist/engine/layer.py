@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from moe_dist.engine.agreement import Agreement
 from moe_dist.engine.debugging import check_repeats, check_result
 from moe_dist.engine.fitting import check_fit
 from moe_dist.engine.inputs import (
+    NOT_TRACED,
     check_bucket,
     check_gradient,
+    check_not_exported,
     check_routing,
     check_tokens,
     check_values,
@@ -34,10 +37,13 @@ from moe_dist.exchange.layout import with_layout
 from moe_dist.kernels import token_gate
 from moe_dist.machine.surroundings import settled
 from moe_dist.machine.switches import debug_asked_for
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MOST_TOKENS
 from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import NO_STAGES, Added, Stages, Step, Support, TokenRows, Whole, workspace_of
+
+MADE_ANEW = frozenset({"paths", "_uncompiled"})  # of a layer that is copied with its weights
 
 
 class Path(NamedTuple):
@@ -53,7 +59,8 @@ class MoELayer(nn.Module):
 
     `shard` is what `plan.placement` gives this rank (weights.shard, checkpoint.load_shard). `shared` is the shared
     expert, whole or this rank's slice, as `plan.spec.shared_experts` says. Forward is collective, it is not
-    differentiated, and torch.compile leaves it as it is. `debug` (default: whether MOE_DIST_DEBUG is set) is the
+    differentiated, and torch.compile leaves it as it is. The layer holds its process's communicator: torch.export is
+    refused, and so is pickle where there are several ranks. `debug` (default: whether MOE_DIST_DEBUG is set) is the
     debug mode of docs/failures.md, which all ranks have or none. Values of the weights are the caller's to check, with
     ExpertWeights.check_finite: that is a pass over all of them.
 
@@ -149,11 +156,12 @@ class MoELayer(nn.Module):
 
         `captured`: run as in a CUDA graph, with static shapes; set by graphs. `stages`: a clock for the parts.
         """
+        check_not_exported()
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is None:
             return self._checked_forward(x_TH, routing, max_tokens_per_rank, captured, stages)
         if self._uncompiled is None:  # only somebody who compiles has imported it; this layer is no part of that
-            self._uncompiled = dynamo.disable(self._checked_forward)
+            self._uncompiled = dynamo.disable(self._checked_forward, reason=NOT_TRACED)
         y_TH: Tensor = self._uncompiled(x_TH, routing, max_tokens_per_rank, captured, stages)
         return y_TH
 
@@ -282,15 +290,23 @@ class MoELayer(nn.Module):
         """With weights of its own, since kernels know where those of the original lie, on the same communicator."""
         copied = type(self).__new__(type(self))
         memo[id(self)], memo[id(self.plan)] = copied, self.plan
-        made_anew = {"paths", "_uncompiled"}
         for name, value in self.__dict__.items():
-            copied.__dict__[name] = None if name in made_anew else deepcopy(value, memo)
+            copied.__dict__[name] = None if name in MADE_ANEW else deepcopy(value, memo)
         copied._assemble()
         return copied
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what torch.compile made of it, which can't be pickled and is made anew."""
-        return {**self.__dict__, "_uncompiled": None}
+    def __copy__(self) -> MoELayer:
+        """Without what torch.compile made of the original."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__, _uncompiled=None)
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Of one rank alone; `comm` refuses others. What is inside is written by torch.save: a plain pickle of an FP8
+        tensor can't be read back."""
+        file = io.BytesIO()
+        torch.save({name: None if name in MADE_ANEW else value for name, value in self.__dict__.items()}, file)
+        return _read_back, (type(self), file.getvalue())
 
     def get_extra_state(self) -> dict[str, Any]:
         """A state dict holds no expert: they come from a checkpoint, slice by slice. It says which they were."""
@@ -306,9 +322,16 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         parts = [self.plan.parallel.label]
         for each in self.plan.choices:
-            size = "" if each.up_to is None else f" up to {each.up_to} tokens a rank"
+            size = "" if each.up_to is None else f" up to {count_of(each.up_to, 'token')} a rank"
             parts.append(f"exchange={each.exchange}, backend={each.backend}, payload={each.payload}{size}")
         return ", ".join(parts)
+
+
+def _read_back(cls: type[MoELayer], written: bytes) -> MoELayer:
+    layer = cls.__new__(cls)
+    layer.__dict__.update(torch.load(io.BytesIO(written), weights_only=False))
+    layer._assemble()  # kernels know where the weights lie
+    return layer
 
 
 def _as_json(state: Any) -> str | None:

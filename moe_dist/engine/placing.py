@@ -7,9 +7,10 @@ from math import log
 from typing import NamedTuple
 
 from moe_dist.engine.planning import make_plan
-from moe_dist.engine.records import Record, Setting, Timed, noise, records
+from moe_dist.engine.records import Record, Setting, Timed, records, tied
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, TokenLayout
 
@@ -103,10 +104,10 @@ def _fastest(record: Record, found: dict[ParallelSpec, list[Timed]], tokens_per_
     (parallel, first), *others = compared[size]
     parts = [f"{first.p50_us:,.0f} µs with {first.exchange} and {first.backend}"]
     for other, row in others:
-        tied = " (within the noise)" if row.p50_us - first.p50_us <= noise(first, row) else ""
+        tie = " (a tie)" if tied(first, row) else ""
         more = row.p50_us / first.p50_us - 1
-        parts.append(f"{other.label} {more:.0%} more{tied} with {row.exchange} and {row.backend}")
-    where = f"at {size:,} tokens a rank, even routing"
+        parts.append(f"{other.label} {more:.0%} more{tie} with {row.exchange} and {row.backend}")
+    where = f"at {count_of(size, 'token')} a rank, even routing"
     return Placed(parallel, f"{', '.join(parts)}, {where}; {record.source} record {record.name}")
 
 

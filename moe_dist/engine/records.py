@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
-from math import hypot, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
+from moe_dist.messages.counts import count_of
 from moe_dist.model.refused import as_config_error
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.tables import cache_folder
@@ -23,9 +25,6 @@ from moe_dist.tables import cache_folder
 LARGEST = 64 << 20  # bytes of a results file
 SHIPPED = Path(__file__).parent.parent / "records_shipped"
 SKEWS = ("uniform", "balanced")  # of rows that say what is fastest where nothing else is known
-# Medians of one run differ by their scatter, and another start of the ranks moves one by 0.7 % in the middle and seldom
-# by more than this (docs/measuring.md).
-NOISE = 0.02
 
 
 class Setting(NamedTuple):
@@ -169,8 +168,7 @@ class Pick(NamedTuple):
 
 def pick(record: Record, timed: Sequence[Timed]) -> list[Pick]:
     """The fastest pair of names by size of step, from one record's rows of one setting. A size is served by the row
-    that is nearest by ratio, and has its own entry. The next size keeps a pair that is within the noise of its own
-    fastest."""
+    that is nearest by ratio, and has its own entry. The next size keeps a pair that is tied with its own fastest."""
     found: list[Pick] = []
     sizes = [(size, list(rows)) for size, rows in groupby(sorted(timed), key=lambda row: row.tokens_per_rank)]
     for number, (size, rows) in enumerate(sizes):
@@ -179,16 +177,18 @@ def pick(record: Record, timed: Sequence[Timed]) -> list[Pick]:
         if found:
             before = found[-1].exchange, found[-1].backend
             same = next((row for row in ordered if (row.exchange, row.backend) == before), None)
-            if same is not None and same.p50_us - best.p50_us <= noise(same, best):
+            if same is not None and tied(same, best):
                 taken = same
         up_to = int(sqrt(size * sizes[number + 1][0])) if number + 1 < len(sizes) else None
         found.append(Pick(taken.exchange, taken.backend, up_to, _why(record, size, taken, ordered)))
     return found
 
 
-def noise(one: Timed, other: Timed) -> float:
-    """Microseconds by which two medians may differ and say nothing."""
-    return max(3 * hypot(one.scatter_us, other.scatter_us), NOISE * other.p50_us)
+def tied(one: Timed, other: Timed) -> bool:
+    """Whether scatter explains the difference. A choice has to be made in any case, so of a row without rounds only
+    what another start of the ranks explains is a tie."""
+    times = one.p50_us, other.p50_us
+    return abs(times[1] - times[0]) <= explained_us(times, (one.scatter_us, other.scatter_us))
 
 
 def _why(record: Record, size: int, taken: Timed, ordered: list[Timed]) -> str:
@@ -198,8 +198,8 @@ def _why(record: Record, size: int, taken: Timed, ordered: list[Timed]) -> str:
     if rest:
         gain = rest[0].p50_us / taken.p50_us - 1
         over = f", {rest[0].exchange} with {rest[0].backend} {abs(gain):.0%} {'more' if gain >= 0 else 'less'}"
-        over += " (within the noise)" if abs(rest[0].p50_us - taken.p50_us) <= noise(taken, rest[0]) else ""
-    where = f"at {size:,} tokens a rank, even routing"
+        over += " (a tie)" if tied(taken, rest[0]) else ""
+    where = f"at {count_of(size, 'token')} a rank, even routing"
     return f"{taken.p50_us:,.0f} µs {where}{over}; {record.source} record {record.name}"
 
 

@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from moe_dist.comm import Comm
 from moe_dist.engine.agreement import of_stack, stack_facts
-from moe_dist.engine.inputs import check_bucket, check_gradient, check_routing, check_tokens
+from moe_dist.engine.inputs import (
+    NOT_TRACED,
+    check_bucket,
+    check_gradient,
+    check_not_exported,
+    check_routing,
+    check_tokens,
+)
 from moe_dist.engine.layer import MoELayer
 from moe_dist.errors import ConfigError
 from moe_dist.machine.surroundings import settled
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import Routing
 from moe_dist.step import NO_STAGES, Stages, Support
 
@@ -58,8 +66,9 @@ class MoEStack(nn.Module):
         rest is as for MoELayer.forward, with the layer's number in the field of a ConfigError about a routing. In a
         `captured` step the routers send rows of zeros nowhere: those are a graph's padding, and their sums are zeros.
         """
+        check_not_exported()
         dynamo = sys.modules.get("torch._dynamo")  # see MoELayer.forward
-        forward = self._forward if dynamo is None else dynamo.disable(self._forward)
+        forward = self._forward if dynamo is None else dynamo.disable(self._forward, reason=NOT_TRACED)
         y_TH: Tensor = forward(x_TH, routings, max_tokens_per_rank, captured, stages)
         return y_TH
 
@@ -160,7 +169,9 @@ class MoEStack(nn.Module):
         if not isinstance(routings, (list, tuple)):
             raise ConfigError("routings", type(routings).__name__, "is no list of them", FORM)
         if len(routings) != len(self.layers):
-            raise ConfigError("routings", f"{len(routings)} of them", f"the stack has {len(self.layers)} layers", FORM)
+            raise ConfigError(
+                "routings", f"{len(routings)} of them", f"the stack has {count_of(len(self.layers), 'layer')}", FORM
+            )
         for number, routing in enumerate(routings):
             if not isinstance(routing, Routing):
                 raise ConfigError(f"routings[{number}]", type(routing).__name__, "is no Routing", FORM)

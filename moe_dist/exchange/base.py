@@ -12,6 +12,7 @@ from moe_dist.comm import Comm
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import quantize_rows, sorted_by_expert
 from moe_dist.machine.machine import Machine
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import Activations, QuantizedRows
 from moe_dist.model.routing import Routing
@@ -173,6 +174,6 @@ class Exchange(ABC, Generic[H, S]):
     def check_bucket(self, tokens: int, bucket: int | None) -> int:
         """The bucket to pad to. Raises ConfigError where tokens would not fit: none is ever dropped."""
         if bucket is None or tokens > bucket:
-            rule = f"this rank has {tokens} tokens and all ranks step at one agreed size"
+            rule = f"this rank has {count_of(tokens, 'token')} and all ranks step at one agreed size"
             raise ConfigError("max_tokens_per_rank", bucket, rule, f"{tokens} and more")
         return bucket

@@ -12,6 +12,7 @@ RANK_FAILED = 4
 CLUSTER_LOST = 5
 NOT_WRITTEN = 6
 SLOWER = 7
+GONE = 8
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 HUNG_UP = 129  # 128 + the signal's number, as shells have it
 INTERRUPTED = 130
@@ -28,6 +29,7 @@ MEANINGS = {
     CLUSTER_LOST: "the Ray cluster was lost",
     NOT_WRITTEN: "results or other output could not be written",
     SLOWER: "a row of `diff` became slower by more than scatter explains",
+    GONE: "a row of `diff`, timed in the old file, is missing in the new one",
     UNEXPECTED: "an unexpected error, a fault of moe_dist: please report it",
     HUNG_UP: "the terminal was closed (SIGHUP)",
     INTERRUPTED: "interrupted (Ctrl-C)",

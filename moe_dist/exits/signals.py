@@ -7,7 +7,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from moe_dist.exits.exit_codes import HUNG_UP, INTERRUPTED, TERMINATED
@@ -17,9 +18,12 @@ CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP: 
 ENDING = tuple(CODES)
 PATIENCE_S = 15.0  # for ranks to be freed and results to be written after a signal
 HURRY_S = 5.0  # where another rank has died: what waits for it will not end by itself
+START_S = 2.0  # where nothing but the start of a cluster runs: there are no ranks to free
+LOOK_AGAIN_S = 0.2  # at what is under way, once a signal has come
 AGAIN_S = 1.0  # a second signal after so long means now; torchrun passes one on at once that all ranks got already
 
-
+_running: Signals | None = None  # of the command that runs
+_starting: Callable[[], None] | None = None  # what ends a start that is under way
 _heard: int | None = None  # the first signal of the command that runs, or ran last
 _final: int | None = None  # the exit code that this process is ending with
 
@@ -29,6 +33,25 @@ def code_after_signal() -> int | None:
     return None if _heard is None else _final
 
 
+def check() -> None:
+    """Raise again where a signal of the command that runs has come and its exception got lost, as in code of others."""
+    if _running is not None:
+        _running.check()
+
+
+@contextmanager
+def starting(end: Callable[[], None]) -> Iterator[None]:
+    """Around the start of something in C++, which Python's handlers wait for: inside, a signal ends the process after
+    START_S, and `end` is called before, from another thread. The signal is looked for again behind it."""
+    global _starting
+    _starting = end
+    try:
+        yield
+    finally:
+        _starting = None
+    check()
+
+
 class Signals:
     """A context manager. The first signal raises a KeyboardInterrupt in the main thread, whichever it was: that is the
     one exception that comes through a wait inside of Ray. `signum` says which.
@@ -36,7 +59,8 @@ class Signals:
     A thread hears of the signal too, through the wakeup descriptor: the C handler writes to it, whatever the main
     thread does and whoever replaced the Python handler. Where the main thread is stuck in C++ or a second signal comes,
     it calls `last_words` and ends the process with the exit code that those return. It calls `heard` at once after the
-    first signal, which returns whether there is nothing to be patient for; `was_heard` is set then.
+    first signal, which returns whether there is nothing to be patient for; `was_heard` is set then. Nor is there while
+    a cluster starts (`starting`).
     """
 
     def __init__(self, heard: Callable[[], bool], last_words: Callable[[], int]) -> None:
@@ -53,7 +77,7 @@ class Signals:
         return next((code for number, code in CODES.items() if number == self.signum), INTERRUPTED)
 
     def __enter__(self) -> Signals:
-        global _heard
+        global _heard, _running
         _heard = None
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread may set handlers
@@ -66,6 +90,7 @@ class Signals:
         os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._forget)
         self._watcher = threading.Thread(target=self._watch, args=(read,), daemon=True, name="signals")
         self._watcher.start()
+        _running = self
         return self
 
     def install(self) -> None:
@@ -76,8 +101,10 @@ class Signals:
                 signal.signal(number, self._raise)
 
     def __exit__(self, *_: object) -> None:
+        global _running
         if self._pipe is None:
             return
+        _running = None
         read, write = self._pipe
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
@@ -115,14 +142,17 @@ class Signals:
     def _watch(self, read: int) -> None:
         first, hurry = None, False
         while True:
-            patience_s = HURRY_S if hurry else PATIENCE_S
-            left = None if first is None else max(0.0, first + patience_s - time.monotonic())
-            ready, _, _ = select.select([read], [], [], left)
+            ready, _, _ = select.select([read], [], [], None if first is None else LOOK_AGAIN_S)
             number = os.read(read, 1)[0] if ready else None
             if number == 0:
                 return
-            if number is None or (first and number in ENDING and time.monotonic() - first > AGAIN_S):
+            end, waited_s = _starting, 0.0 if first is None else time.monotonic() - first
+            patience_s = START_S if end else HURRY_S if hurry else PATIENCE_S
+            if waited_s > patience_s or (number in ENDING and waited_s > AGAIN_S):
                 code = self.code
+                if end is not None:
+                    with suppress(Exception):
+                        end()
                 try:
                     code = self._last_words()
                 finally:

@@ -23,6 +23,7 @@ from moe_dist.kernels import slots_on
 from moe_dist.machine.machine import Machine
 from moe_dist.machine.surroundings import settled
 from moe_dist.machine.switches import debug_asked_for
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement, tables_on
 from moe_dist.model.spec import MoESpec
 from moe_dist.model.weights import ExpertWeights
@@ -152,4 +153,5 @@ def _placement(spec: MoESpec, held: Sequence[int], ids: int) -> Placement:
 
 def _sizes(problem: Problem) -> str:
     spec = problem.spec
-    return f"{problem.num_local} experts of {spec.quant_label}, {spec.activation}, {spec.hidden} × {problem.width}"
+    held = count_of(problem.num_local, "expert")
+    return f"{held} of {spec.quant_label}, {spec.activation}, {spec.hidden} × {problem.width}"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_dist.errors import ConfigError, ResourceError
+from moe_dist.errors import ConfigError, ResourceError, did_you_mean
 from moe_dist.machine.nodes import Nodes
 
 SHARED_MEMORY = "/dev/shm"
@@ -59,8 +59,10 @@ class Machine:
         """One that is not here: h200x4 is a host with four NVIDIA H200s."""
         kind, _, count = text.lower().rpartition("x")
         if kind not in GPUS or not re.fullmatch("[1-9][0-9]{0,2}", count) or int(count) > GPUS_OF_A_HOST:
-            legal = [f"{each}xN" for each in GPUS] + [f"N from 1 to {GPUS_OF_A_HOST}"]
-            raise ConfigError("machine", text, "is no host that is known", legal)
+            hosts = [f"{each}x{number}" for each in GPUS for number in range(1, GPUS_OF_A_HOST + 1)]
+            # Of a number that is wrong no other one is meant.
+            rule = "is no host that is known" + (did_you_mean(text, hosts) if kind not in GPUS else "")
+            raise ConfigError("machine", text, rule, ", ".join(f"{each}x1 to {each}x{GPUS_OF_A_HOST}" for each in GPUS))
         name, gib = GPUS[kind]
         return cls("cuda", int(count), name, HOPPER, gib << 30, elsewhere=True)
 

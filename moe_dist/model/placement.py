@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.model.spec import MoESpec, ParallelSpec, slice_bounds, split_bounds
 
 
@@ -35,7 +36,8 @@ class Placement:
         allow = parallel.allow_empty_shards
         slices = slice_bounds(spec.intermediate, parallel.tp, spec.granularity, "parallel.tp", allow)
         if parallel.ep > spec.num_experts and not allow:
-            rule = f"{spec.num_experts} experts leave a rank with none (allow_empty_shards=true permits that)"
+            few = f"{count_of(spec.num_experts, 'expert')} {verb(spec.num_experts, 'leave')}"
+            rule = f"{few} a rank with none (allow_empty_shards=true permits that)"
             raise ConfigError("parallel.ep", parallel.ep, rule, f"1 to {spec.num_experts}")
         owners = _owners(spec, parallel)
         homes: list[list[int]] = [[] for _ in range(parallel.ep)]
@@ -143,8 +145,12 @@ def _owners(spec: MoESpec, parallel: ParallelSpec) -> tuple[int, ...]:
         bounds = split_bounds(spec.num_experts, parallel.ep)
         return tuple(group for group, (start, stop) in enumerate(bounds) for _ in range(start, stop))
     if len(parallel.expert_map) != spec.num_experts:
-        rule = f"names the groups of {len(parallel.expert_map)} experts, and the model has {spec.num_experts}"
-        raise ConfigError("parallel.expert_map", parallel.label, rule, f"a map made for {spec.num_experts} experts")
+        rule = (
+            f"names the groups of {count_of(len(parallel.expert_map), 'expert')}, and the model has {spec.num_experts}"
+        )
+        raise ConfigError(
+            "parallel.expert_map", parallel.label, rule, f"a map made for {count_of(spec.num_experts, 'expert')}"
+        )
     for expert, group in enumerate(parallel.expert_map):
         if not 0 <= group < parallel.ep:
             rule = f"no such expert group for expert {expert}"

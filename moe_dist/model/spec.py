@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.refused import as_config_error, legal
 from moe_dist.model.sizes import cdiv
 
@@ -282,7 +283,7 @@ def slice_bounds(total: int, parts: int, granularity: int, field: str, allow_emp
     granules = cdiv(total, granularity)
     if parts > granules and not allow_empty:
         rule = (
-            f"{total} has only {granules} slices of {granularity}, so a rank would hold nothing"
+            f"{total} has only {count_of(granules, 'slice')} of {granularity}, so a rank would hold nothing"
             " (allow_empty_shards=true permits that)"
         )
         raise ConfigError(field, parts, rule, f"1 to {granules}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from moe_dist.bench.diff import UNKNOWN
 from moe_dist.bench.row import Hardware, Row
 from moe_dist.bench.table import number, speed, times_floor
+from moe_dist.messages.counts import count_of
 from moe_dist.report.findings import Setup, backends_beside_each_other, skews_beside_each_other
 from moe_dist.report.recorded import Recorded, known
 from moe_dist.report.words import beside, checked
@@ -132,11 +133,11 @@ def provenance(file: Recorded) -> list[tuple[str, str]]:
                 for key in Hardware.model_fields if key not in ("gpu", "cpu", "cores", "count")]  # fmt: skip
     cores = f", {machine['cores']} CPU cores" if machine.get("cores") else ""
     failed, unchecked = (sum(row.ok is ok for row in file.rows) for ok in (False, None))
-    counts = f"{len(file.rows):,} rows, of them {failed:,} out of tolerance and {unchecked:,} unchecked; "
-    counts += f"{len(file.refused):,} cases refused"
+    counts = f"{count_of(len(file.rows), 'row')}, of them {failed:,} out of tolerance and {unchecked:,} unchecked; "
+    counts += f"{count_of(len(file.refused), 'case')} refused"
     found = [("machine", file.device + cores), ("versions", ", ".join(versions)), ("date", file.date),
              ("commit", file.commit), ("command", file.command), ("rows", counts)]  # fmt: skip
-    found += [(f"{world} ranks", "; ".join(lines)) for world, lines in file.ranks.items()]
+    found += [("1 rank" if world == "1" else f"{world} ranks", "; ".join(lines)) for world, lines in file.ranks.items()]
     found += [("notice", f"rank {', '.join(map(str, said.ranks))}: {said.text}") for said in file.notices]
     if file.lacks:
         found.append((UNKNOWN, f"{', '.join(file.lacks)}: no row has these keys"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from moe_dist.bench.answer import Answer, last_line, tied
 from moe_dist.bench.row import Row
 from moe_dist.bench.table import number, speed, stack_of, times_floor
+from moe_dist.messages.counts import count_of
 from moe_dist.report.findings import Setup, valid
 
 # Tokens a rank up to which a step is called decode, and from which prefill. Nothing is computed from them.
@@ -21,7 +22,7 @@ def tokens_of(row: Row) -> str:
     """Such as `32 tokens (8 a rank)`."""
     per_rank = row.tokens_per_rank
     rank = f" ({per_rank:,} a rank)" if per_rank and per_rank != row.global_tokens else ""
-    return f"{row.global_tokens:,} token{'s' * (row.global_tokens != 1)}{rank}"
+    return f"{count_of(row.global_tokens, 'token')}{rank}"
 
 
 def phase(row: Row) -> str:
@@ -75,7 +76,7 @@ def case_title(row: Row) -> str:
     kind = "" if row.layer == "whole" else stack_of(row).strip() or f"layer {row.layer}"
     source = row.source if row.source and row.source != "random:0" else ""
     seed = f"seed {row.seed}" if row.seed else ""
-    parts = [f"{row.model} {row.quant}", f"{row.world} ranks", f"tokens {row.token_layout}", mode(row)]
+    parts = [f"{row.model} {row.quant}", count_of(row.world, "rank"), f"tokens {row.token_layout}", mode(row)]
     return " · ".join(filter(None, [*parts, kind, source, seed]))
 
 

@@ -29,7 +29,7 @@ from ray._private import ray_constants
 from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
-from moe_dist.exits.signals import code_after_signal
+from moe_dist.exits.signals import code_after_signal, starting
 from moe_dist.files import require_text
 from moe_dist.messages import logs
 from moe_dist.runtime.context import RaySpec
@@ -96,7 +96,7 @@ def _join(address: str, spec: RaySpec) -> None:
     _reread_authentication()
     legal = "host:port of a running head, or auto"
     try:
-        with _limit(timeout_s / 2):
+        with starting(_end_children), _limit(timeout_s / 2):
             ray.init(address=found.address, **_logging(spec))
     except Exception as error:
         with suppress(Exception):
@@ -114,7 +114,8 @@ def _start(spec: RaySpec) -> None:
     # Called before Ray's own, which was registered when Ray was imported; a signal may come while Ray starts, too.
     atexit.register(_end_after_signal)
     try:
-        with _limit(spec.start_timeout_s), _loopback_only():
+        # Ray waits in C++ until the raylet is up, on a busy machine for many seconds, and no handler of Python's runs.
+        with starting(_end_children), _limit(spec.start_timeout_s), _loopback_only():
             ray.init(
                 address="local",  # without it Ray would join any cluster that `ray start` left a note of here
                 include_dashboard=False, object_store_memory=100 << 20, configure_logging=spec.verbose,
@@ -321,12 +322,15 @@ def _leave(code: int = CLUSTER_LOST) -> None:
 def _end_after_signal() -> None:
     """Where a signal has ended the command, its private cluster goes with it at once: Ray's shutdown takes five seconds
     for that, and may crash on one that is half started. All of its processes are children of this one."""
-    if (code := code_after_signal()) is None:
-        return
+    if (code := code_after_signal()) is not None:
+        _end_children()
+        _leave(code)
+
+
+def _end_children() -> None:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             process.kill()
-    _leave(code)
 
 
 def _raylet_address(node: object) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -13,6 +15,7 @@ OF_LAYERS = ("rank", "layer", "exchange", "backend")
 # Stages last from microseconds (decode) to tenths of a second (prefill, or a CPU).
 SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5)
 MOST_PORT = 65535
+HOSTS = "127.0.0.1, or another address or name of this machine"
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,15 @@ class PrometheusSink:
         offset = int(local_rank) if local_rank.isdecimal() else 0
         if type(port) is not int or not 0 <= port <= MOST_PORT - offset:
             raise ConfigError("port", port, "is none for this rank's metrics", f"0 (any) to {MOST_PORT - offset}")
+        if not isinstance(host, str):
+            raise ConfigError("host", host, f"is {type(host).__name__}", HOSTS)
         try:
             self._server, _ = client.start_http_server(port + offset if port else 0, host, self._registry)
         except OSError as error:
             self._forget()
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                rule = f"is no address of this machine: {error.strerror or error}"
+                raise ConfigError("host", host, rule, HOSTS) from None
             place = f"{host}:{port + offset}"
             raise ConfigError("port", place, f"can't be listened on: {error.strerror or error}", "a free one") from None
         self.port = self._server.server_port

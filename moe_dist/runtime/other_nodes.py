@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import ray
 
 from moe_dist.errors import RankFailure
+from moe_dist.messages.counts import noun
 from moe_dist.runtime.services import Greeter
 
 RAYLET = "raylet"
@@ -44,7 +45,7 @@ class OtherNodes:
         for node, cause in list(self._greeter.causes.items()):
             address, ranks = self._nodes[node]
             doing, _, sequence = beats[ranks[0]]
-            lost = f"its node {address} was lost, with rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+            lost = f"its node {address} was lost, with {noun(len(ranks), 'rank')} {', '.join(map(str, ranks))}"
             raise RankFailure(ranks[0], doing, sequence, f"{lost}: the {RAYLET} there {cause}")
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
 from moe_dist.messages import logs
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.notices import notice
 from moe_dist.runtime import failed_groups
 from moe_dist.runtime.actor import RankActor
@@ -141,7 +142,7 @@ class RayGroup:
             self._lookout.raise_stopped(op, stopped_at)
             return not pending
 
-        if not self._patiently(one, timeout_s, f"{self.world} ranks ({op})"):
+        if not self._patiently(one, timeout_s, f"{count_of(self.world, 'rank')} ({op})"):
             rank = next(rank for rank, future in enumerate(futures) if future in pending)
             raise RankFailure(rank, f"starting ({op})", -1, f"no answer within {timeout_s:g} s")
         results: list[Any] = ray.get(list(futures))

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from moe_dist.errors import ResourceError
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.runtime.context import RaySpec
 
 BEHIND = 7  # the versions of IP addresses
@@ -42,7 +43,8 @@ def check_resources(world: int, device: str, spec: RaySpec) -> None:
     needed = ", ".join(f"{wanted[name]:g} {name}" for name in names)
     available = ", ".join(f"{nodes[best].get(name, 0.0):g} {name}" for name in names)
     pieces = "" if short[best] else ", in whole ranks on each node"
-    hint = f"{world} ranks ask for {needed} {WHERE[spec.strategy]}{pieces}; use fewer ranks or a larger cluster."
+    asked = f"{count_of(world, 'rank')} {verb(world, 'ask')} for"
+    hint = f"{asked} {needed} {WHERE[spec.strategy]}{pieces}; use fewer ranks or a larger cluster."
     raise ResourceError(f"{' and '.join(f'{name}s' for name in names)} in the Ray cluster", needed, available, hint)
 
 

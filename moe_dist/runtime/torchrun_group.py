@@ -33,6 +33,7 @@ from moe_dist.comm.network import LOOPBACK, use_network_of
 from moe_dist.errors import ConfigError, MoeDistError, RankFailure
 from moe_dist.exits.interrupted import is_signal
 from moe_dist.machine.interfaces import address_towards
+from moe_dist.messages.counts import count_of
 from moe_dist.messages.notices import collecting
 from moe_dist.runtime import failed_groups, voice
 from moe_dist.runtime.blame import (
@@ -70,7 +71,9 @@ class TorchrunGroup:
     ) -> None:
         self.rank, launched, local_rank, local_world = voice.launched()
         if launched != world:
-            raise ConfigError("world", world, f"torchrun started {launched} processes", (launched,))
+            raise ConfigError(
+                "world", world, f"torchrun started {count_of(launched, 'process', 'processes')}", (launched,)
+            )
         self.world = world
         voice.together(True)
         place = torch.device("cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.simulate.cost import CostModel, HeldOut, calibrated, held_out
 from moe_dist.simulate.measured import Measured, read_measured
 
@@ -51,13 +52,14 @@ class Calibration:
     def lines(self) -> list[str]:
         """For people."""
         errors = [
-            f"other {name} {found.median:.0%} and {found.worst:.0%} ({found.rows} rows)"
+            f"other {name} {found.median:.0%} and {found.worst:.0%} ({count_of(found.rows, 'row')})"
             for name, found in self.held_out.items()
             if found.median is not None
         ]
-        of = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
+        others = f"{count_of(self.others, 'other row')} {verb(self.others, 'are')}"
+        of = count_of(len(self.files), "file")
         return [
-            f"Calibrated on {self.rows} measured rows of {of}; {self.others} other rows are no whole layer in a graph.",
+            f"Calibrated on {count_of(self.rows, 'measured row')} of {of}; {others} no whole layer in a graph.",
             f"Error on held-out rows, median and worst: {', '.join(errors) or 'not known, too few rows'}.",
         ]
 

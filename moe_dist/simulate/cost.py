@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
 from statistics import median
 
 import numpy as np
 
-from moe_dist.bench.answer import ANOTHER_START, SCATTERS
 from moe_dist.bench.peaks import PEAKS, Peaks
+from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.messages.counts import count_of
 from moe_dist.simulate.measured import Measured
 from moe_dist.simulate.work import Work
 
@@ -40,7 +40,7 @@ class Link:
 class CostModel:
     """`local[backend]`: factors on arithmetic, weights and rows at peak rates. `ranges`: the least and the most of each
     number of `RANGES` that was measured. `scatter`: the difference of two steps, as a part of one, that scatter
-    explains (bench.answer.tied, with the median scatter of the rows). `kinds`: format and whether experts are gated."""
+    explains (engine.ties, with the median scatter of the rows). `kinds`: format and whether experts are gated."""
 
     gpu: str
     peaks: Peaks
@@ -94,13 +94,16 @@ def calibrated(rows: Sequence[Measured]) -> CostModel:
     gpus = sorted({row.gpu for row in rows})
     if len(gpus) != 1 or len(rows) < FEWEST_ROWS:
         rule = f"a model takes {FEWEST_ROWS} rows of whole layers in a CUDA graph on one kind of GPU with known peaks"
-        raise ConfigError("calibrate", f"{len(rows)} rows on {gpus or 'none'}", rule, f"rows on {', '.join(PEAKS)}")
+        raise ConfigError(
+            "calibrate", f"{count_of(len(rows), 'row')} on {gpus or 'none'}", rule, f"rows on {', '.join(PEAKS)}"
+        )
     peaks = PEAKS[gpus[0]]
     backends, exchanges = (sorted({getattr(row, name) for row in rows}) for name in ("backend", "exchange"))
     A = np.array([_columns(row, backends, exchanges, peaks) for row in rows])
     found = _least_squares(A, np.array([row.p50_us for row in rows])).tolist()
     links = found[3 * len(backends) :]
     scatters = [row.scatter_us / row.p50_us for row in rows if row.scatter_us is not None]
+    typical = median(scatters) if scatters else 0.0
     return CostModel(
         gpu=gpus[0],
         peaks=peaks,
@@ -110,7 +113,7 @@ def calibrated(rows: Sequence[Measured]) -> CostModel:
             name: (min(values), max(values)) for name in RANGES if (values := [getattr(row.work, name) for row in rows])
         },
         kinds=frozenset((row.work.quant, row.work.gated) for row in rows),
-        scatter=max(ANOTHER_START, SCATTERS * hypot(1, 1) * median(scatters)) if scatters else ANOTHER_START,
+        scatter=explained_us((1.0, 1.0), (typical, typical)),
     )
 
 

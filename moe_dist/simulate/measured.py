@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_dist.bench.diff import LEAST_US, MOST_US, read_results
 from moe_dist.bench.peaks import PEAKS
 from moe_dist.errors import ConfigError
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.refused import as_config_error
 from moe_dist.model.spec import MOST_TOKENS, Experts, MoESpec, ParallelSpec, Ranks, Size, Tokens
@@ -103,7 +104,7 @@ def _measured(path: str, gpu: str, number: int, row: Mapping[str, Any]) -> Measu
     except ConfigError as error:
         raise error.of(f"{path}: rows.{number}.{error.field}") from None
     if len(keys.rows_per_rank) != placement.world or not 0 < sum(keys.rows_per_rank) <= MOST_TOKENS * placement.world:
-        rule = f"are not the pairs of {placement.world} ranks"
+        rule = f"are not the pairs of {count_of(placement.world, 'rank')}"
         raise ConfigError(f"{path}: rows.{number}.rows_per_rank", keys.rows_per_rank, rule, "see docs/results.md")
     sent = float(keys.bytes_sent)
     if keys.exchange == "nvlink" and not sent:  # older rows don't count stores into peers' memory

@@ -12,6 +12,7 @@ from moe_dist.engine.plan import Plan
 from moe_dist.engine.planning import AUTO, make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exchange.fused import pair_bytes
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
 from moe_dist.simulate.cluster import Cluster
@@ -65,7 +66,7 @@ def predictions(model: CostModel, cluster: Cluster, wanted: Wanted) -> tuple[lis
         check_step(tokens * cluster.world, wanted.spec)
         parallel = parse_placement(name, cluster.world)
         if parallel is None:
-            refused[name] = f"is no placement of {cluster.world} ranks"
+            refused[name] = f"is no placement of {count_of(cluster.world, 'rank')}"
             continue
         loads: RankLoads | None = None
         for exchange, backend in product(wanted.exchanges, wanted.backends):

@@ -15,6 +15,7 @@ SKEWS = (
     " times its share), burst:N (N experts), limited:GxN (N of G groups), single, router, file:PATH, rotating:SKEW"
     " (SKEW of zipf, hot, hot_rank), spread:R:SKEW (over R runs; SKEW of zipf, hot, hot_rank, burst)"
 )
+DRAWN_SKEWS = SKEWS.replace(" router,", "")  # where there is no checkpoint
 STEEPEST = 100.0  # of zipf: far beyond, the odds are no float32 numbers
 LARGEST_TRACE = 1 << 30  # bytes
 ROUTINGS = 8  # that the steps of a workload take in turn, where it has several
@@ -150,3 +151,16 @@ def _check_hot_rank(skew: str, argument: str, spec: MoESpec) -> None:
 
 def _rounded_down(value: float) -> str:
     return _plain_number(f"{int(value * 100) / 100:.2f}")
+
+
+def drawn_skew(skew: str) -> str:
+    """`canonical_skew` where routings are drawn or recorded, and there is no router."""
+    try:
+        known = canonical_skew(skew)
+    except ConfigError as error:
+        legal = DRAWN_SKEWS if error.legal == SKEWS else error.legal
+        raise ConfigError(error.field, error.value, error.rule, legal) from None
+    if known == "router":
+        rule = "is a checkpoint's own, and this command reads none"
+        raise ConfigError("workload.skew", skew, rule, DRAWN_SKEWS)
+    return known

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dist.errors import ConfigError
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, split_bounds
-from moe_dist.workloads.skew_names import SKEWS, canonical_skew, check_skew_fits, parts_of
+from moe_dist.workloads.skew_names import DRAWN_SKEWS, canonical_skew, check_skew_fits, parts_of
 from moe_dist.workloads.streams import Stream
 from moe_dist.workloads.traces import read_trace
 
@@ -46,7 +46,7 @@ def synthetic_routing(
     check_skew_fits(skew, spec)
     kind, argument, inner = parts_of(skew)
     if kind == "router":
-        raise ConfigError("workload.skew", skew, "needs a checkpoint with a router", SKEWS)
+        raise ConfigError("workload.skew", skew, "needs a checkpoint with a router", DRAWN_SKEWS)
     if kind == "file":
         return read_trace(spec, skew, trace).routing(0, 0, tokens)
     if kind == "rotating":

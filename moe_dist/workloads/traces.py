@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError, OutputError, shown
+from moe_dist.messages.counts import count_of
 from moe_dist.model.routing import WEIGHT_DTYPES, Routing
 from moe_dist.model.spec import MOST_TOKENS, MoESpec
 from moe_dist.workloads.skew_names import LARGEST_TRACE, SKEWS, check_skew
@@ -51,7 +52,8 @@ class Trace:
         taken = (start + torch.arange(tokens, device="cpu")) % self.rows
         ids, weights = self.ids[layer, taken], self.weights[layer, taken]
         if not bool((weights.abs() >= LEAST_WEIGHT).any()):
-            rule = f"sends the {tokens} rows{of} nowhere: every id is -1 or every weight below {LEAST_WEIGHT:g}"
+            told = f"sends the {count_of(tokens, 'row')}{of} nowhere"
+            rule = f"{told}: every id is -1 or every weight below {LEAST_WEIGHT:g}"
             legal = "at least one expert with a weight, else nothing is measured"
             raise ConfigError("workload.skew", self.skew, rule, legal)
         return Routing(ids.to(torch.int32), weights)
@@ -167,7 +169,7 @@ def _steps(given: Tensor | None, rows: int, refuse: Callable[[str, str], ConfigE
         raise refuse(f"holds steps {tuple(given.shape)}", legal)
     steps = tuple(given.tolist())
     if min(steps) < 0 or sum(steps) != rows:
-        raise refuse(f"holds steps of {sum(steps)} rows, the least of them {min(steps)}", legal)
+        raise refuse(f"holds steps of {count_of(sum(steps), 'row')}, the least of them {min(steps)}", legal)
     return steps
 
 

@@ -105,9 +105,9 @@ class TestWithoutRanks:
         assert command(*arguments, "--machine", "h100x8").code == 0
         assert command(*arguments).code == 2  # a CPU has no NVLink
         for machine, code, said in (
-            ("h300x4", 2, "h100xN, h200xN"),
-            ("h200", 2, "h100xN, h200xN"),
-            ("h200x0", 2, "h100xN, h200xN"),
+            ("h300x4", 2, "h100x1 to h100x8, h200x1 to h200x8"),
+            ("h200", 2, "h100x1 to h100x8, h200x1 to h200x8"),
+            ("h200x0", 2, "h100x1 to h100x8, h200x1 to h200x8"),
             ("h200x2", 3, "not enough GPUs: 4 needed, 2 available"),
         ):
             found = command(*arguments, "--machine", machine)
@@ -147,7 +147,7 @@ class TestWithoutRanks:
             (["run", "iters=nosuch"], ["iters = 'nosuch'"]),
             (["run", "iters"], ["not an assignment", "key=value"]),
             (["run", "--tokens", "0"], ["tokens = 0", "1 to 16,777,216"]),
-            (["run", "--ep", "0"], ["--ep = 0", "1 and more"]),
+            (["run", "--ep", "0"], ["--ep = 0", "1 to 4,096"]),
             (["run", "--tp", "6"], ["6", "1 to 5"]),
             (["run", "--ep", "2", "--exchange", "local"], ["exchange local", "supported: all_reduce"]),
             (["plan", "--model", "nosuch"], ["model = 'nosuch'", "tiny"]),
@@ -198,9 +198,9 @@ class TestWithoutRanks:
             (["demo-checkpoint", "d", "--model-type", "llama"], ["--model-type = 'llama'", "qwen3_moe, deepseek_v3"]),
             (["--json"], ["command = '--json'", "doctor"]),
             (["--versions"], ["command = '--versions'", "doctor"]),
-            (["plan", "--tp", "0"], ["--tp = 0", "1 and more"]),
-            (["run", "--ep", "-2"], ["--ep = -2", "1 and more"]),
-            (["tune", "--tp", "-1"], ["--tp = -1", "1 and more"]),
+            (["plan", "--tp", "0"], ["--tp = 0", "1 to 4,096"]),
+            (["run", "--ep", "-2"], ["--ep = -2", "1 to 4,096"]),
+            (["tune", "--tp", "-1"], ["--tp = -1", "1 to 4,096"]),
             (["__complete"], ["command = '__complete'", "doctor"]),
             ([], ["command = None", "is missing", "doctor", "--help"]),
         ],
@@ -319,7 +319,7 @@ class TestWithRanks:
         found = command("run", "--tokens", "4", "--iters", "1", *SMALL)
         assert found.code == 1
         assert next(line for line in found.out.splitlines() if "single" in line).rstrip(" │").endswith("NO")
-        assert "1 of 1 rows are out of tolerance." in found.out
+        assert "1 of 1 row is out of tolerance." in found.out
 
     def test_a_placement_that_balance_made(self, command, tmp_path: Path):
         workload = ["--model", "tiny", "--device", "cpu", "worlds=[2]", "exchanges=[ag_rs]", "tokens=[64]"]

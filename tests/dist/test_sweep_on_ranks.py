@@ -98,7 +98,7 @@ def test_one_case_fails_the_sweep_is_interrupted_and_resumed(monkeypatch, tmp_pa
     with monkeypatch.context() as second:
         watched = Watched(second)
         assert main([*command, "iters=3"]) == 0
-    assert "1 of 3 cases are finished" in capsys.readouterr().err
+    assert "1 of 3 cases is finished" in capsys.readouterr().err
     assert sorted(watched.turns) == [(tokens, turn) for tokens in (5, 8) for turn in range(4)]
     after = json.loads(out.read_text())
     assert {row["global_tokens"]: (row["iters"], row["run"]) for row in after["rows"]} == {

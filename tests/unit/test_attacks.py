@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +155,40 @@ def test_what_is_handed_to_load_layer_by_mistake(checkpoint: Path, given: dict[s
     with pytest.raises(ConfigError) as raised:
         load_layer(checkpoint, 1, **given)
     assert str(raised.value).startswith(said)
+
+
+def test_a_checkpoint_without_a_name() -> None:
+    """Under the argument's own name; the commands call it as the user did."""
+    with pytest.raises(ConfigError, match=r"^checkpoint = '': is empty"):
+        load_layer("", 1)
+
+
+class Around(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_would_leave_the_process_of_its_communicator(checkpoint: Path, stacked: bool) -> None:
+    layer = load_layer(checkpoint, 1)
+    module = Around(MoEStack([layer]) if stacked else layer)
+    read = pickle.loads(pickle.dumps(module))  # of one rank
+    assert torch.equal(read(X), module(X))
+    assert copy.copy(layer).paths is layer.paths
+    layer.comm = Comm(0, 2, torch.device("cpu"))
+    for written in (pickle.dumps, lambda whole: torch.save(whole, io.BytesIO())):
+        with pytest.raises(ConfigError, match=r"^comm = 'that of rank 0 of 2': belongs .* can be pickled \(legal: "):
+            written(module)
+    layer.comm = Comm.single()
+    with pytest.raises(ConfigError, match=r"^layer = 'inside of torch\.export': it works with its process's ranks"):
+        torch.export.export(module, (X,))
+    with pytest.raises(ConfigError, match=r"^layer = 'inside of torch\.jit\.trace': it works"):
+        torch.jit.trace(module, (X,))
+    with pytest.raises(Exception, match=r"it works with its process's ranks"):  # torch's own, with our reason
+        torch.export.export(module, (X,), strict=True)
+    assert torch.equal(module(X), torch.compile(module, backend="eager")(X))

@@ -109,7 +109,7 @@ def test_rows_of_something_else_do_not_count(changes: dict[str, Any]) -> None:
     assert (only.exchange, only.backend) == ("ag_rs", "triton")
 
 
-def test_what_lies_within_the_noise_changes_nothing() -> None:
+def test_a_tie_changes_nothing() -> None:
     """The second size's fastest pair is 1 % ahead, the third one's 5 %."""
     rows = [row(8, "ag_rs", "triton", 90.0), row(64, "ag_rs", "triton", 101.0), row(64, "ag_rs", "cutlass", 100.0),
             row(512, "ag_rs", "triton", 105.0), row(512, "ag_rs", "cutlass", 100.0)]  # fmt: skip

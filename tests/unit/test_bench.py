@@ -538,13 +538,13 @@ class TestVerdict:
         assert family(row(tp=2, ep=2, placement="TP2xEP2@1a2b3c")) == "TPxEP map"
         (answer,) = answers([row(ep=2, p50=100.0), mapped])
         assert [one.placement for one in answer.best] == ["EP2+2@1a2b3c", "EP2"]
-        assert last_line([answer]) == "Verdict: 1 comparisons: EP map fastest in 1."
+        assert last_line([answer]) == "Verdict: 1 comparison: EP map fastest in 1."
 
     def test_the_best_of_each_family_is_compared(self):
         rows = [row(tp=2, p50=300.0), row(tp=2, p50=200.0, exchange="all_reduce"), row(ep=2, p50=100.0)]
         (answer,) = answers(rows)
         assert [(one.placement, one.exchange) for one in answer.best] == [("EP2", "ag_rs"), ("TP2", "all_reduce")]
-        assert last_line([answer]) == "Verdict: 1 comparisons: EP fastest in 1."
+        assert last_line([answer]) == "Verdict: 1 comparison: EP fastest in 1."
         lines = printed(answer_table([answer])).splitlines()
         assert lines[0].strip() == "m fp8_block · 2 ranks · backend torch · eager"
         assert lines[-2].split() == ["64", "uniform", "EP2", "ag_rs", "100", "fastest"]
@@ -555,7 +555,7 @@ class TestVerdict:
         peer = row(ep=2, p50=us, exchange="peer", backend="mega", peer="package 1.0")
         (answer,) = answers([row(tp=2, p50=200.0), row(ep=2, p50=100.0), peer, peer.model_copy(update={"p50_us": 500})])
         assert (answer.family, answer.peers) == ("EP", (peer,))
-        assert last_line([answer]) == "Verdict: 1 comparisons: EP fastest in 1."
+        assert last_line([answer]) == "Verdict: 1 comparison: EP fastest in 1."
         line = printed(answer_table([answer])).splitlines()[-1]
         assert line.split()[:5] == ["EP2", "peer", "mega", f"{us:.0f}", times]
 

@@ -481,7 +481,7 @@ def test_links_of_the_hugging_face_cache_are_followed_and_others_are_not(model: 
 def test_an_empty_name_is_no_folder(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model("fp8"))
     for call in (read_config, Checkpoint, lambda given: layer_spec(given, 1)):
-        with pytest.raises(ConfigError, match=r"source\.checkpoint = ' ?': is empty"):
+        with pytest.raises(ConfigError, match=r"^checkpoint = ' ?': is empty"):
             call(name)
 
 

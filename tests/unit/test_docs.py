@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -76,6 +77,12 @@ def test_each_line_of_choices_is_what_its_rows_say() -> None:
         for told, row in zip(cells[4].split("; "), others, strict=True):
             assert f" {row['p50_us'] / first['p50_us']:.2f}x" in told
             assert row["p50_us"] >= first["p50_us"]
+            scatters = [each.get("scatter_us") for each in (first, row)]
+            if None in scatters:
+                assert "tie" not in told, "measuring.md: nothing is claimed"
+            else:
+                explained = max(3 * math.hypot(*scatters), 0.02 * first["p50_us"])
+                assert told.endswith(", tie") == (row["p50_us"] - first["p50_us"] <= explained)
         checked += 1
     assert checked > 50
 

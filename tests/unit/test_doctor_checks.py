@@ -48,7 +48,7 @@ def test_without_a_gpu_it_says_so():
 class TestTorch:
     def test_a_build_without_cuda(self, monkeypatch):
         monkeypatch.setattr(checks.torch.version, "cuda", None)
-        fails(checks._torch(Driver("580", (H200,))), "without CUDA; 1 GPUs", "build for CUDA")
+        fails(checks._torch(Driver("580", (H200,))), "without CUDA; 1 GPU", "build for CUDA")
 
     def test_a_driver_that_is_too_old(self, monkeypatch):
         monkeypatch.setattr(checks.torch.version, "cuda", "13.0")

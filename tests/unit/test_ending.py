@@ -198,6 +198,19 @@ class TestSignals:
 
 
 @pytest.mark.parametrize("stuck", [True, False])
+def test_a_signal_while_a_cluster_starts(stuck):
+    """Nothing is waited for in C++ for long, what was started is ended, and an exception that gets lost in it is raised
+    again behind it."""
+    lost = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass"
+    body = "import ctypes\nfrom moe_dist.exits.signals import starting\nwith starting(lambda: os.write(2, b'end ')):\n"
+    body += textwrap.indent(WAITING + (STUCK if stuck else lost), "    ") + "\ntime.sleep(60)"
+    code, err, seconds = ended(program(body), signal.SIGINT)
+    assert (code, err.replace("end ", "")) == (130, "moe-dist: interrupted: 2 rows are in o.json\n")
+    assert err.startswith("end ") == stuck
+    assert seconds < 10  # where a clean-up may take 15
+
+
+@pytest.mark.parametrize("stuck", [True, False])
 def test_a_signal_ends_with_a_document_and_a_code_too(tmp_path, stuck):
     """Also where the main thread is in C++ and the thread that hears of signals has the last word."""
     body = (

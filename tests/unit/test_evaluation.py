@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from moe_dist.commands.eval_table import document, print_rows
 from moe_dist.commands.terminal import WIDTH, Terminal
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.exits.exit_codes import BAD_INPUT, TOO_SMALL
-from moe_dist.integrations.evaluation import harness
+from moe_dist.integrations.evaluation import asking, harness
 from moe_dist.integrations.evaluation.asking import counted
 from moe_dist.integrations.evaluation.running import Row, Work
 from moe_dist.integrations.evaluation.scores import Answers, Logits, mean_and_error, mean_of_rows, score
@@ -237,6 +239,53 @@ def test_a_placement_that_the_checkpoint_can_t_have(said, monkeypatch: pytest.Mo
     monkeypatch.setattr("moe_dist.commands.eval.installed", lambda: "5.24.0")
     make_checkpoint("made", hidden=128, intermediate=128, num_experts=4, top_k=2, layers=1)
     assert "128" in said("eval", "made", "--logits", "9", "--tp", "2")
+
+
+def test_logits_without_room_are_refused_before_anything_is_loaded(said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary of 1,000 in float32 on two ranks, and as much again for another draw of text."""
+    monkeypatch.setattr("moe_dist.commands.eval.installed", lambda: "5.24.0")
+    monkeypatch.setattr("moe_dist.commands.eval.available_memory", lambda: 2 << 30)
+    monkeypatch.setattr("moe_dist.commands.eval.weight_bytes", lambda _: 1 << 20)
+    make_checkpoint("made", hidden=128, intermediate=128, num_experts=4, top_k=2, layers=1)
+    config = json.loads(Path("made/config.json").read_text())
+    Path("made/config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    most = (int(0.9 * (2 << 30)) - 2 * 2 * (1 << 20)) // (2 * 2 * 4 * 1000)
+    words = ["eval", "made", "--ep", "2", "--device", "cpu", "--logits"]
+    told = said(*words, str(most + 1))
+    assert told.startswith(f"--logits = {most + 1}: the baseline's logits over 1,000 tokens of vocabulary would take")
+    assert f"on 2 ranks, and 1.8 GiB of memory are left for them (legal: 1 to {most:,})" in told
+    monkeypatch.setattr("moe_dist.commands.eval.available_memory", lambda: 1 << 20)
+    assert "fewer ranks or a machine with more memory" in said(*words, "1")
+
+
+class Bigrams:
+    """A model whose next token depends on the last one alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.table = torch.randn(11, 11, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[ids])
+
+
+def test_logits_are_compared_token_by_token() -> None:
+    """Against all of them at once. One row ends early and one has a single token."""
+    ids = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(3))
+    used = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
+    models = [Bigrams(seed) for seed in (1, 2)]
+    memo = {"model": (models[0], None)}
+    context: Any = SimpleNamespace(device=torch.device("cpu"), progress=lambda _: None, memo=memo)
+    asking.keep_logits(context, ids, used)
+    assert [each.shape for each in context.memo["baseline"]] == [(5, 11), (2, 11), (1, 11)]
+    context.memo["model"] = models[1], None
+    found = asking.compare_logits(context, ids, used)
+    p, q = (model.table[ids[:, :-1]].log_softmax(-1) for model in models)
+    kept = used[:, 1:]
+    assert (found.tokens, found.rows) == (8, 3)
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1)[kept].mean()))
+    for told, each in ((found.perplexity, q), (found.baseline_perplexity, p)):
+        assert math.log(told) == pytest.approx(-float(each.gather(-1, ids[:, 1:, None])[..., 0][kept].mean()))
+    assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1))[kept].float().mean()))
 
 
 def test_without_transformers(said, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,9 @@ class TestEndpoint:
             Metrics(**given)
 
     def test_another_module(self):
+        for host in ("nosuch.invalid", "192.0.2.1", "", 3):
+            with pytest.raises(ConfigError, match=rf"^host = {host!r}: is "):
+                Metrics(port=0, host=host)
         with pytest.raises(ConfigError, match=r"Linear.*MoELayer, MoEStack"):
             Metrics(torch.nn.Linear(1, 1))
 

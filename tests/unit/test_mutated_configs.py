@@ -244,7 +244,7 @@ def test_a_value_that_stands_twice_counts_once_and_that_is_said(capsys):
     found = asked.experiment
     assert (found.worlds, found.exchanges, len(found.models)) == ((2,), ("ag_rs", "all_reduce"), 1)
     assert capsys.readouterr().err.splitlines() == [
-        "moe-dist: models: 1 of 2 values stand there already; each is measured once",
-        "moe-dist: worlds: 1 of 2 values stand there already; each is measured once",
-        "moe-dist: exchanges: 1 of 3 values stand there already; each is measured once",
+        "moe-dist: models: 1 of 2 values stands there already; each is measured once",
+        "moe-dist: worlds: 1 of 2 values stands there already; each is measured once",
+        "moe-dist: exchanges: 1 of 3 values stands there already; each is measured once",
     ]

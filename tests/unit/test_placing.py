@@ -59,7 +59,7 @@ def test_the_fastest_at_the_nearest_size_that_has_two() -> None:
     small, large = placed(16), placed(100_000)
     assert (small.parallel.label, large.parallel.label) == ("TP4", "EP4")
     assert small.why == (
-        "100 µs with ag_rs and triton, TP2xEP2 1% more (within the noise) with ag_rs and triton,"
+        "100 µs with ag_rs and triton, TP2xEP2 1% more (a tie) with ag_rs and triton,"
         " EP4 20% more with ag_rs and triton, at 8 tokens a rank, even routing; user record mine.json"
     )
     assert large.why.startswith("190 µs with all_to_all and triton, TP4 58% more")

@@ -222,9 +222,9 @@ class TestCommand:
             assert {rows: entry.config for rows, entry in made.entries.items()} == {1: FAST, 8: FAST}
             assert f"table: {user_folder() / name}" in out
         assert "sleep_ms=0" in out
-        assert "1 rows: trick=raises raises RuntimeError: out of resource" in out
+        assert "1 row: trick=raises raises RuntimeError: out of resource" in out
         assert re.search(
-            r"\[1/28\] tiny I256 E6, 1 rows: candidate 2 of 6, best so far [\d,.]+ µs, about \d+ s left", err
+            r"\[1/28\] tiny I256 E6, 1 row: candidate 2 of 6, best so far [\d,.]+ µs, about \d+ s left", err
         )
 
         code, out, _ = command("plan", *arguments, "--json")

@@ -14,6 +14,7 @@ from moe_dist.exchange.hierarchical.hop import Crossed, Members, cross, return_s
 from moe_dist.exchange.rows import activations_of, parts_of, payload_row_bytes, row_specs, sorting_specs
 from moe_dist.machine.machine import Machine
 from moe_dist.machine.nodes import told
+from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import Activations
 from moe_dist.model.routing import Routing
@@ -128,7 +129,9 @@ def _levels(comm: Comm) -> tuple[Members, Members]:
     """This rank's fellows on the other nodes, and those on its own. Raises ConfigError for nodes that can't be."""
     nodes, rank = comm.nodes or (comm.world,), comm.rank
     if len(set(nodes)) > 1 or sum(nodes) != comm.world:
-        raise ConfigError("comm.nodes", nodes, f"the exchange hierarchical has {comm.world} ranks to send to", LEGAL)
+        raise ConfigError(
+            "comm.nodes", nodes, f"the exchange hierarchical has {count_of(comm.world, 'rank')} to send to", LEGAL
+        )
     each = nodes[0]
     place, node = rank % each, rank // each
     across = Members(tuple(range(place, comm.world, each)), node)

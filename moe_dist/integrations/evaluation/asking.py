@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from moe_dist.integrations.evaluation.scores import Logits, mean_of_rows
 from moe_dist.integrations.evaluation.setup import Setup, Variant
 from moe_dist.integrations.transformers import replace_experts
 from moe_dist.integrations.transformers.version import needed
+from moe_dist.messages.counts import count_of, verb
 from moe_dist.runtime.context import RankContext
 from moe_dist.workloads.streams import Stream
 
 MOST_ROUNDS = 16  # of draws of text
+TOGETHER = 256  # rows of text drawn at once: each step has their logits several times in the model's memory
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def open_model(folder: str, device: torch.device) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(folder, f"transformers can't load it: {' '.join(str(error).split())[:300]}") from None
     if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
-        problem = f"{len(missing)} weights of the model are missing: {', '.join(missing[:3])}"
+        lost = f"{count_of(len(missing), 'weight')} of the model {verb(len(missing), 'are')} missing"
+        problem = f"{lost}: {', '.join(missing[:3])}"
         raise CheckpointError(folder, problem + ", ..." * (len(missing) > 3))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -102,33 +106,42 @@ def own_text(context: RankContext, tokens: int, length: int, seed: int) -> tuple
         first = ordinary[Stream("first tokens", seed, number).integers(len(ordinary), rows)][:, None]
         with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(int(Stream("own text", seed, number).integers(1 << 62)))
-            first = first.to(context.device)
-            drawn = _generate(model, tokenizer, first, torch.ones_like(first), length, sample=True).cpu()
-        padding = length + 1 - drawn.shape[1]  # all of its rows have ended earlier
-        ids.append(torch.nn.functional.pad(drawn, (0, padding), value=int(tokenizer.pad_token_id)))
-        kept = counted(drawn[:, 1:], _ends(model, tokenizer))
-        used.append(torch.nn.functional.pad(kept, (1, padding)))
+            for some in first.to(context.device).split(TOGETHER):
+                drawn = _generate(model, tokenizer, some, torch.ones_like(some), length, sample=True).cpu()
+                padding = length + 1 - drawn.shape[1]  # all of these rows have ended earlier
+                ids.append(torch.nn.functional.pad(drawn, (0, padding), value=int(tokenizer.pad_token_id)))
+                kept = counted(drawn[:, 1:], _ends(model, tokenizer))
+                used.append(torch.nn.functional.pad(kept, (1, padding)))
         if sum(int(each.sum()) for each in used) >= tokens:
             break
     return torch.cat(ids), torch.cat(used)
 
 
-def keep_logits(context: RankContext, ids: Tensor) -> None:
-    """Keep the model's log-probabilities of `ids` [rows, length] as the baseline's, in the host's memory."""
-    context.memo["baseline"] = _log_probabilities(context, ids)
+def keep_logits(context: RankContext, ids: Tensor, used: Tensor) -> None:
+    """Keep the model's log-probabilities of the tokens of `ids` [rows, length] that count as the baseline's, in the
+    host's memory: what `setup.logits_bytes` counts."""
+    context.memo["baseline"] = list(_log_probabilities(context, ids, used))
 
 
 def compare_logits(context: RankContext, ids: Tensor, used: Tensor) -> Logits:
-    """Against what `keep_logits` kept. `used` [rows, length]: which tokens count. Collective."""
-    before, after = context.memo["baseline"], _log_probabilities(context, ids)
-    kept = used[:, 1:]
-    kl = (before.exp() * (before - after)).sum(-1).masked_fill(~kept, 0).double()
-    counts = kept.sum(1)
-    rows = counts > 0
-    mean, error = mean_of_rows(kl.sum(1)[rows].tolist(), counts[rows].tolist())
-    own, of_baseline = (_perplexity(each, ids, kept) for each in (after, before))
-    same = (before.argmax(-1) == after.argmax(-1))[kept].double().mean()
-    return Logits(int(counts.sum()), int(rows.sum()), mean, error, own, of_baseline, float(same))
+    """Against what `keep_logits` kept, a row at a time, so that nothing else of that size is in memory. `used` [rows,
+    length]: which tokens count, of each row the first ones behind that which it begins with. Collective."""
+    sums: list[float] = []
+    counts: list[int] = []
+    own: list[Tensor] = []
+    of_baseline: list[Tensor] = []
+    same: list[Tensor] = []
+    texts = (row[1 : 1 + count] for row, count in zip(ids, _counts(used), strict=True) if count)
+    found = zip(context.memo["baseline"], _log_probabilities(context, ids, used), texts, strict=True)
+    for before, after, text in found:
+        sums.append(float((before.exp() * (before - after)).sum(-1).double().sum()))
+        counts.append(len(text))
+        for kept, each in ((own, after), (of_baseline, before)):
+            kept.append(each.gather(-1, text[:, None])[:, 0])
+        same.append(before.argmax(-1) == after.argmax(-1))
+    mean, error = mean_of_rows(sums, counts)
+    alike = float(torch.cat(same).double().mean())
+    return Logits(sum(counts), len(counts), mean, error, _perplexity(own), _perplexity(of_baseline), alike)
 
 
 def counted(new: Tensor, ends: list[int]) -> Tensor:
@@ -137,17 +150,24 @@ def counted(new: Tensor, ends: list[int]) -> Tensor:
     return (ended.cumsum(1) - ended) == 0
 
 
-def _perplexity(log_probabilities: Tensor, ids: Tensor, kept: Tensor) -> float:
-    found = log_probabilities.gather(-1, ids[:, 1:, None])[..., 0][kept]
-    return float((-found.double().mean()).exp())
+def _counts(used: Tensor) -> list[int]:
+    """Of each row of text, the tokens that count."""
+    counts: list[int] = used[:, 1:].sum(1).tolist()
+    return counts
 
 
-def _log_probabilities(context: RankContext, ids: Tensor) -> Tensor:
-    """[rows, length - 1, vocabulary] in float32: of each next token."""
+def _perplexity(log_probabilities: list[Tensor]) -> float:
+    return float((-torch.cat(log_probabilities).double().mean()).exp())
+
+
+def _log_probabilities(context: RankContext, ids: Tensor, used: Tensor) -> Iterator[Tensor]:
+    """Of each row with tokens that count [count, vocabulary] in float32."""
     model, _ = context.memo["model"]
     context.progress("logits")
-    rows = [model(row[None].to(context.device), use_cache=False).logits[0, :-1].float().cpu() for row in ids]
-    return torch.stack(rows).log_softmax(-1)
+    for row, count in zip(ids, _counts(used), strict=True):
+        if count:
+            logits = model(row[None].to(context.device), use_cache=False).logits[0, :count]
+            yield logits.float().cpu().log_softmax(-1)
 
 
 def _generate(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, new_tokens: int, sample: bool) -> Tensor:

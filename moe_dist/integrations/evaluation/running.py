@@ -91,7 +91,7 @@ class Evaluation:
                     yield self._baseline(group)
                 elif self._text is not None:  # of another group, which these ranks know nothing of
                     self._run(group, asking.prepare, self._work.setup, None)
-                    self._run(group, asking.keep_logits, self._text[0])
+                    self._run(group, asking.keep_logits, *self._text)
                 for variant in variants:
                     if variant.parallel.world == world:
                         yield self._variant(group, variant)
@@ -105,7 +105,7 @@ class Evaluation:
         if self._work.tokens:
             given = self._work.tokens, ROW_TOKENS, self._work.seed
             self._text = self._run(group, asking.own_text, *given)[0]
-            self._run(group, asking.keep_logits, self._text[0])
+            self._run(group, asking.keep_logits, *self._text)
             logits = self._compared(group)
         self._metrics = self._measured(group)
         return Row(None, score(made) if made else None, logits, said, self._metrics)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.checkpoint import Checkpoint, layer_spec
+from moe_dist.checkpoint.folder import CONFIG_LIMIT, read_json
+from moe_dist.checkpoint.quantization import CONFIG_FILE
 from moe_dist.engine.loading import plan_for
 from moe_dist.engine.plan import Plan
 from moe_dist.errors import CheckpointError
@@ -70,3 +72,22 @@ def weight_bytes(checkpoint: str) -> int:
     """Of its files of weights."""
     opened = Checkpoint(checkpoint)
     return sum((Path(checkpoint) / name).stat().st_size for name in set(opened.files.values()))
+
+
+def logits_bytes(folder: str, tokens: int) -> int:
+    """What a rank keeps of the baseline for --logits, at most: float32 over the vocabulary for each token. Where rows
+    of text end early, another draw gives up to as many tokens again."""
+    return 2 * tokens * vocabulary(folder) * 4
+
+
+def vocabulary(folder: str) -> int:
+    """How many tokens a model can tell apart: the rows of its embedding, else what its config.json says; 1 where
+    neither is to be found, which the model's own loader will say better."""
+    opened = Checkpoint(folder)
+    for name in opened.files:
+        if name.endswith("embed_tokens.weight"):
+            return opened.header(name)[1][0]
+    raw = read_json(Path(folder), CONFIG_FILE, CONFIG_LIMIT)
+    inner = raw.get("text_config")
+    found = (inner if isinstance(inner, dict) else raw).get("vocab_size")
+    return found if isinstance(found, int) and found > 0 else 1

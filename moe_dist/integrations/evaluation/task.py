@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text, require_text, unique_keys
+from moe_dist.messages.counts import count_of
 
 LONGEST_FILE = 256 << 20  # bytes; GSM8K's 1,319 questions are 0.7 MiB
 LONGEST_PATTERN = 1000
@@ -56,7 +57,7 @@ def read_task(path: str, *, pattern: str | None = None, limit: int | None = None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = [_question(path, number, line, pattern) for number, line in lines]
     if len(found) <= shots:
-        rule = f"{path} has {len(found)} lines, and at least one must be left to ask"
+        rule = f"{path} has {count_of(len(found), 'line')}, and at least one must be left to ask"
         raise ConfigError("shots" if found else "task", shots if found else path, rule, "fewer examples, or more lines")
     before = "".join(f"{each.example}\n\n" for each in found[:shots])
     asked = found[shots:][:limit]

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.machine.machine import cores
 from moe_dist.messages.building import SAY_EVERY_S, say
+from moe_dist.messages.counts import count_of
 from moe_dist.model.sizes import cdiv
 from moe_dist.step.rows import Support
 from moe_dist.tables import cache_folder
@@ -221,13 +222,16 @@ def _build(path: Path) -> None:
     ]
     wanted.append(("weights_map.o", "weights_map.cu", ()))
     workers = min(len(wanted), cores())
-    say(f"compiling {len(wanted)} sources of the cutlass backend, {workers} at a time; this happens once")
+    say(f"compiling {count_of(len(wanted), 'source')} of the cutlass backend, {workers} at a time; this happens once")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(compile_object, source, Path(folder) / name, defines) for name, source, defines in wanted]
         try:
             for done, job in enumerate(as_completed(jobs), 1):
                 job.result()
-                say(f"compiled {done} of {len(jobs)} sources, {time.monotonic() - began:.0f} s", progress=True)
+                say(
+                    f"compiled {done} of {count_of(len(jobs), 'source')}, {time.monotonic() - began:.0f} s",
+                    progress=True,
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
