@@ -42,7 +42,7 @@ endif
 
 # Whole files to each of three processes: ranks and Ray clusters are shared within a file, and some wait for timeouts.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Property tests with 2,000 examples each, and what takes long and shows little more.
 nightly: $(VENV)/.ready-test

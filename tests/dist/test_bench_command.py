@@ -70,6 +70,7 @@ def test_a_batch_with_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "holds files already, and none is overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # under Ray it is above
 def test_a_run_s_profile_under_torchrun(tmp_path: Path) -> None:
     arguments = ["run", "--runtime", "torchrun", *EP2, "--tokens", "16", "--iters", "3", *SMALL]
     done = torchrun("-m", "moe_dist", *arguments, "--profile", "--profile-output-dir", str(tmp_path / "traces"))

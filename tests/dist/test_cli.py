@@ -375,6 +375,7 @@ class TestWithRanks:
         assert "Not run, and why" in found.out
         assert f"results: {path}" in found.out
 
+    @pytest.mark.slow
     def test_rows_as_csv(self, command):
         found = command("run", "--ep", "2", "--tokens", "8", "--csv", *FEW)
         assert found.code == 0
@@ -394,6 +395,7 @@ class TestWithRanks:
         assert shown == {(place, name) for place in ("TP2", "EP2") for name in ("all_reduce", "ag_rs", "all_to_all")}
         assert all(row["ok"] is True and row["p50_us"] is None and row["iters"] == 0 for row in rows)
 
+    @pytest.mark.slow
     def test_results_that_can_not_be_written_are_printed_all_the_same(self, command):
         found = command("run", "--tokens", "4", "--iters", "1", "--json", "--out", "/dev/full", *SMALL)
         assert found.code == 6

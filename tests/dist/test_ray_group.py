@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,15 +214,16 @@ def busy_cluster_is_refused() -> None:
 
 WAITS = r"; rank 0 wait(s|ed) in barrier \(sequence number 21\)"
 LOG = r"; its log: /\S+/worker-\S+\.err, which "
+slow = partial(pytest.param, marks=pytest.mark.slow)  # the others show nearly as much
 
 
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
         ("raise", r"ValueError: on purpose$"),
-        ("return", r"returned after 20 collectives" + WAITS),
+        slow("return", r"returned after 20 collectives" + WAITS),
         ("SIGKILL", r"its process died of SIGKILL; where nobody sent it, the kernel did, because memory ran out" + LOG),
-        ("exit", r"its process died with exit code 7" + LOG),
+        slow("exit", r"its process died with exit code 7" + LOG),
         ("SIGSTOP", r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
         ("differ", r"was in all_reduce where rank 0 was in barrier" + WAITS),
     ],

@@ -61,12 +61,12 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the others, and ranks of
         slow(
             "result", 0, r"its result, of type lock, can't be pickled: TypeError: cannot pickle '_thread.lock' object"
         ),
-        ("return", 1, r"returned after 20 collectives" + WAITS),
+        slow("return", 1, r"returned after 20 collectives" + WAITS),
         ("SIGSTOP", 0, r"silent for \d s: its process is stopped \(SIGSTOP, or a debugger\)" + WAITS),
         ("SIGKILL", 0, r"its process died( of SIGKILL; where nobody sent it, the kernel did, because memory ran out)?"),
         slow("spin", 0, r"silent for \d s" + WAITS),
         # Both ranks have one deadline: the one that waits may have been freed before it is looked at.
-        ("sleep", 1, rf"not done within 4 s, here for \d s(, at doomed_rank\.py:\d+ in work)?({WAITS})?"),
+        slow("sleep", 1, rf"not done within 4 s, here for \d s(, at doomed_rank\.py:\d+ in work)?({WAITS})?"),
     ],
 )
 def test_the_rank_that_fails_is_named_by_one_that_lives(how: str, doomed: int, cause: str) -> None:

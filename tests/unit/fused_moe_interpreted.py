@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from moe_dist.workloads.random_weights import random_expert
 
 FP8_KINDS = ("fp8_block", "fp8_channel", "fp8_tensor_static", "fp8_tensor_dynamic")
 KINDS = ("none", *FP8_KINDS)
+slow = partial(pytest.param, marks=pytest.mark.slow)  # `make nightly` runs these
 SEED = int(os.environ.get("MOE_DIST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
 
@@ -406,7 +408,7 @@ def random_slots(rows: int, top_k: int, experts: int) -> Tensor:
 
 
 class TestManyPairs:
-    @pytest.mark.parametrize("experts", [1, 8, 43, 160, 300, 512])
+    @pytest.mark.parametrize("experts", [1, 8, slow(43), 160, slow(300), slow(512)])
     @pytest.mark.parametrize(("chunks", "compared"), [(4, 32), (32, 16)])
     def test_several_chunks_of_several_blocks(self, experts, chunks, compared, monkeypatch):
         """So many chunks, too, that their counts are not added up at once."""
@@ -548,9 +550,9 @@ def test_weighted_sum_of_every_row_by_routes():
 @pytest.mark.parametrize(
     ("quant", "changes"),
     [
-        ("fp8_block", {}), ("fp8_block", {"twice": True, "span": 2}), ("fp8_block", {"span": 3}),
-        ("fp8_block", {"split_k": 2}), ("fp8_block", {"bn2": 64}), ("fp8_channel", {"span": 3}),
-        ("fp8_tensor_static", {"split_k": 2}), ("none", {"twice": True, "span": 2}),
+        slow("fp8_block", {}), ("fp8_block", {"twice": True, "span": 2}), slow("fp8_block", {"span": 3}),
+        ("fp8_block", {"split_k": 2}), slow("fp8_block", {"bn2": 64}), ("fp8_channel", {"span": 3}),
+        slow("fp8_tensor_static", {"split_k": 2}), slow("none", {"twice": True, "span": 2}),
     ],
 )  # fmt: skip
 def test_ranges_of_columns_give_the_same_bits(quant, changes):
@@ -568,7 +570,7 @@ def test_ranges_of_columns_give_the_same_bits(quant, changes):
 
 
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("quant", ["fp8_block", "fp8_tensor_dynamic", "none"])
+@pytest.mark.parametrize("quant", ["fp8_block", slow("fp8_tensor_dynamic"), "none"])
 def test_rows_sorted_before_give_the_same_bits(quant, together, monkeypatch):
     """By the kernel that exchanges sort with, and by torch."""
     monkeypatch.setattr(permute, "MOST_PAIRS_TOGETHER", 4096 if together else 0)

@@ -17,9 +17,9 @@ TESTS = Path(__file__).parents[1]
 SHARED_MEMORY = 227 * 1024  # bytes that one program can have on SM90
 
 
-def in_the_interpreter(file: str, passed: int, timeout_s: float) -> None:
+def in_the_interpreter(file: str, passed: int, timeout_s: float, *options: str) -> None:
     """Triton reads the variable when kernels are decorated, so they get a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/{file}", *options]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -36,7 +36,12 @@ def test_the_nvlink_exchange_in_the_interpreter():
 
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
-    in_the_interpreter("fused_moe_interpreted.py", passed=160, timeout_s=390)
+    in_the_interpreter("fused_moe_interpreted.py", passed=147, timeout_s=390)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_fused_moe_in_the_interpreter():
+    in_the_interpreter("fused_moe_interpreted.py", 13, 170, "-m", "slow")
 
 
 def kernels():
