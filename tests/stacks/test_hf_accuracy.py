@@ -206,7 +206,7 @@ def test_the_command_says_that_accuracy_was_lost(
     assert code == OUT_OF_TOLERANCE
     out = capsys.readouterr().out
     assert "sums: 50 questions, batches of 50, greedy" in out
-    assert "1 of 1 answer worse than chance explains" in out
+    assert "1 of 1 answers worse than chance explains" in out
 
 
 def test_skipped_experts(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
