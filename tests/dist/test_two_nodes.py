@@ -95,7 +95,7 @@ def test_an_interface_that_a_node_lacks_is_named_with_the_node(cluster: Cluster)
     assert code == 2, err
     last = err.strip().splitlines()[-1]
     assert f"ray.interface = '{cluster.head.cable}': {cluster.worker.name} has no such interface" in last
-    assert f"(legal: lo, {cluster.worker.cable})" in last
+    assert f"did you mean {cluster.worker.cable}? (legal: {cluster.worker.cable}, lo)" in last
 
 
 ASK_MACHINE = """
@@ -156,6 +156,6 @@ def test_a_lost_node_is_named_within_seconds(cluster: Cluster, how: str) -> None
     last = err.strip().splitlines()[-1]
     assert code == 4, err
     assert took < SOON_S, last
-    assert last.startswith("moe-dist: rank 2 failed in ")
+    assert last.startswith(f"moe-dist: rank 2 on {cluster.worker.name} failed in ")
     assert "(sequence number " in last
     assert f"its node {WORKER} was lost, with ranks 2, 3: the raylet there does not answer: " in last

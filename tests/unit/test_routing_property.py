@@ -65,7 +65,9 @@ def test_any_router_is_refused_or_routes(given: tuple[dict[str, Any], torch.Tens
         experts = [expert for expert in ids if expert >= 0]
         assert len(set(experts)) == len(experts)
         assert all(-1 <= expert < spec.num_experts for expert in ids)
-        assert all(routing.weights_TK[token, place] == 0 for place, expert in enumerate(ids) if expert < 0)
+        weights = routing.weights_TK[token]
+        if not weights.isnan().any():  # a token that is lost stays so, and what lies beside -1 counts for nothing
+            assert all(weights[place] == 0 for place, expert in enumerate(ids) if expert < 0)
         if bool(logits[token].isfinite().all()) and (bias is None or bool(bias.isfinite().all())):
             check_token(spec, logits[token].double().tolist(), bias, ids, routing, token)
 
