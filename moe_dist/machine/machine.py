@@ -15,11 +15,11 @@ from moe_dist.machine.nodes import Nodes
 
 SHARED_MEMORY = "/dev/shm"
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
 HOPPER = (9, 0)  # compute capability
 # GPUs by short names: torch's name, as tuning tables have it, and memory in GiB.
 GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 79), "h200": ("NVIDIA H200", 139)}
 GPUS_OF_A_HOST = 8  # at most, of those that NVLink joins
+# A limit, what is used of it, and the part of that which the kernel takes back when it is needed: version 2, then 1.
 CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
