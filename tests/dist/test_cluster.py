@@ -117,7 +117,7 @@ def test_a_private_cluster_is_closed_and_missed(measuring: subprocess.Popen[str]
     os.kill(gcs, signal.SIGKILL)
     begin = time.monotonic()
     out, err = measuring.communicate(timeout=30)
-    assert time.monotonic() - begin < 10.0
+    assert time.monotonic() - begin < 20.0  # 5 s are promised, on a CPU that has nothing else to do
     assert measuring.returncode == 5
     told = f"the Ray cluster at {address} was lost while tiny EP2 ag_rs torch 4 sharded tokens uniform eager: timing"
     line = only_line(err)

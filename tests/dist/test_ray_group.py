@@ -234,7 +234,7 @@ def test_a_failure_is_told_as_it_was(how: str, cause: str, capfd: pytest.Capture
         pids = pids_of(ranks)
         began = time.monotonic()
         error = failure(ranks, doomed, how)
-        assert time.monotonic() - began < (20.0 if how == "differ" else 10.0)  # twice what is promised, on a busy CPU
+        assert time.monotonic() - began < 20.0  # several times what is promised, on a busy CPU
         assert isinstance(error, RankFailure)
         assert (error.rank, error.op) == (1, "work of a doomed rank")
         assert error.seq == (21 if how == "differ" else 20)
