@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import profiles
 import pytest
@@ -19,6 +21,22 @@ LONGEST = ("test_kernels", "test_torchrun", "test_cli", "test_ray_job", "test_la
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture
+def stand_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "graph" whose replay runs the step again; what can't be captured on a CPU is."""
+    from moe_dist.engine import graph
+    from moe_dist.engine.layer import MoELayer
+    from moe_dist.step import Support
+
+    def capture(call: Any, warm_up: Any) -> Any:
+        warm_up()
+        result = call()
+        return SimpleNamespace(replay=lambda: result.copy_(call())), result
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(MoELayer, "capturable", Support(True))
 
 
 @pytest.fixture(scope="session")

@@ -37,16 +37,7 @@ class Layer:
     checked = MoELayer.checked
 
 
-@pytest.fixture(autouse=True)
-def captured(monkeypatch):
-    """A "graph" whose replay runs the step again."""
-
-    def capture(call, warm_up):
-        warm_up()
-        result = call()
-        return SimpleNamespace(replay=lambda: result.copy_(call())), result
-
-    monkeypatch.setattr(graph, "capture", capture)
+pytestmark = pytest.mark.usefixtures("stand_in_graphs")
 
 
 def tokens(count: int) -> tuple[torch.Tensor, Routing]:

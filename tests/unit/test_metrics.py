@@ -26,7 +26,7 @@ from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
 from moe_dist.runtime import failed_groups, metric_sinks
 from moe_dist.runtime.metrics import _Watched
-from moe_dist.step import NO_STAGES, Stages, Support
+from moe_dist.step import NO_STAGES, Stages
 from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
@@ -128,19 +128,8 @@ class TestOfALayer:
         copied(tokens(2), routing_of(2))  # goes on where nobody counts any more
 
 
+@pytest.mark.usefixtures("stand_in_graphs")
 class TestReplays:
-    @pytest.fixture(autouse=True)
-    def captured(self, monkeypatch):
-        """A "graph" whose replay runs the step again; what can't be captured on a CPU is."""
-
-        def capture(call, warm_up):
-            warm_up()
-            result = call()
-            return SimpleNamespace(replay=lambda: result.copy_(call())), result
-
-        monkeypatch.setattr(graph, "capture", capture)
-        monkeypatch.setattr(MoELayer, "capturable", Support(True))
-
     def test_each_is_a_step_with_the_tokens_of_the_last_inputs(self, registry, value):
         layer = layer_of()
         with Metrics(layer, registry=registry):

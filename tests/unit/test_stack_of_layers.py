@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.machine.machine import Machine
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec, ParallelSpec
-from moe_dist.step import Stages, Support, workspace_of
+from moe_dist.step import Stages, workspace_of
 from moe_dist.workloads.random_weights import random_expert, random_weights
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
@@ -178,19 +177,8 @@ def test_a_hundred_layers_need_the_scratch_of_one():
     assert 0 < found[0] == found[1]
 
 
+@pytest.mark.usefixtures("stand_in_graphs")
 class TestGraph:
-    @pytest.fixture(autouse=True)
-    def captured(self, monkeypatch):
-        """A "graph" whose replay runs the step again; what can't be captured on a CPU is."""
-
-        def capture(call, warm_up):
-            warm_up()
-            result = call()
-            return SimpleNamespace(replay=lambda: result.copy_(call())), result
-
-        monkeypatch.setattr(graph, "capture", capture)
-        monkeypatch.setattr(MoELayer, "capturable", Support(True))
-
     @pytest.mark.parametrize("own", [False, True], ids=["given", "own routers"])
     @pytest.mark.parametrize("tokens", [0, 5, 8])
     def test_gives_what_the_stack_gives(self, own, tokens):
