@@ -85,8 +85,9 @@ def _torch_release() -> tuple[int, ...]:
 
 
 class DeepGemmMega(Backend):
-    """fp8_block with swiglu. Its GEMM2 takes rows with a scale for each 64 columns, where ours have 128, and their
-    pair's weight is in them already. Tokens are quantized by our kernel, straight into the package's memory."""
+    """fp8_block with swiglu. Its GEMM2 takes rows with a scale for each 64 columns, where ours have 128. The scale is a
+    power of two, and their pair's weight is in them already. Tokens are quantized by our kernel, straight into the
+    package's memory."""
 
     capturable = True
     deterministic = True
@@ -104,7 +105,7 @@ class DeepGemmMega(Backend):
 
     @classmethod
     def numerics_of(cls, spec: MoESpec) -> Numerics:
-        return Numerics(gemm2_group=GRAIN)
+        return Numerics(gemm2_group=GRAIN, gemm2_power_of_2=True, gemm2_weighted=True)
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:

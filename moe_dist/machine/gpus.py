@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 MOST_LINKS = 18  # of NVLink that a GPU has, up to Hopper and Blackwell
+READS, NVLINK = 0, 2  # of NVML's nvmlGpuP2PCapsIndex_t: pynvml 13.615 has a tuple where READS should be
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ def _links(nvml: Any, handle: Any) -> int | None:
 
 
 def _path(nvml: Any, one: Any, other: Any) -> str:
-    status = _told(nvml, lambda: nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK))
+    status = _told(nvml, lambda: nvml.nvmlDeviceGetP2PStatus(one, other, NVLINK))
     if status is not None and status == nvml.NVML_P2P_STATUS_OK:
         return "NVLink"
     level = _told(nvml, lambda: nvml.nvmlDeviceGetTopologyCommonAncestor(one, other))
@@ -109,5 +110,5 @@ def _path(nvml: Any, one: Any, other: Any) -> str:
 
 
 def _may_read(nvml: Any, one: Any, other: Any) -> bool | None:
-    status = _told(nvml, lambda: nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_READ))
+    status = _told(nvml, lambda: nvml.nvmlDeviceGetP2PStatus(one, other, READS))
     return None if status is None else bool(status == nvml.NVML_P2P_STATUS_OK)

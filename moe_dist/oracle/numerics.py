@@ -23,6 +23,9 @@ class Numerics:
     # (tests/unit/test_reference.py).
     bf16_maximum: bool = False
     gemm2_group: int = 128  # columns of GEMM2's input that share a scale under fp8_block
+    # Those scales are powers of two, the next one above amax / 448. So the codes depend on how large the values are.
+    gemm2_power_of_2: bool = False
+    gemm2_weighted: bool = False  # a pair's weight is in GEMM2's input before that is quantized, not in its output
 
     @property
     def tolerance(self) -> float:

@@ -73,12 +73,15 @@ def oracle_partial(
             work.append((slot, token, weights_TK[token, place]))
 
     hidden = [_hidden(x[token], shard, slot, spec, numerics) for slot, token, _ in work]
-    if not exact:
+    if not exact and numerics is not None:
+        if numerics.gemm2_weighted:
+            hidden = [h * weight[:, None] for (_, _, weight), h in zip(work, hidden, strict=True)]
+            work = [(slot, token, torch.ones_like(weight)) for slot, token, weight in work]
         whole_amax = max((float(h.abs().max()) for h in hidden if h.numel()), default=0.0)
         for index, (slot, _, _) in enumerate(work):
             static = None if shard.a2 is None else shard.a2[slot]
-            group = 128 if numerics is None else numerics.gemm2_group
-            hidden[index] = _fake_quantize(hidden[index], spec.quant, static, whole_amax, turned, group)
+            form = turned, numerics.gemm2_group, numerics.gemm2_power_of_2
+            hidden[index] = _fake_quantize(hidden[index], spec.quant, static, whole_amax, *form)
     for (slot, token, weight), h in zip(work, hidden, strict=True):
         w2 = _weight(shard.w2_eHi[slot], None if shard.s2 is None else shard.s2[slot], spec.quant)
         y = h @ w2.T
@@ -145,15 +148,17 @@ def _fake_quantize(
     whole_amax: float | None = None,
     reciprocal: bool = False,
     group: int = 128,
+    power_of_2: bool = False,
 ) -> Tensor:
     """x rounded to what FP8 can hold under `kind`, as float32. `whole_amax`: the largest magnitude of the whole tensor
     that `x` is a part of, for a dynamic per-tensor scale (default: of x itself). `group`: columns that share a scale
-    under fp8_block."""
+    under fp8_block. `power_of_2`: a scale becomes the next power of two."""
     if x.numel() == 0:
         return x
     if kind == "fp8_block":
-        columns = [_fake_quantize(part, "fp8_channel", None, None, reciprocal) for part in torch.split(x, group, dim=1)]
-        return torch.cat(columns, dim=1)
+        parts = torch.split(x, group, dim=1)
+        form = None, None, reciprocal, group, power_of_2
+        return torch.cat([_fake_quantize(part, "fp8_channel", *form) for part in parts], dim=1)
     most = torch.full(
         (1,), 448.0, dtype=torch.float32, device=x.device
     )  # a tensor, or a GPU would multiply by a rounded 1 / 448
@@ -165,6 +170,8 @@ def _fake_quantize(
         amax = float(x.abs().max()) if whole_amax is None else whole_amax
         scale = torch.tensor(amax, dtype=torch.float32, device=x.device) / most
     scale = torch.where(scale > 1e-12, scale, torch.full_like(scale, 1e-12))
+    if power_of_2:
+        scale = torch.exp2(torch.ceil(torch.log2(scale.double()))).float()
     if reciprocal:
         factor = 1 / x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) * 448
         return torch.clamp(x * factor, -448, 448).to(torch.float8_e4m3fn).float() / factor

@@ -80,8 +80,8 @@ def newer(
 
 
 def _layer(y: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], buffer: SymmBuffer) -> None:
-    """A scale for each 64 columns of GEMM2's input, which has its pair's weight in it already, and a sum in bf16 of
-    every pair."""
+    """A scale, a power of two, for each 64 columns of GEMM2's input, which has its pair's weight in it already, and a
+    sum in bf16 of every pair."""
     group, tokens = buffer.group, len(y)
     rank, world, local = group.rank(), group.size(), len(first[0])
     assert (y.dtype, y.is_contiguous()) == (torch.bfloat16, True)
@@ -100,7 +100,8 @@ def _layer(y: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor
         w13 = torch.cat([gate.flatten(0, 1), up.flatten(0, 1)]) * _spread(first[1][slot])
         a, b = (x[row] @ w13.T).chunk(2, dim=1)
         h = (silu(a) * b * weights[row, place][:, None]).unflatten(1, (-1, 64))
-        scale = h.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+        mantissa, exponent = (h.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448).frexp()
+        scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
         h = ((h / scale).to(FP8).float() * scale).flatten(1)
         sums = (h @ (second[0][slot].float() * _spread(second[1][slot])).T).bfloat16().float()
         total.index_add_(0, row, sums)

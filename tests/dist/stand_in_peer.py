@@ -23,7 +23,7 @@ class StandIn(Peer):
     package = "pytest"  # one that is installed
     deterministic = True
     capturable = True
-    numerics = Numerics(gemm2_group=64)
+    numerics = Numerics(gemm2_group=64, gemm2_power_of_2=True, gemm2_weighted=True)
     payload, combine = "fp8", "bf16"
     here = True
     factor = 1.0  # of its results

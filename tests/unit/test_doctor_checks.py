@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,7 +184,8 @@ class Nvml:
         return pynvml.NVML_FEATURE_ENABLED if link < 3 else pynvml.NVML_FEATURE_DISABLED
 
     def status(self, one: int, other: int, kind: int) -> int:
-        near = {one, other} == {0, 1} or kind == pynvml.NVML_P2P_CAPS_INDEX_READ
+        # The driver's library takes a number, and pynvml hands on what it got: a tuple ended `doctor` on two GPUs.
+        near = {one, other} == {0, 1} or ctypes.c_uint(kind).value == 0  # which reads peers' memory
         return pynvml.NVML_P2P_STATUS_OK if near else pynvml.NVML_P2P_STATUS_NOT_SUPPORTED
 
 

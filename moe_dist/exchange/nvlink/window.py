@@ -24,7 +24,8 @@ from moe_dist.step.workspace import ALIGNMENT, bytes_of
 STEP, NUMBER, TICKETS, FLAGS, MOST_RANKS, PHASES = 0, 1, 8, 32, 128, 3
 ROWS, SUMS, COPIED = 0, 1, 2  # phases
 # Whether launches of few thread blocks begin while the one before ends (programmatic dependent launch), where GPUs can.
-# Off as long as no GPU has shown what it gains.
+# Off: on two H200s, with triton, steps of 8 tokens a rank were 1 to 1.6 µs shorter of 460 to 480, and steps of 128
+# tokens 1 µs longer of 725 (benchmarks/2026-11-28-variants.json).
 EARLY = False
 HEADER_BYTES = 4 * (FLAGS + PHASES * MOST_RANKS)
 FIRST_BYTES = cdiv(HEADER_BYTES, ALIGNMENT) * ALIGNMENT  # of the first area, up to what lies there
