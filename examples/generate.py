@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import transformers
-from generate_models import TIMEOUT, Ranks, config_of, ours, theirs
+from generate_models import SPREADS, TIMEOUT, Ranks, config_of, ours, theirs
 from torch import Tensor
 from transformers import StaticCache
 
@@ -143,6 +144,9 @@ def begin(args: argparse.Namespace) -> Ranks:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
+        if args.native and not SPREADS:
+            rule = f"transformers {transformers.__version__} does not spread experts over ranks as 5.23 and newer do"
+            raise ConfigError("--native", args.native, rule, "none: '', or one rank")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return Ranks(dist.get_rank() if world > 1 else 0, world, device, args.tp, ep)
 
@@ -168,10 +172,11 @@ def generate(
     last one. Greedy. One run of both comes before, untimed."""
     device, (batch, length) = ids_BL.device, ids_BL.shape
     cache = StaticCache(config=model.config, max_cache_len=length + new)
+    kept = {cache_name(model): cache, "use_cache": True, "logits_to_keep": 1}
     token_B1, tokens_BN = ids_BL[:, -1:].clone(), ids_BL.new_zeros(batch, new)
 
     def step(forward: Callable[..., Any], given: Tensor) -> None:
-        logits = forward(input_ids=given, cache=cache, use_cache=True, logits_to_keep=1).logits
+        logits = forward(input_ids=given, **kept).logits
         token_B1.copy_(logits[:, -1:].argmax(-1))
 
     def prefill() -> None:
@@ -201,6 +206,17 @@ def generate(
         cache.reset()
         times.append((milliseconds(prefill, device), milliseconds(decode, device)))
     return [first for first, _ in times], [rest for _, rest in times], tokens_BN
+
+
+def cache_name(model: Any) -> str:
+    """What this transformers calls a model's cache. A name that it doesn't know it would drop in silence, and every
+    step would know one token only."""
+    taken = inspect.signature(type(model).forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in taken:
+            return name
+    rule = f"{type(model).__name__} takes no cache by a known name"
+    raise ConfigError("transformers", transformers.__version__, rule)
 
 
 def measured(args: argparse.Namespace, config: Any, ranks: Ranks) -> Iterator[Row]:

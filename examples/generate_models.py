@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moe_dist.workloads.streams import Stream
 TIMEOUT = timedelta(minutes=10)  # of every wait for other ranks: compiling and loading are among them
 # transformers wants a plan of tensor parallelism even where only experts are spread, and drops what it says of experts.
 EXPERTS_ONLY = {"model.layers.*.mlp.experts": "moe_tp_experts"}
+SPREADS = "ep_size" in inspect.signature(DistributedConfig).parameters  # experts over ranks, as `theirs` asks for it
 
 # Sizes of Qwen3-30B-A3B, and what differs from them on a CPU.
 QWEN3_30B: dict[str, Any] = {

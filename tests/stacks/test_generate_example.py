@@ -207,3 +207,25 @@ def test_what_is_refused(example: ModuleType, monkeypatch: pytest.MonkeyPatch, a
     with pytest.raises(ConfigError, match=said):
         start()
     assert issubclass(ConfigError, MoeDistError)  # which the program ends with, as a line
+
+
+def test_a_cache_goes_by_the_name_that_a_model_takes(example: ModuleType) -> None:
+    class Older(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> None: ...
+
+    class Neither(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> None: ...
+
+    assert example.cache_name(tiny("qwen3_moe")) in ("cache", "past_key_values")
+    assert example.cache_name(Older()) == "past_key_values"
+    with pytest.raises(ConfigError, match="Neither takes no cache by a known name"):
+        example.cache_name(Neither())
+
+
+def test_experts_that_are_not_spread_are_refused(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with transformers before 5.23, on two ranks."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(example, "SPREADS", False)
+    with pytest.raises(ConfigError, match=r"--native = .*does not spread experts over ranks"):
+        example.begin(parsed(example, monkeypatch, "--tp", "2"))
