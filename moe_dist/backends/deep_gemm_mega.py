@@ -35,7 +35,7 @@ CALLED: dict[str, tuple[str, ...]] = {
     "fp8_mega_moe": ("recipe", "activation", "activation_clamp", "fast_math"),
 }
 BOUND = "num_tokens_bound"  # of the newer release: the most tokens of any rank in this call
-GRAIN = 64  # columns of GEMM2's input that share a scale
+GRAIN = 64  # columns of GEMM2's input that share a scale in the older release
 MOST_INTERMEDIATE, MOST_CHOICES = 4096, 32
 TOGETHER = 256  # columns of a sum that a warp adds at once
 FEWEST = 256  # tokens a rank that memory is made for
@@ -85,9 +85,9 @@ def _torch_release() -> tuple[int, ...]:
 
 
 class DeepGemmMega(Backend):
-    """fp8_block with swiglu. Its GEMM2 takes rows with a scale for each 64 columns, where ours have 128. The scale is a
-    power of two, and their pair's weight is in them already. Tokens are quantized by our kernel, straight into the
-    package's memory."""
+    """fp8_block with swiglu. Its GEMM2 takes rows that have their pair's weight already, in the older release with a
+    scale for each 64 columns that is a power of two, in the newer one with scales like ours. Tokens are quantized by
+    our kernel, straight into the package's memory."""
 
     capturable = True
     deterministic = True
@@ -105,7 +105,9 @@ class DeepGemmMega(Backend):
 
     @classmethod
     def numerics_of(cls, spec: MoESpec) -> Numerics:
-        return Numerics(gemm2_group=GRAIN, gemm2_power_of_2=True, gemm2_weighted=True)
+        if _is_of(release() or "", NEWER):
+            return Numerics(gemm2_weighted=True)
+        return Numerics(gemm2_weighted=True, gemm2_group=GRAIN, gemm2_power_of_2=True)
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:

@@ -4,7 +4,7 @@ package's Python files declare and what its host code asserts. Its memory begins
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -64,7 +64,7 @@ def older(
 ) -> None:  # fmt: skip
     given = recipe, activation, activation_clamp, fast_math, cumulative_local_expert_recv_stats
     assert given == ((128, 128, 128), "swiglu", None, True, None)
-    _layer(y, l1_weights, l2_weights, sym_buffer)
+    _layer(y, l1_weights, l2_weights, sym_buffer, 64, _next_power_of_2)
 
 
 def newer(
@@ -75,13 +75,22 @@ def newer(
 ) -> None:  # fmt: skip
     assert num_tokens_bound is not None, "the schedule would be that of the memory's size"
     assert num_tokens_bound == len(y), "all ranks launch for so many: with another bound the schedule is another's"
-    named = recipe, activation, activation_clamp, fast_math
-    older(y, l1_weights, l2_weights, sym_buffer, cumulative_local_expert_recv_stats, *named)
+    given = recipe, activation, activation_clamp, fast_math, cumulative_local_expert_recv_stats
+    assert given == ((128, 128, 128), "swiglu", None, True, None)
+    _layer(y, l1_weights, l2_weights, sym_buffer, 128, lambda scale: scale)
 
 
-def _layer(y: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], buffer: SymmBuffer) -> None:
-    """A scale, a power of two, for each 64 columns of GEMM2's input, which has its pair's weight in it already, and a
-    sum in bf16 of every pair."""
+def _next_power_of_2(scale: Tensor) -> Tensor:
+    mantissa, exponent = scale.frexp()
+    return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+
+
+def _layer(
+    y: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], buffer: SymmBuffer,
+    columns: int, rounded: Callable[[Tensor], Tensor],
+) -> None:  # fmt: skip
+    """A rounded scale for so many columns of GEMM2's input, which has its pair's weight in it already, and a sum in
+    bf16 of every pair."""
     group, tokens = buffer.group, len(y)
     rank, world, local = group.rank(), group.size(), len(first[0])
     assert (y.dtype, y.is_contiguous()) == (torch.bfloat16, True)
@@ -99,9 +108,8 @@ def _layer(y: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor
         gate, up = first[0][slot].float().unflatten(0, (-1, 2, 8)).unbind(1)
         w13 = torch.cat([gate.flatten(0, 1), up.flatten(0, 1)]) * _spread(first[1][slot])
         a, b = (x[row] @ w13.T).chunk(2, dim=1)
-        h = (silu(a) * b * weights[row, place][:, None]).unflatten(1, (-1, 64))
-        mantissa, exponent = (h.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448).frexp()
-        scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+        h = (silu(a) * b * weights[row, place][:, None]).unflatten(1, (-1, columns))
+        scale = rounded(h.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448)
         h = ((h / scale).to(FP8).float() * scale).flatten(1)
         sums = (h @ (second[0][slot].float() * _spread(second[1][slot])).T).bfloat16().float()
         total.index_add_(0, row, sums)
