@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.errors import UnsupportedError
+from moe_dist.errors import RankFailure, UnsupportedError
 from moe_dist.model.sizes import cdiv
 
 GRAIN = 1 << 20  # bytes of an area: steps of slightly more tokens don't need new memory each time
@@ -79,6 +79,15 @@ class Symmetric:
                 found = memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             self._views[key] = found
         return found
+
+    def check_ended(self, rank: int, sequence: int) -> None:
+        """Raise RankFailure where a step has told the others of itself and not ended: its number would be the next
+        one's too, and ranks would take what they have of that step for the next one's."""
+        if self.open:
+            cause = (
+                "an earlier step raised after its rows had been sent: ranks no longer agree on which step they are in"
+            )
+            raise RankFailure(rank, "nvlink, rows", sequence, f"{cause}; make a new process group")
 
     def problem(self) -> tuple[int, int, int] | None:
         """(phase, peer, step) of a wait that was given up, phases counted from 0. What was computed since is wrong."""
