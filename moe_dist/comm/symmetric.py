@@ -97,16 +97,17 @@ class Symmetric:
 
 class Aside:
     """Copies of one step beside what its stream computes. Contiguous ones between GPUs are done by copy engines, which
-    take no multiprocessor from the computation. On a CPU they are done at once."""
+    take no multiprocessor from the computation. On a CPU they are done at once. `used`: there were any."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self.used = device, False
         self._busy: dict[torch.cuda.Stream, None] = {}
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], in_turn: bool = False) -> None:
         """Each (target, source), when all that was launched before on the current stream is done; `in_turn`: each one
         when those before it are there. Until `join`, nothing may write to the sources."""
+        self.used = True
         if self._device.type == "cpu":
             for target, source in pairs:
                 target.copy_(source)
