@@ -11,7 +11,9 @@ from moe_dist.comm import Comm
 from moe_dist.comm.symmetric import Aside
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.exchange.nvlink import window
+from moe_dist.exchange.nvlink.sinks import Ahead
 from moe_dist.exchange.nvlink.window import Ends
+from moe_dist.step import Step, Workspace
 
 
 def lost(phase: int, peer: int, step: int) -> SimpleNamespace:
@@ -115,3 +117,16 @@ def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ConfigError, match="can't grow while a CUDA graph is captured"):
         comm.window((1 << 20) + 1, 1)
+
+
+@pytest.mark.parametrize("came", [0, 1])
+def test_columns_that_nobody_handed_over_are_not_sent(came):
+    """They would be whatever scratch held."""
+    sums = ((1, 4 * 512), torch.bfloat16)
+    memory = SimpleNamespace(local=torch.empty(0), peer_view=None)
+    visit = SimpleNamespace(window=memory, regions=SimpleNamespace(sums=sums), bucket=4, ahead=256, sums_at=0)
+    sink = Ahead(Step(Workspace(torch.device("cpu"))), (4, 512), torch.bfloat16, visit, 0, None)
+    for start, stop in sink.columns()[:came]:
+        sink.put(start, stop, sink.target(start, stop))
+    with pytest.raises(RuntimeError, match=f"handed over {came} of 2 ranges"):
+        sink.finish()
