@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.errors import UnsupportedError
+from moe_dist.errors import RankFailure, UnsupportedError
 from moe_dist.model.sizes import cdiv
 
 GRAIN = 1 << 20  # bytes of an area: steps of slightly more tokens don't need new memory each time
@@ -80,6 +80,15 @@ class Symmetric:
             self._views[key] = found
         return found
 
+    def check_ended(self, rank: int, sequence: int) -> None:
+        """Raise RankFailure where a step has told the others of itself and not ended: its number would be the next
+        one's too, and ranks would take what they have of that step for the next one's."""
+        if self.open:
+            cause = (
+                "an earlier step raised after its rows had been sent: ranks no longer agree on which step they are in"
+            )
+            raise RankFailure(rank, "nvlink, rows", sequence, f"{cause}; make a new process group")
+
     def problem(self) -> tuple[int, int, int] | None:
         """(phase, peer, step) of a wait that was given up, phases counted from 0. What was computed since is wrong."""
         phase, peer, step, _ = self.failed.tolist()
@@ -88,16 +97,17 @@ class Symmetric:
 
 class Aside:
     """Copies of one step beside what its stream computes. Contiguous ones between GPUs are done by copy engines, which
-    take no multiprocessor from the computation. On a CPU they are done at once."""
+    take no multiprocessor from the computation. On a CPU they are done at once. `used`: there were any."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self.used = device, False
         self._busy: dict[torch.cuda.Stream, None] = {}
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], in_turn: bool = False) -> None:
         """Each (target, source), when all that was launched before on the current stream is done; `in_turn`: each one
         when those before it are there. Until `join`, nothing may write to the sources."""
+        self.used = True
         if self._device.type == "cpu":
             for target, source in pairs:
                 target.copy_(source)

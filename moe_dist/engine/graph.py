@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm import Comm
+from moe_dist.comm.symmetric import Symmetric
 from moe_dist.engine import replays
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.model.routing import Routing
@@ -118,9 +119,9 @@ class StepGraph:
 
     def replay(self) -> Tensor:
         """The step again on the inputs of the last call or `fill`, with the padding's rows. Raises RankFailure where an
-        earlier replay has waited for a rank in vain."""
+        earlier replay has waited for a rank in vain, or a step in the same memory has raised in the middle."""
         try:
-            self._layer.comm.check_window()
+            _check_shared(self._layer.comm, self._kept)
             self._workspace.enter()
             self._graph.replay()
         except Exception as error:
@@ -134,6 +135,14 @@ class StepGraph:
 def _shared(comm: Comm) -> tuple[Any, ...]:
     """What ranks share now, in which a graph goes on though later steps may have larger memory."""
     return comm.shared, *comm.kept.values()
+
+
+def _check_shared(comm: Comm, kept: tuple[Any, ...]) -> None:
+    """Raise RankFailure where a replay would not be the same step on all ranks."""
+    comm.check_window()
+    for memory in kept:
+        if isinstance(memory, Symmetric):
+            memory.check_ended(comm.rank, comm.sequence)
 
 
 def _each(routing: Routings) -> list[Routing]:
@@ -152,12 +161,12 @@ class StagedGraph:
     graph: torch.cuda.CUDAGraph
     marks: Marks
     workspace: Workspace
-    kept: Any  # the memory that it writes to
+    kept: tuple[Any, ...]  # the memory that it writes to
     comm: Comm
 
     def replay(self) -> None:
         """Raises RankFailure as StepGraph.replay."""
-        self.comm.check_window()
+        _check_shared(self.comm, self.kept)
         self.workspace.enter()
         self.graph.replay()
 

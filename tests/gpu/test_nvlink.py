@@ -11,6 +11,7 @@ from gpu.ranks import run_on_ranks
 from moe_dist.engine.graph import StepGraph
 from moe_dist.engine.layer import MoELayer
 from moe_dist.engine.planning import make_plan
+from moe_dist.engine.stack import MoEStack
 from moe_dist.exchange.nvlink import engines
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MoESpec, ParallelSpec
@@ -172,10 +173,32 @@ def graphs_in_turn(context, parallel: ParallelSpec, replays: int, sums: int, row
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["tp", "ep"])
-@pytest.mark.parametrize(("sums", "rows"), [(0, 0), (96, 96)])
+@pytest.mark.parametrize(("sums", "rows"), [(0, 0), (96, 0), (96, 96)])
 def test_graphs_and_eager_steps_share_windows(world, kind, sums, rows):
     _needs(world)
     for wrong in run_on_ranks(world, graphs_in_turn, ParallelSpec(**{kind: world}), 400, sums, rows):
+        assert not wrong
+
+
+def stack_by_engines(context, parallel: ParallelSpec, steps: int):
+    """Replays of two layers in one graph, with eager steps between them, all by copies: the bits are those of
+    kernels."""
+    stack = MoEStack(layers_of(context, parallel, "triton", "fp8_block", ("nvlink", "nvlink")))
+    x, routing = tokens(context, 96, 5, "zipf:1.2")
+    routings, found = (routing, routing), []
+    use_engines(context.comm.world, 0, 0)
+    expected = stack(x, routings, max_tokens_per_rank=96)
+    use_engines(context.comm.world, 96, 96)
+    graph = StepGraph(stack, 96, x, routings)
+    for number in range(steps):
+        found.append(graph.replay().clone() if number % 3 else stack(x, routings, max_tokens_per_rank=96))
+    return [f"step {number} differs" for number, y in enumerate(found) if not torch.equal(y, expected)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_stack_in_one_graph_gives_the_same_by_copies_and_by_kernels(world):
+    _needs(world)
+    for wrong in run_on_ranks(world, stack_by_engines, ParallelSpec(ep=world), 100):
         assert not wrong
 
 

@@ -42,6 +42,17 @@ class Window(Symmetric):
         self._views = {}
 
 
+def windows_of(world: int, sizes: tuple[int, int]) -> list[Window]:
+    """One of each rank."""
+    windows = [Window(sizes) for _ in range(world)]
+    for rank, each in enumerate(windows):
+        in_turn = windows[rank:] + windows[:rank]
+        each.addresses_W = torch.tensor([other.local.data_ptr() for other in in_turn])
+        each.by_rank_W = torch.tensor([other.local.data_ptr() for other in windows])
+        each._everyone = [other.local for other in windows]
+    return windows
+
+
 class Ranks:
     """All of them in this process, in turns: nobody waits."""
 
@@ -52,12 +63,7 @@ class Ranks:
         self.payload, self.dtype, self.world = payload, dtype, self.placement.world
         needed = Regions.of(self.spec, self.world, payload, dtype, most).sizes, reduced(hidden, self.world, dtype, most)
         sizes = max(needed[0][0], needed[1][0]), max(needed[0][1], needed[1][1])
-        self.windows = [Window(sizes) for _ in range(self.world)]
-        for rank, each in enumerate(self.windows):
-            in_turn = self.windows[rank:] + self.windows[:rank]
-            each.addresses_W = torch.tensor([other.local.data_ptr() for other in in_turn])
-            each.by_rank_W = torch.tensor([other.local.data_ptr() for other in self.windows])
-            each._everyone = [other.local for other in self.windows]
+        self.windows = windows_of(self.world, sizes)
         self.ends = [Ends(rank, self.world, 10**9, waits=False) for rank in range(self.world)]
 
     def begin(self, counts: list[int], bucket: int, seed: int) -> list[SimpleNamespace]:

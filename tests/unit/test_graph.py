@@ -10,7 +10,7 @@ import torch
 from moe_dist.comm import Comm
 from moe_dist.engine import graph
 from moe_dist.engine.layer import MoELayer
-from moe_dist.errors import ConfigError, UnsupportedError
+from moe_dist.errors import ConfigError, RankFailure, UnsupportedError
 from moe_dist.model.routing import Routing
 from moe_dist.model.spec import MoESpec
 from moe_dist.step import NO_STAGES, Support, workspace_of
@@ -84,6 +84,20 @@ def test_a_graph_keeps_the_arena_it_was_captured_with():
     workspace.reserve(workspace.nbytes + 1)
     assert workspace.arena is not kept
     assert step._kept[0] is kept
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_replay_after_a_step_that_raised_is_refused(staged):
+    """In the memory that it was captured with, whatever later steps have: its number would be that step's."""
+    layer = Layer()
+    window = layer.comm.window(1, 1)
+    step = graph.StepGraph(layer, 4, *tokens(2))
+    replayed = step.with_stages() if staged else step
+    replayed.replay()
+    layer.comm.window(window.sizes[0] + 1, 1)
+    window.open = True
+    with pytest.raises(RankFailure, match="an earlier step raised after its rows had been sent"):
+        replayed.replay()
 
 
 def test_the_stages_clock_is_in_the_second_graph_only():

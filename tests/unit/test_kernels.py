@@ -34,6 +34,10 @@ def test_the_nvlink_exchange_in_the_interpreter():
     in_the_interpreter("nvlink_interpreted.py", passed=58, timeout_s=170)
 
 
+def test_schedules_of_the_nvlink_exchange_in_the_interpreter():
+    in_the_interpreter("nvlink_schedules_interpreted.py", passed=7, timeout_s=170)
+
+
 @pytest.mark.timeout(400)
 def test_fused_moe_in_the_interpreter():
     in_the_interpreter("fused_moe_interpreted.py", passed=147, timeout_s=390)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from moe_dist.comm import Comm
+from moe_dist.comm.symmetric import Aside
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.exchange.nvlink import window
+from moe_dist.exchange.nvlink.sinks import Ahead
 from moe_dist.exchange.nvlink.window import Ends
+from moe_dist.step import Step, Workspace
 
 
 def lost(phase: int, peer: int, step: int) -> SimpleNamespace:
@@ -61,8 +64,12 @@ def test_who_waits_for_its_device_says_so(monkeypatch, comes):
     assert noted == [("to_host", 6), ("", 6)]
 
 
-@pytest.mark.parametrize(("tokens", "ahead", "early"), [(4, 0, True), (4, 128, False), (1000, 0, False)])
-def test_sums_are_added_early_where_one_launch_is_all_that_comes_before(monkeypatch, tokens, ahead, early):
+@pytest.mark.parametrize(
+    ("tokens", "ahead", "copied", "early"),
+    [(4, 0, False, True), (4, 128, False, False), (4, 0, True, False), (1000, 0, False, False)],
+)
+def test_sums_are_added_early_where_one_launch_is_all_that_comes_before(monkeypatch, tokens, ahead, copied, early):
+    """A rank with few tokens of its own may have copied them, and waits for those copies too."""
     from moe_dist.exchange.nvlink import sum_kernels
 
     launched, y = [], torch.empty(tokens, 256)
@@ -70,7 +77,11 @@ def test_sums_are_added_early_where_one_launch_is_all_that_comes_before(monkeypa
     monkeypatch.setattr(sum_kernels, "end_phase", lambda *_: None)
     memory = SimpleNamespace(view=lambda *_: y, words=None, failed=None, addresses_W=None)
     regions = SimpleNamespace(sums=((), y.dtype))
-    visit = SimpleNamespace(window=memory, regions=regions, ahead=ahead, sums_at=0, served_TW=None, bucket=tokens)
+    visit = SimpleNamespace(window=memory, regions=regions, ahead=ahead, sums_at=0, served_TW=None, bucket=tokens,
+                            copies=Aside(torch.device("cpu")))  # fmt: skip
+    if copied:
+        visit.copies.copy([(torch.empty(1), torch.empty(1))])
+        visit.copies.join()
     sum_kernels.add_sums(visit, None, 0, y, Ends(0, 2, 1, early=True))
     assert launched == [(early, {"launch_pdl": True} if early else {})]
     launched.clear()
@@ -106,3 +117,16 @@ def test_a_window_does_not_grow_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ConfigError, match="can't grow while a CUDA graph is captured"):
         comm.window((1 << 20) + 1, 1)
+
+
+@pytest.mark.parametrize("came", [0, 1])
+def test_columns_that_nobody_handed_over_are_not_sent(came):
+    """They would be whatever scratch held."""
+    sums = ((1, 4 * 512), torch.bfloat16)
+    memory = SimpleNamespace(local=torch.empty(0), peer_view=None)
+    visit = SimpleNamespace(window=memory, regions=SimpleNamespace(sums=sums), bucket=4, ahead=256, sums_at=0)
+    sink = Ahead(Step(Workspace(torch.device("cpu"))), (4, 512), torch.bfloat16, visit, 0, None)
+    for start, stop in sink.columns()[:came]:
+        sink.put(start, stop, sink.target(start, stop))
+    with pytest.raises(RuntimeError, match=f"handed over {came} of 2 ranges"):
+        sink.finish()

@@ -89,6 +89,8 @@ class Ahead(Sink):
 
     def finish(self) -> Finished:
         """The current stream waits for the copies."""
+        if self._whole is None and self._came < len(self.columns()):
+            raise RuntimeError(f"the backend has handed over {self._came} of {len(self.columns())} ranges of columns")
         self._aside.join()
         if self._whole is not None:
             return Finished(unsent=self._whole)

@@ -34,7 +34,8 @@ def add_sums(visit: Visit, own: Tensor | None, apart: int, y_TH: Tensor, ends: E
     block, programs = _blocks(hidden, visit.ahead, VALUES)
     grid = max(1, tokens), programs, 1
     at_once = few(grid)
-    early = at_once and ends.early and not visit.ahead  # which has copies to wait for too, not one launch alone
+    # A step with copies has waited for them too, not for one launch alone.
+    early = at_once and ends.early and not (visit.ahead or visit.copies.used)
     if not at_once:
         end_phase(visit.window, SUMS.value, ends)
     came = visit.window.view(visit.sums_at, *visit.regions.sums)

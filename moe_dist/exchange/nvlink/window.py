@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.comm.symmetric import Aside, Symmetric
-from moe_dist.errors import RankFailure
 from moe_dist.exchange.rows import pair_specs, row_specs
 from moe_dist.machine.machine import HOPPER, Machine
 from moe_dist.machine.nodes import told
@@ -47,13 +46,10 @@ def served_here(spec: MoESpec, placement: Placement, machine: Machine) -> Suppor
 
 
 def begin(window: Symmetric, comm: Comm) -> None:
-    """A step is about to tell the others of itself. Raises RankFailure where the last one that did has not ended: its
-    number would be this one's too, and ranks would take what they have of that step for this one's."""
+    """A step is about to tell the others of itself. Raises RankFailure where the last one that did has not ended."""
     if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return  # nothing is told before the graph is replayed, which is all of it
-    if window.open:
-        cause = "an earlier step raised after its rows had been sent: ranks no longer agree on which step they are in"
-        raise RankFailure(comm.rank, "nvlink, rows", comm.sequence, f"{cause}; make a new process group")
+    window.check_ended(comm.rank, comm.sequence)
     window.open = True
 
 
