@@ -3,7 +3,8 @@
 RECORD files choose, as they would from the user's records; RUN files, measured independently of them, say how good each
 choice was. A cell is a setting (model, placement, layout, mode) and a size. Of each: the time that RUN has for the
 chosen pair, over the fastest pair's there. A pair that RUN has not measured is a cell without a score, and is counted.
-For comparison the same for rules that serving stacks go by.
+Even routings choose, as they do for `auto`; what that costs under another skew is scored for each that RUN has. For
+comparison the same for rules that serving stacks go by.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from moe_dist.engine.records import Record, Setting, Timed, pick, read_record
+from moe_dist.engine.records import SKEWS, Record, Setting, Timed, pick, read_record
 
 CLOSE, FAR = 0.03, 0.10
 Pair = tuple[str, str]
@@ -101,23 +102,34 @@ RULES = {
 }
 
 
+def by_skew(path: Path) -> dict[str, Record]:
+    """A run's rows of even routings, and those of each other skew."""
+    even = read_record(path, "user")
+    others = {row["skew"] for row in json.loads(path.read_text())["rows"]} - {*SKEWS}
+    return {SKEWS[0]: even} | {skew: read_record(path, "user", (skew,)) for skew in sorted(others)}
+
+
 def main(arguments: list[str]) -> int:
     if arguments.count("--") != 1:
         print(__doc__, file=sys.stderr)
         return 2
     cut = arguments.index("--")
-    records, runs = (
-        [read_record(Path(name), "user") for name in names] for names in (arguments[:cut], arguments[cut + 1 :])
-    )
+    records = [read_record(Path(name), "user") for name in arguments[:cut]]
+    runs: dict[str, list[Record]] = defaultdict(list)
+    for name in arguments[cut + 1 :]:
+        for skew, run in by_skew(Path(name)).items():
+            runs[skew].append(run)
     ways = {"auto": by_records(records), **RULES}
-    found = {name: list(scores(chosen, runs)) for name, chosen in ways.items()}
-    for score in found["auto"]:
-        lost = "not measured" if score.loss is None else f"{score.loss:.1%}"
-        mode = "graph" if score.setting.graph else "eager"
-        where = f"H{score.setting.hidden} TP{score.setting.tp}xEP{score.setting.ep} {score.setting.token_layout} {mode}"
-        print(f"{where} {score.tokens_per_rank:>6}: {' '.join(score.pair)} loses {lost} to {' '.join(score.best)}")
-    for name, each in found.items():
-        print(json.dumps(summary(name, each)))
+    for skew, of_skew in runs.items():
+        found = {name: list(scores(chosen, of_skew)) for name, chosen in ways.items()}
+        for score in found["auto"]:
+            lost = "not measured" if score.loss is None else f"{score.loss:.1%}"
+            mode = "graph" if score.setting.graph else "eager"
+            grid = f"TP{score.setting.tp}xEP{score.setting.ep}"
+            where = f"H{score.setting.hidden} {grid} {score.setting.token_layout} {mode} {skew}"
+            print(f"{where} {score.tokens_per_rank:>6}: {' '.join(score.pair)} loses {lost} to {' '.join(score.best)}")
+        for name, each in found.items():
+            print(json.dumps({"skew": skew} | summary(name, each)))
     return 0
 
 

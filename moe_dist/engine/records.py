@@ -97,9 +97,8 @@ class _Row(BaseModel):
     ok: bool | None
     peer: str | None = None
 
-    @property
-    def usable(self) -> bool:
-        plain = self.layer == "whole" and self.skew in SKEWS and self.token_split == "even" and self.peer is None
+    def usable(self, skews: Sequence[str]) -> bool:
+        plain = self.layer == "whole" and self.skew in skews and self.token_split == "even" and self.peer is None
         plain &= not {"+", "@"} & set(self.placement)  # no copies of experts, no map of them
         return plain and bool(self.ok) and bool(self.p50_us)
 
@@ -112,8 +111,9 @@ class _Row(BaseModel):
 KEYS = tuple(_Row.model_fields)
 
 
-def read_record(path: Path, source: str) -> Record:
-    """Raises ConfigError that names the file, and the row, where it is no results file of moe_dist."""
+def read_record(path: Path, source: str, skews: Sequence[str] = SKEWS) -> Record:
+    """Rows of these `skews`, by their whole names. Raises ConfigError that names the file, and the row, where it is no
+    results file of moe_dist."""
     legal = "a results file of moe-dist, as --out writes it"
     try:
         document = json.loads(read_small_text(path, LARGEST))
@@ -132,7 +132,7 @@ def read_record(path: Path, source: str) -> Record:
             row = _Row.model_validate(given)
         except ValidationError as error:
             raise as_config_error(error, _Row, f"{path}: rows.{number}") from None
-        if row.usable and device:
+        if row.usable(skews) and device:
             setting = Setting(str(device), *(getattr(row, name) for name in Setting._fields[1:]))
             found.setdefault(setting, []).append(row.timed())
     return Record(source, path.name, date, {setting: tuple(timed) for setting, timed in found.items()})

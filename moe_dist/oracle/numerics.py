@@ -23,7 +23,8 @@ class Numerics:
     # (tests/unit/test_reference.py).
     bf16_maximum: bool = False
     gemm2_group: int = 128  # columns of GEMM2's input that share a scale under fp8_block
-    # Those scales are powers of two, the next one above amax / 448. So the codes depend on how large the values are.
+    # Those scales are powers of two, the next one above amax / 448. So the codes depend on how large the values are. A
+    # group's largest value, which has the largest code otherwise, may lie between two: worth 1 to 2 % of few tokens.
     gemm2_power_of_2: bool = False
     gemm2_weighted: bool = False  # a pair's weight is in GEMM2's input before that is quantized, not in its output
 
@@ -32,10 +33,12 @@ class Numerics:
         """Relative L2 error allowed against the oracle."""
         if self.bf16_maximum:
             return 3e-2
-        return 2.5e-2 if self.fast_accumulation or self.reciprocal else 1e-2
+        if self.fast_accumulation or self.reciprocal:
+            return 2.5e-2
+        return 1.5e-2 if self.gemm2_power_of_2 else 1e-2
 
     @property
     def token_tolerance(self) -> float:
         """The same of a single token, the worst of many: a lost or swapped pair is worth more. Measured on H200s: up to
         0.03 at the strict tolerance, up to 0.04 at the wider ones."""
-        return 0.1 if self.tolerance <= 1e-2 else 0.15
+        return 0.1 if self.tolerance <= 1.5e-2 else 0.15

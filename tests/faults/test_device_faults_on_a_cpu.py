@@ -27,8 +27,9 @@ def own_ray() -> Iterator[None]:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("own_ray")
 def test_one_of_each_kind(tmp_path: Path) -> None:
-    planned = cases(2, "cpu", ON_A_CPU)[: len(KINDS)]
-    rows, wrong = tried(planned, ON_A_CPU, tmp_path, budget_s=400.0)
+    """However little time is given, and no more."""
+    planned = cases(2, "cpu", ON_A_CPU)
+    rows, wrong = tried(planned, ON_A_CPU, tmp_path, budget_s=0.0)
     assert not wrong, "\n".join(wrong)
     assert [row["kind"] for row in rows] == list(KINDS)
 

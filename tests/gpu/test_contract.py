@@ -136,7 +136,7 @@ def check(
         if not row.ok
     ]
     assert not bad, f"seed {SEED}, {len(bad)} of {len(rows)}:\n" + "\n".join(bad)
-    blocks = any(experiment.models[0].quant == "fp8_block" for experiment in wanted)
+    blocks = any(model.quant == "fp8_block" for experiment in wanted for model in experiment.models)
     assert {row.backend for row in rows} == set(backends_here()) - (set() if blocks else {"deep_gemm"})
     # What is refused is refused for a reason that is known here, not by accident.
     known = (

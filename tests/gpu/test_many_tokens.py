@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dist import kernels
+from moe_dist.exchange.all_to_all import lists
 from moe_dist.kernels.triton.fused_moe import Config, fused_moe
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec
+from moe_dist.step import fresh
 from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
 
@@ -24,19 +25,20 @@ def test_rows_are_listed_sent_and_added_up_as_on_a_cpu():
     for counted in (True, False):
         found = {}
         for device in ("cpu", "cuda"):
-            lists = kernels.send_lists(placement, routing.to(device), 0, TOKENS)
-            counts = lists.counts_W if counted else None
-            sent = kernels.take_sends(rows.to(device), lists.token_WB, counts, 0)
-            here, there = map(int, lists.counts_W)
-            slots, weights = kernels.unpack_pairs(lists.pairs_WPM, here + there, 0)
+            take = fresh(torch.device(device))
+            listed = lists.send_lists(placement, routing.to(device), 0, TOKENS, take)
+            counts = listed.counts_W if counted else None
+            sent = lists.take_sends(rows.to(device), listed.token_WB, counts, 0, take)
+            here, there = map(int, listed.counts_W)
+            slots, weights = lists.unpack_pairs(listed.pairs_WPM, here + there, 0, take)
             back = sent.send.float() * 2
-            y = kernels.sum_rows(back, sent.receive.float(), lists.order_TW, counts, TOKENS, 0)
-            real = there if counted else lists.token_WB[1] >= 0
+            y = lists.sum_rows(back, sent.receive.float(), listed.order_TW, counts, TOKENS, 0)
+            real = there if counted else listed.token_WB[1] >= 0
             send = sent.send[:real] if counted else sent.send[real]
             found[device] = (
-                lists.order_TW,
-                lists.token_WB,
-                lists.counts_W,
+                listed.order_TW,
+                listed.token_WB,
+                listed.counts_W,
                 send,
                 sent.receive[:here],
                 slots,

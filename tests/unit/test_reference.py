@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_dist.bench.tolerance import margin
 from moe_dist.model.placement import Placement
 from moe_dist.model.quantization import dequantize_rows, quantize_rows
 from moe_dist.model.routing import Routing
@@ -262,6 +263,25 @@ def test_what_a_bf16_step_of_the_largest_value_is_worth():
     for scale in (largest.float() / 448, next_one.float() / 448):
         rounded.append((h.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
     assert Numerics().tolerance < relative_error(rounded[1], rounded[0]) < Numerics(bf16_maximum=True).tolerance
+
+
+def test_what_a_code_of_a_groups_largest_value_is_worth():
+    """With a power of two for its scale it may lie between two codes, where next to nothing moves it: more than is
+    allowed elsewhere, and less than is allowed here. Divided by its own maximum it has the largest code anyway."""
+    gate, up = torch.randn(2, 4, 512, generator=torch.Generator().manual_seed(1))
+    h = torch.nn.functional.silu(gate) * up * torch.tensor([[0.5], [0.2], [0.2], [0.1]])  # a token's pairs
+    h = h.view(-1, 64)
+    h *= 248 * (1 - 1e-6) / h.flatten()[h.abs().argmax()]  # between the codes 240 and 256
+    wider = torch.where(h == h.max(), h * (1 + 2e-6), h)
+    codes = [each.to(torch.float8_e4m3fn).float() for each in (h, wider)]
+    numerics, token = Numerics(gemm2_power_of_2=True), make_spec(hidden=1024, intermediate=512, top_k=4)
+    assert Numerics().tolerance < relative_error(*codes) < numerics.tolerance * margin(token, 4)
+    assert numerics.token_tolerance == Numerics().token_tolerance
+    divided = []
+    for each in (h, wider):
+        scale = each.abs().amax(1, keepdim=True) / 448
+        divided.append((each / scale).to(torch.float8_e4m3fn).float() * scale)
+    assert relative_error(*divided) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,24 @@ def test_what_lies_within_the_spread_costs_nothing(script: Any) -> None:
     (score,) = script.scores(lambda *_: ("nvlink", "triton"), [judges])
     assert score.loss is None
     assert script.summary("x", [score])["unmeasured"] == 1
+
+
+def test_a_skew_is_scored_on_its_own(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What even routing chose, by the times of another one: the rows of both are in one file, as a sweep writes it."""
+    shape = dict(zip(Setting._fields[1:], EP4[1:], strict=True))
+    rows = [
+        shape | {
+            "placement": "EP4", "layer": "whole", "skew": skew, "tokens_per_rank": 8, "exchange": "nvlink",
+            "backend": backend, "payload_dtype": "fp8", "p50_us": us, "scatter_us": 0.0, "ok": True,
+        }
+        for skew, backend, us in (
+            ("uniform", "triton", 90.0), ("uniform", "cutlass", 100.0),
+            ("zipf:1.2", "triton", 120.0), ("zipf:1.2", "cutlass", 100.0),
+        )
+    ]  # fmt: skip
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"date": "2026-11-28", "machine": {"gpu": EP4.device}, "rows": rows}))
+    assert script.main([str(path), "--", str(path)]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    worst = {each["skew"]: each["worst_loss"] for each in said if each["chosen_by"] == "auto"}
+    assert worst == {"uniform": 0.0, "zipf:1.2": pytest.approx(0.2)}
