@@ -92,6 +92,10 @@ def test_what_is_handed_to_a_layer_by_mistake(said: str) -> None:
 LOCAL: dict[str, Callable[[], Any]] = {
     "spec = 'NoneType': is no MoESpec": lambda: experts_of(spec=None),
     "weights = 'NoneType': is no ExpertWeights": lambda: experts_of(weights=None),
+    "spec.weights_on_input = True: weights multiply what comes out": lambda: experts_of(
+        spec=PLAIN.with_changes(top_k=1, weights_on_input=True)),
+    "spec.token_gate = True: no gate is computed here": lambda: experts_of(
+        spec=(gated := PLAIN.with_changes(num_experts=1, top_k=1, token_gate=True)), weights=random_weights(gated, 0)),
     "held = [0, 0, 1, 2, 3, 4, 5, 6]: must give each slot": lambda: experts_of(held=[0, 0, 1, 2, 3, 4, 5, 6], ids=8),
     "held = [0, 1]: must give each slot": lambda: experts_of(held=[0, 1], ids=8),
     "held = [-1, 1, 2, 3, 4, 5, 6, 7]: must": lambda: experts_of(held=[-1, 1, 2, 3, 4, 5, 6, 7], ids=8),
