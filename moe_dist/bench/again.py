@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_dist.bench.prepared import Prepared
 from moe_dist.bench.sketch import sketch, sketch_error
+from moe_dist.engine.layer import MoELayer
 from moe_dist.model.routing import Routing
 
 CHANGED = 1e-2  # of a token: what an input of twice the size must change its output by at the least
@@ -19,14 +20,15 @@ def again_errors(step: Prepared, first: Tensor) -> tuple[float, float]:
     same on every rank; collective.
 
     Tokens and their routing come in reversed order, and so must the outputs. A single token has twice its weights, in
-    which the output is linear, or, beside a shared expert and in a stack, twice its size, and only must change. Another
-    order may choose other copies of experts, and with them other dynamic scales, so that bits may differ.
+    which the output is linear, or, beside a shared expert, in a stack and where weights are experts' inputs', twice its
+    size, and only must change. Another order may choose other copies of experts, and with them other dynamic scales, so
+    that bits may differ.
     """
     comm, x_TH, routings = step.comm, step.x, step.routings
     if len(x_TH) != 1:
         reversed_ones = [Routing(each.ids_TK.flip(0), each.weights_TK.flip(0)) for each in routings]
         found, wanted = _sketched(step, x_TH.flip(0), reversed_ones), first.flip(0)
-    elif not step.stacked and step.layers[0].shared is None:
+    elif not step.stacked and _linear_in_weights(step.layers[0]):
         (routing,) = routings
         found, wanted = _sketched(step, x_TH, [Routing(routing.ids_TK, 2 * routing.weights_TK)]), 2 * first
     else:
@@ -35,6 +37,10 @@ def again_errors(step: Prepared, first: Tensor) -> tuple[float, float]:
         wanted = found if bool(changed | (first[0, 0] == 0)) else torch.full_like(first, float("inf"))
     err_again = sketch_error(comm, found, wanted)
     return err_again, sketch_error(comm, _sketched(step, x_TH, routings), first)
+
+
+def _linear_in_weights(layer: MoELayer) -> bool:
+    return layer.shared is None and not layer.plan.spec.weights_on_input
 
 
 def _sketched(step: Prepared, x_TH: Tensor, routings: list[Routing]) -> Tensor:

@@ -197,7 +197,8 @@ class _Model:
             raise UnsupportedError(what, [f"it is not known inside of {model_type}"], tuple(wrapper.inside))
         family = wrapper.inside[inside]
         _check_classes(keys, family.classes, what)
-        return cls(model_type, replace(family, names=replace(family.names, root=wrapper.root)), keys, outer)
+        names = replace(family.names, root=wrapper.root, beside=wrapper.beside)
+        return cls(model_type, replace(family, names=names), keys, outer)
 
     def quantizations(self) -> tuple[Quantization, ...]:
         every = (self.keys, self.outer) if self.outer else (self.keys,)

@@ -93,11 +93,12 @@ FAMILIES = {
 @dataclass(frozen=True)
 class Wrapper:
     """A model that has another one inside, as `text_config`. `inside`: the model types that this may be; `root` is
-    where its tensors lie."""
+    where its tensors lie. `beside`: as in Names."""
 
     classes: tuple[str, ...]
     inside: Mapping[str, Family]
     root: str = LANGUAGE
+    beside: tuple[str, ...] = ()
 
 
 WRAPPERS = {
@@ -105,7 +106,10 @@ WRAPPERS = {
     "kimi_k25": Wrapper(
         ("KimiK25",), {name: FAMILIES[name] for name in ("kimi_k2", "deepseek_v3")}, "language_model.model"
     ),
-    "llama4": Wrapper(("Llama4",), {"llama4_text": FAMILIES["llama4_text"]}, "language_model.model"),
+    "llama4": Wrapper(
+        ("Llama4",), {"llama4_text": FAMILIES["llama4_text"]}, "language_model.model",
+        beside=("vision_model",),  # vision_model.model.layers.N.mlp
+    ),
     "qwen3_vl_moe": Wrapper(
         ("Qwen3VLMoe",),
         {"qwen3_vl_moe_text": Family(("Qwen3VLMoe",), always_normalized, qwen_layers, Names(fused="either"))},

@@ -186,7 +186,8 @@ def llama4(keys: Keys) -> Fields:
     """A sigmoid of the one best logit, by which the token is multiplied before it goes into its expert. The shared
     expert is as wide as a routed one; the dense layers are intermediate_size_mlp wide."""
     sizes = _sizes(keys, ("num_local_experts", "num_local_experts"), "intermediate_size")
-    keys.must("num_experts_per_tok", 1, "experts' inputs are weighed, which is computed for one expert a token only")
+    reason = "experts' inputs are weighed, which is computed for one expert a token only"
+    keys.must("num_experts_per_tok", 1, reason, needed=True)
     return sizes | {
         "scoring": "sigmoid",
         "renormalize": False,

@@ -70,9 +70,10 @@ class Keys:
             raise UnsupportedError(f"{key} {shown(value)} in {self.path}", ["nothing here computes it"], supported)
         return value
 
-    def must(self, key: str, value: bool | float, reason: str) -> None:
-        """UnsupportedError unless the key is absent or has this value."""
+    def must(self, key: str, value: bool | float, reason: str, needed: bool = False) -> None:
+        """UnsupportedError unless the key is absent or has this value. `needed`: absent it is refused elsewhere."""
         whole = isinstance(value, float) and type(self.raw.get(key)) is int  # 7 is 7.0
         found = self.get(key, int if whole else type(value), value)
         if found != value:
-            raise UnsupportedError(f"{key} {shown(found)} in {self.path}", [reason], [str(value), f"no key {key}"])
+            legal = [str(value)] + [f"no key {key}"] * (not needed)
+            raise UnsupportedError(f"{key} {shown(found)} in {self.path}", [reason], legal)

@@ -56,12 +56,14 @@ class Layer:
 
     def _concerned(self, name: str) -> bool:
         """Whether a tensor may belong to this layer's router or experts, under whatever prefix. Layers that predict
-        further tokens have numbers of their own."""
+        further tokens have numbers of their own, and so have those of a model beside this one."""
         numbered = f"layers.{self.number}."
         if numbered not in name:
             return False
         before, _, after = name.partition(numbered)
         parts = before.split(".")
+        if parts[0] in self.names.beside:
+            return False
         return not parts[-1] and "mtp" not in parts and not ATTENTION.match(after) and bool(OF_THE_MLP.search(after))
 
     @cached_property

@@ -20,6 +20,7 @@ class Names:
     `interleaved` is always transposed and fused: even columns are gate's and odd ones up's, as in gpt-oss.
     `bias` is the router's correction bias and `logit_bias` that of its logits, where the model has them.
     `shared_gate` is the weight [1, H] of a sigmoid that multiplies the shared expert's output.
+    `beside`: the first part of the names of other models in the same files, whose numbered layers are none of these.
     """
 
     root: str = "model"
@@ -33,6 +34,7 @@ class Names:
     shared: str = "shared_experts"
     shared_gate: str | None = None
     fused: Literal["rows", "transposed", "either", "interleaved"] | None = "rows"
+    beside: tuple[str, ...] = ()
 
     def module(self, layer: int) -> str:
         return f"{self.root}.layers.{layer}.{self.block}"

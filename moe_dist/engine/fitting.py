@@ -39,6 +39,11 @@ def check_fit(
         raise ConfigError("model.shared_experts", spec.shared_experts, rule)
     experts, width = len(placement.experts_of(rank)), placement.width_of(rank)
     check_shard("shard", shard, spec, experts, width, device, f"rank {rank}")
+    start, _ = placement.slice_of(rank)
+    if start and shard.b2_eH is not None and bool(shard.b2_eH.any()):
+        rule = f"rank {rank} has its experts from column {start} on; with biases in more than the first slice of an"
+        rule += " expert they would count several times"
+        raise ConfigError("shard.b2", "not all zeros", rule, "zeros, as load_shard gives them")
     if shared is not None:
         width = shared_placement(spec, plan.parallel).width_of(rank)
         check_shard("shared", shared, spec.shared_spec(), 1, width, device, f"rank {rank}")

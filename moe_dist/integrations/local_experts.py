@@ -62,6 +62,7 @@ class LocalExperts:
         for field, value, kind in (("spec", spec, MoESpec), ("weights", weights, ExpertWeights)):
             if not isinstance(value, kind):
                 raise ConfigError(field, type(value).__name__, f"is no {kind.__name__}", kind.__name__)
+        _check_spec(spec)
         device, experts = weights.device, weights.num_experts
         _check_held(held, ids, experts)
         problem = problem_of(spec, experts, device)
@@ -127,6 +128,18 @@ class LocalExperts:
             raise UnsupportedError("a CUDA graph", [f"backend {self.name} can't be captured"])
         if not any(each is arena for each in self._arenas):
             self._arenas.append(arena)
+
+
+def _check_spec(spec: MoESpec) -> None:
+    """Raise ConfigError for what a layer does around its backend, and nobody would here."""
+    rules = {
+        "weights_on_input": "weights multiply what comes out of these experts; whoever wants them on the inputs"
+        " multiplies the tokens and gives weights of 1",
+        "token_gate": "no gate is computed here; whoever has one gives its values as weights",
+    }
+    for name, rule in rules.items():
+        if getattr(spec, name):
+            raise ConfigError(f"spec.{name}", True, rule, (False,))
 
 
 def _check_held(held: Sequence[int] | None, ids: int, experts: int) -> None:

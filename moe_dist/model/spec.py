@@ -137,6 +137,9 @@ class MoESpec(Section):
                 "model.shared_intermediate", self.shared_intermediate,
                 f"shared_experts {self.shared_experts} needs the width of the shared expert", "1 and more",
             )  # fmt: skip
+        if self.shared_gate and self.shared_intermediate < 1:
+            rule = "is of a shared expert, and without its width (model.shared_intermediate) there is none"
+            raise ConfigError("model.shared_gate", True, rule, (False,))
         if self.shared_experts == "tp" and self.shared_gate:
             reason = "the model multiplies its shared expert by a sigmoid of the token, which its own rank computes"
             raise UnsupportedError("model.shared_experts = 'tp'", [reason], ("none", "replicated"))

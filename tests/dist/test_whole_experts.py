@@ -89,13 +89,13 @@ def odd_before_even() -> tuple[object, str, Any]:
     return layout.Piece, "canonical", swapped
 
 
-def bias_on_every_rank() -> tuple[object, str, Any]:
-    """As if each slice of an expert had the whole bias of its output."""
+def bias_once_for_each_slice() -> tuple[object, str, Any]:
+    """The sum is that of two slices with the whole bias of an expert's output each, which no layer takes."""
     fill_all = load._load
 
-    def filled(layer: layout.Layer, experts: Any, bounds: Any, *others: Any) -> weights.ExpertWeights:
-        found, whole = fill_all(layer, experts, bounds, *others), fill_all(layer, experts, (0, WIDTH), *others)
-        return found.with_tensors(b2_eH=whole.b2_eH)
+    def filled(*given: Any) -> weights.ExpertWeights:
+        found = fill_all(*given)
+        return found.with_tensors(b2_eH=2 * found.b2_eH)
 
     return load, "_load", filled
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_loaded_wrong_does_not_pass(pool: Pool, tmp_path: Path, fau
     assert row.ok is False
 
 
-@pytest.mark.parametrize("fault", [first_slice_everywhere, odd_before_even, next_expert, bias_on_every_rank])
+@pytest.mark.parametrize("fault", [first_slice_everywhere, odd_before_even, next_expert, bias_once_for_each_slice])
 def test_experts_with_biases_loaded_wrong_do_not_pass(pool: Pool, tmp_path: Path, fault: Fault) -> None:
     row = row_of(pool, of(checkpoint(tmp_path / "model", model_type="gpt_oss", quant="none"), tp=2), fault)
     assert row.err_oracle < 1e-2

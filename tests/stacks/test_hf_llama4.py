@@ -36,7 +36,8 @@ def saved(directory: Path, dtype: torch.dtype, wrapped: bool = False) -> Any:
     config = transformers.Llama4TextConfig(**SIZES)
     torch.manual_seed(3)
     if wrapped:
-        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        # As many layers as the text model has: they have the same numbers.
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
                   "image_size": 28, "patch_size": 14, "projector_input_dim": 32, "projector_output_dim": 32,
                   "vision_output_dim": 32}  # fmt: skip
         around = transformers.Llama4Config(text_config=config.to_dict(), vision_config=vision)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit
 from tiny_models import COMMON, COPIED, experts_of, outputs, prompts, tiny
 
 from moe_dist.errors import ConfigError, InstallationError, UnsupportedError
 from moe_dist.integrations.transformers import register, replace_experts
 from moe_dist.integrations.transformers import version as version_module
 from moe_dist.integrations.transformers.forms import check_structure
+from moe_dist.integrations.transformers.replacing import DistributedExperts
 
 pytestmark = pytest.mark.stacks
 
@@ -155,6 +158,28 @@ def test_what_a_model_with_replaced_experts_can_not_do(tmp_path: Any) -> None:
         model.set_experts_implementation("eager")
     with pytest.raises(UnsupportedError, match="a second time"):
         replace_experts(model, token_layout="replicated")
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "said"),
+    [
+        ({}, torch.bfloat16, r"layer 1 has dtype 'fp32', and model\.layers\.1\.mlp\.experts has 'bf16'"),
+        ({"num_experts": 4}, torch.float32, r"layer 0 has num_experts 4, and .* has 6"),
+    ],
+    ids=["dtype", "experts"],
+)
+def test_a_checkpoint_of_another_form_is_refused_before_anything_is_replaced(
+    tmp_path: Path, stored: dict[str, Any], dtype: torch.dtype, said: str
+) -> None:
+    """The first layer's dtype is the model's in any case."""
+    tiny("qwen3_moe", **stored).save_pretrained(tmp_path)
+    edit(tmp_path, {"dtype": ...}, lambda tensors: {
+        name: tensor.to(dtype) if "layers.0.mlp.experts" in name else tensor
+        for name, tensor in tensors.items()})  # fmt: skip
+    model = tiny("qwen3_moe", dtype)
+    with pytest.raises(ConfigError, match=rf"^checkpoint = .*{said}"):
+        replace_experts(model, token_layout="replicated", checkpoint=tmp_path)
+    assert not any(isinstance(module, DistributedExperts) for module in model.modules())
 
 
 def test_generate_on_a_gpu_sets_no_other_implementation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,14 @@ import torch
 
 from moe_dist import Comm, MoELayer, MoESpec, MoEStack, ParallelSpec, Routing, load_layer, make_plan
 from moe_dist.checkpoint import make_checkpoint
+from moe_dist.engine.fitting import check_fit
 from moe_dist.engine.inputs import routing_from
 from moe_dist.engine.router import Router
 from moe_dist.errors import ConfigError
 from moe_dist.integrations.local_experts import LocalExperts
 from moe_dist.machine.machine import Machine
 from moe_dist.model.spec import MOST_TOKENS
+from moe_dist.model.weights import shard
 from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
@@ -89,9 +91,23 @@ def test_what_is_handed_to_a_layer_by_mistake(said: str) -> None:
     assert str(raised.value).startswith(said)
 
 
+def test_a_second_bias_in_every_slice_would_count_several_times() -> None:
+    spec = PLAIN.with_changes(expert_bias=True)
+    plan, whole = plan_of(spec, ParallelSpec(tp=2), exchange="all_reduce"), random_weights(spec, 0)
+    for rank in range(2):
+        check_fit(plan, shard(whole, plan.placement, rank), None, None, Comm(rank, 2, torch.device("cpu")))
+    everywhere = shard(whole, plan.placement, 1).with_tensors(b2_eH=whole.b2_eH)
+    with pytest.raises(ConfigError, match=r"^shard\.b2 = .*: rank 1 has .* from column 64 on; .*legal: zeros"):
+        check_fit(plan, everywhere, None, None, Comm(1, 2, torch.device("cpu")))
+
+
 LOCAL: dict[str, Callable[[], Any]] = {
     "spec = 'NoneType': is no MoESpec": lambda: experts_of(spec=None),
     "weights = 'NoneType': is no ExpertWeights": lambda: experts_of(weights=None),
+    "spec.weights_on_input = True: weights multiply what comes out": lambda: experts_of(
+        spec=PLAIN.with_changes(top_k=1, weights_on_input=True)),
+    "spec.token_gate = True: no gate is computed here": lambda: experts_of(
+        spec=(gated := PLAIN.with_changes(num_experts=1, top_k=1, token_gate=True)), weights=random_weights(gated, 0)),
     "held = [0, 0, 1, 2, 3, 4, 5, 6]: must give each slot": lambda: experts_of(held=[0, 0, 1, 2, 3, 4, 5, 6], ids=8),
     "held = [0, 1]: must give each slot": lambda: experts_of(held=[0, 1], ids=8),
     "held = [-1, 1, 2, 3, 4, 5, 6, 7]: must": lambda: experts_of(held=[-1, 1, 2, 3, 4, 5, 6, 7], ids=8),

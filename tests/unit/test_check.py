@@ -23,6 +23,8 @@ from moe_dist.engine.layer import MoELayer
 from moe_dist.runtime.context import RankContext
 
 SHARED = SPEC.with_changes(shared_experts="replicated", shared_intermediate=128)
+ON_INPUT = SPEC.with_changes(top_k=1, weights_on_input=True)
+BIASED = SPEC.with_changes(quant="none", activation="swigluoai", expert_bias=True)
 
 
 def alone(tokens: int = 20, **changes):
@@ -101,7 +103,9 @@ def test_sums_are_gathered_piece_by_piece(monkeypatch):
 
 class TestStepsThatDoNotCompute:
     @pytest.mark.parametrize("tokens", [1, 2, 20])
-    @pytest.mark.parametrize("model", [SPEC, SHARED, SPEC.with_changes(quant="fp8_tensor_dynamic")], ids=str)
+    @pytest.mark.parametrize(
+        "model", [SPEC, SHARED, SPEC.with_changes(quant="fp8_tensor_dynamic"), ON_INPUT, BIASED], ids=str
+    )
     def test_right_ones_pass(self, model, tokens):
         row = row_of(alone(tokens, model=model), of=2)
         assert row.ok is True
@@ -109,7 +113,7 @@ class TestStepsThatDoNotCompute:
         assert row.err_repeat == 0.0
 
     @pytest.mark.parametrize("tokens", [1, 2, 20])
-    @pytest.mark.parametrize("model", [SPEC, SHARED], ids=["routed", "shared"])
+    @pytest.mark.parametrize("model", [SPEC, SHARED, ON_INPUT], ids=["routed", "shared", "on input"])
     def test_the_first_output_for_ever(self, model, tokens, monkeypatch):
         forward = MoELayer.forward
 

@@ -495,6 +495,23 @@ def test_what_is_left_over_missing_or_turned_in_llama4(tmp_path: Path) -> None:
         load_layer(make_checkpoint(tmp_path / "whole", **sizes), LAYER, shared_experts="tp")
 
 
+def test_a_vision_model_s_layers_are_none_of_the_text_model_s(made: Any, tmp_path: Path) -> None:
+    """Llama 4's have the same numbers, and an MLP each. A text model by itself has none beside it."""
+
+    def with_vision(family: str) -> Path:
+        directory = make_checkpoint(tmp_path / family, model_type=family, quant="none", **sizes_of(family))
+        return edit(directory, None, lambda tensors: tensors | {
+            f"vision_model.model.layers.{layer}.{name}": torch.ones(2)
+            for layer in range(3) for name in ("mlp.fc1.weight", "mlp.fc1.bias", "self_attn.q_proj.weight")
+        })  # fmt: skip
+
+    x, directory = X.bfloat16(), with_vision("llama4")
+    assert check_layer(directory, LAYER, shared=True).spec.num_experts == E
+    assert torch.equal(load_layer(directory, LAYER)(x), load_layer(made("llama4"), LAYER)(x))
+    with pytest.raises(CheckpointError, match=r"nothing here reads: vision_model\.model\.layers\.1\.mlp"):
+        check_layer(with_vision("llama4_text"), LAYER)
+
+
 def test_llama4_is_quantized_when_it_is_loaded_and_written_anew(made: Any, tmp_path: Path) -> None:
     bf16 = made("llama4")
     wanted = load_layer(bf16, LAYER)(X.bfloat16()).float()

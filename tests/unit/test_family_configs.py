@@ -234,7 +234,7 @@ def test_which_layers_hold_experts(tmp_path: Path) -> None:
 
 TEXT = QWEN3_VL["text_config"]
 REFUSALS = [
-    (scout(num_experts_per_tok=2), "num_experts_per_tok 2 .*one expert a token.*supported: 1"),
+    (scout(num_experts_per_tok=2), r"num_experts_per_tok 2 .*one expert a token.*supported: 1\)"),
     (scout(hidden_act="gelu"), "hidden_act 'gelu'.*supported: silu"),
     (scout(norm_topk_prob=True), "norm_topk_prob True"),
     (scout(num_experts=8), "num_experts 8"),

@@ -77,6 +77,10 @@ def test_a_gated_shared_expert_is_whole_on_every_rank():
     assert spec.with_changes(shared_experts="replicated").shared_spec().token_gate
     with pytest.raises(UnsupportedError, match=r"model\.shared_experts.*sigmoid of the token.*none, replicated"):
         spec.with_changes(shared_experts="tp")
+    with pytest.raises(
+        ConfigError, match=r"model\.shared_gate = True: .*shared_intermediate\) there is none.*legal: False"
+    ):
+        spec.with_changes(shared_intermediate=0)
 
 
 def test_weights_on_inputs_go_with_one_expert_a_token():

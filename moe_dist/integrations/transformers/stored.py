@@ -15,6 +15,8 @@ from moe_dist.integrations.transformers.forms import Form
 from moe_dist.model.spec import MoESpec, QuantKind
 from moe_dist.model.weights import ExpertWeights
 
+SAME = ("hidden", "intermediate", "num_experts", "activation", "expert_bias", "dtype")  # of a module and its layer
+
 
 class StoredExperts:
     """Of the modules `names`, in the order of their layers. `quant`: the format that bf16 experts get. Raises
@@ -31,8 +33,17 @@ class StoredExperts:
         self._layers = dict(zip(names, layers, strict=True))
 
     def spec(self, name: str, form: Form, top_k: int) -> MoESpec:
-        """The layer of this module in the format that is stored, or that it gets."""
-        return form.spec(name, top_k, quant=layer_spec(self._opened, self._layers[name], self._quant).quant)
+        """The layer of this module in the format that is stored, or that it gets. Raises ConfigError where the module
+        holds experts of another form: found later, it would leave a model of which a part is replaced."""
+        layer = self._layers[name]
+        stored, module = layer_spec(self._opened, layer, self._quant), form.spec(name, top_k)
+        for key in SAME:
+            found, wanted = getattr(stored, key), getattr(module, key)
+            if found != wanted:
+                rule = f"layer {layer} has {key} {found!r}, and {name} has {wanted!r}"
+                legal = "the folder that the model was loaded from, in the dtype that is stored there"
+                raise ConfigError("checkpoint", str(self._opened.directory), rule, legal)
+        return form.spec(name, top_k, quant=stored.quant)
 
     def shard(self, name: str, plan: Plan, rank: int, device: torch.device) -> ExpertWeights:
         """What `rank` holds of it. Raises as load_shard."""
