@@ -321,6 +321,7 @@ class TestWithRanks:
         assert next(line for line in found.out.splitlines() if "single" in line).rstrip(" │").endswith("NO")
         assert "1 of 1 row is out of tolerance." in found.out
 
+    @pytest.mark.slow
     def test_a_placement_that_balance_made(self, command, tmp_path: Path):
         workload = ["--model", "tiny", "--device", "cpu", "worlds=[2]", "exchanges=[ag_rs]", "tokens=[64]"]
         plain = command("balance", "--model", "tiny", "--ep", "2", "--tokens", "64", "--out", tmp_path / "moved")

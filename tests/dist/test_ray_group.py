@@ -220,7 +220,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the others show nearly a
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        ("raise", r"ValueError: on purpose$"),
+        slow("raise", r"ValueError: on purpose$"),
         slow("return", r"returned after 20 collectives" + WAITS),
         ("SIGKILL", r"its process died of SIGKILL; where nobody sent it, the kernel did, because memory ran out" + LOG),
         slow("exit", r"its process died with exit code 7" + LOG),
@@ -251,7 +251,7 @@ def test_a_failure_is_told_as_it_was(how: str, cause: str, capfd: pytest.Capture
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        ("interrupt", "KeyboardInterrupt"),
+        slow("interrupt", "KeyboardInterrupt"),
         pytest.param(
             "speechless", "Speechless (its message can't be shown: __str__ raised RuntimeError)", marks=pytest.mark.slow
         ),

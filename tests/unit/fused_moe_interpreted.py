@@ -373,7 +373,7 @@ def check_prepared(slots: Tensor, experts: int, bm: int, together: bool | None =
 
 @pytest.mark.parametrize("together", [True, False])
 class TestPrepare:
-    @pytest.mark.parametrize(("most", "draws"), [(60, 10), (6000, 4)])  # some thousand pairs are read at once
+    @pytest.mark.parametrize(("most", "draws"), [(60, 10), slow(6000, 4)])  # some thousand pairs are read at once
     def test_random_slots(self, together, most, draws):
         for _ in range(draws):
             experts, top_k, rows = (int(torch.randint(1, limit, ())) for limit in (9, 5, most))
@@ -551,7 +551,7 @@ def test_weighted_sum_of_every_row_by_routes():
     ("quant", "changes"),
     [
         slow("fp8_block", {}), ("fp8_block", {"twice": True, "span": 2}), slow("fp8_block", {"span": 3}),
-        ("fp8_block", {"split_k": 2}), slow("fp8_block", {"bn2": 64}), ("fp8_channel", {"span": 3}),
+        slow("fp8_block", {"split_k": 2}), slow("fp8_block", {"bn2": 64}), ("fp8_channel", {"span": 3}),
         slow("fp8_tensor_static", {"split_k": 2}), slow("none", {"twice": True, "span": 2}),
     ],
 )  # fmt: skip
@@ -636,7 +636,10 @@ class TestPadded:
 
     @pytest.mark.parametrize(
         ("rows", "activation", "quantized"),
-        [(1, "geglu", False), (42, "swiglu", True), (42, "relu2", False), (90, "swiglu", False), (90, "relu2", True)],
+        [
+            (1, "geglu", False), (42, "swiglu", True), (42, "relu2", False), (90, "swiglu", False),
+            slow(90, "relu2", True),
+        ],
     )  # fmt: skip
     def test_against_the_oracle(self, activation, quantized, rows):
         case = problem(rows=rows, hidden=256, width=384, activation=activation)
