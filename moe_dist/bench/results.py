@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite
@@ -22,7 +22,14 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.findings import GroupResult
 from moe_dist.bench.identity import case_key, code_digest
-from moe_dist.bench.roofline import balanced_floor_us, floor_us, rank_flops, rank_weight_bytes
+from moe_dist.bench.roofline import (
+    Beside,
+    balanced_floor_us,
+    floor_us,
+    of_shared,
+    rank_flops,
+    rank_weight_bytes,
+)
 from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, Refused, Row
 from moe_dist.bench.tolerance import within_tolerance
 from moe_dist.engine.plan import Plan
@@ -31,7 +38,7 @@ from moe_dist.messages.notices import with_ranks
 from moe_dist.model.placement import imbalance
 from moe_dist.peers import PEERS
 from moe_dist.workloads.skew_names import skew_label
-from moe_dist.workloads.token_splits import most_tokens
+from moe_dist.workloads.token_splits import most_tokens, token_bounds
 
 
 @dataclass
@@ -90,9 +97,11 @@ def make_row(
     steps = [found.by_layer[first : first + case.layers] for first in range(0, len(found.by_layer), case.layers)]
     times = _times(found, case.layers, len(steps))
     pairs = sum(found.rows_per_rank) // placement.tp // len(found.by_layer)
+    beside = _beside(case, plan)
 
     def floor(of: Callable[..., float | None]) -> float | None:
-        return _middle([_sum([of(spec, placement, *layer, plan.machine.name) for layer in layers]) for layers in steps])
+        device = plan.machine.name
+        return _middle([_sum([of(spec, placement, *layer, device, beside) for layer in layers]) for layers in steps])
 
     computes = None if case.peer is None else PEERS.get(case.peer)
     backend = BACKENDS.get(plan.backend)
@@ -117,7 +126,7 @@ def make_row(
         max_memory=found.max_memory,
         chosen_by=case.chosen_by,
         why=plan.choice().why or None,
-        **_rates(plan, steps, None if computes else found.bytes_sent, times["p50_us"]),
+        **_rates(plan, steps, beside, None if computes else found.bytes_sent, times["p50_us"]),
         ok=within_tolerance(
             found.errors,
             spec,
@@ -155,6 +164,15 @@ def _asked(case: Case, plan: Plan) -> dict[str, Any]:
         "skew": skew_label(work.skew, work.trace),
         "seed": work.seed,
     }
+
+
+def _beside(case: Case, plan: Plan) -> list[Beside]:
+    """The shared expert's work, by rank."""
+    world, work = plan.placement.world, case.workload
+    own = [work.tokens] * world
+    if plan.token_layout == "sharded":
+        own = [stop - start for start, stop in token_bounds(work.tokens, world, work.token_split, work.seed)]
+    return of_shared(plan.spec, plan.parallel, work.tokens, own)
 
 
 def _times(found: GroupResult, layers: int, routings: int) -> dict[str, Any]:
@@ -207,9 +225,11 @@ def _imbalance(by_layer: list[list[int]]) -> float:
     return sum(imbalance(rows) * sum(rows) for rows in by_layer) / total if total else 1.0
 
 
-def _rates(plan: Plan, steps: list[list[Layer]], bytes_sent: int | None, p50: float | None) -> dict[str, Any]:
+def _rates(
+    plan: Plan, steps: list[list[Layer]], beside: Sequence[Beside], bytes_sent: int | None, p50: float | None
+) -> dict[str, Any]:
     """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent (None: not counted).
-    `steps`: of each routing its layers."""
+    `steps`: of each routing its layers. `beside`: by rank, of each layer."""
     if not p50:
         return {"tflops": None, "hbm_gbps": None, "link_gbps": None}
     placement, spec = plan.placement, plan.spec
@@ -217,7 +237,10 @@ def _rates(plan: Plan, steps: list[list[Layer]], bytes_sent: int | None, p50: fl
 
     def busiest(of: Callable[..., float], which: int) -> float:
         def of_step(layers: list[Layer]) -> float:
-            return sum(max(of(spec, placement, rank, layer[which][rank]) for rank in ranks) for layer in layers)
+            return sum(
+                max(of(spec, placement, rank, layer[which][rank]) + beside[rank][which] for rank in ranks)
+                for layer in layers
+            )
 
         return quantile([of_step(layers) for layers in steps], 0.5) or 0.0
 

@@ -118,9 +118,9 @@ class Row(Result):
         description="µs, the median of each routing's iterations, where steps take several in turn; empty with one",
     )
     floor_us: Number | None = Field(
-        description="µs, least time of the busiest rank's arithmetic and weight traffic, exchange not counted, at the"
-        " peak rates measured on such a device, the median of several routings; null for a device that none were"
-        " measured on"
+        description="µs, least time of the busiest rank's arithmetic and weight traffic, those of a shared expert"
+        " included, exchange not counted, at the peak rates measured on such a device, the median of several routings;"
+        " null for a device that none were measured on"
     )
     balanced_floor_us: Number | None = Field(
         description="µs, what floor_us would be with pairs and active experts spread perfectly over the groups of"
@@ -176,10 +176,13 @@ class Row(Result):
         " `auto`"
     )
     why: str | None = Field(description="over what `auto` took them, by how much, by which record; else null")
-    tflops: Number | None = Field(description="TFLOP/s, the busiest rank's arithmetic / p50_us; null without p50_us")
-    hbm_gbps: Number | None = Field(
-        description="GB/s, bytes of the busiest rank's active experts, scales not counted, / p50_us; null without"
+    tflops: Number | None = Field(
+        description="TFLOP/s, the busiest rank's arithmetic, that of a shared expert included, / p50_us; null without"
         " p50_us"
+    )
+    hbm_gbps: Number | None = Field(
+        description="GB/s, bytes of the busiest rank's active experts, a shared one among them, scales not counted, /"
+        " p50_us; null without p50_us"
     )
     link_gbps: Number | None = Field(description="GB/s, bytes_sent / p50_us; null without p50_us, and of a peer")
     ok: bool | None = Field(

@@ -35,6 +35,7 @@ from moe_dist.step.stages import Stages, totals_us
 from moe_dist.workloads.random_weights import random_weights
 from moe_dist.workloads.skews import synthetic_routing
 from moe_dist.workloads.streams import Stream
+from moe_dist.workloads.token_splits import token_bounds
 
 CPU = Machine("cpu", 1, "a test's CPU")
 H200 = Machine("cuda", 4, "NVIDIA H200", (9, 0), 141 << 30)
@@ -309,6 +310,33 @@ class TestMakeRow:
         flops = 2.0 * SPEC.hidden * 3 * SPEC.intermediate
         assert made.floor_us == pytest.approx(1e6 * many * flops / 1422e12)
         assert made.balanced_floor_us == pytest.approx(1e6 * (many + few) / 2 * flops / 1422e12)
+
+    @pytest.mark.parametrize(
+        ("shared", "layout", "split", "tokens", "width"),
+        [
+            ("tp", "sharded", "even", (33, 33), 128),
+            ("replicated", "sharded", "even", (17, 16), 256),
+            ("replicated", "sharded", "one_rank", (33, 0), 256),
+            ("replicated", "replicated", "even", (33, 33), 256),
+        ],
+    )
+    def test_the_shared_expert_is_work_too(self, shared, layout, split, tokens, width):
+        """A slice of it for all tokens, or the whole of it for those of the rank; none where there are none."""
+        model = SPEC.with_changes(shared_experts=shared, shared_intermediate=256)
+        exchange = "ag_rs" if layout == "sharded" else "all_reduce"
+        workload = {"token_layout": layout, "token_split": split}
+        busy, idle = rank_result(rows=40, active_experts=4), rank_result(rows=26, active_experts=2)
+        chosen = case(model=model, exchange=exchange, workload=workload)
+        if split == "one_rank" and token_bounds(33, 2, split, chosen.workload.seed)[0] == (0, 0):
+            tokens = tokens[::-1]
+        made = row_of(chosen, busy, idle, machine=H200)
+        routed, slice_of_shared = 3 * SPEC.hidden * SPEC.intermediate, 3 * SPEC.hidden * width
+        traffic = [of * routed + slice_of_shared * (rows > 0) for of, rows in zip((4, 2), tokens, strict=True)]
+        flops = [2 * (pairs * routed + rows * slice_of_shared) for pairs, rows in zip((40, 26), tokens, strict=True)]
+        assert made.floor_us == pytest.approx(1e6 * max(traffic) / 4.29e12)
+        assert made.balanced_floor_us == pytest.approx(1e6 * sum(traffic) / 2 / 4.29e12)
+        assert made.hbm_gbps == pytest.approx(max(traffic) / 200.0 / 1e3)
+        assert made.tflops == pytest.approx(max(flops) / 200.0 / 1e6)
 
     def test_of_several_routings_figures_are_those_in_the_middle(self):
         """Three routings of a layer, whose iterations take them in turn."""
