@@ -19,7 +19,7 @@ from moe_dist.balance.placement_file import KEYS, KIND, placement_text, read_pla
 from moe_dist.bench.case import check_step
 from moe_dist.bench.draws import shortage
 from moe_dist.bench.output import open_output
-from moe_dist.bench.roofline import balanced_floor_us, floor_us
+from moe_dist.bench.roofline import balanced_floor_us, floor_us, of_shared
 from moe_dist.bench.table import number, plain_table, size
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import find_model
@@ -32,8 +32,9 @@ from moe_dist.messages.counts import count_of, verb
 from moe_dist.messages.printable import printable
 from moe_dist.model.placement import Placement
 from moe_dist.model.routing import Routing
-from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec
+from moe_dist.model.spec import MoESpec, ParallelSpec, WorkloadSpec, split_bounds
 from moe_dist.simulate.calibration import Calibration, calibration
+from moe_dist.simulate.cost import left_out
 from moe_dist.simulate.gain import EXCHANGE, Change, Gain, Sweep, steps_to_pay
 from moe_dist.workloads.skew_names import drawn_skew
 from moe_dist.workloads.skews import synthetic_routing
@@ -144,7 +145,7 @@ def _predicted(
         move_gbps=gbps,
         steps_to_pay=steps_to_pay(gain, max(change.moved_bytes()), gbps),
         from_zipf=Sweep(made.model, backend, change.spec, change.before, redundant, routing.tokens).break_even(),
-        beyond=made.model.beyond(change.work(routing, routing.tokens)[0]),
+        beyond=made.model.beyond(change.work(routing, routing.tokens)[0]) + left_out(change.spec),
         made=made,
     )
 
@@ -159,14 +160,16 @@ def _older(path: Path) -> str:
     return "an earlier placement"
 
 
-def _floors(change: Change, loads: Sequence[RankLoads]) -> dict[str, float | None]:
+def _floors(change: Change, loads: Sequence[RankLoads], tokens: int) -> dict[str, float | None]:
     """µs, on the one device whose peaks are known: before, after, and with the experts of before spread perfectly."""
     spec, (first, second) = change.spec, change.placements
     given = [(each.pairs, each.active) for each in loads]
+    own = [stop - start for start, stop in split_bounds(tokens, first.world)]
+    beside = of_shared(spec, change.before, tokens, own)
     return {
-        "before": floor_us(spec, first, *given[0], DEVICE),
-        "after": floor_us(spec, second, *given[1], DEVICE),
-        "perfect": balanced_floor_us(spec, first, *given[0], DEVICE),
+        "before": floor_us(spec, first, *given[0], DEVICE, beside),
+        "after": floor_us(spec, second, *given[1], DEVICE, beside),
+        "perfect": balanced_floor_us(spec, first, *given[0], DEVICE, beside),
     }
 
 
@@ -187,7 +190,7 @@ def _document(
             name: {"pairs": each.pairs, "active_experts": each.active, "imbalance": each.imbalance}
             for name, each in zip(("before", "after"), loads, strict=True)
         },
-        "floor_us": _floors(change, loads) | {"gpu": DEVICE},
+        "floor_us": _floors(change, loads, routing.tokens) | {"gpu": DEVICE},
         "moved_bytes": change.moved_bytes(),
         "predicted": None,
     }
@@ -212,7 +215,7 @@ def print_balance(
     console.print(
         f"Imbalance, most pairs of a rank over the mean: {first.imbalance:.2f} before, {second.imbalance:.2f} after."
     )
-    floors = {name: number(us) for name, us in _floors(change, loads).items()}
+    floors = {name: number(us) for name, us in _floors(change, loads, routing.tokens).items()}
     console.print(
         f"Floor of the busiest rank on {DEVICE}: {floors['before']} µs before, {floors['after']} after,"
         f" {floors['perfect']} with perfect balance and no copies."

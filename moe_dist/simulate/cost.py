@@ -12,6 +12,7 @@ from moe_dist.bench.peaks import PEAKS, Peaks
 from moe_dist.engine.ties import explained_us
 from moe_dist.errors import ConfigError, UnsupportedError
 from moe_dist.messages.counts import count_of
+from moe_dist.model.spec import MoESpec
 from moe_dist.simulate.measured import Measured
 from moe_dist.simulate.work import Work
 
@@ -86,6 +87,13 @@ class CostModel:
             if not least <= value <= most:
                 found.append(f"{value:,.0f} {text} (measured: {least:,.0f} to {most:,.0f})")
         return found
+
+
+def left_out(spec: MoESpec) -> list[str]:
+    """What a step has that the model knows nothing of, as `CostModel.beyond` says it."""
+    if spec.shared_experts == "none":
+        return []
+    return ["a shared expert, whose time is left out (measured: none)"]
 
 
 def calibrated(rows: Sequence[Measured]) -> CostModel:

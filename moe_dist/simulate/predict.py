@@ -16,7 +16,7 @@ from moe_dist.messages.counts import count_of
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec, ParallelSpec, split_bounds
 from moe_dist.simulate.cluster import Cluster
-from moe_dist.simulate.cost import CostModel
+from moe_dist.simulate.cost import CostModel, left_out
 from moe_dist.simulate.work import Work, even_bytes, padded_bytes, row_bytes, work_of
 from moe_dist.workloads.skews import synthetic_routing
 
@@ -116,7 +116,7 @@ def _predicted(model: CostModel, cluster: Cluster, plan: Plan, loads: RankLoads,
         predicted_local_us=local_us,
         predicted_exchange_us=exchange_us,
         imbalance=loads.imbalance,
-        beyond=_beyond(model, cluster, work),
+        beyond=_beyond(model, cluster, work) + left_out(plan.spec),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from moe_dist.balance.balancer import balanced
 from moe_dist.balance.loads import expert_loads
 from moe_dist.balance.placement_file import read_placement
+from moe_dist.bench.peaks import PEAKS
 from moe_dist.commands.cli import main
 from moe_dist.commands.config import find_model
 from moe_dist.model.placement import Placement
@@ -108,6 +109,18 @@ class TestBalance:
         assert predicted["steps_to_pay"] >= moved_us / predicted["gain_us"] > predicted["steps_to_pay"] - 1
         assert predicted["calibration"]["held_out"]["files"]["median"] > 0
         assert ParallelSpec(**found["parallel"]).label == found["placement"]
+
+    def test_a_shared_expert_is_in_the_floor_and_in_no_prediction(self, said, tmp_path):
+        path, floors = tmp_path / "m.yaml", {}
+        for shared in ("none", "replicated"):
+            model = V3.with_changes(shared_experts=shared, shared_intermediate=2048)
+            path.write_text(json.dumps(model.model_dump(mode="json")))
+            found = json.loads(said("balance", "--model", path, "--tokens", "8192", "--json"))
+            floors[shared], beyond = found["floor_us"], found["predicted"]["beyond"]
+        assert beyond == ["a shared expert, whose time is left out (measured: none)"]
+        least = 1e6 * 2048 * 2 * 3 * 7168 * 2048 / PEAKS["NVIDIA H200"].fp8_flops  # of a rank's 2,048 tokens
+        for name in ("before", "after", "perfect"):
+            assert floors["replicated"][name] == pytest.approx(floors["none"][name] + least)
 
     def test_a_format_that_was_not_measured(self, said):
         text = " ".join(said("balance", "--model", "Mixtral-8x7B", "--ep", "2", "--tokens", "64").split())

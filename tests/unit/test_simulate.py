@@ -273,6 +273,13 @@ class TestPredictions:
         )  # fmt: skip
         assert found.predicted_us == pytest.approx(measured, rel=0.3)
 
+    def test_what_a_shared_expert_takes_is_said_to_be_left_out(self, recorded):
+        """No measured row has one."""
+        spec = find_model("DeepSeek-V3").with_changes(shared_experts="replicated", shared_intermediate=2048)
+        wanted = Wanted(spec, ("ep",), ("ag_rs",), ("cutlass",), (2048,))
+        (found,), _ = predictions(recorded, Cluster.named("h200x4", None), wanted)
+        assert found.beyond == ["a shared expert, whose time is left out (measured: none)"]
+
     def test_a_busy_rank_takes_longer(self, recorded):
         cluster, spec = Cluster.named("h200x4", None), find_model("DeepSeek-V3")
         times = [
