@@ -14,13 +14,21 @@ from typing import Any, NamedTuple
 from make_tables import FOLDER
 from score_auto import RULES, by_records, scores, summary
 
+from moe_dist.balance.balancer import balanced
+from moe_dist.balance.loads import expert_loads
+from moe_dist.commands.config import find_model
 from moe_dist.engine.records import read_record
 from moe_dist.engine.ties import explained_us
+from moe_dist.model.spec import ParallelSpec
 from moe_dist.report.formats import markdown_table
+from moe_dist.simulate.calibration import calibration
+from moe_dist.simulate.gain import EXCHANGE, Change, Sweep, steps_to_pay
+from moe_dist.workloads.skews import synthetic_routing
 
 TARGET = FOLDER.parent / "docs" / "choosing.md"
 RECORDED, RUN = "2026-11-22-h200x2-backends.json", "2026-11-27-h200x2-backends.json"  # two runs of one sweep
 LOCAL = "2026-11-22-h200-local.json"
+PER_RANK, SKEW, BACKEND, COPIES = (8, 128, 2048, 8192), "zipf:1.2", "cutlass", 16  # of rearranged steps
 Row = dict[str, Any]
 
 HEAD = """# Choosing: TP or EP, which exchange, which backend
@@ -56,20 +64,9 @@ TAIL = """## What would change these answers
 - **Newer code.** Each table says its commit; what was measured once is not measured again for every change.
 
 ## When to rearrange experts (predicted)
+"""
 
-DeepSeek-V3, EP4 on H200s with `ag_rs` and `cutlass`, predicted from the recorded rows (28 November 2026,
-`moe-dist balance --model DeepSeek-V3 --ep 4 --backend cutlass --skew zipf:1.2 --tokens N`, and `--redundant 16`); no
-rearranged step was measured on GPUs yet. µs of the step of zipf:1.2 that the placement was made for; after how many
-steps the gain has paid for moving 0.7 to 2.1 GiB of weights to a rank at 229 GB/s; the exponent from which a
-measurement would show a gain on later tokens.
-
-| tokens a rank | busiest rank, pairs over the mean | before | rearranged | with 16 copies | steps that pay | from |
-|---|---|---|---|---|---|---|
-| 8 | 1.45 | 309 | 298 | 327 | 301 | none up to zipf:2 |
-| 128 | 1.46 | 830 | 789 | 818 | 228 | zipf:1.1 |
-| 2,048 | 1.46 | 2,891 | 2,380 | 2,419 | 20 | zipf:0.5 |
-| 8,192 | 1.46 | 9,445 | 7,445 | 7,479 | 5 | zipf:0.5 |
-
+OF_REARRANGED = """\
 At decode the weights of active experts are the step, and even pairs hardly change them. Copies are weights to read too:
 by the model they pay where one expert alone has more pairs than a rank's share, and not for zipf:1.2 over 256 experts.
 """
@@ -129,7 +126,7 @@ def page() -> str:
     parts = [HEAD]
     for question in QUESTIONS:
         parts += [f"## {question.title}", "", question.words, "", *answered(question, documents)]
-    parts += [*of_rules(), OF_LOCAL, *of_shares(documents[LOCAL]), TAIL]
+    parts += [*of_rules(), OF_LOCAL, *of_shares(documents[LOCAL]), TAIL, *rearranged(), OF_REARRANGED]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -243,6 +240,43 @@ def share(row: Row | None, fastest: float) -> str:
         return "-"
     text = f"{row['p50_us']:,.0f} ({row['ratio']:.2f})"
     return f"**{text}**" if row["p50_us"] == fastest else text
+
+
+def rearranged() -> Iterator[str]:
+    """What `moe-dist balance` predicts of steps of several sizes."""
+    spec, grid, model = find_model("DeepSeek-V3"), ParallelSpec(ep=4), calibration(None).model
+    lines, moved = [], []
+    gbps = model.link(EXCHANGE).gbps or 0.0
+    for tokens in PER_RANK:
+        routing = synthetic_routing(spec, tokens * grid.world, SKEW, 0)
+        loads = expert_loads(routing, spec.num_experts)
+        plain, copied = (Change(spec, grid, balanced(loads, grid, copies)) for copies in (0, COPIES))
+        gain, with_copies = (each.gain(model, BACKEND, routing, routing.tokens) for each in (plain, copied))
+        moved.append(max(plain.moved_bytes()))
+        steps = steps_to_pay(gain, moved[-1], gbps)
+        seen = Sweep(model, BACKEND, spec, grid, 0, routing.tokens).break_even()
+        times = (f"{us:,.0f}" for us in (gain.before_us, gain.after_us, with_copies.after_us))
+        since = "none up to zipf:2" if seen is None else f"zipf:{seen:g}"
+        lines.append(
+            [
+                f"{tokens:,}",
+                f"{plain.loads(routing)[0].imbalance:.2f}",
+                *times,
+                "-" if steps is None else f"{steps:,}",
+                since,
+            ]
+        )
+    least, most = (f"{size / 2**30:.1f}" for size in (min(moved), max(moved)))
+    yield f"""\
+DeepSeek-V3, EP4 on H200s with `{EXCHANGE}` and `{BACKEND}`, predicted from the recorded rows by
+`moe-dist balance --model DeepSeek-V3 --ep 4 --backend {BACKEND} --skew {SKEW} --tokens N`, and with
+`--redundant {COPIES}`; no rearranged step was measured on GPUs yet. µs of the step of {SKEW} that the placement
+was made for; after how many steps the gain has paid for moving {least} to {most} GiB of weights to a rank at
+{gbps:,.0f} GB/s; the exponent from which a measurement would show a gain on later tokens.
+"""
+    head = ["tokens a rank", "busiest rank, pairs over the mean", "before", "rearranged", f"with {COPIES} copies"]
+    yield from markdown_table([*head, "steps that pay", "from"], lines)
+    yield ""
 
 
 if __name__ == "__main__":

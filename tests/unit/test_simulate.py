@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from math import comb
@@ -182,8 +183,14 @@ class TestModel:
         ]  # fmt: skip
 
     def test_recorded_rows_that_were_held_out(self):
-        """Loose bounds: what is said in docs/measuring.md is what this gives."""
+        """docs/measuring.md says what this gives."""
         found = calibration(None).held_out
+        said = " ".join((RECORDED.parent / "docs" / "measuring.md").read_text().split())
+        middle = "{:.0f} %, {:.0f} % and {:.0f} %".format(*(100 * (each.median or 0) for each in found.values()))
+        worst = "{:.0f} %, {:.0f} % and {:.0f} %".format(*(100 * (each.worst or 0) for each in found.values()))
+        rows, unknown = found["files"].rows, found["numbers of GPUs"].unknown
+        assert f"({rows} rows) give a median of {middle}, and a worst row of {worst}." in said
+        assert f"says nothing of them ({unknown} rows)" in said
         assert found["files"].median is not None
         assert found["files"].median < 0.10
         assert found["numbers of GPUs"].median is not None
@@ -203,10 +210,13 @@ class TestModel:
         names = ("placement", "backend", "tokens_per_rank", "skew")
         rows = {tuple(row[name] for name in names): each
                 for row, each in zip(document, read_measured([str(TWO)])[0], strict=True)}  # fmt: skip
+        said = (RECORDED.parent / "docs" / "measuring.md").read_text()
+        (first, last), *_ = re.findall(r"predicted at (\S+) to (\S+) of the measured difference", said)
         for tokens in (2048, 8192):
             even, busy = (rows["EP2", backend, tokens, skew] for skew in ("uniform", "zipf:1.2"))
             predicted = model.local_us(backend, busy.work) - model.local_us(backend, even.work)
             assert least < predicted / (busy.p50_us - even.p50_us) < most
+            assert float(first) <= round(predicted / (busy.p50_us - even.p50_us), 2) <= float(last)
 
 
 class TestCluster:
