@@ -21,7 +21,8 @@ FAMILIES = ("TP", "EP", "TPxEP", "single", "EP map", "TPxEP map")
 @dataclass(frozen=True)
 class Crossing:
     """Where the lines of the best TP and the best EP rows cross, between two measured steps. `tokens`: of the whole
-    step, interpolated between logarithms. `decided`: neither of the two steps is a tie."""
+    step, interpolated between logarithms; where both take equally long in steps between the two, in their middle.
+    `decided`: no step from the one to the other is a tie."""
 
     tokens: float
     between: tuple[int, int]
@@ -68,14 +69,16 @@ class Setup:
     def crossings(self) -> list[Crossing]:
         steps = [{family(row): row for row in answer.best} for answer in self.answers]
         pairs = [(step["TP"], step["EP"]) for step in steps if "TP" in step and "EP" in step]
+        gaps = [log(speed(tp) / speed(ep)) for tp, ep in pairs]
         found = []
-        for (tp, ep), (next_tp, next_ep) in pairwise(pairs):
-            gap, next_gap = log(speed(tp) / speed(ep)), log(speed(next_tp) / speed(next_ep))
-            if gap * next_gap < 0:
-                ends = (tp.global_tokens, next_tp.global_tokens)
-                way = gap / (gap - next_gap)
-                at = exp(log(ends[0]) + way * (log(ends[1]) - log(ends[0])))
-                found.append(Crossing(at, ends, not tied(tp, ep) and not tied(next_tp, next_ep)))
+        for one, other in pairwise(place for place, gap in enumerate(gaps) if gap):  # between them times are equal
+            if gaps[one] * gaps[other] < 0:
+                steps_of = [tp.global_tokens for tp, _ in pairs[one : other + 1]]
+                first, last = (steps_of[0], steps_of[-1]) if other == one + 1 else (steps_of[1], steps_of[-2])
+                way = gaps[one] / (gaps[one] - gaps[other]) if other == one + 1 else 0.5
+                at = exp(log(first) + way * (log(last) - log(first)))
+                decided = not any(tied(tp, ep) for tp, ep in pairs[one : other + 1])
+                found.append(Crossing(at, (steps_of[0], steps_of[-1]), decided))
         return found
 
 

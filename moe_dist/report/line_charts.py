@@ -46,7 +46,7 @@ def latency(setup: Setup) -> Figure | None:
 def _crossing_note(crossing: Crossing) -> str:
     first, second = crossing.between
     said = f"The lines cross at about {crossing.tokens:,.0f} tokens, interpolated between {first:,} and {second:,}."
-    return said if crossing.decided else f"{said} This is not claimed: one of the two steps is a tie at least."
+    return said if crossing.decided else f"{said} This is not claimed: one of these steps is a tie at least."
 
 
 def over_floor(setup: Setup) -> Figure | None:
