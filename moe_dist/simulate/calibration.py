@@ -56,10 +56,10 @@ class Calibration:
             for name, found in self.held_out.items()
             if found.median is not None
         ]
-        others = f"{count_of(self.others, 'other row')} {verb(self.others, 'are')}"
+        others = f"{count_of(self.others, 'other row')} {verb(self.others, 'are')} left out"
         of = count_of(len(self.files), "file")
         return [
-            f"Calibrated on {count_of(self.rows, 'measured row')} of {of}; {others} no whole layer in a graph.",
+            f"Calibrated on {count_of(self.rows, 'measured row')} of {of}; {others}.",
             f"Error on held-out rows, median and worst: {', '.join(errors) or 'not known, too few rows'}.",
         ]
 
