@@ -16,12 +16,14 @@ from moe_dist.messages.counts import count_of
 from moe_dist.messages.printable import printable
 from moe_dist.model.spec import MAPPED
 
+UNCLAIMED = "nothing claimed"
+
 
 @dataclass(frozen=True)
 class Answer:
     """Of rows that may be compared. `best`: the fastest of each family, the fastest family first. `tie`: scatter
-    explains its lead. `peers`: the fastest of each other package, which compete with nobody: an answer is about what
-    can be run here."""
+    explains its lead, or is not known. `peers`: the fastest of each other package, which compete with nobody: an answer
+    is about what can be run here."""
 
     best: list[Row]
     tie: bool
@@ -29,7 +31,9 @@ class Answer:
 
     @property
     def family(self) -> str:
-        return "a tie" if self.tie else family(self.best[0])
+        if self.tie:
+            return "a tie" if scatters(*self.best[:2]) else UNCLAIMED
+        return family(self.best[0])
 
 
 def answers(rows: Iterable[Row]) -> list[Answer]:
@@ -69,6 +73,16 @@ def tied(first: Row, second: Row) -> bool:
     return abs(times[1] - times[0]) <= explained_us(times, (first.scatter_us, second.scatter_us), together)
 
 
+def scatters(*rows: Row) -> bool:
+    """Whether it is known of all of them, so that a tie can be told."""
+    return all(row.scatter_us is not None for row in rows)
+
+
+def tie_of(first: Row, row: Row) -> str:
+    """What is said of a row beside the fastest one; nothing where it is slower by more than scatter explains."""
+    return "" if not tied(first, row) else "tie" if scatters(first, row) else "not claimed"
+
+
 def answer_table(found: list[Answer], width: int | None = None) -> Table | Group:
     """The best row of each placement family, by step; what differs between steps names them."""
     lines = {id(row): answer for answer in found for row in (*answer.best, *answer.peers)}
@@ -84,9 +98,10 @@ def answer_table(found: list[Answer], width: int | None = None) -> Table | Group
     def against(row: Row) -> str | Text:
         answer = lines[id(row)]
         if id(row) in firsts:
-            return Text("tie" if answer.tie else "fastest", "bold")
+            said = tie_of(*answer.best[:2]) if answer.tie else ""
+            return Text(said or "fastest", "bold")
         times = f"{speed(row) / speed(answer.best[0]):.2f}x"
-        return times + ", tie" * tied(answer.best[0], row)
+        return ", ".join(filter(None, [times, tie_of(answer.best[0], row)]))
 
     wanted: list[Column | None] = [
         Column("model", 0, lambda row: of_step(printable(row.model), row), right=False) if several("model") else None,
@@ -128,9 +143,11 @@ def title_of(rows: list[Row]) -> str:
 def last_line(found: list[Answer]) -> str:
     """Which family won how often, in one line."""
     if not found:
-        return "Verdict: nothing to compare; it takes rows of two placements with equal tokens and layout."
+        return "Verdict: nothing to compare; it takes timed, right rows of two placements with equal tokens and layout."
     wins: dict[str, int] = {}
     for answer in found:
         wins[answer.family] = wins.get(answer.family, 0) + 1
-    parts = [f"{name}{' fastest' * (name != 'a tie')} in {count}" for name, count in sorted(wins.items())]
+    parts = [
+        f"{name}{' fastest' * (name not in ('a tie', UNCLAIMED))} in {count}" for name, count in sorted(wins.items())
+    ]
     return f"Verdict: {count_of(len(found), 'comparison')}: " + ", ".join(parts) + "."

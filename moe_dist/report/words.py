@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moe_dist.bench.answer import Answer, last_line, tied
+from moe_dist.bench.answer import Answer, last_line, scatters, tie_of
 from moe_dist.bench.row import Row
 from moe_dist.bench.table import number, speed, stack_of, times_floor
 from moe_dist.messages.counts import count_of
@@ -47,7 +47,7 @@ def verdict(answer: Answer) -> tuple[str, str]:
     behind = "; ".join(f"{name_of(row)} takes {timed(row)}, {ratio(row, first)[:-1]} times as long" for row in others)
     if not answer.tie:
         return f"{name_of(first)} is fastest: {timed(first)}.", f"{behind}."
-    if _scatters(first, others[0]):
+    if scatters(first, others[0]):
         return "A tie: scatter explains the difference.", f"{name_of(first)} takes {timed(first)}; {behind}."
     claim = "No winner is claimed: the scatter of these rows is not known."
     return claim, f"{name_of(first)} takes {timed(first)}; {behind}."
@@ -56,10 +56,10 @@ def verdict(answer: Answer) -> tuple[str, str]:
 def summary(found: Sequence[Setup]) -> str:
     """The last line of `compare`, and what it can't say of older files."""
     of_all = [answer for setup in found for answer in setup.answers]
-    blind = sum(answer.tie and not _scatters(*answer.best[:2]) for answer in of_all)
+    blind = any(answer.tie and not scatters(*answer.best[:2]) for answer in of_all)
     said = [last_line(of_all)]
     if blind:
-        said.append(f"In {blind} of them nothing is claimed: the scatter of their rows is not known.")
+        said.append("Nothing is claimed where the scatter of rows is not known.")
     if of_all and not found[0].file.machine.get("gpu"):
         said.append("CPU times say nothing about GPUs.")
     if not all(setup.whole for setup in found):
@@ -104,21 +104,13 @@ def beside(rows: Sequence[Row]) -> list[str]:
             return _against(row, first)
         if len(ranked) == 1:
             return "the only valid one"
-        return {"": "fastest", "tie": "tie"}.get(_tie(first, ranked[1]), "fastest, not claimed")
+        return {"": "fastest", "tie": "tie"}.get(tie_of(first, ranked[1]), "fastest, not claimed")
 
     return [said(row) for row in rows]
 
 
 def _against(row: Row, first: Row) -> str:
-    return ", ".join(filter(None, [ratio(row, first), _tie(first, row)]))
-
-
-def _tie(first: Row, row: Row) -> str:
-    return "" if not tied(first, row) else "tie" if _scatters(first, row) else "not claimed"
-
-
-def _scatters(*rows: Row) -> bool:
-    return all(row.scatter_us is not None for row in rows)
+    return ", ".join(filter(None, [ratio(row, first), tie_of(first, row)]))
 
 
 def checked(row: Row) -> str:

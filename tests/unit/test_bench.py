@@ -634,9 +634,14 @@ class TestVerdict:
         (answer,) = answers(rows)
         assert answer.tie is tie
         assert answer.best[0].placement == "EP2"
-        assert ("a tie in 1" in last_line([answer])) is tie
+        known = None not in scatters  # else nothing is claimed, a tie neither
+        assert ("a tie in 1" in last_line([answer])) is (tie and known)
+        assert ("nothing claimed in 1" in last_line([answer])) is not known
         assert ("EP fastest in 1" in last_line([answer])) is not tie
-        assert printed(answer_table([answer])).splitlines()[-2].split()[-1] == ("tie" if tie else "fastest")
+        first, second = printed(answer_table([answer])).splitlines()[-2:]
+        said = "fastest" if not tie else "tie" if known else "not claimed"
+        assert first.rstrip().endswith(f" {said}")
+        assert second.rstrip().endswith(f"x, {said}" if tie else "x")
 
     def test_wrong_and_untimed_rows_do_not_compete(self):
         wrong = [row(tp=2, p50=1.0, ok=False), row(ep=2, p50=100.0), row(tp=2, p50=200.0)]

@@ -68,7 +68,7 @@ class TestAnswers:
         (setup,) = read(tmp_path, document(rows))
         assert verdict(setup.answers[0])[0].startswith("No winner is claimed")
         assert beside(setup.answers[0].best) == ["fastest, not claimed", "3.00x, not claimed"]
-        assert "In 1 of them nothing is claimed" in summary([setup])
+        assert summary([setup]).startswith("Verdict: 1 comparison: nothing claimed in 1. Nothing is claimed where")
 
     @pytest.mark.parametrize("ok", [False, None])
     def test_rows_that_failed_or_were_not_checked_never_win(self, tmp_path, ok):
@@ -143,6 +143,15 @@ class TestAnswers:
         assert [crossing.decided for crossing in setup.crossings] == [False]
         (setup,) = read(tmp_path, document(rows_of([100.0, 100.0], [200.0, 200.0])))
         assert setup.crossings == []
+
+    def test_lines_cross_in_a_step_that_takes_both_equally_long(self, tmp_path):
+        (setup,) = read(tmp_path, document(rows_of([100.0, 200.0, 300.0], [150.0, 200.0, 200.0])))
+        (crossing,) = setup.crossings
+        assert crossing.tokens == pytest.approx(1024)
+        assert (crossing.between, crossing.decided) == ((64, 16384), False)
+        for times in ([100.0, 200.0, 150.0], [200.0, 100.0], [100.0, 200.0]):  # they touch there, or at an end
+            (setup,) = read(tmp_path, document(rows_of(times, [150.0, 200.0, 200.0][: len(times)])))
+            assert len(setup.crossings) == (times == [200.0, 100.0])
 
 
 class TestFiles:
