@@ -179,7 +179,8 @@ class Signals:
         if self._pipe is not None:
             if threading.current_thread() is threading.main_thread():  # of the child: the thread that forked it
                 signal.set_wakeup_fd(-1)
-                for number in self._before:
-                    signal.signal(number, signal.SIG_DFL)
+                for number, handler in self._before.items():
+                    if handler != signal.SIG_IGN:  # what is started under nohup outlives its terminal as a whole
+                        signal.signal(number, signal.SIG_DFL)
             self._pipe = None
         self._release()
