@@ -109,6 +109,8 @@ def _start(spec: RaySpec) -> None:
         _users_own.setdefault(name, os.environ.pop(name, None))
         os.environ.pop(name, None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Else ray.init waits in C++, without an end, for a first worker that ranks may never use.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     _reread_authentication()
     folder = _short_folder()
     # Called before Ray's own, which was registered when Ray was imported; a signal may come while Ray starts, too.
