@@ -39,6 +39,11 @@ def check() -> None:
         _running.check()
 
 
+def came() -> bool:
+    """Whether one has come that ends the command that runs."""
+    return _running is not None and _running.signum is not None
+
+
 @contextmanager
 def starting(end: Callable[[], None]) -> Iterator[None]:
     """Around the start of something in C++, which Python's handlers wait for: inside, a signal ends the process after
