@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_dist.bench.lines import read_document
+from moe_dist.bench.lines import LINES_BEGIN, read_document
 from moe_dist.errors import ConfigError
 from moe_dist.files import read_small_text
 from moe_dist.messages.counts import count_of
@@ -54,7 +54,10 @@ def older_results(path: Path, field: str) -> str:
     """What they are, for the line that says that they are overwritten. ConfigError for anything else: a name that was
     mistyped must not cost a file."""
     try:
-        document = read_document(read_small_text(path, LARGEST_SEEN))
+        text = read_small_text(path, LARGEST_SEEN)
+        if text.startswith(LINES_BEGIN):  # the end of a machine may have cut the last one, which nothing is lost with
+            text = text[: text.rfind("\n") + 1]
+        document = read_document(text)
         count = len(document["rows"])
         return f"{count_of(count, 'row')} of {str(document['date'])[:40]}"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -8,6 +8,7 @@ from typing import Any
 from moe_dist.bench.row import Failed, Provenance, Refused, Result, Row
 
 KINDS: dict[type[Result], str] = {Provenance: "run", Row: "row", Refused: "refused", Failed: "failed"}
+LINES_BEGIN = '{"kind": "run"'
 LISTS = {"row": "rows", "refused": "refused", "failed": "failed"}
 
 
@@ -20,7 +21,7 @@ def line(result: Result) -> str:
 def read_document(text: str) -> Any:
     """What a results file holds, of either form. Of lines it is the last run's document as far as they tell it: keys of
     the run, and `rows`, `refused` and `failed`. Raises ValueError."""
-    if not text.startswith('{"kind": "run"'):
+    if not text.startswith(LINES_BEGIN):
         return json.loads(text)
     found: dict[str, Any] = {"rows": [], "refused": [], "failed": []}
     for entry in map(json.loads, text.splitlines()):

@@ -3,6 +3,7 @@ numbers; what has is named."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,7 +29,7 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
     yet holds nothing. Finished rows come first.
 
     Raises ConfigError for a file that this version did not write, for one of another commit, machine or version of a
-    library, and for one with a case that is none of `planned`.
+    library, and for one with a case that is none of `planned` or stands there twice.
     """
     document = _read(path)
     if document is None:
@@ -42,6 +43,10 @@ def resumed(path: str, about: Provenance, planned: Planned, runtime: str) -> tup
         some = f"{len(strangers)} of {count_of(len(measured), 'case')}"
         rule = f"holds {some} that this experiment does not have: {_name(strangers[0])}"
         raise ConfigError(FLAG, path, rule, "the experiment of that file, or one with more cases")
+    times = Counter(each.key for each in measured)
+    if repeated := [each for each in measured if times[each.key] > 1]:
+        rule = f"holds a case more than once: {_name(repeated[0])}"
+        raise ConfigError(FLAG, path, rule, "a file as it was written; or start anew, without --resume")
     finished = {row.key for row in document.rows if _is_finished(row, cases[row.key][0].iters)}
     outcome = Outcome(
         rows=sorted(document.rows, key=lambda row: row.key not in finished),

@@ -105,10 +105,10 @@ def run_cases(
     one world size share a group. `said` gets what the user must be told.
 
     `restarts`: so many times in all, a case in which a rank fails is measured again, as all that are not finished are:
-    from their start, on a fresh group of ranks. Where none is left it has failed, as it did the first time. `go_on`:
-    that is written down, and the others are measured on a fresh group. Without, it is raised. Raises ClusterLost, and
-    the error of a group that can't be started: of a world size's first one at once, of one after a failure when
-    MOST_STARTS attempts have failed.
+    from their start, on a fresh group of ranks. Where none is left it has failed, as it did the first time. A group in
+    which a rank fails before any case is started again likewise. `go_on`: the failure of a case is written down, and
+    the others are measured on a fresh group. Without, it is raised. Raises ClusterLost, and the error of a group that
+    can't be started: of a world size's first one at once, of one after a failure when MOST_STARTS attempts have failed.
     """
     items = [Item(case, plan, case_key(case, plan, runtime)) for case, plan in planned]
     again = Restarts(restarts, said)
@@ -150,6 +150,8 @@ class _Sweep:
             try:
                 return self._proven(self.start_group(world, self.shown))
             except MoeDistError as error:
+                if isinstance(error, RankFailure) and self.restarts.take(error):
+                    continue
                 failed = f"{count_of(world, 'rank')} could not be started again: {error}"
                 if isinstance(error, ClusterLost) or not more.take(failed):
                     raise

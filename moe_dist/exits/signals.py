@@ -39,6 +39,11 @@ def check() -> None:
         _running.check()
 
 
+def came() -> bool:
+    """Whether one has come that ends the command that runs."""
+    return _running is not None and _running.signum is not None
+
+
 @contextmanager
 def starting(end: Callable[[], None]) -> Iterator[None]:
     """Around the start of something in C++, which Python's handlers wait for: inside, a signal ends the process after
@@ -179,7 +184,8 @@ class Signals:
         if self._pipe is not None:
             if threading.current_thread() is threading.main_thread():  # of the child: the thread that forked it
                 signal.set_wakeup_fd(-1)
-                for number in self._before:
-                    signal.signal(number, signal.SIG_DFL)
+                for number, handler in self._before.items():
+                    if handler != signal.SIG_IGN:  # what is started under nohup outlives its terminal as a whole
+                        signal.signal(number, signal.SIG_DFL)
             self._pipe = None
         self._release()

@@ -29,7 +29,7 @@ from ray._private import ray_constants
 from moe_dist.comm.network import LOOPBACK
 from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, ResourceError
 from moe_dist.exits.exit_codes import CLUSTER_LOST
-from moe_dist.exits.signals import code_after_signal, starting
+from moe_dist.exits.signals import came, code_after_signal, starting
 from moe_dist.files import require_text
 from moe_dist.messages import logs
 from moe_dist.runtime.context import RaySpec
@@ -109,6 +109,8 @@ def _start(spec: RaySpec) -> None:
         _users_own.setdefault(name, os.environ.pop(name, None))
         os.environ.pop(name, None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Else ray.init waits in C++, without an end, for a first worker that ranks may never use.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     _reread_authentication()
     folder = _short_folder()
     # Called before Ray's own, which was registered when Ray was imported; a signal may come while Ray starts, too.
@@ -292,6 +294,12 @@ class Watch:
         self._abandon()
         name, cause = next(iter(self._greeter.causes.items()))
         raise ClusterLost(self.address, doing, f"its {name} {cause}")
+
+    def ends_by_signal(self) -> bool:
+        """Whether a signal ends this process, and a private cluster with it. What sends one to a whole group of
+        processes (`timeout`, a terminal that is closed) has sent it to that cluster's head too, and Ray would wait for
+        it."""
+        return bool(self._own) and came()
 
     def close(self) -> None:
         self._greeter.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -12,7 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moe_dist.comm.network import LOOPBACK
-from moe_dist.errors import ClusterLost, MoeDistError, RankFailure, ResourceError
+from moe_dist.errors import ClusterLost, ConfigError, MoeDistError, RankFailure, ResourceError
 from moe_dist.messages import logs
 from moe_dist.messages.counts import count_of
 from moe_dist.messages.notices import notice
@@ -55,6 +57,7 @@ class RayGroup:
         self._lost: ClusterLost | None = None
         self._restarts = Restarts(self.spec.restarts, notice)
         self._given_up: MoeDistError | None = None  # what for, until it recovers or is closed
+        self._in_use = threading.RLock()
         self._start()
 
     def _start(self) -> None:
@@ -79,6 +82,16 @@ class RayGroup:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _alone(self, called: str) -> Iterator[None]:
+        """Two calls at once would reach the ranks in different orders, and two recoveries would mix their new ranks."""
+        if not self._in_use.acquire(blocking=False):
+            raise ConfigError("RayGroup", called, "another thread's call of this group is under way", "one at a time")
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _place(self) -> None:
         bundle = bundle_of(self.device, self.spec)
@@ -170,7 +183,20 @@ class RayGroup:
         returns follows from its arguments and from what `prepare` has made, and it does nothing else that lasts. Then
         after a RankFailure the group recovers at once and the call is repeated, with `timeout_s` anew. Each restart is
         a notice that names the failure. Where none is left the call's first failure is raised.
+
+        Raises ConfigError while another thread is in `run`, `prepare` or `recover`.
         """
+        with self._alone("run"):
+            return self._run(function, arguments, timeout_s, shown, pure)
+
+    def _run(
+        self,
+        function: RankFunction,
+        arguments: tuple[Any, ...],
+        timeout_s: float,
+        shown: Callable[[str], None],
+        pure: bool,
+    ) -> list[Any]:
         if self._given_up is not None:
             self._restart(self._given_up, self._given_up, shown)
         if not self._actors:
@@ -231,13 +257,15 @@ class RayGroup:
 
         Takes `ray.start_timeout_s`, `ray.collective_timeout_s` and the time of each `prepare` at most. Raises
         ClusterLost where that is how the group ended, RankFailure where an old rank does not end, or a new one fails,
-        ResourceError where the cluster has no place for the group any more. It may be called again after each."""
-        if self._lost is not None:
-            raise self._lost
-        self.close()
-        self._start()
-        for function, arguments, timeout_s in self._prepared:
-            self._called(function, arguments, timeout_s, shown or self._shown)
+        ResourceError where the cluster has no place for the group any more, ConfigError while another thread is in
+        `run`, `prepare` or `recover`. It may be called again after each."""
+        with self._alone("recover"):
+            if self._lost is not None:
+                raise self._lost
+            self.close()
+            self._start()
+            for function, arguments, timeout_s in self._prepared:
+                self._called(function, arguments, timeout_s, shown or self._shown)
 
     def _settle(self, error: BaseException) -> None:
         """After a failure: free the ranks that still wait, and give the group up."""
@@ -245,7 +273,8 @@ class RayGroup:
             self._lost = error
             self._lookout.close()
         else:
-            futures = [actor.abort.remote() for actor in self._lookout.answer()]
+            ends = self._watch_cluster.ends_by_signal()
+            futures = [] if ends else [actor.abort.remote() for actor in self._lookout.answer()]
             if futures:
                 ray.wait(futures, num_returns=len(futures), timeout=FREE_S)
             self._end(FREE_S)  # what is left then is waited for by `close` and `recover`: `error` is to be known soon
@@ -254,12 +283,16 @@ class RayGroup:
     def _end(self, within_s: float) -> list[int]:
         """The ranks of this machine whose processes are still there then."""
         self._lookout.close()
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._bundles is not None:
-            remove_placement_group(self._bundles)
-        self._actors, self._bundles = [], None
         peers = self._lookout.peers
+        if self._watch_cluster.ends_by_signal():
+            for own in filter(None, peers):
+                own.kill()
+        else:
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._bundles is not None:
+                remove_placement_group(self._bundles)
+        self._actors, self._bundles = [], None
         left = ended((peer for peer in peers if peer is not None), within_s)
         for rank, peer in enumerate(peers):
             if peer is not None and rank not in left:  # those that are left are ended at the next call

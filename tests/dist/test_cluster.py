@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from faults.outcome import wait_gone
 
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime import cluster
@@ -305,6 +307,37 @@ def test_what_starts_too_slowly_is_stopped() -> None:
         time.sleep(30)  # suppressed as Ray does where it tidies up
     assert time.monotonic() - begin < 5.0
     assert signal.getitimer(signal.ITIMER_REAL)[0] > 0  # pytest-timeout's own is set again
+
+
+@pytest.mark.slow
+def test_a_first_worker_that_does_not_come_is_waited_for_within_the_start() -> None:
+    """ray.init would wait in C++ for the workers that Ray starts beforehand, where no limit of Python's reaches it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_dist", "run", "--ep", "2", "--device", "cpu", "ray.start_timeout_s=15"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean(),
+    )  # fmt: skip
+    try:
+        workers: list[psutil.Process] = []
+        while not workers:
+            assert process.poll() is None
+            workers = [each for each in psutil.Process(process.pid).children(recursive=True) if is_worker(each)]
+        workers[0].suspend()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 4, err
+        assert "in starting (first sign of life)" in err
+        assert "no answer within 15 s" in err
+        assert wait_gone([each.pid for each in workers])[1] == []
+    finally:
+        process.kill()
+        for each in workers:
+            with suppress(psutil.Error):
+                each.kill()
+
+
+def is_worker(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any(part.endswith("default_worker.py") for part in process.cmdline())
+    return False
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "m
 LONG = ["run", "--ep", "2", "--tokens", "4", "--iters", "1000000", "--device", "cpu", "--json", "case_timeout_s=100"]
 TORCHRUN_S = 10.0  # with torchrun's own end
 UP_S = 15.0  # for torchrun and two ranks to start, on a busy machine
-LOST, INTERRUPTED, TERMINATED = 5, 130, 143  # exit codes
+LOST, HUNG_UP, INTERRUPTED, TERMINATED = 5, 129, 130, 143  # exit codes
 rows: list[dict[str, Any]] = []
 
 
@@ -60,6 +60,8 @@ CASES = [
     ("ray", "raylet", signal.SIGSTOP, LOST),
     ("ray", "the command", signal.SIGINT, INTERRUPTED),
     ("ray", "the command", signal.SIGTERM, TERMINATED),
+    ("ray", "the terminal", signal.SIGHUP, HUNG_UP),
+    ("ray", "the terminal", signal.SIGTERM, TERMINATED),
     ("torchrun", "the terminal", signal.SIGINT, INTERRUPTED),
     ("torchrun", "the command", signal.SIGTERM, TERMINATED),
 ]
@@ -71,7 +73,7 @@ def test_the_command_ends_soon_and_leaves_nothing(runtime: str, what: str, numbe
     process = started(runtime)
     everything = [each.pid for each in psutil.Process(process.pid).children(recursive=True)]
     begin = time.monotonic()
-    if what == "the terminal":  # Ctrl-C goes to every process of the group in front
+    if what == "the terminal":  # every process of the group in front has it, as those of `timeout` have
         os.killpg(process.pid, number)
     else:
         os.kill(process.pid if what == "the command" else server(process, what), number)

@@ -277,6 +277,21 @@ def test_a_signal_that_was_ignored_from_the_start_stays_so():
     assert ended(program(body, **ignoring), signal.SIGHUP)[:2] == (0, "")
 
 
+def test_such_a_signal_stays_ignored_in_what_the_command_starts():
+    """Ray's head and raylet, which Ray starts with a `preexec_fn`: without them the command would not go on."""
+    body = """
+        import subprocess
+        child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: None)
+        child.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        print(child.poll(), flush=True)
+        child.kill()
+        return child.wait()
+    """
+    process = program(body, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert process.communicate(timeout=60) == ("None\n", "")
+
+
 def test_sigterm_where_another_library_has_set_its_handler():
     """ray.init does, and exits with 1 or 15."""
     body = WAITING + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\ntime.sleep(60)"

@@ -112,6 +112,15 @@ def test_other_lines_are_refused(tmp_path, rest):
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("rest", ['{"kind": "row", "mod', "\0" * 40])
+def test_lines_whose_last_one_was_cut_are_replaced(stack, tmp_path, said, rest):
+    """A machine that goes down cuts it, and the command is begun again as it was."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"kind": "run", "date": "then"}\n' + rest)
+    kept(stack, path).begin(0)
+    assert [entry["kind"] for entry in entries(path)] == ["run"]
+
+
 @contextmanager
 def no_more_than(size):
     """No file may become larger."""

@@ -4,6 +4,7 @@ calls come to is written down beforehand."""
 from __future__ import annotations
 
 import pickle
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from moe_dist.errors import ClusterLost, ConfigError, RankFailure, ResourceError
 from moe_dist.messages.notices import MoeDistWarning
+from moe_dist.runtime import ray_group
 from moe_dist.runtime.context import RaySpec
 from moe_dist.runtime.ray_group import RayGroup
 
@@ -35,6 +37,7 @@ class Written(RayGroup):
         _raise_next(self.starts)
         self._actors = [SimpleNamespace(run=SimpleNamespace(remote=lambda *_: None))] * 2
         self.places = [{"host": "here"}] * 2
+        self._watch_cluster = SimpleNamespace(ends_by_signal=lambda: False)
         self._lookout = SimpleNamespace(watch=self._watch, answer=list, beats=[("step", 0.0, 0)], close=lambda: None)
 
     def _watch(self, *_: Any) -> None:
@@ -155,3 +158,38 @@ def test_a_group_that_was_closed_stays_closed():
     with pytest.raises(RankFailure, match="this group is closed"):
         group.asked(pure=True)
     assert group.log == ["start", "call"]
+
+
+def test_another_thread_is_refused_while_a_call_is_under_way():
+    """Two recoveries at once would leave a placement group behind, and ranks of both in one list."""
+    group, begun, over = Written(0, []), threading.Event(), threading.Event()
+    group._watch = lambda *_: (begun.set(), over.wait(10))
+    group._start()
+    working = threading.Thread(target=group.asked)
+    working.start()
+    try:
+        assert begun.wait(10)
+        for refused in (group.recover, group.asked):
+            with pytest.raises(ConfigError, match="another thread's call of this group is under way"):
+                refused()
+    finally:
+        over.set()
+        working.join()
+    group.recover()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_head_that_ends_by_the_same_signal_is_asked_for_nothing(monkeypatch, ends):
+    """Ray waits for it without an end, so the ranks' own processes are ended."""
+    asked, killed = [], []
+    monkeypatch.setattr(ray_group.ray, "kill", lambda actor: asked.append(actor))
+    monkeypatch.setattr(ray_group, "remove_placement_group", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(ray_group, "ended", lambda peers, within_s: [*peers][:0])
+    peer = SimpleNamespace(kill=lambda: killed.append("peer"), close=lambda: None)
+    group = RayGroup.__new__(RayGroup)
+    group._actors, group._bundles = ["actor"], "bundles"
+    group._lookout = SimpleNamespace(close=lambda: None, answer=lambda: [], peers=[peer, None])
+    group._watch_cluster = SimpleNamespace(ends_by_signal=lambda: ends)
+    group._settle(KeyboardInterrupt())
+    assert (asked, killed) == (([], ["peer"]) if ends else (["actor", "bundles"], []))
+    assert (group._actors, group._bundles) == ([], None)

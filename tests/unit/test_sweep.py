@@ -186,6 +186,16 @@ class TestFailures:
                 swept(ranks)
             assert len(ranks.calls) == 1 + ("closed" in ranks.calls)
 
+    def test_a_rank_that_fails_before_any_case_is_started_again_where_restarts_are_left(self):
+        for ranks in (Ranks(starts=[LOST, LOST]), Ranks({"ready": LOST}, [None, LOST])):
+            outcome, lines, _ = swept(ranks, restarts=2)
+            assert (len(outcome.rows), outcome.failed) == (3, [])
+            assert lines == [f"{LOST}; restart {number} of 2" for number in (1, 2)]
+        with pytest.raises(RankFailure):
+            swept(Ranks(starts=[LOST, LOST]), restarts=1)
+        with pytest.raises(ResourceError):
+            swept(Ranks(starts=[ResourceError("CPUs", 2, 1, "More.")]), restarts=1)
+
     def test_starts_after_a_failure_are_bounded(self):
         broken = ResourceError("CPUs", 2, 1, "More.")
         ranks = Ranks({("ag_rs", 1): LOST}, [None, *[broken] * (MOST_STARTS - 1)])
@@ -352,6 +362,14 @@ class TestResume:
         self.killed(path, about, LATE)
         with pytest.raises(ConfigError, match=named):
             resumed(str(path), about, planned(*cases), "fake")
+
+    def test_a_case_that_stands_there_twice_is_refused(self, path, about):
+        self.killed(path, about, LATE)
+        document = json.loads(path.read_text())
+        document["rows"] += document["rows"][:1]
+        path.write_text(json.dumps(document))
+        with pytest.raises(ConfigError, match=r"holds a case more than once: .*ag_rs"):
+            resumed(str(path), about, planned(*CASES), "fake")
 
     def test_an_experiment_may_have_grown(self, path, about):
         self.killed(path, about, LATE)
