@@ -208,10 +208,21 @@ class _Watcher:
         self._mute(failure)
         self._settling = False
         if voice.speaks():
-            self._context.pulse.note(SPEAKS, self._context.comm.sequence)
+            if self._first_to_speak():
+                self._context.pulse.note(SPEAKS, self._context.comm.sequence)
+            else:
+                voice.mute([self._context.rank])
         if self._ending and not voice.speaks():
             signal.raise_signal(signal.SIGTERM)  # as torchrun wished while it was not known who speaks
         return failure
+
+    def _first_to_speak(self) -> bool:
+        """Two ranks may pass each other over at the same moment, each before it has seen what the other notes. So who
+        comes first to the store is the one."""
+        own = str(self._context.rank)
+        with suppress(Exception):
+            return bool(self._store.compare_set("speaks", "", own).decode() == own)
+        return True
 
     def _learned(self) -> MoeDistError | None:
         """What another rank's failure was, if that shows within a short time."""
