@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_dist.backends import BACKENDS
 from moe_dist.bench.peaks import PEAKS
 from moe_dist.bench.results import provenance
-from moe_dist.bench.roofline import rank_floor_us
+from moe_dist.bench.roofline import rank_floor_us, rank_work
 from moe_dist.bench.tune import FORWARDS, Sample, calls_us, draw_sample, forward_us
 from moe_dist.commands.config import find_model
 from moe_dist.engine.plan import Part, Plan
@@ -197,7 +197,8 @@ def gemms_alone(plan: Plan, part: Part, shard: ExpertWeights, count: int) -> dic
             calls += two_gemms(shard, counts, Stream("rows of GEMMs alone", count, seed, number, device="cuda"))
             work.append(flops(plan, part, slots))
             pairs, active = int(counts.sum()), int((counts > 0).sum())
-            least.append(rank_floor_us(plan.spec, part.placement, part.rank, pairs, active, PEAKS[plan.machine.name]))
+            done = rank_work(plan.spec, part.placement, part.rank, pairs, active)
+            least.append(rank_floor_us(plan.spec, done, PEAKS[plan.machine.name]))
 
         def all_gemms(calls: list[Any] = calls) -> None:
             for rows, weights, out, expert in calls:

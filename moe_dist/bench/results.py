@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite
@@ -22,14 +22,7 @@ from moe_dist.backends import BACKENDS
 from moe_dist.bench.case import Case
 from moe_dist.bench.findings import GroupResult
 from moe_dist.bench.identity import case_key, code_digest
-from moe_dist.bench.roofline import (
-    Beside,
-    balanced_floor_us,
-    floor_us,
-    of_shared,
-    rank_flops,
-    rank_weight_bytes,
-)
+from moe_dist.bench.roofline import RankWork, balanced_floor_us, floor_us, group_work, of_shared
 from moe_dist.bench.row import Document, Failed, Hardware, Notice, Provenance, Refused, Row
 from moe_dist.bench.tolerance import within_tolerance
 from moe_dist.engine.plan import Plan
@@ -97,11 +90,11 @@ def make_row(
     steps = [found.by_layer[first : first + case.layers] for first in range(0, len(found.by_layer), case.layers)]
     times = _times(found, case.layers, len(steps))
     pairs = sum(found.rows_per_rank) // placement.tp // len(found.by_layer)
-    beside = _beside(case, plan)
+    beside, device = _beside(case, plan), plan.machine.name
+    works = [[group_work(spec, placement, *layer, beside) for layer in layers] for layers in steps]
 
-    def floor(of: Callable[..., float | None]) -> float | None:
-        device = plan.machine.name
-        return _middle([_sum([of(spec, placement, *layer, device, beside) for layer in layers]) for layers in steps])
+    def floor(of: Callable[[list[RankWork]], float | None]) -> float | None:
+        return _middle([_sum([of(layer) for layer in layers]) for layers in works])
 
     computes = None if case.peer is None else PEERS.get(case.peer)
     backend = BACKENDS.get(plan.backend)
@@ -115,8 +108,8 @@ def make_row(
         start=start,
         config=found.config,
         **times,
-        floor_us=floor(floor_us),
-        balanced_floor_us=floor(balanced_floor_us),
+        floor_us=floor(lambda layer: floor_us(spec, layer, device)),
+        balanced_floor_us=floor(lambda layer: balanced_floor_us(spec, placement, layer, device)),
         **_finite(found.errors),
         active_experts=found.active_experts,
         imbalance=quantile([_imbalance([rows for rows, _ in layers]) for layers in steps], 0.5) or 1.0,
@@ -126,7 +119,7 @@ def make_row(
         max_memory=found.max_memory,
         chosen_by=case.chosen_by,
         why=plan.choice().why or None,
-        **_rates(plan, steps, beside, None if computes else found.bytes_sent, times["p50_us"]),
+        **_rates(works, None if computes else found.bytes_sent, times["p50_us"]),
         ok=within_tolerance(
             found.errors,
             spec,
@@ -166,7 +159,7 @@ def _asked(case: Case, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _beside(case: Case, plan: Plan) -> list[Beside]:
+def _beside(case: Case, plan: Plan) -> list[RankWork]:
     """The shared expert's work, by rank."""
     world, work = plan.placement.world, case.workload
     own = [work.tokens] * world
@@ -225,28 +218,18 @@ def _imbalance(by_layer: list[list[int]]) -> float:
     return sum(imbalance(rows) * sum(rows) for rows in by_layer) / total if total else 1.0
 
 
-def _rates(
-    plan: Plan, steps: list[list[Layer]], beside: Sequence[Beside], bytes_sent: int | None, p50: float | None
-) -> dict[str, Any]:
+def _rates(works: list[list[list[RankWork]]], bytes_sent: int | None, p50: float | None) -> dict[str, Any]:
     """What the busiest rank achieved over the whole step: arithmetic, weight traffic, bytes sent (None: not counted).
-    `steps`: of each routing its layers. `beside`: by rank, of each layer."""
+    `works`: of each routing, of its layers, by rank."""
     if not p50:
         return {"tflops": None, "hbm_gbps": None, "link_gbps": None}
-    placement, spec = plan.placement, plan.spec
-    ranks = range(placement.world)
 
-    def busiest(of: Callable[..., float], which: int) -> float:
-        def of_step(layers: list[Layer]) -> float:
-            return sum(
-                max(of(spec, placement, rank, layer[which][rank]) + beside[rank][which] for rank in ranks)
-                for layer in layers
-            )
-
-        return quantile([of_step(layers) for layers in steps], 0.5) or 0.0
+    def busiest(of: Callable[[RankWork], float]) -> float:
+        return quantile([sum(max(map(of, layer)) for layer in layers) for layers in works], 0.5) or 0.0
 
     return {
-        "tflops": busiest(rank_flops, 0) / p50 / 1e6,
-        "hbm_gbps": busiest(rank_weight_bytes, 1) / p50 / 1e3,
+        "tflops": busiest(lambda work: work.flops) / p50 / 1e6,
+        "hbm_gbps": busiest(lambda work: work.weight_bytes) / p50 / 1e3,
         "link_gbps": None if bytes_sent is None else bytes_sent / p50 / 1e3,
     }
 

@@ -19,7 +19,7 @@ from moe_dist.bench.case import Case
 from moe_dist.bench.clock import time_steps
 from moe_dist.bench.peaks import peaks_of
 from moe_dist.bench.results import provenance
-from moe_dist.bench.roofline import rank_floor_us
+from moe_dist.bench.roofline import rank_floor_us, rank_work
 from moe_dist.bench.tolerance import margin
 from moe_dist.comm import Comm
 from moe_dist.engine.graph import capture
@@ -207,7 +207,8 @@ def _floor(part: Part, drawn: list[Tensor]) -> float | None:
     for slots_RK in drawn:
         here = slots_RK[slots_RK >= 0]
         active = int(here.unique().numel())
-        floors.append(rank_floor_us(part.problem.spec, part.placement, part.rank, len(here), active, peaks))
+        spec = part.problem.spec
+        floors.append(rank_floor_us(spec, rank_work(spec, part.placement, part.rank, len(here), active), peaks))
     return mean(floors)
 
 

@@ -19,7 +19,7 @@ from moe_dist.balance.placement_file import KEYS, KIND, placement_text, read_pla
 from moe_dist.bench.case import check_step
 from moe_dist.bench.draws import shortage
 from moe_dist.bench.output import open_output
-from moe_dist.bench.roofline import balanced_floor_us, floor_us, of_shared
+from moe_dist.bench.roofline import balanced_floor_us, floor_us, group_work, of_shared
 from moe_dist.bench.table import number, plain_table, size
 from moe_dist.commands.call import ThisCall
 from moe_dist.commands.config import find_model
@@ -162,14 +162,17 @@ def _older(path: Path) -> str:
 
 def _floors(change: Change, loads: Sequence[RankLoads], tokens: int) -> dict[str, float | None]:
     """µs, on the one device whose peaks are known: before, after, and with the experts of before spread perfectly."""
-    spec, (first, second) = change.spec, change.placements
-    given = [(each.pairs, each.active) for each in loads]
+    spec, first = change.spec, change.placements[0]
     own = [stop - start for start, stop in split_bounds(tokens, first.world)]
     beside = of_shared(spec, change.before, tokens, own)
+    before, after = (
+        group_work(spec, placement, each.pairs, each.active, beside)
+        for placement, each in zip(change.placements, loads, strict=True)
+    )
     return {
-        "before": floor_us(spec, first, *given[0], DEVICE, beside),
-        "after": floor_us(spec, second, *given[1], DEVICE, beside),
-        "perfect": balanced_floor_us(spec, first, *given[0], DEVICE, beside),
+        "before": floor_us(spec, before, DEVICE),
+        "after": floor_us(spec, after, DEVICE),
+        "perfect": balanced_floor_us(spec, first, before, DEVICE),
     }
 
 

@@ -73,10 +73,10 @@ def oracle_partial(
             work.append((slot, token, weights_TK[token, place]))
 
     hidden = [_hidden(x[token], shard, slot, spec, numerics) for slot, token, _ in work]
+    weighted = not exact and numerics is not None and numerics.gemm2_weighted
+    if weighted:
+        hidden = [h * weight[:, None] for (_, _, weight), h in zip(work, hidden, strict=True)]
     if not exact and numerics is not None:
-        if numerics.gemm2_weighted:
-            hidden = [h * weight[:, None] for (_, _, weight), h in zip(work, hidden, strict=True)]
-            work = [(slot, token, torch.ones_like(weight)) for slot, token, weight in work]
         whole_amax = max((float(h.abs().max()) for h in hidden if h.numel()), default=0.0)
         for index, (slot, _, _) in enumerate(work):
             static = None if shard.a2 is None else shard.a2[slot]
@@ -85,10 +85,9 @@ def oracle_partial(
     for (slot, token, weight), h in zip(work, hidden, strict=True):
         w2 = _weight(shard.w2_eHi[slot], None if shard.s2 is None else shard.s2[slot], spec.quant)
         y = h @ w2.T
-        if shard.b2_eH is not None:
+        if shard.b2_eH is not None:  # no backend that weighs before GEMM2 takes biases
             y = y + shard.b2_eH[slot]
-        for_expert = weight[:, None] * y
-        y_TH.index_add_(0, token, for_expert)
+        y_TH.index_add_(0, token, y if weighted else weight[:, None] * y)
     return y_TH
 
 

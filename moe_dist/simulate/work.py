@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import comb
 
 from moe_dist.bench.peaks import Peaks
-from moe_dist.bench.roofline import rank_flops, rank_weight_bytes
+from moe_dist.bench.roofline import rank_work
 from moe_dist.exchange.rows import payload_row_bytes
 from moe_dist.model.placement import Placement
 from moe_dist.model.spec import MoESpec
@@ -43,6 +43,7 @@ class Work:
 def work_of(spec: MoESpec, placement: Placement, pairs: int, active: int, sent_bytes: float) -> Work:
     """`pairs` and `active` experts of the busiest rank, which has the widest slice. A pair's row is read, its
     activation is written and read, and its output is written and read in 16 bits."""
+    of_rank = rank_work(spec, placement, 0, pairs, active)
     width, size = placement.width_of(0), 1 if spec.quantized else spec.torch_dtype.itemsize
     return Work(
         quant=spec.quant_label,
@@ -53,8 +54,8 @@ def work_of(spec: MoESpec, placement: Placement, pairs: int, active: int, sent_b
         width=width,
         pairs=pairs,
         active=active,
-        flops=rank_flops(spec, placement, 0, pairs),
-        weight_bytes=rank_weight_bytes(spec, placement, 0, active),
+        flops=of_rank.flops,
+        weight_bytes=of_rank.weight_bytes,
         moved_bytes=pairs * (size * (spec.hidden + 2 * width) + 4 * spec.hidden),
         sent_bytes=sent_bytes,
     )

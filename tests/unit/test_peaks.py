@@ -10,7 +10,7 @@ import torch
 
 from moe_dist.bench import peaks
 from moe_dist.bench.peaks import PEAKS, Peaks, keep, measure_peaks, measured, peaks_of
-from moe_dist.bench.roofline import floor_us
+from moe_dist.bench.roofline import floor_us, group_work
 from moe_dist.comm import Comm
 from moe_dist.commands.cli import main
 from moe_dist.errors import ConfigError
@@ -29,7 +29,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_what_was_measured_gives_a_floor() -> None:
     spec = MoESpec(hidden=128, intermediate=128, num_experts=2, top_k=1)
     placement = Placement.build(spec, ParallelSpec())
-    given = spec, placement, [1000], [2], OTHER
+    given = spec, group_work(spec, placement, [1000], [2]), OTHER
     assert peaks_of(OTHER) is None
     assert floor_us(*given) is None
     keep(OTHER, Peaks(1e9, 1e8, 1e30))

@@ -15,7 +15,7 @@ import pytest
 
 from moe_dist.balance.loads import RankLoads
 from moe_dist.bench.peaks import PEAKS
-from moe_dist.bench.roofline import floor_us
+from moe_dist.bench.roofline import floor_us, group_work
 from moe_dist.commands.config import find_model
 from moe_dist.engine.planning import make_plan
 from moe_dist.errors import ConfigError, UnsupportedError
@@ -99,9 +99,10 @@ class TestRows:
         found, _ = read_measured([str(FOUR)])
         for row, measured in zip(json.loads(FOUR.read_text())["rows"], found, strict=True):
             arithmetic, weights, _ = measured.work.at_peak_us(PEAKS[GPU])
-            placement = Placement.build(find_model(row["model"]), ParallelSpec(tp=row["tp"], ep=row["ep"]))
+            spec = find_model(row["model"])
+            placement = Placement.build(spec, ParallelSpec(tp=row["tp"], ep=row["ep"]))
             most = [max(row["rows_per_rank"])] * row["world"], [row["active_experts"]] * row["world"]
-            assert max(arithmetic, weights) == pytest.approx(floor_us(find_model(row["model"]), placement, *most, GPU))
+            assert max(arithmetic, weights) == pytest.approx(floor_us(spec, group_work(spec, placement, *most), GPU))
 
     @pytest.mark.parametrize("path", [TWO, FOUR, MANY], ids=lambda path: path.stem)
     def test_bytes_are_those_that_ranks_counted(self, path):

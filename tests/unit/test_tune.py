@@ -16,7 +16,7 @@ from moe_dist.backends.torch_reference import TorchBackend
 from moe_dist.bench import peaks, tune
 from moe_dist.bench.case import Case
 from moe_dist.bench.peaks import Peaks
-from moe_dist.bench.roofline import floor_us
+from moe_dist.bench.roofline import floor_us, group_work
 from moe_dist.bench.tune import count_steps, tune_shape
 from moe_dist.commands.cli import main
 from moe_dist.engine.plan import Plan
@@ -171,7 +171,8 @@ class TestTuneShape:
         monkeypatch.setitem(peaks.PEAKS, "cpu", Peaks(1e9, 1e9, 1e30))
         (found,) = tuned(plan(), [4]).found
         whole = Placement.build(SPEC, ParallelSpec())
-        assert found.entry.floor_us == pytest.approx(floor_us(SPEC, whole, [4 * SPEC.top_k], [6], "cpu"), abs=0.01)
+        works = group_work(SPEC, whole, [4 * SPEC.top_k], [6])
+        assert found.entry.floor_us == pytest.approx(floor_us(SPEC, works, "cpu"), abs=0.01)
 
 
 class TestParts:

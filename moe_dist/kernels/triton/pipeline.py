@@ -32,8 +32,8 @@ UNQUANTIZED, BLOCK_SCALES, ROW_SCALES, STATIC = 0, 1, 2, 3  # how a GEMM's input
 # Their numbers, and sums of a few of them, are 32-bit integers; what lies at them has 64-bit offsets.
 MOST_PAIRS = 2**30
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu2": 2, "swigluoai": 3}
-# Of the weighted sum: columns of one program, and its warps. Half and twice as many columns took as long within 1 % of
-# a step (benchmarks/2026-11-28-variants.json).
+# Of the weighted sum: columns of one program, and its warps. With half and twice as many columns steps took as long
+# within 1.1 % (benchmarks/2026-11-28-variants.json).
 SUM_BLOCK, SUM_WARPS = 1024, 4
 
 
