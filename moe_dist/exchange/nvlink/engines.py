@@ -10,12 +10,13 @@ from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
 
-# Bytes of sums that leave a rank, from which on the first of their columns go ahead by copies, while GEMM2 computes the
-# others; 0: never, as long as no GPU has shown what it gains. Four chunks of equal width, the last one copied too,
-# gained 1 % at most under EP4 and lost 6 to 9 % under TP4 (benchmarks/2026-11-28-nvlink-settings.json): nothing hid the
-# last chunk's copy and all weighted sums.
-AHEAD_FROM = 0
-AHEAD_PART = 0.6  # of the columns: as many as travel while GEMM2 computes the others
+# Bytes of sums that leave a rank, from which on the first half of their columns goes ahead by copies, while GEMM2
+# computes the other half; 0: never. On four H200s under EP4 a step of DeepSeek-V3 was 2.8 % shorter at 8,192 tokens a
+# rank (336 MiB) and 1.1 % at 2,048 (84 MiB), both alike in each of two turns. With 43 % of the columns it was 2.6 and
+# 1.2 %, with 32 % 0.8 % shorter and 0.9 % longer, with 64 % 1.6 and 0.3 % longer: then copies end after GEMM2
+# (benchmarks/2026-11-28-variants.json, `ahead`).
+AHEAD_FROM = 64 << 20
+AHEAD_PART = 0.5  # of the columns: as many as travel while GEMM2 computes the others
 # Pairs of a row that a rank has in the mean. Sums that go ahead are written to scratch and copied. Weighted sums of
 # more pairs are bound by reading them: there the stores into the peers' windows cost no time of their own.
 MOST_PAIRS = 2
