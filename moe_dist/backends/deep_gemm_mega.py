@@ -86,7 +86,8 @@ def _torch_release() -> tuple[int, ...]:
 
 class DeepGemmMega(Backend):
     """fp8_block with swiglu. Its GEMM2 takes rows that have their pair's weight already, in the older release with a
-    scale for each 64 columns that is a power of two, in the newer one with scales like ours. Tokens are quantized by
+    scale for each 64 columns that is a power of two, in the newer one with scales like ours. Both have kernels for many
+    tokens that keep a GEMM's sum in the tensor cores (`kReuseAccumAsFinal` in their source). Tokens are quantized by
     our kernel, straight into the package's memory."""
 
     capturable = True
@@ -106,8 +107,8 @@ class DeepGemmMega(Backend):
     @classmethod
     def numerics_of(cls, spec: MoESpec) -> Numerics:
         if _is_of(release() or "", NEWER):
-            return Numerics(gemm2_weighted=True)
-        return Numerics(gemm2_weighted=True, gemm2_group=GRAIN, gemm2_power_of_2=True)
+            return Numerics(gemm2_weighted=True, fast_accumulation=True)
+        return Numerics(gemm2_weighted=True, fast_accumulation=True, gemm2_group=GRAIN, gemm2_power_of_2=True)
 
     @classmethod
     def supports(cls, problem: Problem) -> Support:

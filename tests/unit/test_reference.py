@@ -265,6 +265,24 @@ def test_what_a_bf16_step_of_the_largest_value_is_worth():
     assert Numerics().tolerance < relative_error(rounded[1], rounded[0]) < Numerics(bf16_maximum=True).tolerance
 
 
+def test_what_sums_that_stay_in_tensor_cores_are_worth():
+    """Of 7,168 columns, 32 in each step, where 14 bits of a sum are kept: more than is allowed elsewhere, and less than
+    is allowed here."""
+    chance = torch.Generator().manual_seed(1)
+    x = dequantize_rows(quantize_rows(torch.randn(16, 7168, generator=chance), "fp8_block"))
+    w = torch.randn(512, 7168, generator=chance) / 7168**0.5
+    kept = torch.zeros(16, 512)
+    for first in range(0, 7168, 32):
+        kept += x[:, first : first + 32] @ w[:, first : first + 32].T
+        step = torch.exp2(torch.floor(torch.log2(kept.abs())) - 14)
+        kept = torch.trunc(kept / step) * step
+    inputs = []
+    for gate, up in ((x @ w.T).chunk(2, 1), kept.chunk(2, 1)):
+        h = torch.nn.functional.silu(gate) * up
+        inputs.append(dequantize_rows(quantize_rows(h, "fp8_block")))
+    assert Numerics().tolerance < relative_error(*inputs[::-1]) < Numerics(fast_accumulation=True).tolerance
+
+
 def test_what_a_code_of_a_groups_largest_value_is_worth():
     """With a power of two for its scale it may lie between two codes, where next to nothing moves it: more than is
     allowed elsewhere, and less than is allowed here. Divided by its own maximum it has the largest code anyway."""
