@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from make_tables import FOLDER
-from score_auto import RULES, by_records, scores, summary
+from score_auto import RULES, by_records, by_skew, scores, summary
 
 from moe_dist.balance.balancer import balanced
 from moe_dist.balance.loads import expert_loads
@@ -26,7 +26,11 @@ from moe_dist.simulate.gain import EXCHANGE, Change, Sweep, steps_to_pay
 from moe_dist.workloads.skews import synthetic_routing
 
 TARGET = FOLDER.parent / "docs" / "choosing.md"
-RECORDED, RUN = "2026-11-22-h200x2-backends.json", "2026-11-27-h200x2-backends.json"  # two runs of one sweep
+# Two runs of one sweep each, the first of which chooses, and what they had to do with each other.
+PAIRS = (
+    ("2026-11-22-h200x2-backends.json", "2026-11-27-h200x2-backends.json", "five days older"),
+    ("2026-11-28-h200x2-sweep.json", "2026-11-28-h200x2-sweep-again.json", "on two other GPUs of the host"),
+)
 LOCAL = "2026-11-22-h200-local.json"
 PER_RANK, SKEW, BACKEND, COPIES = (8, 128, 2048, 8192), "zipf:1.2", "cutlass", 16  # of rearranged steps
 Row = dict[str, Any]
@@ -201,20 +205,30 @@ def scatters(row: Row) -> bool:
 
 
 def of_rules() -> Iterator[str]:
-    """What `auto` and the rules of serving stacks lose on a run that they don't know."""
-    records, runs = ([read_record(FOLDER / name, "user")] for name in (RECORDED, RUN))
+    """What `auto` and the rules of serving stacks lose on runs that they don't know."""
     yield from ("## What a rule costs", "")
-    yield f"Backends chosen for every cell of [one run](../benchmarks/{RUN}), over the best of that cell."
-    yield f"`auto` chose by [another run](../benchmarks/{RECORDED}) of the same sweep, five days older."
+    yield "What is chosen for every cell of a run (a placement of a model and a size), over the best of that cell."
+    yield "`auto` chooses exchange and backend by another run of the same sweep, whose even routings answer for all. A"
+    yield "rule chooses a backend, with the best exchange for it. A cell without the backend has no score."
     yield ""
-    lines = []
-    for name, chosen in {"`auto`": by_records(records), **RULES}.items():
-        found = summary(name, list(scores(chosen, runs)))
-        within = "-" if found["within_3_percent"] is None else f"{found['within_3_percent']:.0%}"
-        worst = "-" if found["worst_loss"] is None else f"{found['worst_loss']:.0%}"
-        lines.append([name, str(found["cells"]), within, str(found["beyond_10_percent"]), worst])
-    yield from markdown_table(["rule", "cells", "within 3 %", "beyond 10 %", "worst"], lines)
-    yield ""
+    for recorded, run, about in PAIRS:
+        models = dict.fromkeys(row["model"] for row in json.loads((FOLDER / run).read_text())["rows"])
+        yield f"{' and '.join(models)}: [run](../benchmarks/{run}); `auto` by [another](../benchmarks/{recorded}),"
+        yield f"{about}"
+        yield ""
+        yield from markdown_table(["rule", "routing", "cells", "within 3 %", "beyond 10 %", "worst"],
+                                  list(costs(recorded, run)))  # fmt: skip
+        yield ""
+
+
+def costs(recorded: str, run: str) -> Iterator[list[str]]:
+    ways = {"`auto`": by_records([read_record(FOLDER / recorded, "user")]), **RULES}
+    for name, chosen in ways.items():
+        for skew, rows in by_skew(FOLDER / run).items():
+            found = summary(name, list(scores(chosen, [rows])))
+            within = "-" if found["within_3_percent"] is None else f"{found['within_3_percent']:.0%}"
+            worst = "-" if found["worst_loss"] is None else f"{found['worst_loss']:.0%}"
+            yield [name, skew, str(found["cells"]), within, str(found["beyond_10_percent"]), worst]
 
 
 def of_shares(document: dict[str, Any]) -> Iterator[str]:

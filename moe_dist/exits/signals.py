@@ -17,7 +17,7 @@ from moe_dist.exits.interrupted import Interrupted
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP: HUNG_UP}
 ENDING = tuple(CODES)
 PATIENCE_S = 15.0  # for ranks to be freed and results to be written after a signal
-HURRY_S = 5.0  # where another rank has died: what waits for it will not end by itself
+HURRY_S = 4.0  # where another rank has died: what waits for it will not end by itself, and it is promised in 5
 START_S = 2.0  # where nothing but the start of a cluster runs: there are no ranks to free
 LOOK_AGAIN_S = 0.2  # at what is under way, once a signal has come
 AGAIN_S = 1.0  # a second signal after so long means now; torchrun passes one on at once that all ranks got already
