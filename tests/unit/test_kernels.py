@@ -31,7 +31,7 @@ def test_row_kernels_in_the_interpreter():
 
 
 def test_the_nvlink_exchange_in_the_interpreter():
-    in_the_interpreter("nvlink_interpreted.py", passed=58, timeout_s=170)
+    in_the_interpreter("nvlink_interpreted.py", passed=61, timeout_s=170)
 
 
 def test_schedules_of_the_nvlink_exchange_in_the_interpreter():
