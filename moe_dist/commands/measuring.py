@@ -148,6 +148,7 @@ def _remember(kept: Kept) -> None:
         raise OutputError(records.user_folder(), said(error)) from None
     for setting, timed in record.rows.items():
         mode = "graph" if setting.graph else "eager"
+        mode += "" if setting.shared_experts == "none" else f", shared experts {setting.shared_experts}"
         for pick in records.merged(records.pick(record, timed)):
             size = "larger steps" if pick.up_to is None else f"up to {count_of(pick.up_to, 'token')} a rank"
             where = f"TP{setting.tp} x EP{setting.ep}, {setting.token_layout} tokens, {mode}, {size}"

@@ -29,15 +29,15 @@ def choose(
     payload_of: Payload,
 ) -> list[Pick]:
     """By size of step, out of these names. The first record that has rows of such a layer decides, the user's own
-    before the shipped ones; rows of the other mode, graph or eager, only where it has none of this one. Without any, a
-    rule does. Raises ConfigError for a broken record."""
+    before the shipped ones; see Setting.nearest for the rows of one record. Without any, a rule does. Raises
+    ConfigError for a broken record."""
     pairs = [(exchange, backend) for exchange in exchanges for backend in backends]
     payloads = {pair: payload_of(*pair) for pair in pairs}
     for record in records():
-        for captured in (graph, not graph):
-            setting = Setting.of(machine.device_name, spec, parallel, token_layout, captured)
+        for setting in Setting.nearest(machine.device_name, spec, parallel, token_layout, graph):
             if timed := _fitting(record, setting, payloads):
-                return pick(record, timed)
+                unlike = setting.unlike(spec, graph)
+                return [each._replace(why=each.why + unlike) for each in pick(record, timed)]
     able = [pair for pair in pairs if payloads[pair] is not None]
     return [_by_rule(parallel, token_layout, machine, able)] if able else []
 

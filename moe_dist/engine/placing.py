@@ -64,13 +64,13 @@ def choose_placement(
         return payloads[key] == row.payload
 
     for record in records():
-        for captured in (graph, not graph):
+        nearest = [Setting.nearest(machine.device_name, spec, each, token_layout, graph) for each in possible]
+        for settings in zip(*nearest, strict=True):
             found = {}
-            for parallel in possible:
-                setting = Setting.of(machine.device_name, spec, parallel, token_layout, captured)
+            for parallel, setting in zip(possible, settings, strict=True):
                 found[parallel] = [row for row in record.rows.get(setting, ()) if serves(parallel, row)]
             if (placed := _fastest(record, found, tokens_per_rank)) is not None:
-                return placed
+                return placed._replace(why=placed.why + settings[0].unlike(spec, graph))
     why = f"by rule ({RULE}), as no two placements of such a layer were measured on such a machine"
     return Placed(possible[0], f"{why}; moe-dist compare --remember measures some")
 

@@ -41,12 +41,25 @@ class Setting(NamedTuple):
     ep: int
     token_layout: str
     graph: bool
+    shared_experts: str = "none"
 
     @classmethod
-    def of(cls, device: str, spec: MoESpec, parallel: ParallelSpec, token_layout: str, graph: bool) -> Setting:
+    def nearest(
+        cls, device: str, spec: MoESpec, parallel: ParallelSpec, token_layout: str, graph: bool
+    ) -> list[Setting]:
+        """Those whose rows may answer for such a layer, each where there are none of those before it: its own, without
+        shared experts, and both in the other mode."""
         sizes = spec.hidden, spec.intermediate, spec.num_experts, spec.top_k
-        kinds = spec.activation, spec.quant_label
-        return cls(device, *sizes, *kinds, parallel.tp, parallel.ep, token_layout, graph)
+        of = device, *sizes, spec.activation, spec.quant_label, parallel.tp, parallel.ep, token_layout
+        shared = dict.fromkeys((spec.shared_experts, "none"))
+        return [cls(*of, captured, experts) for captured in (graph, not graph) for experts in shared]
+
+    def unlike(self, spec: MoESpec, graph: bool) -> str:
+        """In what it differs from what was asked for, as the end of a sentence."""
+        modes = "" if self.graph == graph else "in a graph" if self.graph else "eager"
+        shared = "" if self.shared_experts == spec.shared_experts else "without shared experts"
+        found = ", ".join(filter(None, (modes, shared)))
+        return f", whose rows are {found}" if found else ""
 
 
 class Timed(NamedTuple):
@@ -85,6 +98,7 @@ class _Row(BaseModel):
     placement: str
     token_layout: str
     graph: bool
+    shared_experts: str = "none"
     layer: str
     skew: str
     token_split: str = "even"

@@ -64,9 +64,10 @@ def draws(seed: int, world: int, count: int) -> list[tuple[int, list[int], str]]
 
 
 def use_engines(world: int, sums: int, rows: int) -> None:
-    """Columns of sums go ahead, and rows by copy engines, in steps of so many tokens a rank and more; 0: in none. All
-    ranks call it alike."""
+    """Columns of sums go ahead, and rows by copy engines, in steps of so many tokens a rank and more; 0: in none. Of
+    twice as many tokens and more, two ranges of columns go ahead. All ranks call it alike."""
     engines.AHEAD_FROM, engines.MOST_PAIRS = sums * (world - 1) * SPEC.hidden * 2, SPEC.top_k
+    engines.TWICE_FROM = 2 * engines.AHEAD_FROM
     engines.COPIED_FROM = rows * (world - 1) * SPEC.hidden
 
 

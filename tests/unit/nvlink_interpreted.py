@@ -359,29 +359,34 @@ def in_ranges_of_its_own(sink, sums: torch.Tensor, slots_R1: torch.Tensor) -> No
 
 
 def by_routes(sink, sums: torch.Tensor, slots_R1: torch.Tensor) -> None:
-    """As triton and cutlass do: the second range is stored."""
-    first, second = sink.columns()
-    assert sink.routes_of(*first) is None
-    sink.put(*first, sink.target(*first).copy_(sums[:, slice(*first)]))
-    store(sink, *second, sums, slots_R1)
+    """As triton and cutlass do: the last range is stored."""
+    *first, last = sink.columns()
+    for each in first:
+        assert sink.routes_of(*each) is None
+        sink.put(*each, sink.target(*each).copy_(sums[:, slice(*each)]))
+    store(sink, *last, sums, slots_R1)
 
 
 @pytest.mark.parametrize(
     "parallel", [ParallelSpec(ep=3), ParallelSpec(tp=2, ep=2), COPIES], ids=lambda each: each.label
 )
 @pytest.mark.parametrize(
-    ("payload", "dtype", "part", "widths"),
+    ("payload", "dtype", "part", "widths", "twice"),
     [
-        ("fp8", torch.bfloat16, 0.6, [512, 256]),
-        ("bf16", torch.float32, 0.2, [256, 512]),
-        ("bf16", torch.bfloat16, 1.0, [768, 16]),
+        ("fp8", torch.bfloat16, 0.6, [512, 256], [256, 256, 256]),
+        ("bf16", torch.float32, 0.2, [256, 512], [256, 256, 256]),
+        ("bf16", torch.bfloat16, 1.0, [768, 16], [256, 256, 272]),
+        ("bf16", torch.bfloat16, 0.4, [512, 528], [512, 512, 16]),
     ],
 )
-def test_some_columns_of_sums_go_ahead(parallel, payload, dtype, part, widths, monkeypatch):
-    """Steps of all kinds in one window: from 4 tokens a rank on, columns go ahead, and from 5 on, rows are copied."""
+def test_some_columns_of_sums_go_ahead(parallel, payload, dtype, part, widths, twice, monkeypatch):
+    """Steps of all kinds in one window: from 4 tokens a rank on, columns go ahead, and from 5 on, rows are copied; from
+    6 on, two ranges go ahead."""
     hidden = sum(widths)
     ranks = Ranks(parallel, payload, dtype, 6, hidden)
     monkeypatch.setattr(engines, "AHEAD_PART", part)
+    monkeypatch.setattr(engines, "TWICE_PART", part)
+    monkeypatch.setattr(engines, "TWICE_FROM", 6 * (ranks.world - 1) * hidden * dtype.itemsize)
     monkeypatch.setattr(engines, "MOST_PAIRS", TOP_K)
     monkeypatch.setattr(engines, "AHEAD_FROM", 4 * (ranks.world - 1) * hidden * dtype.itemsize)
     row_bytes = payload_row_bytes(ranks.spec, payload) - 8 * TOP_K
@@ -392,7 +397,8 @@ def test_some_columns_of_sums_go_ahead(parallel, payload, dtype, part, widths, m
         counts = [random.Random(seed + rank).choice((0, bucket, random.Random(seed * rank).randint(0, bucket)))
                   for rank in range(ranks.world)]  # fmt: skip
         steps = ranks.begin(counts, bucket, seed)
-        assert steps[0].visit.ahead == (widths[0] if bucket >= 4 else 0)
+        wanted = [] if bucket < 4 else widths if bucket < 6 else twice
+        assert steps[0].visit.ahead.columns == sum(wanted[:-1])
         copied = seed + 1 if bucket >= 5 else copied
         for step, exchange in zip(steps, exchanges, strict=True):
             step.step = Step(Workspace(CPU), bucket)
@@ -416,7 +422,7 @@ def test_some_columns_of_sums_go_ahead(parallel, payload, dtype, part, widths, m
                 ranks.send_sums(step)
                 continue
             step.sink = exchange.sink(step.step, step.taken, step.visit, dtype)
-            assert [stop - start for start, stop in step.sink.columns()] == widths
+            assert [stop - start for start, stop in step.sink.columns()] == wanted
             how = (by_routes, in_ranges, in_ranges_of_its_own)[(seed + step.rank) % 3]  # each rank as it likes
             how(step.sink, step.sums, step.visit.slots_RK.amax(1, keepdim=True))
             used = step.step.workspace.high_water
@@ -462,13 +468,17 @@ def test_only_large_steps_are_cut(monkeypatch):
     """DeepSeek-V3 on four ranks: 2,048 tokens a rank send 88 MB of sums. By hand."""
     large = MoESpec(hidden=7168, intermediate=2048, num_experts=256, top_k=8)
     ep4, tp4, one = (Placement.build(large, ParallelSpec(**size)) for size in ({"ep": 4}, {"tp": 4}, {}))
-    assert engines.columns_ahead(large, ep4, 1024, 2) == 0
-    assert engines.columns_ahead(large, ep4, 2048, 2) == 3584
-    assert engines.columns_ahead(large, tp4, 8192, 2) == 0  # each row has eight pairs
-    assert engines.columns_ahead(large, one, 1 << 20, 2) == 0
+    assert engines.columns_ahead(large, ep4, 1024, 2) == (0, 0)
+    assert engines.columns_ahead(large, ep4, 2048, 2) == engines.columns_ahead(large, ep4, 8192, 2) == (3584, 1)
+    assert engines.columns_ahead(large, tp4, 8192, 2) == (0, 0)  # each row has eight pairs
+    assert engines.columns_ahead(large, one, 1 << 20, 2) == (0, 0)
+    monkeypatch.setattr(engines, "TWICE_FROM", 256 << 20)
+    assert engines.columns_ahead(large, ep4, 2048, 2) == (3584, 1)
+    assert engines.columns_ahead(large, ep4, 8192, 2) == (2560, 2)
     monkeypatch.setattr(engines, "AHEAD_FROM", 1)
     narrow = MoESpec(hidden=256, intermediate=256, num_experts=8, top_k=2)
-    assert engines.columns_ahead(narrow, Placement.build(narrow, ParallelSpec(ep=2)), 8192, 2) == 0  # of one tile
+    two = Placement.build(narrow, ParallelSpec(ep=2))
+    assert engines.columns_ahead(narrow, two, 8192, 2) == (0, 0)  # of one tile
     assert not engines.rows_are_copied(4, 2048, 7168 + 224)
     assert engines.rows_are_copied(4, 8192, 7168 + 224)
     spec = MoESpec(hidden=512, intermediate=256, num_experts=EXPERTS, top_k=1)

@@ -25,8 +25,9 @@ from moe_dist.step import Sink, Step, TokenRows, Workspace
 MOST = 6  # tokens a rank
 FIRST = 2**31 - 4  # the number of the last step before those here: numbers wrap around in the middle
 
-# Layer and bucket of each step. In layer 0 rows are copied from 4 tokens a rank on, and columns go ahead from 5 on. In
-# layer 1 columns go ahead from 4 on, and rows are copied from 6 on. Layer 2 has replicated tokens.
+# Layer and bucket of each step. In layer 0 rows are copied from 4 tokens a rank on, and columns go ahead from 5 on, in
+# two ranges from 6 on. In layer 1 columns go ahead from 4 on, and rows are copied from 6 on. Layer 2 has replicated
+# tokens.
 STEPS = [(0, 6), (1, 6), (0, 2), (0, 4), (2, 4), (1, 4), (0, 4), (1, 2), (0, 5)]
 
 
@@ -202,6 +203,7 @@ def test_ranks_and_copies_in_any_order(parallel, copies, few, monkeypatch):
     others = world - 1
     monkeypatch.setattr(engines, "MOST_PAIRS", TOP_K)
     monkeypatch.setattr(engines, "AHEAD_FROM", 5 * others * 768 * 2)
+    monkeypatch.setattr(engines, "TWICE_FROM", 6 * others * 768 * 2)
     monkeypatch.setattr(engines, "COPIED_FROM", 4 * others * (768 + 24))
     stack = Stack(parallel, turns, monkeypatch)
     turns.play(stack.run)

@@ -109,6 +109,18 @@ def test_rows_of_something_else_do_not_count(changes: dict[str, Any]) -> None:
     assert (only.exchange, only.backend) == ("ag_rs", "triton")
 
 
+def test_a_layer_with_shared_experts_goes_by_rows_that_have_them_where_there_are_any() -> None:
+    spec = SPEC.with_changes(shared_experts="tp", shared_intermediate=256)
+    write(records.user_folder(), "mine.json", THREE)
+    (first, *_) = auto(spec=spec).choices
+    assert (first.exchange, first.backend) == ("ag_rs", "triton")
+    assert first.why.endswith("user record mine.json, whose rows are without shared experts")
+    write(records.user_folder(), "mine.json", [*THREE, row(8, "all_to_all", "triton", 500.0, shared_experts="tp")])
+    (only,) = auto(spec=spec).choices
+    assert (only.exchange, only.why.endswith("user record mine.json")) == ("all_to_all", True)
+    assert auto().choices[0].exchange == "ag_rs"  # and others do not go by those
+
+
 def test_a_tie_changes_nothing() -> None:
     """The second size's fastest pair is 1 % ahead, the third one's 5 %."""
     rows = [row(8, "ag_rs", "triton", 90.0), row(64, "ag_rs", "triton", 101.0), row(64, "ag_rs", "cutlass", 100.0),

@@ -31,7 +31,7 @@ def test_row_kernels_in_the_interpreter():
 
 
 def test_the_nvlink_exchange_in_the_interpreter():
-    in_the_interpreter("nvlink_interpreted.py", passed=58, timeout_s=170)
+    in_the_interpreter("nvlink_interpreted.py", passed=61, timeout_s=170)
 
 
 def test_schedules_of_the_nvlink_exchange_in_the_interpreter():
@@ -114,10 +114,10 @@ def kernels():
         **dict.fromkeys(("VALUES_AT", "SCALES_AT", "SLOTS_AT", "WEIGHTS_AT"), "i32"),
         "TP": 2, "REPLICATED": False, "SCALES": 64, "QUANTIZES": True, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
     }  # fmt: skip
-    yield sum_kernels._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "AHEAD": "i32",
-                              "SUMS_AT": "i32"}  # fmt: skip
+    yield sum_kernels._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "WIDTH": "i32",
+                              "COUNT": "i32", "SUMS_AT": "i32"}  # fmt: skip
     yield sum_kernels._add_sums, {**ends, "came": "*bf16", "own": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32",
-                             "H": "i32", "AHEAD": "i32", "APART": "i32", "OWN": True, "ENDS": True}  # fmt: skip
+                             "H": "i32", "WIDTH": "i32", "COUNT": "i32", "APART": "i32", "OWN": True, "ENDS": True}  # fmt: skip
     yield flags._meet, {**ends, "phase": 1}
     yield nvlink_rows._set_number, {"header": "*i32"}
     yield nvlink_rows._await_copies, ends

@@ -81,9 +81,20 @@ def test_the_user_s_latest_then_the_shipped_then_the_other_mode_then_the_rule() 
     write(records.user_folder(), "half.json", row(1, 4, 8, 5.0))
     assert placed().why.endswith("shipped record shipped.json")
     write(records.user_folder(), "eager.json", *eager)
-    assert placed().why.endswith("user record eager.json")
+    assert placed().why.endswith("user record eager.json, whose rows are eager")
     write(records.user_folder(), "later.json", *MINE, date="2026-11-29T00:00:00Z")
     assert placed().why.endswith("user record later.json")
+
+
+def test_rows_with_and_without_shared_experts_are_not_compared() -> None:
+    spec = SPEC.with_changes(shared_experts="replicated", shared_intermediate=256)
+    shared = row(4, 1, 8, 90.0, shared_experts="replicated")
+    write(records.user_folder(), "mine.json", *MINE, shared)
+    assert placed(spec=spec).why.endswith("user record mine.json, whose rows are without shared experts")
+    write(records.user_folder(), "mine.json", *MINE, shared, row(1, 4, 8, 95.0, shared_experts="replicated"))
+    assert placed(spec=spec).why.startswith("90 µs with ag_rs and triton, EP4 6% more")
+    assert placed(spec=spec).why.endswith("user record mine.json")
+    assert placed().why.startswith("100 µs")
 
 
 def test_grids_and_the_rule_where_ep_can_not_be() -> None:

@@ -11,6 +11,7 @@ from moe_dist.comm import Comm
 from moe_dist.comm.symmetric import Aside
 from moe_dist.errors import ConfigError, RankFailure
 from moe_dist.exchange.nvlink import window
+from moe_dist.exchange.nvlink.engines import Ranges
 from moe_dist.exchange.nvlink.sinks import Ahead
 from moe_dist.exchange.nvlink.window import Ends
 from moe_dist.step import Step, Workspace
@@ -77,7 +78,7 @@ def test_sums_are_added_early_where_one_launch_is_all_that_comes_before(monkeypa
     monkeypatch.setattr(sum_kernels, "end_phase", lambda *_: None)
     memory = SimpleNamespace(view=lambda *_: y, words=None, failed=None, addresses_W=None)
     regions = SimpleNamespace(sums=((), y.dtype))
-    visit = SimpleNamespace(window=memory, regions=regions, ahead=ahead, sums_at=0, served_TW=None, bucket=tokens,
+    visit = SimpleNamespace(window=memory, regions=regions, ahead=Ranges(ahead, ahead > 0), sums_at=0, served_TW=None, bucket=tokens,
                             copies=Aside(torch.device("cpu")))  # fmt: skip
     if copied:
         visit.copies.copy([(torch.empty(1), torch.empty(1))])
@@ -124,7 +125,7 @@ def test_columns_that_nobody_handed_over_are_not_sent(came):
     """They would be whatever scratch held."""
     sums = ((1, 4 * 512), torch.bfloat16)
     memory = SimpleNamespace(local=torch.empty(0), peer_view=None)
-    visit = SimpleNamespace(window=memory, regions=SimpleNamespace(sums=sums), bucket=4, ahead=256, sums_at=0)
+    visit = SimpleNamespace(window=memory, regions=SimpleNamespace(sums=sums), bucket=4, ahead=Ranges(256, 1), sums_at=0)
     sink = Ahead(Step(Workspace(torch.device("cpu"))), (4, 512), torch.bfloat16, visit, 0, None)
     for start, stop in sink.columns()[:came]:
         sink.put(start, stop, sink.target(start, stop))

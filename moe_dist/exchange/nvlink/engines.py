@@ -6,6 +6,8 @@ no gaps: rows and sums that nobody needs travel too.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from moe_dist.model.placement import Placement
 from moe_dist.model.sizes import cdiv
 from moe_dist.model.spec import MoESpec
@@ -17,6 +19,10 @@ from moe_dist.model.spec import MoESpec
 # (benchmarks/2026-11-28-variants.json, `ahead`).
 AHEAD_FROM = 64 << 20
 AHEAD_PART = 0.5  # of the columns: as many as travel while GEMM2 computes the others
+# Bytes of sums that leave a rank, from which on two ranges go ahead, each this part of the columns: the second one
+# travels while GEMM2 computes the rest. 0: never, as long as no GPU has shown what it gains.
+TWICE_FROM = 0
+TWICE_PART = 0.35
 # Pairs of a row that a rank has in the mean. Sums that go ahead are written to scratch and copied. Weighted sums of
 # more pairs are bound by reading them: there the stores into the peers' windows cost no time of their own.
 MOST_PAIRS = 2
@@ -27,12 +33,25 @@ GRAIN = 256  # columns: whole tiles of GEMM2
 COPIED_FROM = 100 << 20
 
 
-def columns_ahead(spec: MoESpec, placement: Placement, bucket: int, itemsize: int) -> int:
-    """How many of the first columns of sums copies take; the others go by kernels."""
+class Ranges(NamedTuple):
+    """Of the columns of sums: `count` ranges of `width` go ahead by copies, the others by kernels."""
+
+    width: int = 0
+    count: int = 0
+
+    @property
+    def columns(self) -> int:
+        return self.width * self.count
+
+
+def columns_ahead(spec: MoESpec, placement: Placement, bucket: int, itemsize: int) -> Ranges:
     leaving = (placement.world - 1) * bucket * spec.hidden * itemsize
     if not 0 < AHEAD_FROM <= leaving or spec.top_k > MOST_PAIRS * placement.ep:
-        return 0
-    return min(cdiv(int(AHEAD_PART * spec.hidden), GRAIN) * GRAIN, (spec.hidden - 1) // GRAIN * GRAIN)
+        return Ranges()
+    count, part = (2, TWICE_PART) if 0 < TWICE_FROM <= leaving else (1, AHEAD_PART)
+    most = (spec.hidden - 1) // count // GRAIN * GRAIN  # some columns are left for the kernels
+    width = min(cdiv(int(part * spec.hidden), GRAIN) * GRAIN, most)
+    return Ranges(width, count) if width else Ranges()
 
 
 def rows_are_copied(world: int, bucket: int, row_bytes: int) -> bool:

@@ -154,7 +154,7 @@ class Nvlink(Exchange[Visit, Returning | Ahead]):
         return found
 
     def sink(self, step: Step, rows: TokenRows, handle: Visit, dtype: torch.dtype) -> Returning | Ahead:
-        shape, ahead = (len(rows), self.spec.hidden), handle.ahead
+        shape, ahead = (len(rows), self.spec.hidden), handle.ahead.columns
         at = handle.sums_at + (self.comm.rank * self.spec.hidden + ahead) * handle.bucket * dtype.itemsize
         routes = Routes(handle.window.addresses_W, at, handle.bucket, dtype, 1, ahead, self.spec.hidden)
         if ahead:

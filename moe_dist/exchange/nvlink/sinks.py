@@ -1,8 +1,9 @@
 """What takes partial sums on their way back.
 
-Of a small step, a kernel stores all columns where they belong. Of a large one the first columns go ahead: copy engines
-move them while the backend computes the others, which a kernel stores. The price: GEMM2 in two launches, one more pass
-of the first columns through memory, and sums that no token waits for, since copies know no gaps.
+Of a small step, a kernel stores all columns where they belong. Of a large one the first columns go ahead, in one range
+or two: copy engines move them while the backend computes the others, the last of which a kernel stores. The price:
+GEMM2 in so many launches more, one more pass of these columns through memory, and sums that no token waits for, since
+copies know no gaps.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Returning(Whole):
 
 
 class Ahead(Sink):
-    """Copies the first range to its peers while the second one is computed, and the second one too where no kernel has
-    stored it by its routes. What is copied lies in scratch and is not overwritten while it travels: `finish` makes this
+    """Copies each range to its peers while the next one is computed, and the last one too where no kernel has stored it
+    by its routes. What is copied lies in scratch and is not overwritten while it travels: `finish` makes this
     step's stream wait."""
 
     def __init__(
@@ -58,10 +59,12 @@ class Ahead(Sink):
         self._whole: Tensor | None = None
 
     def columns(self) -> list[tuple[int, int]]:
-        return [(0, self._visit.ahead), (self._visit.ahead, self.shape[1])]
+        width, count = self._visit.ahead
+        cuts = [*range(0, (count + 1) * width, width), self.shape[1]]
+        return list(zip(cuts, cuts[1:], strict=False))
 
     def routes_of(self, start: int, stop: int) -> Routes | None:
-        return self._routes if start else None
+        return self._routes if start == self._visit.ahead.columns else None
 
     def target(self, start: int, stop: int) -> Tensor:
         rows = self.shape[0]
@@ -94,4 +97,4 @@ class Ahead(Sink):
         self._aside.join()
         if self._whole is not None:
             return Finished(unsent=self._whole)
-        return Finished(own=self._sums, apart=self._visit.ahead if self._stored else self.shape[1])
+        return Finished(own=self._sums, apart=self._visit.ahead.columns if self._stored else self.shape[1])

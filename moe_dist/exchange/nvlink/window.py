@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_dist.comm import Comm
 from moe_dist.comm.symmetric import Aside, Symmetric
+from moe_dist.exchange.nvlink.engines import Ranges
 from moe_dist.exchange.rows import pair_specs, row_specs
 from moe_dist.machine.machine import HOPPER, Machine
 from moe_dist.machine.nodes import told
@@ -57,8 +58,8 @@ def begin(window: Symmetric, comm: Comm) -> None:
 class Regions:
     """Of a window for steps of one bucket, which all ranks agree on. `rows`: values, scales if there are any, slots and
     weights of the [world · bucket] rows, this rank's own first, then the next rank's, and so on; `sums`: [world,
-    bucket · H], from each rank, in their order: the columns that go ahead (`Visit.ahead`) as [bucket, columns], then
-    the others.
+    bucket · H], from each rank, in their order: each range of columns that goes ahead (`Visit.ahead`) as [bucket,
+    columns], then the others.
 
     Rows lie in a window's first area, behind the header; their starts are in bytes. Sums have the second area: what
     steps of another size or layer write first must never meet what a step reads last."""
@@ -99,14 +100,14 @@ class Ends:
 
 @dataclass(frozen=True)
 class Visit:
-    """One step in a window: what lies where in it, how many columns of the sums go ahead of the others, the number of
-    this rank's tokens, which ranks send a sum back for each (`served_TW`, int8), the slots of the rows that came, and
+    """One step in a window: what lies where in it, which columns of the sums go ahead of the others, the number of this
+    rank's tokens, which ranks send a sum back for each (`served_TW`, int8), the slots of the rows that came, and
     the copies of rows that are under way."""
 
     window: Symmetric
     regions: Regions
     bucket: int
-    ahead: int
+    ahead: Ranges
     tokens: int
     served_TW: Tensor
     slots_RK: Tensor

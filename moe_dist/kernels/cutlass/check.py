@@ -22,7 +22,7 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             target = path.parent / "check.o"
             said = compile_object(
-                "grouped_gemm.cu", target, gemm_defines(UP_GATED, 1, arriving=True), ("-Xptxas", "-v")
+                "grouped_gemm.cu", target, gemm_defines(UP_GATED, 1, variant=True), ("-Xptxas", "-v")
             )
             target.unlink()
             path.write_text(said)

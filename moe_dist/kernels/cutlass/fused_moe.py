@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.kernels.cutlass.library import DOWN, UP, UP_GATED, Args, Library, WeightsMap
+from moe_dist.kernels.cutlass.library import DOWN, LONGEST_KEPT, UP, UP_GATED, Args, Library, WeightsMap
 from moe_dist.kernels.triton.launch import is_idle
 from moe_dist.kernels.triton.permute import UNREAD_TILE
 from moe_dist.kernels.triton.pipeline import ACTIVATIONS, BLOCK_SCALES, ROW_SCALES, Pipeline, blocks
@@ -16,6 +16,9 @@ from moe_dist.model.weights import ExpertWeights
 from moe_dist.step import Step, TokenRows
 
 SHARES = (1, 2)  # what is compiled (grouped_gemm.cu)
+# Rows of an expert, in the mean, from which on GEMM2 keeps the weights of a short sum for a run of tiles; 0: never, as
+# long as no GPU has shown what it gains.
+RUNS_FROM = 0
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,10 @@ class CutlassPipeline(Pipeline):
             x_static=_address(experts.a2), out=self.out.data_ptr(),
             x_scale_row=1, x_scale_k=0 if self.kind == ROW_SCALES else self.pairs,
             k=experts.width, width=experts.hidden, first=start, end=stop,
+            runs=experts.width <= LONGEST_KEPT and 0 < RUNS_FROM * experts.num_experts <= self.pairs,
         )  # fmt: skip
 
-    def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
+    def _gemm(self, gemm: int, weights: WeightsMap, share: int, runs: bool = False, **fields: int) -> None:
         library = self.matrices.library
         if library is None or is_idle():
             return
@@ -99,7 +103,7 @@ class CutlassPipeline(Pipeline):
         )  # fmt: skip
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
         device = self.slots_RK.device.index
-        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream)
+        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream, runs)
 
 
 def _arriving(rows: TokenRows) -> dict[str, int]:

@@ -9,6 +9,9 @@
 // each and the same weights, and either loads half of them and sends it to both. What is left of an expert's tokens,
 // 128 or less, both take with weights of their own. Up to 64 tokens both warpgroups work on the same rows, with half
 // the columns each: nothing is multiplied for padding but in units of 64 tokens.
+//
+// Where a sum is so short that all stages together hold it, tiles of the same weights can be taken in runs: the weights
+// are loaded for the first one and stay.
 #pragma once
 
 #include <cstdint>
@@ -67,8 +70,9 @@ constexpr int MOST_SHARED = 232448;
 
 constexpr int TOKENS = 128, UNIT = 64; // of a tile; of one warpgroup's product
 constexpr int STAGES = 4;
-constexpr int AHEAD = 2;   // tiles that a cluster knows beforehand
-constexpr int NUMBERS = 8; // of tiles that are kept: nobody is further behind the loads than STAGES tiles
+constexpr int MOST_RUN = 4, FEWEST_RUNS = 16; // tiles of a run; runs of a cluster: of fewer, some would end much later
+constexpr int AHEAD = 2;                      // tiles, or runs, that a cluster knows beforehand
+constexpr int NUMBERS = 8; // of those that are kept: nobody is further behind the loads than STAGES tiles
 constexpr int ALL_MATH = 1, TURNS = 2, ALL_LOADS = 4; // named barriers: TURNS has one for each warpgroup
 constexpr int SCALES = TOKENS + 4;                    // of a stage: the tokens', and one for each half of the weights
 constexpr int AT_TOKENS = STAGES * 2 * HALF_BYTES;
@@ -190,11 +194,16 @@ __device__ inline float relu2(float x) { return x <= 0.0f ? 0.0f : x * x; } // N
 //
 // While rows are on their way, every expert's first tokens are a wave of their own before all others. They are sorted
 // by row, and the first rows are here already.
-template <int CLUSTER, bool WAVES> struct Tiles {
+//
+// With RUNS a number is that of up to `run` tiles of the same weights, which a cluster takes one after the other.
+template <int CLUSTER, bool WAVES, bool RUNS> struct Tiles {
+  static_assert(!WAVES || !RUNS);
   int *before, *start, *count, *ahead; // [experts + 1] tiles before an expert; [experts]; before, in the first wave
+  int run = 1, more = 0;               // with RUNS: tiles at a time; how many come after this one
   int experts, columns, expert = 0;
   int early = 0; // tiles of the first wave
   bool later = false;
+  int at;                    // with RUNS: the cluster's first token, of the expert's
   int column, first, tokens; // of this thread block: its first token, of the expert's; how many
   bool shared;               // whether the cluster's blocks have the same weights
 
@@ -205,6 +214,9 @@ template <int CLUSTER, bool WAVES> struct Tiles {
   static constexpr int TOGETHER = CLUSTER * TOKENS;
   __device__ static int full_tiles(int n) { // in a column
     return CLUSTER == 1 ? (n + TOKENS - 1) / TOKENS : n / TOGETHER + (n % TOGETHER > TOKENS);
+  }
+  __device__ int numbers(int n) const { // of its full tiles, in a column
+    return RUNS ? (full_tiles(n) + run - 1) / run : full_tiles(n);
   }
   __device__ int split_tiles(int n) const { // in all columns
     return CLUSTER == 1 || n % TOGETHER == 0 || n % TOGETHER > TOKENS ? 0 : (columns + 1) / 2;
@@ -222,11 +234,20 @@ template <int CLUSTER, bool WAVES> struct Tiles {
       int total = 0;
       if constexpr (WAVES)
         total = add_up(ahead, total, [&](int n) { return first_tiles(n); });
+      if constexpr (RUNS) {
+        const int all = add_up(before, 0, [&](int n) { return full_tiles(n) * columns; });
+        run = max(1, min(MOST_RUN, all / (int(gridDim.x) / CLUSTER * FEWEST_RUNS)));
+        if (threadIdx.x == 0)
+          ahead[0] = run;
+        __syncwarp();
+      }
       add_up(before, total,
-             [&](int n) { return full_tiles(n) * columns + split_tiles(n) - (WAVES ? first_tiles(n) : 0); });
+             [&](int n) { return numbers(n) * columns + split_tiles(n) - (WAVES ? first_tiles(n) : 0); });
     }
     __syncthreads();
     early = WAVES ? ahead[experts] : 0;
+    if constexpr (RUNS)
+      run = ahead[0];
   }
 
   // to[e] = total + the tiles of all experts before e; by one warp, which gets to[experts].
@@ -260,21 +281,39 @@ template <int CLUSTER, bool WAVES> struct Tiles {
       return false;
     const int n = count[expert], all = full_tiles(n), within = number - begins[expert];
     const int done = WAVES && !first_wave && all > 0; // of the full ones, in the first wave
-    const int full = first_wave ? 1 : all - done;
+    const int full = first_wave ? 1 : numbers(n) - done;
     const int rank = int(blockIdx.x) % CLUSTER;
     shared = within < full * columns;
     if (shared) {
       column = within / full;
-      const int at = (done + within % full) * TOGETHER, left = n - at;
-      const int each = CLUSTER == 1 || left >= TOGETHER ? TOKENS : (left + 1) / 2;
-      first = at + rank * each;
-      tokens = min(each, n - first);
+      const int tile = (done + within % full) * (RUNS ? run : 1);
+      if constexpr (RUNS)
+        more = min(run, all - tile) - 1;
+      begin(tile * TOGETHER, n);
     } else {
+      more = 0;
       column = (within - full * columns) * 2 + rank;
       first = all * TOGETHER;
       tokens = column < columns ? n - first : 0;
     }
     return true;
+  }
+
+  __device__ bool again() { // the next tile of this run
+    if (!RUNS || more == 0)
+      return false;
+    --more;
+    begin(at + TOGETHER, count[expert]);
+    return true;
+  }
+
+  __device__ void begin(int from, int n) { // this block's tokens of the cluster's, which begin there
+    const int left = n - from, rank = int(blockIdx.x) % CLUSTER;
+    const int each = CLUSTER == 1 || left >= TOGETHER ? TOKENS : (left + 1) / 2;
+    if constexpr (RUNS)
+      at = from;
+    first = from + rank * each;
+    tokens = min(each, n - first);
   }
 };
 
@@ -288,12 +327,12 @@ struct Parities {
   }
 };
 
-// ARRIVING: rows are on their way. A kernel of its own, since what waits and what counts waves took GEMM1 2 % longer
-// where nothing was waited for.
-template <int GEMM, int KIND, int CLUSTER, bool ARRIVING> struct Kernel {
-  static_assert(GEMM != DOWN || !ARRIVING); // GEMM2 has nothing to wait for
+// VARIANT, of GEMM1: rows are on their way. A kernel of its own, since what waits and what counts waves took GEMM1 2 %
+// longer where nothing was waited for. Of GEMM2, whose sum is no longer than the stages: tiles come in runs.
+template <int GEMM, int KIND, int CLUSTER, bool VARIANT> struct Kernel {
+  static constexpr bool ARRIVING = GEMM != DOWN && VARIANT, RUNS = GEMM == DOWN && VARIANT;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  using Tile = Tiles<CLUSTER, ARRIVING>;
+  using Tile = Tiles<CLUSTER, ARRIVING, RUNS>;
   static constexpr int COLUMNS = GEMM == UP_GATED ? 128 : 256; // of the output in a tile
 
   const Args &args;
@@ -415,49 +454,56 @@ template <int GEMM, int KIND, int CLUSTER, bool ARRIVING> struct Kernel {
       }
       if constexpr (ARRIVING)
         await(tile, here);
-      const uint8_t *rows[PASSES];
+      bool there = false; // the weights, which came with an earlier tile of this run
+      do {
+        const uint8_t *rows[PASSES];
 #pragma unroll
-      for (int i = 0; i < PASSES; ++i) {
-        int token = i * 16 + thread / 8;
-        rows[i] = token < tile.tokens ? args.x + int64_t(source(tile, token)) * args.k + chunk * 16 : nullptr;
-      }
-      const float *of_token = nullptr, *of_weights = nullptr;
-      if (KIND != STATIC && thread < tile.tokens)
-        of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
-      if (KIND == BLOCK && thread < 2 && tile.tokens > 0) // without tokens the column may lie beyond the last
-        of_weights = block_scales(tile, thread);
-      const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
-      for (int block = 0; block < wide; ++block) {
-        const int stage = block % STAGES;
-        empty(stage)->wait(parities.take(stage) ^ 1);
-        uint64_t *barrier = reinterpret_cast<uint64_t *>(full(stage));
-        if (thread == 0) {
-          full(stage)->arrive_and_expect_tx(2 * HALF_BYTES);
-          uint8_t *halves = shared + stage * 2 * HALF_BYTES;
-          const uint64_t hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-          if (CLUSTER == 2 && tile.shared) {
-            cute::SM90_TMA_LOAD_MULTICAST_2D::copy(weights, barrier, uint16_t(3), hint, halves + rank * HALF_BYTES,
-                                                   block * BLOCK_K, rank ? row1 : row0);
-          } else {
-            cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves, block * BLOCK_K, row0);
-            cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves + HALF_BYTES, block * BLOCK_K, row1);
-          }
+        for (int i = 0; i < PASSES; ++i) {
+          int token = i * 16 + thread / 8;
+          rows[i] = token < tile.tokens ? args.x + int64_t(source(tile, token)) * args.k + chunk * 16 : nullptr;
         }
-        const uint32_t tokens = shared_address(shared + AT_TOKENS + stage * TOKENS * BLOCK_K) + to;
-        const int inside = block * BLOCK_K + chunk * 16 < args.k ? 16 : 0;
+        const float *of_token = nullptr, *of_weights = nullptr;
+        if (KIND != STATIC && thread < tile.tokens)
+          of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
+        if (KIND == BLOCK && thread < 2 && tile.tokens > 0 &&
+            !there) // without tokens the column may be beyond the last
+          of_weights = block_scales(tile, thread);
+        const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
+        for (int block = 0; block < wide; ++block) {
+          const int stage = block % STAGES;
+          empty(stage)->wait(parities.take(stage) ^ 1);
+          uint64_t *barrier = reinterpret_cast<uint64_t *>(full(stage));
+          if (RUNS && there && thread == 0) {
+            full(stage)->arrive();
+          } else if (thread == 0) {
+            full(stage)->arrive_and_expect_tx(2 * HALF_BYTES);
+            uint8_t *halves = shared + stage * 2 * HALF_BYTES;
+            const uint64_t hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+            if (CLUSTER == 2 && tile.shared) {
+              cute::SM90_TMA_LOAD_MULTICAST_2D::copy(weights, barrier, uint16_t(3), hint, halves + rank * HALF_BYTES,
+                                                     block * BLOCK_K, rank ? row1 : row0);
+            } else {
+              cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves, block * BLOCK_K, row0);
+              cute::SM90_TMA_LOAD_2D::copy(weights, barrier, hint, halves + HALF_BYTES, block * BLOCK_K, row1);
+            }
+          }
+          const uint32_t tokens = shared_address(shared + AT_TOKENS + stage * TOKENS * BLOCK_K) + to;
+          const int inside = block * BLOCK_K + chunk * 16 < args.k ? 16 : 0;
 #pragma unroll
-        for (int i = 0; i < PASSES; ++i)
-          if (rows[i])
-            copy_16(tokens + i * 2048, inside ? rows[i] + block * BLOCK_K : rows[i], inside);
-        const uint32_t factors = shared_address(scales(stage));
-        if (of_token)
-          copy_4(factors + thread * 4, of_token + block * args.x_scale_k);
-        if (of_weights)
-          copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
-        cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
-      }
-      if (thread == 0 && rank == 0)
-        tell(tile, round, taken);
+          for (int i = 0; i < PASSES; ++i)
+            if (rows[i])
+              copy_16(tokens + i * 2048, inside ? rows[i] + block * BLOCK_K : rows[i], inside);
+          const uint32_t factors = shared_address(scales(stage));
+          if (of_token)
+            copy_4(factors + thread * 4, of_token + block * args.x_scale_k);
+          if (of_weights)
+            copy_4(factors + (TOKENS + thread) * 4, of_weights + block);
+          cutlass::arch::cpasync_barrier_arrive_noinc(barrier);
+        }
+        if (thread == 0 && rank == 0 && !there)
+          tell(tile, round, taken);
+        there = true;
+      } while (tile.again());
     }
     if (round > 0)
       hear(round - 1); // nobody goes while bytes are on their way to its shared memory
@@ -474,16 +520,18 @@ template <int GEMM, int KIND, int CLUSTER, bool ARRIVING> struct Kernel {
     if (threadIdx.x >= 128)
       pass(TURNS); // the first turn is the first warpgroup's
     for (int round = 0; next(tile, round); ++round) {
-      if (tile.tokens > UNIT) {
-        work_on<128>(tile, parities);
-      } else if (tile.tokens > 0) {
-        work_on<64>(tile, parities);
-      } else {
-        for (int block = 0; block < wide; ++block) {
-          full(block % STAGES)->wait(parities.take(block % STAGES));
-          release(block % STAGES);
+      do {
+        if (tile.tokens > UNIT) {
+          work_on<128>(tile, parities);
+        } else if (tile.tokens > 0) {
+          work_on<64>(tile, parities);
+        } else {
+          for (int block = 0; block < wide; ++block) {
+            full(block % STAGES)->wait(parities.take(block % STAGES));
+            release(block % STAGES);
+          }
         }
-      }
+      } while (tile.again());
     }
   }
 
@@ -713,12 +761,12 @@ template <int GEMM, int KIND, int CLUSTER, bool ARRIVING> struct Kernel {
   }
 };
 
-template <int GEMM, int KIND, int CLUSTER, bool ARRIVING>
+template <int GEMM, int KIND, int CLUSTER, bool VARIANT>
 __global__ void __launch_bounds__(THREADS, 1)
     grouped_gemm(const __grid_constant__ Args args, const __grid_constant__ CUtensorMap weights) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t shared[];
-  Kernel<GEMM, KIND, CLUSTER, ARRIVING> kernel{args, shared};
+  Kernel<GEMM, KIND, CLUSTER, VARIANT> kernel{args, shared};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       kernel.full(stage)->init(1 + LOAD_THREADS);
@@ -752,9 +800,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // On `sms` multiprocessors; a CUDA error code.
-template <int GEMM, int KIND, int CLUSTER, bool ARRIVING>
+template <int GEMM, int KIND, int CLUSTER, bool VARIANT>
 int launch(const Args &args, const CUtensorMap &weights, int sms, bool early, cudaStream_t stream) {
-  auto kernel = grouped_gemm<GEMM, KIND, CLUSTER, ARRIVING>;
+  if (GEMM == DOWN && VARIANT && args.k > STAGES * BLOCK_K)
+    return cudaErrorInvalidValue;
+  auto kernel = grouped_gemm<GEMM, KIND, CLUSTER, VARIANT>;
   const int bytes = shared_bytes(args.experts);
   if (bytes > MOST_SHARED)
     return cudaErrorInvalidValue;

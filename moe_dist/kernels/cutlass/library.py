@@ -41,14 +41,9 @@ FLAGS = (
 HEADERS = (("flashinfer", "data/cutlass/include"), ("cutlass_library", "source/include"))  # packages, and where in them
 UP_GATED, UP, DOWN = 0, 1, 2  # grouped_gemm.cuh's Gemm
 GEMMS, KINDS = (UP_GATED, UP, DOWN), (1, 2, 3)
-# (GEMM, kind, whether its rows may be on their way): GEMM2's never are.
-INSTANCES = tuple(
-    (gemm, kind, arriving)
-    for kind in KINDS
-    for gemm in GEMMS
-    for arriving in (False, True)
-    if gemm != DOWN or not arriving
-)
+LONGEST_KEPT = 512  # columns of a sum whose weights can stay for a run of tiles: STAGES · BLOCK_K there
+# (GEMM, kind, variant): of GEMM1, whether its rows may be on their way; of GEMM2, whether its tiles come in runs.
+INSTANCES = tuple((gemm, kind, variant) for kind in KINDS for gemm in GEMMS for variant in (False, True))
 COMPILE_TIMEOUT_S = 900.0
 LOCK_TIMEOUT_S = 4 * COMPILE_TIMEOUT_S  # a process that compiles and lives is done by then, on few cores too
 
@@ -77,8 +72,8 @@ class Library:
         self._loaded.moe_dist_error.restype = ctypes.c_char_p
         self._loaded.moe_dist_weights_map.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._gemms = {
-            (gemm, kind, arriving): getattr(self._loaded, f"moe_dist_gemm_{gemm}_{kind}_{int(arriving)}")
-            for gemm, kind, arriving in INSTANCES
+            (gemm, kind, variant): getattr(self._loaded, f"moe_dist_gemm_{gemm}_{kind}_{int(variant)}")
+            for gemm, kind, variant in INSTANCES
         }
         for launch in self._gemms.values():
             launch.argtypes = (
@@ -103,9 +98,11 @@ class Library:
         sms: int,
         pdl: bool,
         stream: int,
+        runs: bool = False,
     ) -> None:
-        """Launch on `sms` multiprocessors of `device`. `share`: how many thread blocks share weights."""
-        launch = self._gemms[gemm, kind, bool(args.flags)]
+        """Launch on `sms` multiprocessors of `device`. `share`: how many thread blocks share weights. `runs`: of GEMM2
+        with sums up to LONGEST_KEPT, tiles of the same weights come in runs."""
+        launch = self._gemms[gemm, kind, runs or bool(args.flags)]
         self._check(launch(ctypes.addressof(args), weights.address, share, device, sms, int(pdl), stream))
 
     def _check(self, error: int) -> None:
@@ -209,9 +206,9 @@ def compile_object(source: str, target: Path, defines: tuple[str, ...] = (), fla
     return _run([nvcc, *FLAGS, *flags, *includes, *defined, "-c", str(SOURCES / source), "-o", str(target)])
 
 
-def gemm_defines(gemm: int, kind: int, arriving: bool) -> tuple[str, ...]:
+def gemm_defines(gemm: int, kind: int, variant: bool) -> tuple[str, ...]:
     """What grouped_gemm.cu is compiled with."""
-    named = {"GEMM": gemm, "KIND": kind, "ARRIVING": int(arriving), "ARGS_BYTES": ctypes.sizeof(Args)}
+    named = {"GEMM": gemm, "KIND": kind, "VARIANT": int(variant), "ARGS_BYTES": ctypes.sizeof(Args)}
     return tuple(f"MOE_DIST_{name}={value}" for name, value in named.items())
 
 
