@@ -13,7 +13,10 @@ from typing import Any
 from moe_dist.engine.records import KEYS, SHIPPED
 
 FOLDER = Path(__file__).parent
-NAMES = ("2026-11-22-h200x4", "2026-11-27-h200x2-backends", "2026-11-28-h200x2-compare", "2026-11-28-h200x4-nvlink")
+NAMES = (
+    "2026-11-22-h200x4", "2026-11-27-h200x2-backends", "2026-11-28-h200x2-compare", "2026-11-28-h200x2-sweep",
+    "2026-11-28-h200x4-nvlink",
+)  # fmt: skip
 
 
 def main() -> None:

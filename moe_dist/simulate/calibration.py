@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,7 @@ from moe_dist.simulate.cost import CostModel, HeldOut, calibrated, held_out
 from moe_dist.simulate.measured import Measured, read_measured
 
 RECORDED = Path(__file__).parents[2] / "benchmarks"  # of a checkout
-FOLDS: dict[str, Callable[[Measured], Hashable]] = {
-    "files": lambda row: row.file,
-    "numbers of GPUs": lambda row: row.work.world,
-    "numbers of tokens": lambda row: row.tokens_per_rank,
-}
+ALIKE = 0.5  # of the settings of the smaller of two files: those that both have, from which on they are one sweep
 
 
 @dataclass(frozen=True)
@@ -72,5 +69,30 @@ def calibration(files: Sequence[str] | None) -> Calibration:
         rule = "no results file is named, and an installed package has none"
         raise ConfigError("calibrate", None, rule, "files of run or compare --out, measured on GPUs")
     rows, others = read_measured(taken)
-    held = {name: held_out(rows, fold) for name, fold in FOLDS.items()}
+    held = {name: held_out(rows, fold) for name, fold in folds(rows).items()}
     return Calibration(calibrated(rows), [Path(path).name for path in taken], len(rows), others, held)
+
+
+def folds(rows: Sequence[Measured]) -> dict[str, Callable[[Measured], Hashable]]:
+    """By what rows are held out together."""
+    sweep_of = _sweeps(rows)
+    return {
+        "sweeps": lambda row: sweep_of[row.file],
+        "numbers of GPUs": lambda row: row.work.world,
+        "numbers of tokens": lambda row: row.tokens_per_rank,
+    }
+
+
+def _sweeps(rows: Sequence[Measured]) -> dict[str, str]:
+    """Each file's sweep, by the name of its first file: a file whose twin is known is not predicted."""
+    settings: dict[str, set[Hashable]] = {}
+    for row in rows:
+        of, names = row.work, (row.exchange, row.backend, row.tokens_per_rank)
+        settings.setdefault(row.file, set()).add((of.quant, of.hidden, of.width, of.world, *names))
+    sweep_of = {file: file for file in settings}
+    for one, other in combinations(settings, 2):
+        both = len(settings[one] & settings[other])
+        if both >= ALIKE * min(len(settings[one]), len(settings[other])):
+            joined, gone = sweep_of[one], sweep_of[other]
+            sweep_of = {file: joined if sweep == gone else sweep for file, sweep in sweep_of.items()}
+    return sweep_of

@@ -19,6 +19,7 @@ from moe_dist.simulate.work import Work, even_bytes, row_bytes, work_of
 
 # A row that differs in one of these is no step that the model describes. What an older row lacks was so.
 ALIKE = {"graph": True, "layer": "whole", "token_layout": "sharded", "token_split": "even", "shared_experts": "none"}
+INSEPARABLE = ("local", "fused")  # nothing is exchanged, or in the launch that computes
 
 
 class Keys(BaseModel):
@@ -81,7 +82,8 @@ def read_measured(paths: Sequence[str]) -> tuple[list[Measured], int]:
 
 
 def _fits(row: Mapping[str, Any]) -> bool:
-    alike = all(row.get(key, value) == value for key, value in ALIKE.items()) and row.get("exchange") != "local"
+    alike = all(row.get(key, value) == value for key, value in ALIKE.items())
+    alike = alike and row.get("exchange") not in INSEPARABLE
     timed = row.get("p50_us") is not None and row.get("ok") is not False and not row.get("routing_p50_us")
     plain = row.get("placement") in _labels(row.get("tp"), row.get("ep"))  # where experts lie is not in a row
     return alike and timed and plain and row.get("world") != 1 and row.get("peer") is None

@@ -1,4 +1,4 @@
-"""GEMM2 of `cutlass` with tiles that come in runs, whose weights are loaded once: the bits of tiles that come singly."""
+"""GEMM2 of `cutlass` with tiles that come in runs, whose weights are loaded once: as if each came alone."""
 
 from __future__ import annotations
 

@@ -110,15 +110,15 @@ def test_rows_of_something_else_do_not_count(changes: dict[str, Any]) -> None:
 
 
 def test_a_layer_with_shared_experts_goes_by_rows_that_have_them_where_there_are_any() -> None:
-    spec = SPEC.with_changes(shared_experts="tp", shared_intermediate=256)
+    spec = SPEC.with_changes(shared_experts="replicated", shared_intermediate=256)
     write(records.user_folder(), "mine.json", THREE)
     (first, *_) = auto(spec=spec).choices
-    assert (first.exchange, first.backend) == ("ag_rs", "triton")
+    assert (first.exchange, first.backend) == ("all_to_all", "triton")
     assert first.why.endswith("user record mine.json, whose rows are without shared experts")
-    write(records.user_folder(), "mine.json", [*THREE, row(8, "all_to_all", "triton", 500.0, shared_experts="tp")])
+    write(records.user_folder(), "mine.json", [*THREE, row(8, "ag_rs", "cutlass", 500.0, shared_experts="replicated")])
     (only,) = auto(spec=spec).choices
-    assert (only.exchange, only.why.endswith("user record mine.json")) == ("all_to_all", True)
-    assert auto().choices[0].exchange == "ag_rs"  # and others do not go by those
+    assert (only.backend, only.why.endswith("user record mine.json")) == ("cutlass", True)
+    assert auto().choices[0].backend == "triton"  # and others do not go by those
 
 
 def test_a_tie_changes_nothing() -> None:
@@ -286,7 +286,7 @@ def test_plan_says_what_it_takes_and_why(capsys: pytest.CaptureFixture[str], tmp
     assert "auto, all sizes: all_to_all with triton: 90 µs at 8 tokens a rank" in said
     assert main([*words, "--tokens", "16", "--json"]) == 0
     (choice,) = json.loads(capsys.readouterr().out)["choices"]
-    assert choice["why"].endswith("user record mine.json")
+    assert choice["why"].endswith("user record mine.json, whose rows are in a graph")
 
 
 def test_results_that_are_remembered_decide_from_then_on() -> None:

@@ -107,7 +107,7 @@ class TestBalance:
         assert predicted["move_gbps"] == 50
         moved_us = max(found["moved_bytes"]) / 50e3
         assert predicted["steps_to_pay"] >= moved_us / predicted["gain_us"] > predicted["steps_to_pay"] - 1
-        assert predicted["calibration"]["held_out"]["files"]["median"] > 0
+        assert predicted["calibration"]["held_out"]["sweeps"]["median"] > 0
         assert ParallelSpec(**found["parallel"]).label == found["placement"]
 
     def test_a_shared_expert_is_in_the_floor_and_in_no_prediction(self, said, tmp_path):
@@ -206,7 +206,7 @@ class TestSimulate:
         assert found["predicted"] is True
         assert len(found["rows"]) == 2 * 2 * 3 * 2
         assert all(row["predicted_us"] > 0 and row["beyond"] for row in found["rows"])
-        assert {"files", "numbers of GPUs", "numbers of tokens"} == set(found["calibration"]["held_out"])
+        assert {"sweeps", "numbers of GPUs", "numbers of tokens"} == set(found["calibration"]["held_out"])
         assert found["calibration"]["rows"] > 300
 
     def test_nothing_that_can_be_predicted(self, capsys):

@@ -115,9 +115,10 @@ def kernels():
         "TP": 2, "REPLICATED": False, "SCALES": 64, "QUANTIZES": True, "TO_OWN": True, "TO_OTHERS": True, "ENDS": True,
     }  # fmt: skip
     yield sum_kernels._send_sums, {**ends, "sums": "*bf16", "slots": "*i32", "WORDS": "i32", "WIDTH": "i32",
-                              "COUNT": "i32", "SUMS_AT": "i32"}  # fmt: skip
+                              "RANGES": "i32", "SUMS_AT": "i32"}  # fmt: skip
     yield sum_kernels._add_sums, {**ends, "came": "*bf16", "own": "*bf16", "served": "*i8", "y": "*bf16", "T": "i32",
-                             "H": "i32", "WIDTH": "i32", "COUNT": "i32", "APART": "i32", "OWN": True, "ENDS": True}  # fmt: skip
+                             "H": "i32", "WIDTH": "i32", "RANGES": "i32", "APART": "i32", "OWN": True,
+                             "ENDS": True}  # fmt: skip
     yield flags._meet, {**ends, "phase": 1}
     yield nvlink_rows._set_number, {"header": "*i32"}
     yield nvlink_rows._await_copies, ends

@@ -140,7 +140,7 @@ class TestPlan:
         monkeypatch.setattr(records, "SHIPPED", ROOT / "moe_dist" / "records_shipped")
         text = self.said(capsys, "--placement", "auto", "--tokens", "32768")
         assert (
-            "placement EP4 of 4 ranks, 8,192 tokens a rank: 6,589 µs with nvlink and cutlass, TP4 15% more with nvlink"
+            "placement EP4 of 4 ranks, 8,192 tokens a rank: 6,472 µs with nvlink and cutlass, TP4 16% more with nvlink"
             " and cutlass, at 8,192 tokens a rank, even routing; shipped record 2026-11-28-h200x4-nvlink.json"
         ) in text
         assert "as EP4, sharded tokens: exchange nvlink, backend cutlass" in text

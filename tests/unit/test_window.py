@@ -78,8 +78,8 @@ def test_sums_are_added_early_where_one_launch_is_all_that_comes_before(monkeypa
     monkeypatch.setattr(sum_kernels, "end_phase", lambda *_: None)
     memory = SimpleNamespace(view=lambda *_: y, words=None, failed=None, addresses_W=None)
     regions = SimpleNamespace(sums=((), y.dtype))
-    visit = SimpleNamespace(window=memory, regions=regions, ahead=Ranges(ahead, ahead > 0), sums_at=0, served_TW=None, bucket=tokens,
-                            copies=Aside(torch.device("cpu")))  # fmt: skip
+    visit = SimpleNamespace(window=memory, regions=regions, ahead=Ranges(ahead, int(ahead > 0)), sums_at=0,
+                            served_TW=None, bucket=tokens, copies=Aside(torch.device("cpu")))  # fmt: skip
     if copied:
         visit.copies.copy([(torch.empty(1), torch.empty(1))])
         visit.copies.join()
@@ -125,7 +125,9 @@ def test_columns_that_nobody_handed_over_are_not_sent(came):
     """They would be whatever scratch held."""
     sums = ((1, 4 * 512), torch.bfloat16)
     memory = SimpleNamespace(local=torch.empty(0), peer_view=None)
-    visit = SimpleNamespace(window=memory, regions=SimpleNamespace(sums=sums), bucket=4, ahead=Ranges(256, 1), sums_at=0)
+    visit = SimpleNamespace(
+        window=memory, regions=SimpleNamespace(sums=sums), bucket=4, ahead=Ranges(256, 1), sums_at=0
+    )
     sink = Ahead(Step(Workspace(torch.device("cpu"))), (4, 512), torch.bfloat16, visit, 0, None)
     for start, stop in sink.columns()[:came]:
         sink.put(start, stop, sink.target(start, stop))

@@ -34,24 +34,24 @@ COPIED_FROM = 100 << 20
 
 
 class Ranges(NamedTuple):
-    """Of the columns of sums: `count` ranges of `width` go ahead by copies, the others by kernels."""
+    """Of the columns of sums: `number` ranges of `width` go ahead by copies, the others by kernels."""
 
     width: int = 0
-    count: int = 0
+    number: int = 0
 
     @property
     def columns(self) -> int:
-        return self.width * self.count
+        return self.width * self.number
 
 
 def columns_ahead(spec: MoESpec, placement: Placement, bucket: int, itemsize: int) -> Ranges:
     leaving = (placement.world - 1) * bucket * spec.hidden * itemsize
     if not 0 < AHEAD_FROM <= leaving or spec.top_k > MOST_PAIRS * placement.ep:
         return Ranges()
-    count, part = (2, TWICE_PART) if 0 < TWICE_FROM <= leaving else (1, AHEAD_PART)
-    most = (spec.hidden - 1) // count // GRAIN * GRAIN  # some columns are left for the kernels
+    number, part = (2, TWICE_PART) if 0 < TWICE_FROM <= leaving else (1, AHEAD_PART)
+    most = (spec.hidden - 1) // number // GRAIN * GRAIN  # some columns are left for the kernels
     width = min(cdiv(int(part * spec.hidden), GRAIN) * GRAIN, most)
-    return Ranges(width, count) if width else Ranges()
+    return Ranges(width, number) if width else Ranges()
 
 
 def rows_are_copied(world: int, bucket: int, row_bytes: int) -> bool:

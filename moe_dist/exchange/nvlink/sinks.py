@@ -8,6 +8,7 @@ copies know no gaps.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,9 +60,8 @@ class Ahead(Sink):
         self._whole: Tensor | None = None
 
     def columns(self) -> list[tuple[int, int]]:
-        width, count = self._visit.ahead
-        cuts = [*range(0, (count + 1) * width, width), self.shape[1]]
-        return list(zip(cuts, cuts[1:], strict=False))
+        width, number = self._visit.ahead
+        return list(pairwise([*range(0, (number + 1) * width, width), self.shape[1]]))
 
     def routes_of(self, start: int, stop: int) -> Routes | None:
         return self._routes if start == self._visit.ahead.columns else None

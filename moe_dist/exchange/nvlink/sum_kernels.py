@@ -37,7 +37,7 @@ def add_sums(visit: Visit, own: Tensor | None, apart: int, y_TH: Tensor, ends: E
     grid = max(1, tokens), programs, 1
     at_once = few(grid)
     # A step with copies has waited for them too, not for one launch alone.
-    early = at_once and ends.early and not (visit.ahead.count or visit.copies.used)
+    early = at_once and ends.early and not (visit.ahead.number or visit.copies.used)
     if not at_once:
         end_phase(visit.window, SUMS.value, ends)
     came = visit.window.view(visit.sums_at, *visit.regions.sums)
@@ -55,27 +55,27 @@ def _blocks(columns: int, ahead: Ranges, most: int) -> tuple[int, int]:
     """How wide a program's part of a row is, and how many it takes: each range that goes ahead has its own."""
     others = columns - ahead.columns
     block = min(most, power_of_2(max(ahead.width, others)))
-    return block, ahead.count * cdiv(ahead.width, block) + cdiv(others, block)
+    return block, ahead.number * cdiv(ahead.width, block) + cdiv(others, block)
 
 
 @triton.jit
-def _columns(H, WIDTH, COUNT, BLOCK: tl.constexpr):
-    """A program's part of a row, by its second number: of one of COUNT ranges of WIDTH columns or of the others, which
+def _columns(H, WIDTH, RANGES, BLOCK: tl.constexpr):
+    """A program's part of a row, by its second number: of one of RANGES ranges of WIDTH columns or of the others, which
     are the first column, how many there are, and BLOCK of them counted from there. In a region they begin at their
     first column times the region's rows."""
     parts = tl.cdiv(WIDTH, BLOCK)
     part = tl.program_id(1)
-    range_of = tl.minimum(part // tl.maximum(parts, 1), COUNT)
+    range_of = tl.minimum(part // tl.maximum(parts, 1), RANGES)
     first = range_of * WIDTH
     # 16 bytes or more, whatever is counted
-    width = tl.multiple_of(tl.where(range_of < COUNT, WIDTH, H - first), 8)
+    width = tl.multiple_of(tl.where(range_of < RANGES, WIDTH, H - first), 8)
     part -= range_of * parts
     return first.to(tl.int64), width, part * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rank"])
 def _send_sums(
-    sums, slots, peers, BUCKET, rank, WORDS, WIDTH, COUNT, SUMS_AT, K: tl.constexpr, PLACES: tl.constexpr,
+    sums, slots, peers, BUCKET, rank, WORDS, WIDTH, RANGES, SUMS_AT, K: tl.constexpr, PLACES: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each computed row and each BLOCK words of its sum. They go back to where the row came from, to
@@ -86,7 +86,7 @@ def _send_sums(
     place = tl.arange(0, PLACES)
     slot = tl.load(slots + row * K + place, mask=place < K, other=-1)
     if tl.max(slot, 0) >= 0:
-        first, width, column = _columns(WORDS, WIDTH, COUNT, BLOCK)
+        first, width, column = _columns(WORDS, WIDTH, RANGES, BLOCK)
         inside = column < width
         words = tl.load(as_bits(sums) + row * WORDS + first + column, mask=inside)
         there = region_of(tl.load(peers + source), SUMS_AT, tl.int32)
@@ -96,7 +96,7 @@ def _send_sums(
 
 @triton.jit(do_not_specialize=["T", "rank", "LIMIT_NS"])
 def _add_sums(
-    came, own, served, y, header, failed, peers, T, BUCKET, H, WIDTH, COUNT, APART, rank, LIMIT_NS, W: tl.constexpr,
+    came, own, served, y, header, failed, peers, T, BUCKET, H, WIDTH, RANGES, APART, rank, LIMIT_NS, W: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _add_sums(
     token = tl.program_id(0)
     if ENDS:
         last_phase(header, failed, peers, rank, LIMIT_NS, W, LANES, WAITS)
-    first, width, column = _columns(H, WIDTH, COUNT, BLOCK)
+    first, width, column = _columns(H, WIDTH, RANGES, BLOCK)
     inside = (column < width) & (token < T)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for peer in tl.static_range(W):

@@ -21,9 +21,7 @@ def main() -> int:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             target = path.parent / "check.o"
-            said = compile_object(
-                "grouped_gemm.cu", target, gemm_defines(UP_GATED, 1, variant=True), ("-Xptxas", "-v")
-            )
+            said = compile_object("grouped_gemm.cu", target, gemm_defines(UP_GATED, 1, variant=True), ("-Xptxas", "-v"))
             target.unlink()
             path.write_text(said)
         said = path.read_text()

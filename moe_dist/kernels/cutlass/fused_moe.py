@@ -91,7 +91,7 @@ class CutlassPipeline(Pipeline):
             runs=experts.width <= LONGEST_KEPT and 0 < RUNS_FROM * experts.num_experts <= self.pairs,
         )  # fmt: skip
 
-    def _gemm(self, gemm: int, weights: WeightsMap, share: int, runs: bool = False, **fields: int) -> None:
+    def _gemm(self, gemm: int, weights: WeightsMap, share: int, runs: int = 0, **fields: int) -> None:
         library = self.matrices.library
         if library is None or is_idle():
             return
@@ -103,7 +103,7 @@ class CutlassPipeline(Pipeline):
         )  # fmt: skip
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
         device = self.slots_RK.device.index
-        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream, runs)
+        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream, bool(runs))
 
 
 def _arriving(rows: TokenRows) -> dict[str, int]:
