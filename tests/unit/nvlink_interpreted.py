@@ -259,13 +259,14 @@ def test_few_rows_are_quantized_as_they_are_sent(hidden, monkeypatch):
     """With the bits of quantizing first, whatever is left of the last group of columns."""
     ranks = Ranks(ParallelSpec(ep=3), "fp8", torch.bfloat16, 6, hidden)
     exchanges = [ranks.exchange(rank) for rank in range(3)]
-    for seed, (bucket, few) in enumerate(((6, 512), (4, 512), (6, 5))):
+    for seed, (bucket, few, most) in enumerate(((6, 512, 6), (4, 512, 4), (6, 5, 6), (6, 512, 5))):
         monkeypatch.setattr(flags, "FEW", few)
+        monkeypatch.setattr(row_kernels, "QUANTIZED_UP_TO", most)
         steps = ranks.begin([bucket, 0, bucket - 1], bucket, seed)
         for step, exchange in zip(steps, exchanges, strict=True):
             step.step = Step(Workspace(CPU), bucket)
             given = exchange.to_payload(step.step, step.x, step.routing)
-            assert isinstance(given, torch.Tensor) == (few == 512)
+            assert isinstance(given, torch.Tensor) == (bucket <= most)
             step.taken, step.visit = exchange.dispatch(step.step, given, step.routing)
             assert isinstance(step.taken.x, QuantizedRows)
         for step in steps:
@@ -274,7 +275,7 @@ def test_few_rows_are_quantized_as_they_are_sent(hidden, monkeypatch):
             ranks.send_sums(step)
         for rank in range(3):
             ranks.finish(steps, rank)
-    ranks.check_flags(3)
+    ranks.check_flags(4)
 
 
 @pytest.mark.parametrize("buckets", [(1, 6), (6, 1), (2, 5)])

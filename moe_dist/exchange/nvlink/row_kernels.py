@@ -38,6 +38,9 @@ from moe_dist.step import Arrivals
 GROUP, WIDEST = 128, 16384  # columns with one scale; of a row that is quantized as it is sent
 LARGEST, LEAST = tl.constexpr(FP8_MAX), tl.constexpr(TINY)
 WORDS = 2048  # of a row that one program moves
+# Tokens a rank up to which rows are quantized as they are sent. A launch that quantizes more of them reads a row once
+# and sends it while others are read; whether that is quicker than a launch before it, no GPU has shown.
+QUANTIZED_UP_TO = 512
 COPIED_FLAGS = window.FLAGS + window.COPIED * window.MOST_RANKS
 
 
@@ -97,7 +100,7 @@ def send_rows(
 
 def few_rows(bucket: int, hidden: int) -> bool:
     """Whether so many rows can be quantized as they are sent: each program keeps a whole row."""
-    return few((bucket, 1, 1)) and hidden <= WIDEST
+    return bucket <= QUANTIZED_UP_TO and hidden <= WIDEST
 
 
 def _send_quantized(
@@ -109,14 +112,20 @@ def _send_quantized(
     ends: Ends,
 ) -> None:
     hidden, starts = x_TH.shape[1], visit.regions.row_starts
-    groups = cdiv(hidden, GROUP)
+    grid, groups = (visit.bucket, 1, 1), cdiv(hidden, GROUP)
+    at_once = few(grid)
     launch(
         _send_rows,
-        (visit.bucket, 1, 1),
+        grid,
         (x_TH, x_TH, *inputs, visit.served_TW, *shared(visit.window)),
         (visit.tokens, visit.bucket, *sizes, hidden // 4, groups, starts[0], starts[1], *starts[-2:], ends.limit_ns),
-        (*constants, *ranks(ends), power_of_2(groups), 1, True, True, True, True, ends.waits, ends.early),
+        (
+            *(*constants, *ranks(ends), power_of_2(groups), 1, True, True, True),
+            *(at_once, ends.waits, at_once and ends.early),
+        ),
     )
+    if not at_once:
+        end_phase(visit.window, ROWS.value, ends)
 
 
 def _row_copies(visit: Visit, parts: list[Tensor], ends: Ends) -> list[tuple[Tensor, Tensor]]:
