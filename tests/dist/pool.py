@@ -72,21 +72,23 @@ class Pool:
         return [answers[rank] for rank in range(world)]
 
     def _collect(self, connections: list[Connection], timeout_s: float) -> dict[int, Any]:
-        """Each rank's result. Raises the first exception of a rank, or TimeoutError naming who did not answer."""
+        """Each rank's result. Raises a rank's exception: the first one, or a death, of which that may be the echo; or
+        TimeoutError naming who did not answer."""
         ranks = {connection: rank for rank, connection in enumerate(connections)}
         deadline = time.monotonic() + timeout_s
         answers: dict[int, Any] = {}
         failure: BaseException | None = None
+        death = False
         while ranks and (ready := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
             for connection in ready:
                 rank = ranks.pop(connection)
-                error = None
+                error, died = None, False
                 try:
                     answers[rank], error, trace = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError) as lost:
-                    error, trace = lost, "its process died"
-                if error is not None and failure is None:
-                    failure = error
+                    error, trace, died = lost, "its process died", True
+                if error is not None and (failure is None or (died and not death)):
+                    failure, death = error, died
                     failure.add_note(f"raised on rank {rank} of {len(connections)}:\n{trace}")
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         silent = sorted(ranks.values())

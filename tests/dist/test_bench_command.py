@@ -17,7 +17,7 @@ from moe_dist.commands.cli import main
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 SMALL = ["model.hidden=128", "model.intermediate=256", "model.num_experts=4", "model.top_k=2"]
-SIZES = ["--batch-size", "1", "3", "--input-len", "10", "--output-len", "100", "--chunked-prefill-size", "16"]
+SIZES = ["--batch-size", "1", "3", "--input-len", "6", "--output-len", "100", "--chunked-prefill-size", "6"]
 EP2 = ["--ep", "2", "--device", "cpu"]
 
 
@@ -42,7 +42,7 @@ def test_a_batch_with_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     document = json.loads(capsys.readouterr().out)
     results = [BenchResult.model_validate_json(json.dumps(each)) for each in document.pop("bench")]
     rows = Document.model_validate_json(json.dumps(document)).rows
-    assert sorted(row.global_tokens for row in rows) == [1, 3, 10, 14, 16]
+    assert sorted(row.global_tokens for row in rows) == [1, 3, 6]
     for row in rows:
         assert (row.layer, row.iters, row.ok, row.placement) == ("stack:4", 6, True, "EP2")
     p50_s = {row.global_tokens: (row.p50_us or 0.0) / 1e6 for row in rows}
@@ -50,13 +50,13 @@ def test_a_batch_with_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     one, three = results
     assert one.ok
     assert three.ok
-    assert one.ttft == pytest.approx(5 / 4 * p50_s[10])
-    assert three.ttft == pytest.approx(5 / 4 * (p50_s[16] + p50_s[14]))  # 30 tokens
+    assert one.ttft == pytest.approx(5 / 4 * p50_s[6])
+    assert three.ttft == pytest.approx(5 / 4 * 3 * p50_s[6])  # 18 tokens in three chunks
     assert three.latency == pytest.approx(three.ttft + 5 / 4 * 100 * p50_s[3])
     traces = sorted(path.name for path in Path("r-profile").iterdir())
     assert traces == sorted(
         f"EP2-{phase}-{tokens}tokens-eager-rank{rank}.trace.json.gz"
-        for phase, sizes in (("prefill", (10, 14, 16)), ("decode", (1, 3)))
+        for phase, sizes in (("prefill", (6,)), ("decode", (1, 3)))
         for tokens in sizes
         for rank in range(2)
     )
