@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from moe_dist.exits.exit_codes import (
 from moe_dist.exits.signals import Signals
 
 LAST_WORDS_S = 10.0
+TELLING_S = 1.0  # that the thread which ends a process waits for another one's last words
 LOOK_S = 2.0  # that it may take to see who has died
 WORDS = {TERMINATED: "terminated", HUNG_UP: "hung up", INTERRUPTED: "interrupted"}
 
@@ -49,6 +51,8 @@ class Ending:
         self.speaks, self.leave_code, self.as_json = speaks, leave_code, False
         self._death_of = death
         self._death: RankFailure | None = None
+        self._telling = threading.Lock()  # the main thread and the one that hears of signals may come to it at once
+        self._code: int | None = None  # once it was told
         self.kept = ""
         self.results: dict[str, Any] | None = None
         self.signals = Signals(self._look, self._last_words)
@@ -70,7 +74,8 @@ class Ending:
             try:
                 code = command()
             except BaseException as error:
-                code = told = self._told(error)
+                with self._telling:
+                    code = told = self._code = self._told(error)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
@@ -156,7 +161,10 @@ class Ending:
         return self.signals.code
 
     def _last_words(self) -> int:
-        code = self._interrupted()
+        if self._telling.acquire(timeout=TELLING_S):
+            code = self._interrupted() if self._code is None else self._code  # never released: the process ends
+        else:
+            code = self.signals.code if self._death is None else code_of(self._death)
         self.leave_code(code)
         return code
 

@@ -270,6 +270,25 @@ def test_what_is_known_of_a_dead_rank_outlives_a_signal_that_comes_while_the_ran
     )
 
 
+def test_an_end_is_told_once_by_whoever_comes_first():
+    """The thread that hears of signals has had enough while the main thread is telling."""
+    body = (
+        "from moe_dist.errors import RankFailure; import moe_dist.exits.signals; moe_dist.exits.signals.HURRY_S = 1.0\n"
+        "import threading\n"
+        "ending._death_of = lambda: RankFailure(0, 'o', 2, 'c')\n"
+        "report = ending._report\n"
+        "def slowly(*said):\n"
+        "    time.sleep(threading.current_thread() is threading.main_thread())\n"
+        "    report(*said)\n"
+        "ending._report = slowly\n"
+        "print('ready', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    time.sleep(0.8)\n"
+        "raise RankFailure(0, 'work', 20, 'killed')"
+    )
+    said = "moe-dist: rank 0 failed in work (sequence number 20): killed\n"
+    assert ended(program(body), signal.SIGTERM)[:2] == (4, said)
+
+
 def test_a_signal_that_was_ignored_from_the_start_stays_so():
     """nohup"""
     body = "print('ready', flush=True)\ntime.sleep(1)\nreturn 0"
