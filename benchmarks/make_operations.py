@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -51,11 +52,12 @@ def record(parts: Path) -> None:
 
 
 def _part(part: dict[str, Any]) -> str:
-    """Lists of objects with one object a line."""
+    """Lists of objects with one object a line, and paths without their folders, which say more about one machine."""
     texts = []
     for key, value in part.items():
         listed = isinstance(value, list) and value and isinstance(value[0], dict)
         text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if listed else json.dumps(value)
+        text = re.sub(r"(?<![\w.])/[\w./-]*/([\w.-]+)", r"\1", text)
         texts.append(f" {json.dumps('faults' if key == 'rows' else key)}: {text}")
     return "{\n" + ",\n".join(texts) + "\n}"
 
