@@ -203,7 +203,7 @@ def check_identity(comm: Comm, exchange: str, layout: str, seeds: list[int]) -> 
 @pytest.mark.parametrize(
     ("world", "exchange"),
     [
-        pytest.param(world, exchange, marks=[pytest.mark.slow] * (world == 8 and exchange != "all_to_all"))
+        pytest.param(world, exchange, marks=[pytest.mark.slow] * (world >= 6 and exchange != "all_to_all"))
         for world in (1, 2, 3, 4, 6, 8) for exchange in (SPREADING if world > 1 else exchanges_here())
     ],
 )  # fmt: skip

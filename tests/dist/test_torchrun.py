@@ -55,7 +55,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the others, and ranks of
 @pytest.mark.parametrize(
     ("how", "doomed", "cause"),
     [
-        ("raise", 1, r"ValueError: on purpose"),
+        slow("raise", 1, r"ValueError: on purpose"),
         slow("interrupt", 1, r"KeyboardInterrupt"),
         slow("surrogate", 1, r"ValueError: a\\ud800b"),
         slow(

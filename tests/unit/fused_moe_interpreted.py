@@ -556,7 +556,7 @@ def test_weighted_sum_of_every_row_by_routes():
     ("quant", "changes"),
     [
         slow("fp8_block", {}), ("fp8_block", {"twice": True, "span": 2}), slow("fp8_block", {"span": 3}),
-        slow("fp8_block", {"split_k": 2}), slow("fp8_block", {"bn2": 64}), ("fp8_channel", {"span": 3}),
+        slow("fp8_block", {"split_k": 2}), slow("fp8_block", {"bn2": 64}), slow("fp8_channel", {"span": 3}),
         slow("fp8_tensor_static", {"split_k": 2}), slow("none", {"twice": True, "span": 2}),
     ],
 )  # fmt: skip
@@ -642,7 +642,7 @@ class TestPadded:
     @pytest.mark.parametrize(
         ("rows", "activation", "quantized"),
         [
-            (1, "geglu", False), (42, "swiglu", True), (42, "relu2", False), (90, "swiglu", False),
+            (1, "geglu", False), (42, "swiglu", True), slow(42, "relu2", False), (90, "swiglu", False),
             slow(90, "relu2", True),
         ],
     )  # fmt: skip
@@ -652,7 +652,7 @@ class TestPadded:
         case.experts.turn(gate_first=False)
         assert case.error(self.run(case, quantized), DeepGemm) <= DeepGemm.numerics_of(case.spec).tolerance
 
-    @pytest.mark.parametrize("rows", [TILE, 140])
+    @pytest.mark.parametrize("rows", [slow(TILE), 140])
     @pytest.mark.parametrize("where", ["none here", "all on one", "one expert", "none on the first"])
     def test_who_is_where(self, where, rows):
         case = problem(rows=rows, hidden=128, width=128, num_experts=1 if where == "one expert" else 4, top_k=1)
