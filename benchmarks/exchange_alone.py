@@ -170,7 +170,7 @@ def main() -> int:
             whole, local = (slowest([each[number] for each in times]) for number in (0, 1))
             row = {"placement": f"TP{world}", "exchange": exchange, "backend": backend, "global_tokens": tokens}
             row |= {"p50_us": whole, "backend_us": local}
-            told("beside", row, f"TP{world:<4} {exchange:11} {tokens:6,} replicated {whole:8,.1f} µs, backend"
+            told("beside", row, f"TP{world} {exchange}, {tokens:,} replicated: {whole:,.1f} µs, backend"
                  f" {local:,.1f}, rest {whole - local:,.1f}")  # fmt: skip
     if group.rank == 0:
         about = provenance(Machine.detect(device)).model_dump(mode="json")
