@@ -273,9 +273,10 @@ class TestWithoutRanks:
 
     @pytest.mark.parametrize(("columns", "widest"), [("0", 80), ("1", 80), ("9" * 20, 1000)])
     def test_columns_that_are_a_slip(self, command, monkeypatch, columns, widest):
-        monkeypatch.setenv("COLUMNS", columns)
         for arguments in (["diff", "--help"], ["plan"]):
-            found = command(*arguments)
+            with monkeypatch.context() as patch:  # pytest -v goes by it too, as soon as the test is over
+                patch.setenv("COLUMNS", columns)
+                found = command(*arguments)
             assert found.code == 0
             assert 3 < max(map(len, found.out.splitlines())) <= widest
 
