@@ -69,19 +69,18 @@ class Ending:
         return code
 
     def _guarded(self, command: Callable[[], int]) -> int:
-        told: int | None = None
         try:
             try:
                 code = command()
             except BaseException as error:
                 with self._telling:
-                    code = told = self._code = self._told(error)
+                    code = self._code = self._told(error)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
             code = BROKEN_PIPE
         except KeyboardInterrupt:  # one that comes after the end was told changes nothing about it
-            code = self.signals.code if told is None else told
+            code = self.signals.code if self._code is None else self._code
         except OSError as error:  # of standard output
             say(f"standard output can't be written: {error.strerror or error}", "red")
             code = NOT_WRITTEN

@@ -33,8 +33,9 @@ def choose(
     ConfigError for a broken record."""
     pairs = [(exchange, backend) for exchange in exchanges for backend in backends]
     payloads = {pair: payload_of(*pair) for pair in pairs}
+    nearest = Setting.nearest(machine.device_name, spec, parallel, token_layout, graph)
     for record in records():
-        for setting in Setting.nearest(machine.device_name, spec, parallel, token_layout, graph):
+        for setting in nearest:
             if timed := _fitting(record, setting, payloads):
                 unlike = setting.unlike(spec, graph)
                 return [each._replace(why=each.why + unlike) for each in pick(record, timed)]

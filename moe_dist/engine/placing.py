@@ -63,8 +63,8 @@ def choose_placement(
             payloads[key] = _payload(spec, *key, token_layout, machine)
         return payloads[key] == row.payload
 
+    nearest = [Setting.nearest(machine.device_name, spec, each, token_layout, graph) for each in possible]
     for record in records():
-        nearest = [Setting.nearest(machine.device_name, spec, each, token_layout, graph) for each in possible]
         for settings in zip(*nearest, strict=True):
             found = {}
             for parallel, setting in zip(possible, settings, strict=True):

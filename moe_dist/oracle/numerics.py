@@ -15,9 +15,9 @@ class Numerics:
     # bit of the scale decides some 0.1 % of the codes, and each is worth up to 6 % of its value. A kernel's
     # approximate division differs in that bit.
     reciprocal: bool = False
-    # FP8 products are summed in the tensor cores' own accumulators, which keep 14 bits or so, without being moved to
-    # float32 every 128 columns: 0.1 to 0.3 % of error that no formula follows (seen on an H200), more the longer the
-    # sum. It moves GEMM2's input across E4M3 steps: worth up to 2 % (tests/unit/test_reference.py).
+    # FP8 products are summed in the tensor cores' own accumulators without being moved to float32 every 128 columns:
+    # 0.1 to 0.2 % of error that no formula follows (seen on an H200), which moves GEMM2's input across E4M3 steps. Of
+    # 7,168 columns that was worth 1.8 % on H200s, and 2 % by count if 14 bits are kept (tests/unit/test_reference.py).
     fast_accumulation: bool = False
     # All of GEMM2's input has one scale, from the largest of values that were rounded to bf16. Another order of
     # summing can round that one the other way, and a bf16 step of the scale moves codes everywhere: worth 1 to 3 %

@@ -32,5 +32,5 @@ def test_a_run(tmp_path):
     assert sent["EP2", "all_to_all", 64] <= sent["TP2", "all_to_all", 64]  # where each row goes to each rank
     (beside,) = found["beside"]
     assert (beside["exchange"], beside["global_tokens"]) == ("all_reduce", 4)
-    assert beside["p50_us"] > 0 < beside["backend_us"]
+    assert min(beside["p50_us"], beside["backend_us"]) > 0
     assert max(map(len, done.stdout.splitlines())) <= 80

@@ -10,7 +10,7 @@ import torch
 from moe_dist.kernels import quantize_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
-HIDDEN, EXPERTS, TOP_K = 1408, 5, 2  # columns: five tiles and a half of 256
+HIDDEN, EXPERTS, TOP_K = 7040, 5, 2  # columns: 27 tiles and a half of 256, so that 20,000 rows make runs of three
 
 
 @pytest.mark.parametrize("share", [1, 2])
@@ -29,7 +29,7 @@ def test_runs_give_the_same_bits(quant, width, share, monkeypatch):
     spec = MoESpec(hidden=HIDDEN, intermediate=width, num_experts=EXPERTS, top_k=TOP_K, quant=quant)
     weights = random_weights(spec, 3, "cuda")
     matrices, chance = fused_moe.Matrices(load(), weights), random.Random(width + share)
-    for rows in (3, 700, 20_000):
+    for rows in (3, 700, 20_000, 40_000):
         shares = [chance.choice((0, 1, 3, 20)) for _ in range(EXPERTS)]
         shares[chance.randrange(EXPERTS)] += 1
         drawn = torch.multinomial(torch.tensor(shares, dtype=torch.float), rows * TOP_K, replacement=True)
@@ -46,7 +46,7 @@ def test_runs_give_the_same_bits(quant, width, share, monkeypatch):
             pipeline.gemm1(*pipeline.prepare(), spec.activation)
             if quant == "fp8_channel":
                 pipeline.requantize()
-            for start, stop in ((0, HIDDEN), (256, 1024)):
+            for start, stop in ((0, HIDDEN), (256, 6912)):
                 pipeline.gemm2(start, stop)
             torch.cuda.synchronize()
             assert pipeline.taken.tolist() == [0, 0]

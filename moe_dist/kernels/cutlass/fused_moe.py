@@ -88,10 +88,14 @@ class CutlassPipeline(Pipeline):
             x_static=_address(experts.a2), out=self.out.data_ptr(),
             x_scale_row=1, x_scale_k=0 if self.kind == ROW_SCALES else self.pairs,
             k=experts.width, width=experts.hidden, first=start, end=stop,
-            runs=experts.width <= LONGEST_KEPT and 0 < RUNS_FROM * experts.num_experts <= self.pairs,
         )  # fmt: skip
 
-    def _gemm(self, gemm: int, weights: WeightsMap, share: int, runs: int = 0, **fields: int) -> None:
+    @property
+    def in_runs(self) -> bool:
+        """Whether GEMM2's tiles come in runs."""
+        return self.experts.width <= LONGEST_KEPT and 0 < RUNS_FROM * self.experts.num_experts <= self.pairs
+
+    def _gemm(self, gemm: int, weights: WeightsMap, share: int, **fields: int) -> None:
         library = self.matrices.library
         if library is None or is_idle():
             return
@@ -103,7 +107,8 @@ class CutlassPipeline(Pipeline):
         )  # fmt: skip
         stream = torch.cuda.current_stream(self.slots_RK.device).cuda_stream
         device = self.slots_RK.device.index
-        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream, bool(runs))
+        runs = gemm == DOWN and self.in_runs
+        library.gemm(gemm, self.kind, args, weights, share, device, self.matrices.sms, self.pdl, stream, runs)
 
 
 def _arriving(rows: TokenRows) -> dict[str, int]:

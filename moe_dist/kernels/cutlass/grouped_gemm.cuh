@@ -465,8 +465,8 @@ template <int GEMM, int KIND, int CLUSTER, bool VARIANT> struct Kernel {
         const float *of_token = nullptr, *of_weights = nullptr;
         if (KIND != STATIC && thread < tile.tokens)
           of_token = args.x_scales + source(tile, thread) * args.x_scale_row;
-        if (KIND == BLOCK && thread < 2 && tile.tokens > 0 &&
-            !there) // without tokens the column may be beyond the last
+        // Without tokens the column may lie beyond the last.
+        if (KIND == BLOCK && thread < 2 && tile.tokens > 0 && !there)
           of_weights = block_scales(tile, thread);
         const int row0 = matrix_row(tile, 0), row1 = matrix_row(tile, 1);
         for (int block = 0; block < wide; ++block) {
